@@ -1,0 +1,486 @@
+//! The command line: tables of commands and options, and from argv and environment to a
+//! [`Command`], which is plain data. Nothing is touched here; help, suggestions and the tests
+//! that look for gaps read the same tables.
+//!
+//! The tokens are read here and not by a library, since none of the small ones tells
+//! `--name --x` (a forgotten value, refused) from `--name=--x` (meant).
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::options::{EngineOptions, Options};
+
+/// A row of the table of commands.
+#[derive(Debug)]
+pub struct CommandRow {
+    /// One or two words.
+    pub name: &'static str,
+    /// Its arguments, for people: `<needed>`, `[left out]`.
+    pub args: &'static str,
+    /// How many arguments it takes.
+    pub count: (usize, usize),
+    /// What it does, in one line.
+    pub summary: &'static str,
+    /// Whether it starts a daemon when none runs.
+    pub autostart: bool,
+    kind: CommandKind,
+}
+
+/// Which command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CommandKind {
+    DaemonRun,
+    DaemonStart,
+    DaemonStop,
+    DaemonRestart,
+    Status,
+    WorkspaceAdd,
+    WorkspaceAddRemote,
+    WorkspaceList,
+    WorkspaceSwitch,
+    WorkspaceCurrent,
+    WorkspaceInfo,
+    WorkspacePath,
+    WorkspaceRemove,
+    WorkspaceRename,
+    InstanceDispose,
+    Logs,
+    Help,
+}
+
+const fn row(
+    kind: CommandKind,
+    name: &'static str,
+    args: &'static str,
+    count: (usize, usize),
+    autostart: bool,
+    summary: &'static str,
+) -> CommandRow {
+    CommandRow { name, args, count, summary, autostart, kind }
+}
+
+/// Every command, in the order of the help.
+#[rustfmt::skip]
+pub const COMMANDS: &[CommandRow] = &[
+    row(CommandKind::Status, "status", "", (0, 0), false, "Show how the daemon and opencode are"),
+    row(CommandKind::DaemonRun, "daemon", "", (0, 0), false, "Run the daemon in the foreground"),
+    row(CommandKind::DaemonRun, "daemon run", "", (0, 0), false, "The same"),
+    row(CommandKind::DaemonStart, "daemon start", "", (0, 0), true, "Start the daemon in the background and wait until opencode is ready"),
+    row(CommandKind::DaemonStop, "daemon stop", "", (0, 0), false, "Stop the daemon and opencode"),
+    row(CommandKind::DaemonRestart, "daemon restart", "", (0, 0), true, "Start the daemon anew; opencode goes on"),
+    row(CommandKind::Status, "daemon status", "", (0, 0), false, "The same as status"),
+    row(CommandKind::WorkspaceAdd, "workspace add", "<path>", (1, 1), true, "Add a directory"),
+    row(CommandKind::WorkspaceAddRemote, "workspace add-remote", "<base-url>", (1, 1), true, "Add an OpenCode server elsewhere"),
+    row(CommandKind::WorkspaceList, "workspace list", "", (0, 0), false, "List the workspaces; * marks the active one"),
+    row(CommandKind::WorkspaceSwitch, "workspace switch", "<ws>", (1, 1), true, "Make a workspace the active one"),
+    row(CommandKind::WorkspaceCurrent, "workspace current", "", (0, 0), false, "Show the active workspace"),
+    row(CommandKind::WorkspaceInfo, "workspace info", "[<ws>]", (0, 1), false, "Show a workspace"),
+    row(CommandKind::WorkspacePath, "workspace path", "[<ws>]", (0, 1), true, "Ask OpenCode for the directory of a workspace (warms its instance)"),
+    row(CommandKind::WorkspaceRemove, "workspace remove", "<ws>", (1, 1), true, "Take a workspace out of the registry; its files stay"),
+    row(CommandKind::WorkspaceRename, "workspace rename", "<ws> <name>", (2, 2), true, "Give a workspace another name"),
+    row(CommandKind::InstanceDispose, "instance dispose", "[<ws>]", (0, 1), true, "Have OpenCode dispose the instance of a workspace"),
+    row(CommandKind::Logs, "logs", "[opencode|daemon]", (0, 1), false, "Print a log (opencode's, if not said)"),
+    row(CommandKind::Help, "help", "[<command>]", (0, 2), false, "Show help"),
+];
+
+/// Words that are short for another; for any word of a command.
+pub const ALIASES: &[(&str, &str)] = &[("ws", "workspace"), ("ls", "list"), ("rm", "remove")];
+
+/// A row of the table of options.
+#[derive(Debug)]
+pub struct OptionRow {
+    /// With its dashes.
+    pub name: &'static str,
+    /// One letter, with its dash.
+    pub short: Option<&'static str>,
+    /// What its value is called; none when it takes none.
+    pub value: Option<&'static str>,
+    /// The environment variable that says the same.
+    pub env: Option<&'static str>,
+    /// The commands that take it; none named means all.
+    pub commands: &'static [&'static str],
+    /// What it does, in one line.
+    pub help: &'static str,
+}
+
+const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart"];
+
+#[rustfmt::skip]
+/// Every option, in the order of the help.
+pub const OPTIONS: &[OptionRow] = &[
+    OptionRow { name: "--json", short: None, value: None, env: None, commands: &[], help: "Print the result, or the error, as one JSON object" },
+    OptionRow { name: "--data-dir", short: None, value: Some("DIR"), env: Some("OPENWORK_DATA_DIR"), commands: &[], help: "Where everything is kept" },
+    OptionRow { name: "--no-autostart", short: None, value: None, env: None, commands: &[], help: "Fail rather than start the daemon" },
+    OptionRow { name: "--timeout", short: None, value: Some("SECONDS"), env: None, commands: &[], help: "For the whole command (30; to start and stop 60)" },
+    OptionRow { name: "--help", short: Some("-h"), value: None, env: None, commands: &[], help: "Show help" },
+    OptionRow { name: "--version", short: Some("-V"), value: None, env: None, commands: &[], help: "Show the version" },
+    OptionRow { name: "--name", short: None, value: Some("NAME"), env: None, commands: &["workspace add", "workspace add-remote"], help: "Call it so (else after the directory or host)" },
+    OptionRow { name: "--directory", short: None, value: Some("DIR"), env: None, commands: &["workspace add-remote"], help: "The directory there" },
+    OptionRow { name: "--quiet", short: Some("-q"), value: None, env: None, commands: &["workspace list", "workspace current"], help: "Print ids only" },
+    OptionRow { name: "--force", short: None, value: None, env: None, commands: &["instance dispose"], help: "Even when a session is running" },
+    OptionRow { name: "--follow", short: Some("-f"), value: None, env: None, commands: &["logs"], help: "Go on printing what is added" },
+    OptionRow { name: "--lines", short: Some("-n"), value: Some("N"), env: None, commands: &["logs"], help: "Only the last N lines" },
+    OptionRow { name: "--keep-opencode", short: None, value: None, env: None, commands: &["daemon stop"], help: "Leave opencode running, for the next daemon to take over" },
+    OptionRow { name: "--all", short: None, value: None, env: None, commands: &["daemon restart"], help: "Start opencode anew too" },
+    OptionRow { name: "--daemon-port", short: None, value: Some("PORT"), env: Some("OPENWORK_DAEMON_PORT"), commands: RUNS_DAEMON, help: "Listen there (else on the port used last, 6174, or any)" },
+    OptionRow { name: "--opencode-bin", short: None, value: Some("FILE"), env: Some("OPENWORK_OPENCODE_BIN"), commands: RUNS_DAEMON, help: "The opencode to start (else from PATH, or ~/.opencode/bin)" },
+    OptionRow { name: "--opencode-port", short: None, value: Some("PORT"), env: Some("OPENWORK_OPENCODE_PORT"), commands: RUNS_DAEMON, help: "Have opencode listen there (else on the port used last, 6175, or any)" },
+    OptionRow { name: "--cors", short: None, value: Some("ORIGIN"), env: None, commands: RUNS_DAEMON, help: "A web page that may ask; can be given several times" },
+    OptionRow { name: "--daemon-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Loopback, and nothing else" },
+    OptionRow { name: "--opencode-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Loopback, and nothing else" },
+];
+
+impl OptionRow {
+    fn is_for(&self, command: &str) -> bool {
+        self.commands.is_empty() || self.commands.contains(&command)
+    }
+}
+
+impl CommandRow {
+    /// The options of this command beside those that stand everywhere.
+    pub fn options(&self) -> impl Iterator<Item = &'static OptionRow> {
+        let name = self.name;
+        OPTIONS.iter().filter(move |option| !option.commands.is_empty() && option.is_for(name))
+    }
+}
+
+/// What is to be done.
+#[derive(Debug)]
+#[allow(missing_docs)] // the names are those of the table
+pub enum Command {
+    Help { topic: Option<String> },
+    Version,
+    DaemonRun,
+    DaemonStart,
+    DaemonStop { keep_opencode: bool },
+    DaemonRestart { all: bool },
+    Status,
+    WorkspaceAdd { path: PathBuf, name: Option<String> },
+    WorkspaceAddRemote { base_url: String, directory: Option<String>, name: Option<String> },
+    WorkspaceList { quiet: bool },
+    WorkspaceSwitch { selector: OsString },
+    WorkspaceCurrent { quiet: bool },
+    WorkspaceInfo { selector: Option<OsString> },
+    WorkspacePath { selector: Option<OsString> },
+    WorkspaceRemove { selector: OsString },
+    WorkspaceRename { selector: OsString, name: String },
+    InstanceDispose { selector: Option<OsString>, force: bool },
+    Logs { log: Log, follow: bool, lines: Option<usize> },
+}
+
+/// Which log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// What opencode says.
+    Opencode,
+    /// What the daemon says.
+    Daemon,
+}
+
+/// What stands with every command.
+#[derive(Debug)]
+pub struct Invocation {
+    /// What is to be done.
+    pub command: Command,
+    /// The option, else `OPENWORK_DATA_DIR`.
+    pub data_dir: Option<PathBuf>,
+    /// `XDG_DATA_HOME`.
+    pub xdg_data_home: Option<PathBuf>,
+    /// A daemon may be started.
+    pub autostart: bool,
+    /// For the whole command.
+    pub timeout: Duration,
+    /// What a daemon that has to be started is told.
+    pub daemon: Options,
+}
+
+/// Whether the result is wanted as JSON, even if the rest cannot be understood.
+pub fn wants_json(argv: &[OsString]) -> bool {
+    argv.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json")
+}
+
+/// Understands a command line.
+///
+/// # Errors
+/// `usage`, with the nearest known word.
+pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Result<Invocation> {
+    let Tokens { given, words } = tokens(argv)?;
+    let has = |name: &str| given.iter().any(|(row, _)| row.name == name);
+    let (row, args) = find_command(&words)?;
+    let env = |name: &str| env(name).filter(|value| !value.is_empty());
+    let value = |name: &str| {
+        let option = given.iter().rev().find(|(row, _)| row.name == name).and_then(|(_, value)| value.clone());
+        option.or_else(|| env(OPTIONS.iter().find(|row| row.name == name)?.env?))
+    };
+    let timeout = match value("--timeout") {
+        Some(text) => Some(seconds(&text)?),
+        None => None,
+    };
+    let invocation = |command, autostart, patience, daemon| Invocation {
+        command,
+        data_dir: value("--data-dir").map(PathBuf::from),
+        xdg_data_home: env("XDG_DATA_HOME").map(PathBuf::from),
+        autostart: autostart && !has("--no-autostart"),
+        timeout: timeout.unwrap_or(Duration::from_secs(patience)),
+        daemon,
+    };
+    if has("--version") {
+        return Ok(invocation(Command::Version, false, 30, Options::default()));
+    }
+    if has("--help") || row.is_none() {
+        let topic = row.map(|row| row.name.to_owned()).or_else(|| group_of(&words));
+        return Ok(invocation(Command::Help { topic }, false, 30, Options::default()));
+    }
+    let Some(row) = row else { return Err(Error::usage("no command")) };
+    for (option, _) in &given {
+        if !option.is_for(row.name) {
+            return Err(Error::Usage {
+                message: format!("{} is not for `{}`", option.name, row.name),
+                hint: Some(format!("`openwork help {}` shows what is", row.name)),
+            });
+        }
+    }
+    let (least, most) = row.count;
+    if args.len() < least || args.len() > most {
+        let what = if args.len() < least { "needs more arguments" } else { "takes fewer arguments" };
+        return Err(Error::Usage {
+            message: format!("`{}` {what}", row.name),
+            hint: Some(format!("openwork {} {}", row.name, row.args).trim_end().to_owned()),
+        });
+    }
+    let origins = given.iter().filter(|(row, _)| row.name == "--cors").filter_map(|(_, value)| value.clone());
+    let options = daemon_options(&value, origins.collect())?;
+    let mut args = args.into_iter();
+    let mut next = || args.next().cloned().unwrap_or_default();
+    let optional = args_or_none(row, &words);
+    let patience = if row.name.starts_with("daemon ") { 60 } else { 30 };
+    let command = match row.kind {
+        CommandKind::Help => Command::Help { topic: help_topic(&words)? },
+        CommandKind::Status => Command::Status,
+        CommandKind::DaemonRun => Command::DaemonRun,
+        CommandKind::DaemonStart => Command::DaemonStart,
+        CommandKind::DaemonStop => Command::DaemonStop { keep_opencode: has("--keep-opencode") },
+        CommandKind::DaemonRestart => Command::DaemonRestart { all: has("--all") },
+        CommandKind::WorkspaceAdd => Command::WorkspaceAdd { path: next().into(), name: name(value("--name"))? },
+        CommandKind::WorkspaceAddRemote => Command::WorkspaceAddRemote {
+            base_url: next()
+                .into_string()
+                .map_err(|url| Error::InvalidUrl { url: url.to_string_lossy().into_owned(), why: "it is not UTF-8" })?,
+            directory: value("--directory").map(|directory| text("--directory", directory)).transpose()?,
+            name: name(value("--name"))?,
+        },
+        CommandKind::WorkspaceList => Command::WorkspaceList { quiet: has("--quiet") },
+        CommandKind::WorkspaceCurrent => Command::WorkspaceCurrent { quiet: has("--quiet") },
+        CommandKind::WorkspaceSwitch => Command::WorkspaceSwitch { selector: next() },
+        CommandKind::WorkspaceInfo => Command::WorkspaceInfo { selector: optional },
+        CommandKind::WorkspacePath => Command::WorkspacePath { selector: optional },
+        CommandKind::WorkspaceRemove => Command::WorkspaceRemove { selector: next() },
+        CommandKind::WorkspaceRename => {
+            let selector = next();
+            Command::WorkspaceRename { selector, name: name(Some(next()))?.unwrap_or_default() }
+        }
+        CommandKind::InstanceDispose => Command::InstanceDispose { selector: optional, force: has("--force") },
+        CommandKind::Logs => Command::Logs {
+            log: match optional.as_ref().map(|log| log.to_string_lossy()).as_deref() {
+                None | Some("opencode") => Log::Opencode,
+                Some("daemon") => Log::Daemon,
+                Some(other) => return Err(unknown("log", other, ["opencode", "daemon"].into_iter())),
+            },
+            follow: has("--follow"),
+            lines: value("--lines").map(|lines| number("--lines", &lines)).transpose()?,
+        },
+    };
+    Ok(invocation(command, row.autostart, patience, options))
+}
+
+/// Options with their values, and the other words, in their order.
+struct Tokens<'a> {
+    given: Vec<(&'static OptionRow, Option<OsString>)>,
+    words: Vec<&'a OsString>,
+}
+
+fn tokens(argv: &[OsString]) -> Result<Tokens<'_>> {
+    let mut tokens = Tokens { given: Vec::new(), words: Vec::new() };
+    let mut rest = argv.iter();
+    while let Some(arg) = rest.next() {
+        let bytes = arg.as_encoded_bytes();
+        if bytes == b"--" {
+            tokens.words.extend(rest);
+            break;
+        }
+        if !bytes.starts_with(b"-") || bytes == b"-" {
+            tokens.words.push(arg);
+            continue;
+        }
+        let lossy = arg.to_string_lossy();
+        let (name, attached) = match lossy.split_once('=') {
+            Some((name, _)) if name.starts_with("--") => (name, Some(after_equals(arg))),
+            _ => (&*lossy, None),
+        };
+        let row = OPTIONS.iter().find(|row| row.name == name || row.short == Some(name));
+        let row = row.ok_or_else(|| unknown("option", name, OPTIONS.iter().map(|row| row.name)))?;
+        let value = match (row.value, attached) {
+            (None, None) => None,
+            (None, Some(_)) => return Err(Error::usage(format!("{} takes no value", row.name))),
+            (Some(_), Some(value)) => Some(value),
+            (Some(what), None) => match rest.next() {
+                Some(value) if !value.as_encoded_bytes().starts_with(b"--") => Some(value.clone()),
+                Some(value) => {
+                    return Err(Error::Usage {
+                        message: format!("{} needs a value ({what}), not {}", row.name, value.display()),
+                        hint: Some(format!("{}={} if it is meant", row.name, value.display())),
+                    });
+                }
+                None => return Err(Error::usage(format!("{} needs a value ({what})", row.name))),
+            },
+        };
+        tokens.given.push((row, value));
+    }
+    Ok(tokens)
+}
+
+/// What stands after the first `=`, whatever its bytes.
+fn after_equals(arg: &OsStr) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let bytes = arg.as_bytes();
+    let at = bytes.iter().position(|byte| *byte == b'=').map_or(bytes.len(), |at| at + 1);
+    OsString::from_vec(bytes[at..].to_vec())
+}
+
+/// A word without its alias.
+fn canonical(word: &OsStr) -> &str {
+    let word = word.to_str().unwrap_or_default();
+    ALIASES.iter().find(|(short, _)| *short == word).map_or(word, |(_, long)| long)
+}
+
+/// The row of a command, and its arguments. No row: nothing, or only the first word of several
+/// commands, was given.
+fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static CommandRow>, Vec<&'w OsString>)> {
+    let Some(first) = words.first() else { return Ok((None, Vec::new())) };
+    let first = canonical(first);
+    let second = words.get(1).map(|word| canonical(word));
+    let named = |name: &str| COMMANDS.iter().find(|row| row.name == name);
+    if let Some(row) = second.and_then(|second| named(&format!("{first} {second}"))) {
+        return Ok((Some(row), words[2..].to_vec()));
+    }
+    let is_group = COMMANDS.iter().any(|row| row.name.split_once(' ').is_some_and(|(group, _)| group == first));
+    match (named(first), is_group, words.get(1)) {
+        (Some(row), false, _) | (Some(row), true, None) => Ok((Some(row), words[1..].to_vec())),
+        (None, true, None) => Ok((None, Vec::new())),
+        (_, true, Some(second)) => {
+            let given = format!("{first} {}", second.to_string_lossy());
+            Err(unknown("command", &given, COMMANDS.iter().map(|row| row.name).filter(|name| name.starts_with(first))))
+        }
+        (None, false, _) => {
+            let given = words[0].to_string_lossy();
+            let names = COMMANDS.iter().flat_map(|row| [row.name, row.name.split(' ').next().unwrap_or_default()]);
+            Err(unknown("command", &given, names))
+        }
+    }
+}
+
+/// The first word, when it is that of several commands.
+fn group_of(words: &[&OsString]) -> Option<String> {
+    words.first().map(|word| canonical(word).to_owned())
+}
+
+/// The command, or first word of commands, that help is asked for.
+fn help_topic(words: &[&OsString]) -> Result<Option<String>> {
+    let words = words.get(1..).unwrap_or_default();
+    let (row, _) = find_command(words)?;
+    Ok(row.map(|row| row.name.to_owned()).or_else(|| group_of(words)))
+}
+
+/// The one argument that may be left out.
+fn args_or_none(row: &CommandRow, words: &[&OsString]) -> Option<OsString> {
+    words.get(row.name.split(' ').count()).map(|word| (*word).clone())
+}
+
+fn daemon_options(value: &impl Fn(&str) -> Option<OsString>, origins: Vec<OsString>) -> Result<Options> {
+    for name in ["--daemon-host", "--opencode-host"] {
+        if let Some(host) = value(name) {
+            if !["127.0.0.1", "localhost"].iter().any(|loopback| host == *loopback) {
+                return Err(Error::Usage {
+                    message: format!("{name}: only 127.0.0.1 is listened on, not {}", host.display()),
+                    hint: Some("to reach it from elsewhere, use an SSH tunnel".to_owned()),
+                });
+            }
+        }
+    }
+    let port = |name| value(name).map(|port| self::port(name, &port)).transpose();
+    let binary = value("--opencode-bin").map(PathBuf::from);
+    let origins = origins.into_iter().map(origin).collect::<Result<_>>()?;
+    let engine = EngineOptions { binary, port: port("--opencode-port")? };
+    Ok(Options { port: port("--daemon-port")?, engine, origins })
+}
+
+/// An origin as browsers send it: `scheme://host[:port]`.
+fn origin(value: OsString) -> Result<String> {
+    let value = text("--cors", value)?;
+    let host = value.split_once("://").map_or("", |(_, host)| host);
+    if host.is_empty() || host.contains(['/', '?', '#', '@', '*']) || !value.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Error::usage(format!("--cors: {value:?} is not an origin (scheme://host[:port])")));
+    }
+    Ok(value)
+}
+
+fn port(option: &str, value: &OsStr) -> Result<u16> {
+    let port = value.to_str().and_then(|text| text.parse::<u16>().ok()).filter(|port| *port != 0);
+    port.ok_or_else(|| Error::usage(format!("{option}: {} is not a port (1 to 65535)", value.display())))
+}
+
+fn number(option: &str, value: &OsStr) -> Result<usize> {
+    let number = value.to_str().and_then(|text| text.parse().ok());
+    number.ok_or_else(|| Error::usage(format!("{option}: {} is not a number", value.display())))
+}
+
+fn seconds(value: &OsStr) -> Result<Duration> {
+    // A day is for ever, and Instant + Duration must not overflow.
+    let seconds = value.to_str().and_then(|text| text.parse::<f64>().ok()).filter(|s| *s > 0.0 && *s <= 86_400.0);
+    seconds
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| Error::usage(format!("--timeout: {} is not a number of seconds above 0", value.display())))
+}
+
+fn text(option: &str, value: OsString) -> Result<String> {
+    value.into_string().map_err(|value| Error::usage(format!("{option}: {} is not UTF-8", value.display())))
+}
+
+/// A name is checked where it is used; here it only has to be text.
+fn name(value: Option<OsString>) -> Result<Option<String>> {
+    let not_text =
+        |name: OsString| Error::InvalidName { name: name.to_string_lossy().into_owned(), why: "it is not UTF-8" };
+    value.map(|value| value.into_string().map_err(not_text)).transpose()
+}
+
+/// An unknown word, with the nearest known one if it is near.
+fn unknown<'k>(what: &str, given: &str, known: impl Iterator<Item = &'k str>) -> Error {
+    let nearest = known.map(|word| (distance(given, word), word)).min();
+    // Further away than a third of the word is another word.
+    let near = nearest.filter(|(distance, word)| *distance <= word.chars().count().div_ceil(3));
+    Error::Usage {
+        message: format!("unknown {what} `{given}`"),
+        hint: Some(match near {
+            Some((_, word)) => format!("did you mean `{word}`?"),
+            None => "`openwork help` shows what there is".to_owned(),
+        }),
+    }
+}
+
+/// How many characters must be put in, left out or changed (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, a) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, b) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

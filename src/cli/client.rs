@@ -1,0 +1,262 @@
+//! Finds the daemon, starts it when there is none, and asks it.
+//!
+//! Invariant: an address is trusted only if it stands in `daemon.lock` and that lock is held: a
+//! port that a dead daemon had may be anybody's.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::DETACHED_COMMAND;
+use super::output::Waiting;
+use crate::error::{Error, Result};
+use crate::http::{Request, Response, Timed};
+use crate::options::{MARKER, Options};
+use crate::paths::DataDir;
+use crate::wire::{Failure, TIMEOUT_HEADER};
+use crate::{lock, log};
+
+/// How often a lock is looked at while somebody else is about to change it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// How much longer than its deadline a request is waited for: so the side that knows what is
+/// missing says it.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long a daemon that holds the lock may refuse connections: it is on its way out.
+const LEAVING: Duration = Duration::from_secs(2);
+/// The largest reply: the list of a million workspaces.
+const REPLY_LIMIT: usize = 512 * 1024 * 1024;
+/// How much of its log is told when a daemon ends without a word. Lines.
+const LAST_LINES: usize = 10;
+
+/// A running daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct Address {
+    /// On 127.0.0.1.
+    pub port: u16,
+}
+
+/// How a command sees the daemon.
+pub struct Client {
+    /// Where its files are.
+    pub data_dir: DataDir,
+    /// For the whole command.
+    pub deadline: Instant,
+    /// Whether one may be started, and what it is then told.
+    pub autostart: Option<Options>,
+}
+
+impl Client {
+    /// The daemon that runs; one that is about to listen is waited for.
+    ///
+    /// # Errors
+    /// `daemon_unresponsive` when it does not come to listen before the deadline.
+    pub fn find(&self) -> Result<Option<Address>> {
+        let path = self.data_dir.daemon_lock();
+        loop {
+            let Some(mut file) = lock::if_held(&path)? else { return Ok(None) };
+            let mut text = String::new();
+            file.read_to_string(&mut text).map_err(|e| Error::io("read", &path, e))?;
+            // `<pid> <port>`; empty until it listens.
+            let port = text.split_whitespace().nth(1).and_then(|port| port.parse().ok());
+            if let (Some(port), true) = (port, text.ends_with('\n')) {
+                return Ok(Some(Address { port }));
+            }
+            if Instant::now() >= self.deadline {
+                return Err(Error::DaemonUnresponsive("it is starting, and does not listen yet".to_owned()));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+
+    /// The daemon, started if there is none and that is allowed.
+    ///
+    /// # Errors
+    /// `daemon_not_running`, and those of [`Client::start`].
+    pub fn ensure(&self) -> Result<Address> {
+        match (self.find()?, &self.autostart) {
+            (Some(address), _) => Ok(address),
+            (None, Some(options)) => self.start(options),
+            (None, None) => Err(Error::DaemonNotRunning),
+        }
+    }
+
+    /// Starts a daemon, unless somebody else is faster; then that one is as good.
+    ///
+    /// # Errors
+    /// Why it did not start, in its own words; `daemon_start_failed` when it has none.
+    pub fn start(&self, options: &Options) -> Result<Address> {
+        let _waiting = Waiting::new("the daemon to start");
+        self.data_dir.create()?;
+        let path = self.data_dir.start_lock();
+        loop {
+            let lock = lock::try_exclusive(&path)?;
+            if let Some(address) = self.find()? {
+                return Ok(address);
+            }
+            if lock.is_some() {
+                self.spawn(options)?;
+                // A daemon that lost a race tells nothing worse than that there is another.
+                return self.find()?.ok_or_else(|| Error::DaemonStartFailed("it has ended again".to_owned()));
+            }
+            if Instant::now() >= self.deadline {
+                return Err(Error::DaemonStartFailed("another start is under way and does not end".to_owned()));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+
+    /// Starts the process and waits for its word.
+    fn spawn(&self, options: &Options) -> Result<()> {
+        let failed = |why: String| Error::DaemonStartFailed(why);
+        let program = std::env::current_exe().map_err(|e| failed(format!("cannot find this program: {e}")))?;
+        let log_path = self.data_dir.daemon_log();
+        let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
+        let log_start = log.metadata().map_or(0, |metadata| metadata.len());
+        let mut command = Command::new(&program);
+        command.arg(DETACHED_COMMAND).arg("--data-dir").arg(self.data_dir.path());
+        let mut option = |name: &str, value: &std::ffi::OsStr| {
+            let mut option = std::ffi::OsString::from(format!("{name}="));
+            option.push(value);
+            command.arg(option);
+        };
+        if let Some(port) = options.port {
+            option("--daemon-port", port.to_string().as_ref());
+        }
+        if let Some(port) = options.engine.port {
+            option("--opencode-port", port.to_string().as_ref());
+        }
+        if let Some(binary) = &options.engine.binary {
+            option("--opencode-bin", binary.as_ref());
+        }
+        for origin in &options.origins {
+            option("--cors", origin.as_ref());
+        }
+        // Started from a shell of the agent's, it would carry the marker of the opencode that it
+        // is going to end.
+        command.env_remove(MARKER).env_remove("NOTIFY_SOCKET");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        let mut child = command.spawn().map_err(|e| failed(format!("cannot run {}: {e}", program.display())))?;
+        let stdout = child.stdout.take().ok_or_else(|| failed("no pipe to it".to_owned()))?;
+        let rest = self.deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
+        if poll(&mut [PollFd::new(&stdout, PollFlags::IN)], Some(&timeout)) == Ok(0) {
+            return Err(failed("it has not said that it listens before the deadline".to_owned()));
+        }
+        let mut line = String::new();
+        let _ = BufReader::new(stdout).read_line(&mut line);
+        match serde_json::from_str::<serde_json::Value>(&line) {
+            Ok(word) if word["ok"] == true => Ok(()),
+            Ok(word) => match serde_json::from_value::<Failure>(word) {
+                Ok(failure) => Err(Error::reported(failure.error, 500)),
+                Err(_) => Err(failed("it said something that is not understood".to_owned())),
+            },
+            Err(_) => {
+                let lines = log::tail(&log_path, log_start, LAST_LINES).unwrap_or_default();
+                Err(failed(format!("it ended without a word; its log:\n{}", lines.join("\n"))))
+            }
+        }
+    }
+
+    /// Asks the daemon, which is started if there is none and that is allowed.
+    ///
+    /// # Errors
+    /// Those of [`Client::ensure`], what the daemon replies, `daemon_unresponsive`.
+    pub fn ask<T: DeserializeOwned>(&self, method: &str, target: &str, body: &impl Serialize) -> Result<T> {
+        self.ask_at(self.ensure()?, method, target, body)
+    }
+
+    /// Asks a daemon that was found.
+    ///
+    /// # Errors
+    /// What the daemon replies; `daemon_unresponsive`; `daemon_not_running` when it ends instead.
+    pub fn ask_at<T: DeserializeOwned>(
+        &self,
+        address: Address,
+        method: &str,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<T> {
+        let body = if method == "GET" || method == "DELETE" { Vec::new() } else { to_json(body)? };
+        let (status, reply) = self.exchange(address, method, target, &body)?;
+        let not_ours =
+            |e| Error::DaemonUnresponsive(format!("port {} answers what is not understood: {e}", address.port));
+        if (200..300).contains(&status) {
+            return serde_json::from_slice(&reply).map_err(not_ours);
+        }
+        let failure: Failure = serde_json::from_slice(&reply).map_err(not_ours)?;
+        Err(Error::reported(failure.error, status))
+    }
+
+    fn exchange(&self, address: Address, method: &str, target: &str, body: &[u8]) -> Result<(u16, Vec<u8>)> {
+        let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let timeout = format!("{:.3}", rest.as_secs_f64());
+        let length = body.len().to_string();
+        let headers = [
+            (TIMEOUT_HEADER, timeout.as_str()),
+            ("Content-Type", "application/json"),
+            ("Content-Length", length.as_str()),
+        ];
+        let request = Request { method, target, headers: &headers };
+        let mut bytes = request.head(&format!("127.0.0.1:{}", address.port));
+        bytes.extend_from_slice(body);
+        let unresponsive = |e: io::Error| Error::DaemonUnresponsive(format!("port {}: {e}", address.port));
+        let mut stream = Timed::new(self.connect(address)?, Some(self.deadline + GRACE));
+        let reply = stream
+            .write_all(&bytes)
+            .and_then(|()| Response::read(stream, method))
+            .and_then(|response| Ok((response.status, response.bytes(REPLY_LIMIT)?)));
+        match reply {
+            // It went while we asked.
+            Err(e) if e.kind() != io::ErrorKind::TimedOut && lock::if_held(&self.data_dir.daemon_lock())?.is_none() => {
+                Err(Error::DaemonNotRunning)
+            }
+            other => other.map_err(unresponsive),
+        }
+    }
+
+    /// Connects; a daemon that holds the lock and no longer listens is on its way out.
+    fn connect(&self, address: Address) -> Result<TcpStream> {
+        let socket = SocketAddr::from((Ipv4Addr::LOCALHOST, address.port));
+        let patience = Instant::now() + LEAVING;
+        loop {
+            let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            match TcpStream::connect_timeout(&socket, rest) {
+                Ok(stream) => {
+                    let _ = stream.set_nodelay(true);
+                    return Ok(stream);
+                }
+                Err(_) if lock::if_held(&self.data_dir.daemon_lock())?.is_none() => {
+                    return Err(Error::DaemonNotRunning);
+                }
+                Err(e) if Instant::now() >= patience.min(self.deadline) => {
+                    return Err(Error::DaemonUnresponsive(format!("port {}: {e}", address.port)));
+                }
+                Err(_) => std::thread::sleep(LOOK_INTERVAL),
+            }
+        }
+    }
+
+    /// Waits until no daemon holds the lock.
+    ///
+    /// # Errors
+    /// `daemon_unresponsive` at the deadline.
+    pub fn wait_until_gone(&self) -> Result<()> {
+        let _waiting = Waiting::new("the daemon to stop");
+        while lock::if_held(&self.data_dir.daemon_lock())?.is_some() {
+            if Instant::now() >= self.deadline {
+                return Err(Error::DaemonUnresponsive("it has not ended before the deadline".to_owned()));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+}
+
+fn to_json(body: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(body).map_err(|e| Error::Internal(format!("cannot write JSON: {e}")))
+}

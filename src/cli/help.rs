@@ -1,0 +1,151 @@
+//! Help, from the tables of `args`.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::output::Output;
+use crate::args::{ALIASES, COMMANDS, CommandRow, OPTIONS, OptionRow};
+use crate::error::{Code, Result};
+use crate::wire::ROUTES;
+
+const ABOUT: &str = "openwork keeps one opencode server alive and routes its calls to many workspaces by directory.";
+
+#[derive(Serialize)]
+struct Tables {
+    ok: bool,
+    version: &'static str,
+    commands: Vec<CommandTable>,
+    options: Vec<OptionTable>,
+    errors: Vec<ErrorTable>,
+    routes: Vec<RouteTable>,
+}
+
+#[derive(Serialize)]
+struct CommandTable {
+    name: &'static str,
+    aliases: Vec<String>,
+    args: &'static str,
+    summary: &'static str,
+    options: Vec<&'static str>,
+    autostart: bool,
+}
+
+#[derive(Serialize)]
+struct OptionTable {
+    name: &'static str,
+    short: Option<&'static str>,
+    value: Option<&'static str>,
+    env: Option<&'static str>,
+    commands: &'static [&'static str],
+    help: &'static str,
+}
+
+#[derive(Serialize)]
+struct ErrorTable {
+    code: &'static str,
+    exit: u8,
+    http: &'static [u16],
+}
+
+#[derive(Serialize)]
+struct RouteTable {
+    method: &'static str,
+    path: &'static str,
+}
+
+/// Prints help about everything, a command, or the commands with a first word in common.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn print(out: &mut Output, topic: Option<&str>) -> Result<()> {
+    out.print(&tables(), |_| match topic.and_then(|topic| COMMANDS.iter().find(|row| row.name == topic)) {
+        Some(row) => command_help(row),
+        None => overview(topic),
+    })
+}
+
+fn tables() -> Tables {
+    let command = |row: &CommandRow| CommandTable {
+        name: row.name,
+        aliases: aliases(row.name),
+        args: row.args,
+        summary: row.summary,
+        options: row.options().map(|option| option.name).collect(),
+        autostart: row.autostart,
+    };
+    let option = |row: &OptionRow| OptionTable {
+        name: row.name,
+        short: row.short,
+        value: row.value,
+        env: row.env,
+        commands: row.commands,
+        help: row.help,
+    };
+    Tables {
+        ok: true,
+        version: env!("CARGO_PKG_VERSION"),
+        commands: COMMANDS.iter().map(command).collect(),
+        options: OPTIONS.iter().map(option).collect(),
+        errors: Code::ALL
+            .iter()
+            .map(|code| ErrorTable { code: code.name(), exit: code.exit_status(), http: code.http() })
+            .collect(),
+        routes: ROUTES.iter().map(|(method, path, _)| RouteTable { method, path }).collect(),
+    }
+}
+
+/// The other spellings of a command: the one with every word short.
+fn aliases(name: &str) -> Vec<String> {
+    let short = |word: &str| ALIASES.iter().find(|(_, long)| *long == word).map(|(short, _)| *short);
+    let words: Vec<&str> = name.split(' ').map(|word| short(word).unwrap_or(word)).collect();
+    let spelled = words.join(" ");
+    if spelled == name { Vec::new() } else { vec![spelled] }
+}
+
+fn overview(group: Option<&str>) -> String {
+    let mut text = format!("{ABOUT}\n\nusage: openwork <command> [arguments] [options]\n\ncommands:\n");
+    let in_group = |row: &&CommandRow| group.is_none_or(|group| row.name.split(' ').next() == Some(group));
+    rows(
+        &mut text,
+        COMMANDS.iter().filter(in_group).map(|row| (format!("{} {}", row.name, row.args), row.summary.to_owned())),
+    );
+    text.push_str("\noptions of every command:\n");
+    rows(&mut text, OPTIONS.iter().filter(|row| row.commands.is_empty()).map(described));
+    text.push_str("\n`ws` is short for workspace, `ls` for list, `rm` for remove. <ws> is an id, a name, the beginning of either,\n");
+    text.push_str(
+        "a path in the workspace, or - for the one active before; left out, OPENWORK_WORKSPACE or the active one.\n",
+    );
+    text.push_str("`openwork help <command>` says more; `openwork help --json` has the tables.\n");
+    text
+}
+
+fn command_help(row: &CommandRow) -> String {
+    let mut text =
+        format!("{}\n\nusage: {} [options]\n", row.summary, format!("openwork {} {}", row.name, row.args).trim_end());
+    for alias in aliases(row.name) {
+        let _ = writeln!(text, "  also: openwork {alias}");
+    }
+    if row.options().next().is_some() {
+        text.push_str("\noptions:\n");
+        rows(&mut text, row.options().map(described));
+    }
+    text.push_str("\noptions of every command:\n");
+    rows(&mut text, OPTIONS.iter().filter(|option| option.commands.is_empty()).map(described));
+    text
+}
+
+fn described(row: &OptionRow) -> (String, String) {
+    let short = row.short.map_or_else(String::new, |short| format!("{short}, "));
+    let value = row.value.map_or_else(String::new, |value| format!(" {value}"));
+    let env = row.env.map_or_else(String::new, |env| format!(" [{env}]"));
+    (format!("{short}{}{value}", row.name), format!("{}{env}", row.help))
+}
+
+fn rows(text: &mut String, rows: impl Iterator<Item = (String, String)>) {
+    let rows: Vec<(String, String)> = rows.collect();
+    let width = rows.iter().map(|(left, _)| left.trim_end().chars().count()).max().unwrap_or(0);
+    for (left, right) in rows {
+        let _ = writeln!(text, "  {:width$}  {right}", left.trim_end());
+    }
+}

@@ -1,0 +1,358 @@
+//! The commands: one function each. They ask the daemon, or read; they never write the state.
+
+mod client;
+mod help;
+mod logs;
+mod output;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use self::client::Client;
+use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
+use crate::args::{self, Command, Invocation};
+use crate::daemon;
+use crate::error::{Error, Result};
+use crate::http::percent_encode;
+use crate::log::{now_ms, timestamp};
+use crate::options::Options;
+use crate::paths::{self, DataDir};
+use crate::state::State;
+use crate::wire::{
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, Listed, PathReply, Phase, Rename, Shutdown,
+    WorkspaceList, WorkspaceReply,
+};
+use crate::workspace::{Workspace, looks_like_path};
+
+/// The hidden command by which a client starts a daemon in the background.
+pub const DETACHED_COMMAND: &str = "__daemon";
+/// The environment variable that names a workspace where none is given.
+const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
+
+/// Runs a command line; the exit status. `detached`: this process is the daemon in the background.
+pub fn main(argv: &[OsString], detached: bool) -> u8 {
+    let mut output = Output::new(args::wants_json(argv));
+    let result = args::parse(argv, |name| std::env::var_os(name)).and_then(|invocation| match detached {
+        true => run_daemon(&invocation, true),
+        false => run(invocation, &mut output),
+    });
+    match result {
+        Ok(()) => 0,
+        // The client that started it has been told, and reports it.
+        Err(e) if detached => {
+            crate::log!("{e}");
+            e.code().exit_status()
+        }
+        Err(e) => {
+            output.fail(&e);
+            e.code().exit_status()
+        }
+    }
+}
+
+fn run_daemon(invocation: &Invocation, detached: bool) -> Result<()> {
+    let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
+    daemon::run(&data_dir, &absolute_options(&invocation.daemon)?, detached)
+}
+
+fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
+    match &invocation.command {
+        Command::Help { topic } => return help::print(out, topic.as_deref()),
+        Command::Version => {
+            #[derive(Serialize)]
+            struct Version {
+                ok: bool,
+                version: &'static str,
+            }
+            let version = Version { ok: true, version: env!("CARGO_PKG_VERSION") };
+            return out.print(&version, |version| format!("openwork {}\n", version.version));
+        }
+        Command::DaemonRun => return run_daemon(&invocation, false),
+        _ => {}
+    }
+    let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
+    let options = absolute_options(&invocation.daemon)?;
+    let client = Client {
+        data_dir,
+        deadline: Instant::now() + invocation.timeout,
+        autostart: invocation.autostart.then_some(options),
+    };
+    match invocation.command {
+        Command::Help { .. } | Command::Version | Command::DaemonRun => Ok(()),
+        Command::DaemonStart => start(&client, out),
+        Command::DaemonStop { keep_opencode } => stop(&client, out, keep_opencode),
+        Command::DaemonRestart { all } => restart(&client, out, all),
+        Command::Status => status(&client, out),
+        Command::WorkspaceAdd { path, name } => add(&client, out, &path, name),
+        Command::WorkspaceAddRemote { base_url, directory, name } => {
+            let reply = client.ask("POST", "/workspaces/remote", &AddRemote { base_url, directory, name })?;
+            print_added(out, &reply)
+        }
+        Command::WorkspaceList { quiet } => list(&client, out, quiet),
+        Command::WorkspaceCurrent { quiet } => {
+            let reply = read_one(&client, "@active")?;
+            out.print(&reply, |reply| {
+                let Workspace { id, name, .. } = &*reply.workspace.workspace;
+                format!("{}\n", clean(if quiet { id } else { name }))
+            })
+        }
+        Command::WorkspaceInfo { selector } => info(&client, out, selector),
+        Command::WorkspaceSwitch { selector } => {
+            let target = target(&client, Some(selector), "/activate")?;
+            let reply: WorkspaceReply = client.ask("POST", &target, &())?;
+            out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace)))
+        }
+        Command::WorkspaceRemove { selector } => {
+            let reply: WorkspaceReply = client.ask("DELETE", &target(&client, Some(selector), "")?, &())?;
+            out.print(&reply, |reply| format!("removed {}; its files stay\n", named(&reply.workspace)))
+        }
+        Command::WorkspaceRename { selector, name } => {
+            let reply: WorkspaceReply = client.ask("PATCH", &target(&client, Some(selector), "")?, &Rename { name })?;
+            out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace)))
+        }
+        Command::WorkspacePath { selector } => {
+            let target = target(&client, selector, "/path")?;
+            let address = client.ensure()?;
+            let waiting = Waiting::new("opencode");
+            let reply: PathReply = client.ask_at(address, "GET", &target, &())?;
+            drop(waiting);
+            out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
+        }
+        Command::InstanceDispose { selector, force } => {
+            let id = encoded(&client, selector)?;
+            let reply: DisposeReply = client.ask("POST", &format!("/instances/{id}/dispose"), &Dispose { force })?;
+            out.print(&reply, |reply| {
+                let done = if reply.disposed { "disposed the instance of" } else { "no instance was loaded of" };
+                format!("{done} {}\n", clean(&reply.workspace.name))
+            })
+        }
+        Command::Logs { log, follow, lines } => logs::print(&client, out, log, follow, lines),
+    }
+}
+
+/// The daemon works in another directory.
+fn absolute_options(options: &Options) -> Result<Options> {
+    let mut options = options.clone();
+    if let Some(binary) = &options.engine.binary {
+        options.engine.binary = Some(paths::absolute(binary)?);
+    }
+    Ok(options)
+}
+
+/// A workspace for people: its name and where it is.
+fn named(listed: &Listed) -> String {
+    format!("{} ({})", clean(&listed.workspace.name), clean(&listed.workspace.location()))
+}
+
+fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
+    out.print(reply, |reply| {
+        let done = if reply.created == Some(true) { "added" } else { "already there:" };
+        let active = if reply.active_id == reply.workspace.workspace.id { ", active" } else { "" };
+        format!("{done} {} as {}{active}\n", named(&reply.workspace), reply.workspace.workspace.id)
+    })
+}
+
+fn start(client: &Client, out: &mut Output) -> Result<()> {
+    let asked_for = client.autostart.as_ref().and_then(|options| options.port);
+    if let (Some(address), Some(port)) = (client.find()?, asked_for) {
+        if address.port != port {
+            note(&format!(
+                "the daemon already runs, on port {}; `openwork daemon restart` takes new options\n",
+                address.port
+            ));
+        }
+    }
+    let address = client.ensure()?;
+    let waiting = Waiting::new("opencode");
+    let health: Health = client.ask_at(address, "POST", "/start", &())?;
+    drop(waiting);
+    out.print(&health, |health| {
+        let opencode = health.opencode.as_ref().map_or_else(String::new, |opencode| opencode.base_url.clone());
+        let version = health.engine.version.as_deref().unwrap_or_default();
+        format!("openwork is ready on {}, opencode {version} on {opencode}\n", health.daemon.base_url)
+    })
+}
+
+#[derive(Serialize)]
+struct Stopped {
+    ok: bool,
+    stopped: bool,
+}
+
+fn stop(client: &Client, out: &mut Output, keep_opencode: bool) -> Result<()> {
+    let stopped = Stopped { ok: true, stopped: stop_running(client, keep_opencode)? };
+    out.print(&stopped, |stopped| {
+        let done = match (stopped.stopped, keep_opencode) {
+            (false, _) => "the daemon is not running",
+            (true, false) => "stopped",
+            (true, true) => "stopped; opencode goes on",
+        };
+        format!("{done}\n")
+    })
+}
+
+/// Stops the daemon; whether one was running.
+fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
+    let Some(address) = client.find()? else { return Ok(false) };
+    match client.ask_at::<Done>(address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
+        Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
+        Err(e) => return Err(e),
+    }
+    client.wait_until_gone()?;
+    Ok(true)
+}
+
+fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
+    if client.autostart.is_none() {
+        return Err(Error::usage("--no-autostart does not go with `daemon restart`"));
+    }
+    stop_running(client, !all)?;
+    start(client, out)
+}
+
+fn status(client: &Client, out: &mut Output) -> Result<()> {
+    let address = client.find()?.ok_or(Error::DaemonNotRunning)?;
+    let health: Health = client.ask_at(address, "GET", "/health", &())?;
+    if out.is_json() {
+        return out.print(&health, |_| String::new());
+    }
+    let active = match health.active_id.as_str() {
+        "" => None,
+        _ => client.ask_at::<WorkspaceReply>(address, "GET", "/workspaces/@active", &()).ok(),
+    };
+    out.print(&health, |health| human_status(health, active.as_ref()))
+}
+
+fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
+    let process = |name: &str, state: &str, info: Option<&crate::wire::ProcessInfo>, version: &str| {
+        let mut row = vec![name.to_owned(), state.to_owned()];
+        if let Some(info) = info {
+            row.extend([
+                info.base_url.clone(),
+                format!("pid {}", info.pid),
+                format!("up {}", duration(now_ms().saturating_sub(info.started_at))),
+                info.memory.map_or_else(String::new, megabytes),
+                format!("version {version}"),
+            ]);
+        }
+        row
+    };
+    let version = health.engine.version.as_deref().unwrap_or("unknown");
+    let mut text = table(&[
+        process("daemon", "running", Some(&health.daemon), &health.cli_version),
+        process("opencode", health.engine.phase.name(), health.opencode.as_ref(), version),
+    ]);
+    text.push_str(&format!("restarts  {}\n", health.engine.restarts));
+    let active = active.map_or_else(|| "none".to_owned(), |active| named(&active.workspace));
+    text.push_str(&format!("active    {active} ({} in all)\n", health.workspace_count));
+    if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready) {
+        text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));
+    }
+    text
+}
+
+fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::PathNotFound(path.to_owned()));
+    }
+    let path = paths::absolute(path)?;
+    let Some(text) = path.to_str() else { return Err(Error::PathNotUtf8(path)) };
+    let reply = client.ask("POST", "/workspaces", &AddLocal { path: text.to_owned(), name })?;
+    print_added(out, &reply)
+}
+
+fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
+    let list = match client.find()? {
+        Some(address) => client.ask_at(address, "GET", "/workspaces", &())?,
+        None => {
+            let state = State::read(&client.data_dir.state())?;
+            let workspaces = state.workspaces.iter().map(Listed::new).collect();
+            WorkspaceList { ok: true, active_id: state.active_id, workspaces }
+        }
+    };
+    out.print(&list, |list| {
+        if quiet {
+            return list.workspaces.iter().map(|listed| format!("{}\n", clean(&listed.workspace.id))).collect();
+        }
+        if list.workspaces.is_empty() {
+            note("no workspaces yet: add one with `openwork workspace add <path>`\n");
+            return String::new();
+        }
+        let mut rows = vec![["", "NAME", "ID", "WHERE"].map(str::to_owned).to_vec()];
+        rows.extend(list.workspaces.iter().map(|listed| {
+            let workspace = &listed.workspace;
+            let mark = if workspace.id == list.active_id { "*" } else { "" };
+            let missing = if listed.missing { " (missing)" } else { "" };
+            vec![mark.to_owned(), workspace.name.clone(), workspace.id.clone(), workspace.location() + missing]
+        }));
+        table(&rows)
+    })
+}
+
+fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result<()> {
+    let reply = read_one(client, &text_selector(client, selector)?)?;
+    out.print(&reply, |reply| {
+        let workspace = &reply.workspace.workspace;
+        let date = |ms: Option<u64>| ms.filter(|ms| *ms > 0).map_or_else(|| "unknown".to_owned(), timestamp);
+        let row = |name: &str, value: String| vec![name.to_owned(), value];
+        let is_active = reply.active_id == workspace.id;
+        let missing = if reply.workspace.missing { " (missing)" } else { "" };
+        table(&[
+            row("id", workspace.id.clone()),
+            row("name", workspace.name.clone()),
+            row("type", if workspace.is_local() { "local".to_owned() } else { "remote".to_owned() }),
+            row("where", workspace.location() + missing),
+            row("active", if is_active { "yes".to_owned() } else { "no".to_owned() }),
+            row("created", date(workspace.created_at)),
+            row("last used", date(workspace.last_used_at)),
+        ])
+    })
+}
+
+/// Reads about one workspace: from the daemon, or without one from the state file.
+fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
+    match client.find()? {
+        Some(address) => {
+            let target = format!("/workspaces/{}", percent_encode(selector.as_bytes()));
+            client.ask_at(address, "GET", &target, &())
+        }
+        None => {
+            let state = State::read(&client.data_dir.state())?;
+            let workspace = Listed::new(state.find(selector)?);
+            Ok(WorkspaceReply { ok: true, active_id: state.active_id.clone(), workspace, created: None })
+        }
+    }
+}
+
+/// A selector as the daemon understands it: a path is made absolute, `-` is looked up, and one
+/// that is left out is `OPENWORK_WORKSPACE`, else the active one.
+fn text_selector(client: &Client, selector: Option<OsString>) -> Result<String> {
+    let from_environment = || std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
+    let Some(selector) = selector.or_else(from_environment) else { return Ok("@active".to_owned()) };
+    let not_found = |selector: &OsStr| Error::WorkspaceNotFound(selector.to_string_lossy().into_owned());
+    if selector == "-" {
+        let state = State::read(&client.data_dir.state())?;
+        return Ok(state.find("-")?.id.clone());
+    }
+    let is_path = looks_like_path(&String::from_utf8_lossy(selector.as_bytes()));
+    let selector = if is_path { paths::absolute(Path::new(&selector))?.into_os_string() } else { selector };
+    match selector.to_str() {
+        // A workspace without a name, or an unset variable: neither means anything.
+        None | Some("") => Err(not_found(&selector)),
+        Some(text) => Ok(text.to_owned()),
+    }
+}
+
+/// A selector as a segment of a request target.
+fn encoded(client: &Client, selector: Option<OsString>) -> Result<String> {
+    Ok(percent_encode(text_selector(client, selector)?.as_bytes()))
+}
+
+/// The target of a request about one workspace.
+fn target(client: &Client, selector: Option<OsString>, tail: &str) -> Result<String> {
+    Ok(format!("/workspaces/{}{tail}", encoded(client, selector)?))
+}

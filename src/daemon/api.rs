@@ -1,0 +1,306 @@
+//! The control plane: the routes of [`ROUTES`], one handler each, on tiny_http behind the gate.
+//!
+//! Every request has a thread, since a handler may wait for opencode; every handler has a
+//! deadline and returns a value or a typed error, which become JSON in one place.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Builder, Scope};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tiny_http::{Header, Request, Server};
+
+use super::engine::CallError;
+use super::events::EventKind;
+use super::process::Flag;
+use super::{CONTROL_SOCKET, Daemon};
+use crate::error::{Error, Result};
+use crate::http::percent_decode;
+use crate::wire::{
+    AddLocal, AddRemote, DisposeReply, Done, Failure, PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER,
+    WorkspaceList, WorkspaceReply,
+};
+use crate::wire::{Dispose, Listed};
+use crate::workspace::{Place, Workspace, existing_directory};
+
+/// How long a request may take that does not say: as long as a command.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that can be asked for; a day is for ever.
+const LONGEST_TIMEOUT: f64 = 86_400.0;
+/// The pause before the control plane listens anew, when the server has ended for want of
+/// descriptors.
+const RELISTEN_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client says about its patience; 30 s when it says nothing.
+///
+/// # Errors
+/// `bad_request` when it is not a positive number of seconds.
+pub fn timeout(header: Option<&str>) -> Result<Duration> {
+    let Some(header) = header else { return Ok(DEFAULT_TIMEOUT) };
+    match header.parse::<f64>() {
+        Ok(seconds) if seconds > 0.0 => Ok(Duration::from_secs_f64(seconds.min(LONGEST_TIMEOUT))),
+        _ => Err(Error::BadRequest(format!("{TIMEOUT_HEADER} must be a number of seconds, not {header:?}"))),
+    }
+}
+
+/// The server behind the gate.
+pub struct ControlPlane {
+    server: Mutex<Arc<Server>>,
+}
+
+impl ControlPlane {
+    /// Listens in the data directory, which is the working directory.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn listen() -> Result<ControlPlane> {
+        Ok(ControlPlane { server: Mutex::new(Arc::new(listen()?)) })
+    }
+
+    fn current(&self) -> Arc<Server> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Serves until the flag is raised and [`ControlPlane::wake`] is called.
+    pub fn serve<'scope, 'env>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        daemon: &'env Daemon<'env>,
+        stop: &Flag,
+    ) {
+        while !stop.is_raised() {
+            match self.current().recv() {
+                Ok(request) => {
+                    // Without a thread the request is dropped, and the gate says so.
+                    if let Err(e) = Builder::new().spawn_scoped(scope, || handle(daemon, request)) {
+                        crate::log!("cannot start a thread: {e}");
+                    }
+                }
+                Err(_) if stop.is_raised() => {}
+                Err(e) => {
+                    // Its accept loop ends at the first error for good.
+                    crate::log!("the control plane listens anew: {e}");
+                    std::thread::sleep(RELISTEN_PAUSE);
+                    match listen() {
+                        Ok(server) => {
+                            *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(server);
+                        }
+                        Err(e) => crate::log!("{e}"),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets [`ControlPlane::serve`] look at its flag.
+    pub fn wake(&self) {
+        self.current().unblock();
+    }
+}
+
+fn listen() -> Result<Server> {
+    let path = Path::new(CONTROL_SOCKET);
+    let failed = |what| move |e| Error::io(what, path, e);
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed("remove")(e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed("listen on"))?;
+    // Nobody else gets into the directory; this is the second lock on the same door.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed("narrow the mode of"))?;
+    Server::from_listener(listener, None).map_err(|e| Error::Internal(format!("cannot serve: {e}")))
+}
+
+/// Answers one request, whatever happens while doing so.
+fn handle(daemon: &Daemon<'_>, mut request: Request) {
+    let answer = catch_unwind(AssertUnwindSafe(|| answer(daemon, &mut request)))
+        .unwrap_or_else(|_| Err(Error::Internal("a bug: see `openwork logs daemon`".to_owned())));
+    let (status, body, allow, shutdown) = match answer {
+        Ok(Answer { status, body, shutdown }) => (status, body, None, shutdown),
+        Err(e) => {
+            let allow = if let Error::MethodNotAllowed { allow, .. } = &e { Some(allow.clone()) } else { None };
+            (e.http_status(), serde_json::to_vec(&Failure::from(&e)).unwrap_or_default(), allow, None)
+        }
+    };
+    // Always with a length: the gate reads it whole.
+    let mut response = tiny_http::Response::from_data(body).with_status_code(status).with_chunked_threshold(usize::MAX);
+    if let Some(Ok(header)) = allow.map(|allow| Header::from_bytes("Allow", allow)) {
+        response.add_header(header);
+    }
+    if let Err(e) = request.respond(response) {
+        crate::log!("a reply was not taken: {e}");
+    }
+    if let Some(Shutdown { keep_opencode }) = shutdown {
+        crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
+        daemon.supervisor.stop(keep_opencode);
+    }
+}
+
+/// A reply, and what is to be done after it.
+struct Answer {
+    status: u16,
+    body: Vec<u8>,
+    shutdown: Option<Shutdown>,
+}
+
+impl Answer {
+    fn new(status: u16, value: &impl Serialize) -> Result<Answer> {
+        let body = serde_json::to_vec(value).map_err(|e| Error::Internal(format!("cannot write JSON: {e}")))?;
+        Ok(Answer { status, body, shutdown: None })
+    }
+}
+
+fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
+    let method = request.method().to_string();
+    let (route, selector) = find_route(&method, request.url().split('?').next().unwrap_or_default())?;
+    let header = request.headers().iter().find(|header| header.field.equiv(TIMEOUT_HEADER));
+    let deadline = Instant::now() + timeout(header.map(|header| header.value.as_str()))?;
+    let mut body = Vec::new();
+    // Bounded by the gate.
+    request.as_reader().read_to_end(&mut body).map_err(|e| Error::BadRequest(format!("the body did not come: {e}")))?;
+    let one = |workspace: Arc<Workspace>, created| WorkspaceReply {
+        ok: true,
+        active_id: daemon.store.snapshot().active_id.clone(),
+        workspace: Listed::new(&workspace),
+        created,
+    };
+    match route {
+        Route::Health => Answer::new(200, &daemon.health()),
+        Route::List => {
+            let state = daemon.store.latest();
+            let workspaces = state.workspaces.iter().map(Listed::new).collect();
+            Answer::new(200, &WorkspaceList { ok: true, active_id: state.active_id.clone(), workspaces })
+        }
+        Route::AddLocal => {
+            let AddLocal { path, name } = parse(&body)?;
+            let (workspace, created) = daemon.add(Place::local(Path::new(&path))?, name.as_deref())?;
+            Answer::new(if created { 201 } else { 200 }, &one(workspace, Some(created)))
+        }
+        Route::AddRemote => {
+            let AddRemote { base_url, directory, name } = parse(&body)?;
+            let (workspace, created) = daemon.add(Place::remote(&base_url, directory.as_deref())?, name.as_deref())?;
+            Answer::new(if created { 201 } else { 200 }, &one(workspace, Some(created)))
+        }
+        Route::Get => Answer::new(200, &one(daemon.store.latest().find(&selector)?.clone(), None)),
+        Route::Rename => {
+            let Rename { name } = parse(&body)?;
+            let event = |workspace, active_id| EventKind::WorkspaceRenamed { workspace, active_id };
+            let workspace = daemon.change(&selector, event, |state, id| state.rename(id, &name))?;
+            Answer::new(200, &one(workspace, None))
+        }
+        Route::Remove => {
+            let event = |workspace, active_id| EventKind::WorkspaceRemoved { workspace, active_id };
+            let workspace = daemon.change(&selector, event, |state, id| state.remove(id))?;
+            Answer::new(200, &one(workspace, None))
+        }
+        Route::Activate => {
+            let event = |workspace, active_id| EventKind::WorkspaceActivated { workspace, active_id };
+            let workspace = daemon.change(&selector, event, |state, id| state.activate(id))?;
+            Answer::new(200, &one(workspace, None))
+        }
+        Route::Path => {
+            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            let directory = workspace.local_path()?;
+            // opencode would answer for a directory that is not there.
+            existing_directory(directory)?;
+            let path = daemon.supervisor.call(deadline, |endpoint| {
+                // Before the answer: one that comes too late has loaded it all the same.
+                daemon.instances.loaded(endpoint.generation, &workspace.path);
+                endpoint.path(directory, deadline)
+            })?;
+            daemon.store.touch(&workspace.id);
+            Answer::new(200, &PathReply { ok: true, workspace, path: path.into() })
+        }
+        Route::Dispose => {
+            let Dispose { force } = parse(&body)?;
+            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            let disposed = dispose(daemon, &workspace, force, deadline)?;
+            Answer::new(200, &DisposeReply { ok: true, disposed, workspace })
+        }
+        Route::Start => {
+            daemon.supervisor.endpoint(deadline)?;
+            Answer::new(200, &daemon.health())
+        }
+        Route::Shutdown => {
+            let shutdown: Shutdown = parse(&body)?;
+            Ok(Answer { shutdown: Some(shutdown), ..Answer::new(200, &Done { ok: true })? })
+        }
+    }
+}
+
+/// Disposes the instance of a workspace; false when it is not loaded.
+fn dispose(daemon: &Daemon<'_>, workspace: &Workspace, force: bool, deadline: Instant) -> Result<bool> {
+    let directory = workspace.local_path()?;
+    // Neither opencode nor the instance is woken to be put to sleep.
+    if !daemon.instances.is_loaded(&workspace.path) {
+        return Ok(false);
+    }
+    let disposed = daemon.supervisor.call(deadline, |endpoint| {
+        if !daemon.instances.is_loaded_in(endpoint.generation, &workspace.path) {
+            return Ok(false);
+        }
+        if !force {
+            let sessions = endpoint.running_sessions(directory, deadline)?;
+            if sessions > 0 {
+                let workspace = workspace.name.clone();
+                return Err(CallError::Failed(Error::InstanceBusy { workspace, sessions }));
+            }
+        }
+        endpoint.dispose(directory, deadline)?;
+        daemon.instances.disposed(endpoint.generation, &workspace.path);
+        Ok(true)
+    })?;
+    if disposed {
+        let (workspace_id, directory) = (Some(workspace.id.clone()), workspace.path.clone());
+        daemon.events.publish(EventKind::InstanceDisposed { workspace_id, directory });
+    }
+    Ok(disposed)
+}
+
+/// The body as JSON; an empty one is `{}`.
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+    let body = if body.is_empty() { b"{}" } else { body };
+    serde_json::from_slice(body).map_err(|e| Error::BadRequest(format!("the body is not what is expected here: {e}")))
+}
+
+/// The route, and the selector in its path.
+fn find_route(method: &str, path: &str) -> Result<(Route, String)> {
+    let segments: Vec<&str> = path.split('/').collect();
+    let matches = |pattern: &str| {
+        let pattern: Vec<&str> = pattern.split('/').collect();
+        pattern.len() == segments.len()
+            && pattern.iter().zip(&segments).all(|(wanted, given)| *wanted == ":id" || wanted == given)
+    };
+    // A literal path wins over a selector of the same form: `/workspaces/remote`.
+    let pattern = match ROUTES.iter().find(|(.., pattern, _)| *pattern == path) {
+        Some((_, pattern, _)) => pattern,
+        None => match ROUTES.iter().find(|(_, pattern, _)| matches(pattern)) {
+            Some((_, pattern, _)) => pattern,
+            None => return Err(Error::NotFound(path.to_owned())),
+        },
+    };
+    let candidates = || ROUTES.iter().filter(|(_, p, _)| p == pattern || (matches(p) && p.contains(":id")));
+    let Some((_, pattern, route)) = candidates().find(|(m, ..)| *m == method) else {
+        let mut allow: Vec<&str> = candidates().map(|(method, ..)| *method).collect();
+        allow.sort_unstable();
+        return Err(Error::MethodNotAllowed {
+            method: method.to_owned(),
+            path: path.to_owned(),
+            allow: allow.join(", "),
+        });
+    };
+    let position = pattern.split('/').position(|segment| segment == ":id");
+    let selector = position.and_then(|position| segments.get(position)).copied().unwrap_or_default();
+    let decoded = percent_decode(selector).and_then(|bytes| String::from_utf8(bytes).ok());
+    match decoded {
+        // What was active before is a matter of a command line.
+        Some(selector) if selector == "-" => Err(Error::WorkspaceNotFound(selector)),
+        Some(selector) => Ok((*route, selector)),
+        None => Err(Error::BadRequest(format!("{selector:?} in the path is not percent-encoded UTF-8"))),
+    }
+}

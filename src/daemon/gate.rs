@@ -1,0 +1,513 @@
+//! The public port: every connection comes through here, and one request of each.
+//!
+//! The gate reads the head under a deadline, refuses what the policy refuses before anything
+//! else is read, reads a bounded body, and hands the request to the control plane behind it
+//! (`control.sock`). Why in front of an HTTP server that could listen itself: tiny_http has no
+//! bound on heads, bodies and time, and a single `Content-Length: 50000000000` ends the process;
+//! and a routed call has to be streamed, which it cannot do.
+//!
+//! Invariants: what is refused is answered with one of our errors, and the connection is closed;
+//! nothing a client sends ends more than its own connection; a request that is passed on has
+//! exactly one reading (no smuggling), since only what was understood here is written anew.
+//!
+//! Sources of the format: RFC 9110, RFC 9112; the Fetch standard for `Origin` and
+//! `Sec-Fetch-Site`.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, Scope};
+use std::time::{Duration, Instant};
+
+use super::process::{self, Flag};
+use super::{CONTROL_SOCKET, api};
+use crate::error::{Error, Result};
+use crate::http::{self, Response, Timed, is_json};
+use crate::wire::{Failure, TIMEOUT_HEADER};
+
+/// The largest head; browsers and clients stay below 8 KiB. Bytes.
+const HEAD_LIMIT: usize = 16 * 1024;
+/// The most header lines; as many as common servers allow.
+const HEADER_LIMIT: usize = 100;
+/// How long a head may take: it is one packet.
+const HEAD_TIME: Duration = Duration::from_secs(2);
+/// The largest body of a control request. Bytes.
+const BODY_LIMIT: usize = 1024 * 1024;
+/// How long it may take.
+const BODY_TIME: Duration = Duration::from_secs(5);
+/// How many connections at once: each is a thread, and up to two descriptors.
+const CONNECTION_LIMIT: usize = 1024;
+/// How long a client may take to read a reply.
+const REPLY_TIME: Duration = Duration::from_secs(10);
+/// How much longer than the request's own deadline the control plane may take to say so.
+const CONTROL_GRACE: Duration = Duration::from_secs(2);
+/// How long what a client still sends is read after the reply: closing a socket with unread
+/// bytes would take the reply from it.
+const LINGER_TIME: Duration = Duration::from_millis(500);
+/// How much of it. Bytes.
+const LINGER_LIMIT: u64 = 1024 * 1024;
+/// How long requests in flight may take when the daemon stops: their replies are short.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+/// The pause when descriptors or memory for a connection are lacking: until some come back.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+
+/// The web pages that may ask: those of OpenWork's desktop program.
+const ORIGINS: [&str; 3] = ["tauri://localhost", "http://tauri.localhost", "https://tauri.localhost"];
+
+/// The public port.
+pub struct Gate<'env> {
+    listener: TcpListener,
+    port: u16,
+    origins: Vec<String>,
+    stop: &'env Flag,
+    connections: Connections,
+}
+
+/// The open connections, so that they can be counted and ended.
+#[derive(Default)]
+struct Connections {
+    open: Mutex<Open>,
+    closed: Condvar,
+}
+
+#[derive(Default)]
+struct Open {
+    last: u64,
+    by_id: HashMap<u64, Arc<Connection>>,
+}
+
+/// One connection.
+struct Connection {
+    stream: TcpStream,
+    peer: SocketAddr,
+    /// Its head has not come yet: it may be ended without loss.
+    reading: AtomicBool,
+}
+
+impl Connections {
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a connection in, unless there are too many.
+    fn admit(&self, connection: Arc<Connection>) -> Option<u64> {
+        let mut open = self.lock();
+        if open.by_id.len() >= CONNECTION_LIMIT {
+            return None;
+        }
+        open.last += 1;
+        let id = open.last;
+        open.by_id.insert(id, connection);
+        Some(id)
+    }
+
+    fn release(&self, id: u64) {
+        self.lock().by_id.remove(&id);
+        self.closed.notify_all();
+    }
+
+    /// Ends all: at once those that have asked nothing yet, the others after they were answered
+    /// or [`DRAIN_TIME`] is over.
+    fn drain(&self) {
+        let deadline = Instant::now() + DRAIN_TIME;
+        let mut open = self.lock();
+        while !open.by_id.is_empty() {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            for connection in open.by_id.values() {
+                if rest.is_zero() || connection.reading.load(Ordering::Relaxed) {
+                    let _ = connection.stream.shutdown(Shutdown::Both);
+                }
+            }
+            if rest.is_zero() {
+                return;
+            }
+            open = self.closed.wait_timeout(open, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl<'env> Gate<'env> {
+    /// A gate at a listening socket on 127.0.0.1; `origins` are allowed beside the usual ones.
+    pub fn new(listener: TcpListener, origins: &[String], stop: &'env Flag) -> io::Result<Gate<'env>> {
+        // The kernel may take back a connection between poll and accept.
+        listener.set_nonblocking(true)?;
+        let port = listener.local_addr()?.port();
+        let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
+        Ok(Gate { listener, port, origins, stop, connections: Connections::default() })
+    }
+
+    /// Serves until the flag is raised and every request is answered.
+    pub fn serve<'scope>(&'env self, scope: &'scope Scope<'scope, 'env>) {
+        while let Ok(true) = process::wait_readable(&self.listener, self.stop) {
+            if self.stop.is_raised() {
+                break;
+            }
+            match self.listener.accept() {
+                Ok((stream, peer)) => self.admit(scope, stream, peer),
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(e) => {
+                    crate::log!("cannot accept a connection: {e}");
+                    std::thread::sleep(EXHAUSTED_PAUSE);
+                }
+            }
+        }
+        self.connections.drain();
+    }
+
+    fn admit<'scope>(&'env self, scope: &'scope Scope<'scope, 'env>, stream: TcpStream, peer: SocketAddr) {
+        let connection = Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) });
+        let Some(id) = self.connections.admit(connection.clone()) else {
+            return refuse(&connection.stream, &Error::Overloaded("connections"));
+        };
+        let serving = connection.clone();
+        let thread = Builder::new().spawn_scoped(scope, move || {
+            if catch_unwind(AssertUnwindSafe(|| self.connection(&serving))).is_err() {
+                crate::log!("a connection failed (see above)");
+            }
+            let _ = serving.stream.shutdown(Shutdown::Both);
+            self.connections.release(id);
+        });
+        if thread.is_err() {
+            self.connections.release(id);
+            refuse(&connection.stream, &Error::Overloaded("threads"));
+        }
+    }
+
+    /// Serves the one request of a connection.
+    fn connection(&self, connection: &Connection) {
+        let stream = &connection.stream;
+        let _ = stream.set_nodelay(true);
+        let mut buffer = [0; HEAD_LIMIT];
+        let (head_length, length) = match read_head(stream, &mut buffer) {
+            Ok(Some(lengths)) => lengths,
+            Ok(None) => return,
+            Err(e) => return reply_error(stream, &e, "GET", None),
+        };
+        connection.reading.store(false, Ordering::Relaxed);
+        let (head, rest) = buffer[..length].split_at(head_length);
+        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
+        let request = match Head::parse(head, &mut headers) {
+            Ok(request) => request,
+            Err(e) => return reply_error(stream, &e, "GET", None),
+        };
+        let origin = match self.admissible(&request) {
+            Ok(origin) => origin,
+            Err(e) => return reply_error(stream, &e, request.method, None),
+        };
+        if request.method == "OPTIONS" && origin.is_some() {
+            return reply(stream, &Reply { status: 204, allow: None, origin, body: None, head_only: false });
+        }
+        match self.control(connection, &request, rest) {
+            Ok((status, allow, body)) => {
+                let head_only = request.method == "HEAD";
+                reply(stream, &Reply { status, allow: allow.as_deref(), origin, body: Some(&body), head_only });
+            }
+            Err(e) => reply_error(stream, &e, request.method, origin),
+        }
+    }
+
+    /// Refuses what no client of ours sends and a web page might. Returns the origin, if there
+    /// is one.
+    fn admissible<'h>(&self, request: &Head<'h>) -> Result<Option<&'h str>> {
+        let host = request.only("host")?.unwrap_or_default();
+        let (name, port) = host.rsplit_once(':').unwrap_or((host, ""));
+        let is_ours = ["127.0.0.1", "localhost", "[::1]"].iter().any(|ours| name.eq_ignore_ascii_case(ours));
+        if !is_ours || port != self.port.to_string() {
+            return Err(Error::ForbiddenHost(host.to_owned()));
+        }
+        match request.only("origin")? {
+            Some(origin) if self.origins.iter().any(|allowed| allowed == origin) => Ok(Some(origin)),
+            Some(origin) => Err(Error::ForbiddenOrigin(origin.to_owned())),
+            None => match request.only("sec-fetch-site")? {
+                None | Some("none" | "same-origin") => Ok(None),
+                Some(site) => Err(Error::ForbiddenOrigin(site.to_owned())),
+            },
+        }
+    }
+
+    /// Hands a request to the control plane: status, `Allow`, body.
+    fn control(
+        &self,
+        connection: &Connection,
+        request: &Head<'_>,
+        rest: &[u8],
+    ) -> Result<(u16, Option<String>, Vec<u8>)> {
+        if request.path() != "/health" {
+            check_user(connection)?;
+        }
+        let body = read_body(&connection.stream, request, rest)?;
+        let timeout = request.only(TIMEOUT_HEADER)?;
+        let deadline = Instant::now() + api::timeout(timeout)? + CONTROL_GRACE;
+        let length = body.len().to_string();
+        let mut headers = vec![("Content-Length", length.as_str())];
+        if let Some(timeout) = timeout {
+            headers.push((TIMEOUT_HEADER, timeout));
+        }
+        let head = http::Request { method: request.method, target: request.target, headers: &headers }.head("openwork");
+        // By relative path, since the path of a socket is limited to about 100 bytes: the daemon
+        // works in the data directory.
+        let connect = UnixStream::connect(CONTROL_SOCKET);
+        let mut upstream = Timed::new(connect.map_err(|_| Error::Overloaded("requests"))?, Some(deadline));
+        let lost = |e: io::Error| Error::Internal(format!("the control plane does not answer: {e}"));
+        upstream.write_all(&head).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
+        let response = Response::read(upstream, request.method).map_err(lost)?;
+        let (status, allow) = (response.status, response.header("allow").map(str::to_owned));
+        Ok((status, allow, response.bytes(usize::MAX - 1).map_err(lost)?))
+    }
+}
+
+/// Control routes are for the daemon's own user, and for root.
+fn check_user(connection: &Connection) -> Result<()> {
+    let ours = connection.stream.local_addr().map_err(|_| Error::ForbiddenUser)?;
+    match process::user_of_connection(ours, connection.peer) {
+        Some(user) if user == 0 || user == rustix::process::geteuid().as_raw() => Ok(()),
+        Some(_) | None => Err(Error::ForbiddenUser),
+    }
+}
+
+/// A head that was understood. Header names are compared without case.
+pub struct Head<'h> {
+    /// As it came; any token.
+    pub method: &'h str,
+    /// In origin form: begins with `/`, visible ASCII only.
+    pub target: &'h str,
+    /// As they came.
+    pub headers: &'h [httparse::Header<'h>],
+    /// How the body is framed.
+    pub framing: Framing,
+}
+
+/// How a body is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// So many bytes; 0 when nothing is said.
+    Length(u64),
+    /// In chunks.
+    Chunked,
+}
+
+impl<'h> Head<'h> {
+    /// Understands a head, or refuses it: one reading only.
+    ///
+    /// # Errors
+    /// `bad_request`; `too_large` for too many headers or an impossible length.
+    fn parse(head: &'h [u8], headers: &'h mut [httparse::Header<'h>]) -> Result<Head<'h>> {
+        let bad = |why: &str| Error::BadRequest(why.to_owned());
+        // The parser takes bare line feeds; another server behind or before us may not.
+        let bare = |pair: &[u8]| (pair[1] == b'\n') != (pair[0] == b'\r');
+        if head.first() == Some(&b'\n') || head.windows(2).any(bare) {
+            return Err(bad("lines must end with CR LF"));
+        }
+        let mut request = httparse::Request::new(headers);
+        match request.parse(head) {
+            Ok(httparse::Status::Complete(_)) => {}
+            Ok(httparse::Status::Partial) => return Err(bad("the head is not whole")),
+            Err(httparse::Error::TooManyHeaders) => {
+                return Err(Error::TooLarge { what: "number of headers", limit: HEADER_LIMIT, status: 431 });
+            }
+            Err(e) => return Err(Error::BadRequest(format!("not an HTTP request: {e}"))),
+        }
+        let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version) else {
+            return Err(bad("the head is not whole"));
+        };
+        if !target.starts_with('/') || !target.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(bad("the request target must be a path of visible ASCII"));
+        }
+        let mut head = Head { method, target, headers: request.headers, framing: Framing::Length(0) };
+        head.framing = head.find_framing(version)?;
+        Ok(head)
+    }
+
+    fn find_framing(&self, version: u8) -> Result<Framing> {
+        let bad = |why: &str| Error::BadRequest(why.to_owned());
+        match (self.only("transfer-encoding")?, self.only("content-length")?) {
+            (Some(_), Some(_)) => Err(bad("both Content-Length and Transfer-Encoding")),
+            (Some(coding), None) if version == 1 && coding.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
+            (Some(_), None) => Err(bad("the only transfer coding is chunked, with HTTP/1.1")),
+            (None, Some(length)) if !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit()) => {
+                let too_large = Error::TooLarge { what: "body", limit: BODY_LIMIT, status: 413 };
+                length.parse().map(Framing::Length).map_err(|_| too_large)
+            }
+            (None, Some(_)) => Err(bad("Content-Length must be a number")),
+            (None, None) => Ok(Framing::Length(0)),
+        }
+    }
+
+    /// The path of the target, without its query.
+    pub fn path(&self) -> &'h str {
+        self.target.split_once('?').map_or(self.target, |(path, _)| path)
+    }
+
+    /// The value of a header that may stand there once.
+    ///
+    /// # Errors
+    /// `bad_request` when it stands there twice, or is not visible ASCII.
+    pub fn only(&self, name: &str) -> Result<Option<&'h str>> {
+        let mut found = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
+        let Some(first) = found.next() else { return Ok(None) };
+        if found.next().is_some() {
+            return Err(Error::BadRequest(format!("more than one {name} header")));
+        }
+        let value = std::str::from_utf8(first.value).ok().filter(|value| value.is_ascii());
+        value.map(Some).ok_or_else(|| Error::BadRequest(format!("the {name} header is not ASCII")))
+    }
+}
+
+/// Reads until the end of the head: its length, and that of all that came. `None` when the
+/// client has gone.
+fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option<(usize, usize)>> {
+    let deadline = Instant::now() + HEAD_TIME;
+    let mut length = 0;
+    loop {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        let read = match rest.is_zero() {
+            true => Err(io::ErrorKind::WouldBlock.into()),
+            false => stream.set_read_timeout(Some(rest)).and_then(|()| (&*stream).read(&mut buffer[length..])),
+        };
+        match read {
+            Ok(0) => return Ok(None),
+            Ok(count) => {
+                // The end may stand across what came before and what came now.
+                let from = length.saturating_sub(3);
+                length += count;
+                if let Some(at) = buffer[from..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+                    return Ok(Some((from + at + 4, length)));
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && length > 0 => {
+                return Err(Error::BadRequest(format!("the head did not come within {} s", HEAD_TIME.as_secs())));
+            }
+            Err(_) => return Ok(None),
+        }
+        if length == buffer.len() {
+            let status = if buffer.contains(&b'\n') { 431 } else { 414 };
+            return Err(Error::TooLarge { what: "head", limit: HEAD_LIMIT, status });
+        }
+        // An end of the head with bare line feeds would never be found.
+        if buffer[..length].windows(2).any(|pair| pair == b"\n\n") {
+            return Err(Error::BadRequest("lines must end with CR LF".to_owned()));
+        }
+    }
+}
+
+/// Reads the body of a control request.
+fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<u8>> {
+    let Framing::Length(length) = request.framing else { return Err(Error::LengthRequired) };
+    let too_large = Error::TooLarge { what: "body", limit: BODY_LIMIT, status: 413 };
+    let length = usize::try_from(length).ok().filter(|length| *length <= BODY_LIMIT).ok_or(too_large)?;
+    if length == 0 {
+        return Ok(Vec::new());
+    }
+    let content_type = request.only("content-type")?.unwrap_or_default();
+    if !is_json(content_type) {
+        return Err(Error::UnsupportedMediaType(content_type.to_owned()));
+    }
+    let mut stream = Timed::new(stream, Some(Instant::now() + BODY_TIME));
+    if request.only("expect")?.is_some_and(|value| value.eq_ignore_ascii_case("100-continue")) {
+        let _ = stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+    }
+    let mut body = rest[..rest.len().min(length)].to_vec();
+    let missing = length - body.len();
+    // Grows as it comes: memory is not given for a mere promise.
+    (&mut stream).take(missing as u64).read_to_end(&mut body).map_err(|e| match e.kind() {
+        io::ErrorKind::TimedOut => Error::BadRequest(format!("the body did not come within {} s", BODY_TIME.as_secs())),
+        _ => Error::BadRequest(format!("the body did not come: {e}")),
+    })?;
+    match body.len() == length {
+        true => Ok(body),
+        false => Err(Error::BadRequest("the body is shorter than its Content-Length".to_owned())),
+    }
+}
+
+/// What is answered.
+struct Reply<'a> {
+    status: u16,
+    allow: Option<&'a str>,
+    /// Allowed, and told so.
+    origin: Option<&'a str>,
+    body: Option<&'a [u8]>,
+    head_only: bool,
+}
+
+fn reply_error(stream: &TcpStream, error: &Error, method: &str, origin: Option<&str>) {
+    let body = serde_json::to_vec(&Failure::from(error)).unwrap_or_default();
+    let head_only = method == "HEAD";
+    reply(stream, &Reply { status: error.http_status(), allow: None, origin, body: Some(&body), head_only });
+}
+
+/// Answers, and reads on a little, so that the answer is not lost.
+fn reply(stream: &TcpStream, reply: &Reply<'_>) {
+    let mut head = format!("HTTP/1.1 {} {}\r\nConnection: close\r\n", reply.status, reason(reply.status));
+    let mut header = |name: &str, value: &str| head.push_str(&format!("{name}: {value}\r\n"));
+    if let Some(body) = reply.body {
+        header("Content-Type", "application/json");
+        header("Content-Length", &body.len().to_string());
+        header("Cache-Control", "no-store");
+        header("X-Content-Type-Options", "nosniff");
+    } else {
+        header("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE");
+        header("Access-Control-Allow-Headers", "authorization, content-type, x-opencode-directory");
+    }
+    if let Some(allow) = reply.allow {
+        header("Allow", allow);
+    }
+    if let Some(origin) = reply.origin {
+        header("Access-Control-Allow-Origin", origin);
+    }
+    header("Vary", "Origin");
+    head.push_str("\r\n");
+    let mut bytes = head.into_bytes();
+    if let (Some(body), false) = (reply.body, reply.head_only) {
+        bytes.extend_from_slice(body);
+    }
+    let mut timed = Timed::new(stream, Some(Instant::now() + REPLY_TIME));
+    if timed.write_all(&bytes).is_ok() && stream.shutdown(Shutdown::Write).is_ok() {
+        timed.deadline = Some(Instant::now() + LINGER_TIME);
+        let _ = io::copy(&mut timed.take(LINGER_LIMIT), &mut io::sink());
+    }
+}
+
+/// Refuses a connection without reading from it, and without waiting.
+fn refuse(stream: &TcpStream, error: &Error) {
+    let body = serde_json::to_string(&Failure::from(error)).unwrap_or_default();
+    let status = error.http_status();
+    let text = format!(
+        "HTTP/1.1 {status} {}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        reason(status),
+        body.len(),
+    );
+    let _ = stream.set_nonblocking(true);
+    let _ = (&*stream).write(text.as_bytes());
+    let _ = stream.shutdown(Shutdown::Write);
+}
+
+/// The words of a status (RFC 9110, 15).
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        201 => "Created",
+        204 => "No Content",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        409 => "Conflict",
+        411 => "Length Required",
+        413 => "Content Too Large",
+        414 => "URI Too Long",
+        415 => "Unsupported Media Type",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        502 => "Bad Gateway",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        _ => "Unknown",
+    }
+}

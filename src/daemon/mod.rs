@@ -1,0 +1,294 @@
+//! The background process: takes the lock, listens, starts its threads, and waits for the end.
+//!
+//! Threads, all in one scope: the gate (accept, and one per connection), the control plane (and
+//! one per request), the supervisor (and its short-lived askers), the write-behind of the store,
+//! signals. [`run`] returns when opencode is gone, or kept, and every request is answered.
+//!
+//! Invariant: `daemon.lock` is held from before anything is looked at until the process ends.
+//! Held means alive; pids in files are hints.
+
+mod api;
+pub mod engine;
+mod events;
+mod gate;
+mod instances;
+mod process;
+mod supervisor;
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::{self, Builder};
+use std::time::{Duration, Instant};
+
+use serde_json::Map;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use self::events::{EventKind, Events};
+use self::gate::Gate;
+use self::instances::Instances;
+use self::supervisor::{Context, Handle, Supervisor};
+use crate::error::{Error, Result};
+use crate::lock::{self, Lock};
+use crate::log::{self, now_ms};
+use crate::options::Options;
+use crate::paths::DataDir;
+use crate::state::{Auth, DaemonRecord, State, Store};
+use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
+use crate::workspace::{Place, Workspace};
+
+/// The default port of the daemon.
+const DEFAULT_PORT: u16 = 6174;
+/// How long a lock that is held may be a client's, which only looks.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// How often the lock is tried in that time.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+/// The socket behind the gate, in the data directory, which is the daemon's working directory.
+const CONTROL_SOCKET: &str = "control.sock";
+
+/// What the handlers of requests work with.
+struct Daemon<'env> {
+    info: ProcessInfo,
+    store: &'env Store,
+    supervisor: Handle,
+    instances: &'env Instances<'env>,
+    events: &'env Events,
+}
+
+impl Daemon<'_> {
+    fn health(&self) -> Health {
+        let (state, status) = (self.store.snapshot(), self.supervisor.status());
+        let measured = |mut info: ProcessInfo| {
+            info.memory = process::memory(info.pid);
+            info
+        };
+        Health {
+            ok: status.phase == Phase::Ready,
+            api_version: API_VERSION,
+            cli_version: env!("CARGO_PKG_VERSION").to_owned(),
+            daemon: measured(self.info.clone()),
+            engine: status.engine_info(),
+            opencode: status.ready.map(|(_, info)| measured(info)),
+            active_id: state.active_id.clone(),
+            workspace_count: state.workspaces.len(),
+        }
+    }
+
+    fn add(&self, place: Place, name: Option<&str>) -> Result<(Arc<Workspace>, bool)> {
+        // What is there already needs no write.
+        let snapshot = self.store.snapshot();
+        if let (None, Some(existing)) = (name, snapshot.get(&place.id())) {
+            return Ok((existing.clone(), false));
+        }
+        let ((workspace, created), active_id) =
+            self.store.update(|state| Ok((state.add(place, name)?, state.active_id.clone())))?;
+        if created {
+            self.events.publish(EventKind::WorkspaceAdded { workspace: workspace.clone(), active_id });
+        } else if name.is_some() {
+            self.events.publish(EventKind::WorkspaceRenamed { workspace: workspace.clone(), active_id });
+        }
+        Ok((workspace, created))
+    }
+
+    /// Changes the workspace that a selector means, and tells everybody.
+    fn change(
+        &self,
+        selector: &str,
+        event: impl FnOnce(Arc<Workspace>, String) -> EventKind,
+        change: impl FnOnce(&mut State, &str) -> Result<Arc<Workspace>>,
+    ) -> Result<Arc<Workspace>> {
+        let (workspace, active_id) = self.store.update(|state| {
+            let id = state.find(selector)?.id.clone();
+            Ok((change(state, &id)?, state.active_id.clone()))
+        })?;
+        self.events.publish(event(workspace.clone(), active_id));
+        Ok(workspace)
+    }
+}
+
+/// Runs a daemon to its end. In the background (`detached`) it has a session of its own, holds no
+/// descriptor of who started it, and says on its standard output in one line of JSON whether it
+/// listens.
+///
+/// # Errors
+/// Whatever keeps it from starting. Detached, they are told on standard output too.
+pub fn run(data_dir: &DataDir, options: &Options, detached: bool) -> Result<()> {
+    if detached {
+        process::close_inherited_descriptors();
+        // Fails only for the leader of a group, which is what a shell's job control makes of a
+        // foreground process: we were spawned.
+        let _ = rustix::process::setsid();
+    }
+    let tell = |outcome: std::result::Result<(), &Error>| {
+        if detached {
+            tell_starter(outcome);
+        }
+    };
+    let result = prepare(data_dir).and_then(|()| match take_lock(data_dir)? {
+        Some(lock) => serve(data_dir, options, lock, || tell(Ok(()))),
+        // A lost race: what was wanted is there.
+        None if detached => {
+            tell(Ok(()));
+            Ok(())
+        }
+        None => Err(Error::DaemonStartFailed(format!("one is already running in {}", data_dir.path().display()))),
+    });
+    if let Err(e) = &result {
+        tell(Err(e));
+    }
+    result
+}
+
+/// One line to the client that waits, and then nothing more: its end of the pipe is closed soon.
+fn tell_starter(outcome: std::result::Result<(), &Error>) {
+    let line = match outcome {
+        Ok(()) => serde_json::to_string(&Done { ok: true }),
+        Err(e) => serde_json::to_string(&Failure::from(e)),
+    };
+    let mut stdout = io::stdout().lock();
+    let _ = writeln!(stdout, "{}", line.unwrap_or_default());
+    let _ = stdout.flush();
+    if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+}
+
+/// Makes the data directory and goes there.
+fn prepare(data_dir: &DataDir) -> Result<()> {
+    data_dir.create()?;
+    let cwd = data_dir.opencode_cwd();
+    match DirBuilder::new().mode(0o700).create(&cwd) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &cwd, e)),
+        _ => {}
+    }
+    std::env::set_current_dir(data_dir.path()).map_err(|e| Error::io("enter", data_dir.path(), e))
+}
+
+/// Takes the lock and empties it; `None` when another daemon holds it.
+fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
+    let path = data_dir.daemon_lock();
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        if let Some(lock) = lock::try_exclusive(&path)? {
+            lock.file.set_len(0).map_err(|e| Error::io("empty", &path, e))?;
+            return Ok(Some(lock));
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        thread::sleep(LOCK_INTERVAL);
+    }
+}
+
+fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOnce()) -> Result<()> {
+    let _ = log::bound(&data_dir.daemon_log());
+    let store = Store::open(data_dir)?;
+    let auth = Auth::load_or_create(data_dir)?;
+    let listener = bind(options.port, &store.snapshot())?;
+    let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
+    let port = listener.local_addr().map_err(no_socket)?.port();
+    let signals = |e| Error::Internal(format!("cannot handle signals: {e}"));
+    let mut signal_source = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(signals)?;
+    let stop = process::Flag::new().map_err(no_socket)?;
+    let gate = Gate::new(listener, &options.origins, &stop).map_err(no_socket)?;
+    let control = api::ControlPlane::listen()?;
+    let info = ProcessInfo {
+        pid: std::process::id(),
+        port,
+        base_url: format!("http://127.0.0.1:{port}"),
+        started_at: now_ms(),
+        memory: None,
+    };
+    store.update(|state| {
+        let ProcessInfo { pid, port, base_url, started_at, .. } = info.clone();
+        state.daemon = Some(DaemonRecord { pid, port, base_url, started_at, extra: Map::new() });
+        state.ports.daemon = port;
+        Ok(())
+    })?;
+    (&lock.file)
+        .write_all(format!("{} {port}\n", info.pid).as_bytes())
+        .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
+    crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
+
+    let (events, instances) = (Events::default(), Instances::new(&store));
+    let (sender, receiver) = channel();
+    let supervisor = Handle::new(sender);
+    let daemon = Daemon { info, store: &store, supervisor, instances: &instances, events: &events };
+    let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
+    let kept = thread::scope(|scope| {
+        let context = Context {
+            data_dir: data_dir.clone(),
+            options: options.engine.clone(),
+            auth,
+            store: &store,
+            instances: &instances,
+            events: &events,
+        };
+        let supervision = Supervisor::new(scope, &daemon.supervisor, receiver, context);
+        let signals = signal_source.handle();
+        let handle = &daemon.supervisor;
+        let started = (|| {
+            Builder::new().spawn_scoped(scope, || store.write_behind())?;
+            Builder::new().spawn_scoped(scope, || gate.serve(scope))?;
+            Builder::new().spawn_scoped(scope, || control.serve(scope, &daemon, &stop))?;
+            Builder::new().spawn_scoped(scope, || {
+                for signal in signal_source.forever() {
+                    // A closed terminal is no reason to end.
+                    if signal != SIGHUP {
+                        crate::log!("stopping on signal {signal}");
+                        handle.stop(false);
+                    }
+                }
+            })?;
+            Builder::new().spawn_scoped(scope, || supervision.run())
+        })();
+        let ended = started.map(|supervision| {
+            listening();
+            if supervision.join().is_err() {
+                crate::log!("the supervisor failed (see above); opencode is left for the next daemon");
+            }
+        });
+        events.close();
+        stop.raise();
+        control.wake();
+        signals.close();
+        store.close();
+        ended
+    });
+    kept.map_err(no_thread)?;
+    let _ = std::fs::remove_file(CONTROL_SOCKET);
+    store.update(|state| {
+        state.daemon = None;
+        Ok(())
+    })?;
+    crate::log!("stopped");
+    drop(lock); // not before everything else is done
+    Ok(())
+}
+
+/// The port asked for; else the one used last, 6174, any.
+fn bind(port: Option<u16>, state: &State) -> Result<TcpListener> {
+    let try_port = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+    let failed = |e| Error::Internal(format!("cannot listen on 127.0.0.1: {e}"));
+    if let Some(port) = port {
+        return try_port(port).map_err(|e| match e.kind() {
+            io::ErrorKind::AddrInUse => Error::PortInUse { port, option: "--daemon-port" },
+            io::ErrorKind::PermissionDenied => Error::PermissionDenied {
+                what: format!("not allowed to listen on port {port}"),
+                path: Path::new("--daemon-port").to_owned(),
+            },
+            _ => failed(e),
+        });
+    }
+    for port in [state.ports.daemon, DEFAULT_PORT] {
+        if let (true, Ok(listener)) = (port != 0, try_port(port)) {
+            return Ok(listener);
+        }
+    }
+    try_port(0).map_err(failed)
+}

@@ -1,0 +1,325 @@
+//! Processes as Linux sees them: which one it is, watching it, ending it and all it started,
+//! who holds a socket. Everything that depends on the operating system is here; another system
+//! is another such file.
+//!
+//! Invariant: nothing is ever signalled by a bare process id that could meanwhile be another's.
+//! A process is held by a pidfd, opened first and identified after; a group is signalled only
+//! while its leader is alive or not yet reaped.
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus};
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
+};
+
+use crate::options::MARKER;
+
+/// What proves that a process is the one that was written down.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Process id.
+    pub pid: u32,
+    /// Clock ticks since boot at which it started.
+    pub start_ticks: u64,
+    /// Of the boot in which it started.
+    pub boot_id: String,
+    /// The value of [`MARKER`] in its environment.
+    pub engine_id: String,
+}
+
+/// A process that we hold: started by us, or by a daemon before us.
+pub struct Process {
+    identity: Identity,
+    pidfd: Arc<OwnedFd>,
+    /// None when another daemon has started it: then init reaps it.
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Starts a command in a process group of its own, with the marker in its environment.
+    pub fn spawn(command: &mut Command, engine_id: &str) -> io::Result<Process> {
+        let mut child = command.env(MARKER, engine_id).process_group(0).spawn()?;
+        match hold(&child) {
+            Ok((pidfd, start_ticks, boot_id)) => {
+                let identity = Identity { pid: child.id(), start_ticks, boot_id, engine_id: engine_id.to_owned() };
+                Ok(Process { identity, pidfd: Arc::new(pidfd), child: Some(child) })
+            }
+            Err(e) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(e)
+            }
+        }
+    }
+
+    /// Takes over the process with this identity, if it lives and all of it is proved.
+    pub fn adopt(identity: &Identity) -> Option<Process> {
+        if identity.engine_id.is_empty() || identity.boot_id != boot_id().ok()? {
+            return None;
+        }
+        let pid = Pid::from_raw(i32::try_from(identity.pid).ok()?)?;
+        // Held first, identified after: what is proved below is true of what is held.
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        let proved = start_ticks(identity.pid).ok()? == identity.start_ticks
+            && carries_marker(identity.pid, &identity.engine_id)
+            && !has_ended(&pidfd);
+        proved.then(|| Process { identity: identity.clone(), pidfd: Arc::new(pidfd), child: None })
+    }
+
+    /// What proves it.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Readable once it has ended.
+    pub fn pidfd(&self) -> Arc<OwnedFd> {
+        self.pidfd.clone()
+    }
+
+    /// The standard input we gave it.
+    pub fn take_stdin(&mut self) -> Option<std::process::ChildStdin> {
+        self.child.as_mut()?.stdin.take()
+    }
+
+    /// The standard output we piped.
+    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
+        self.child.as_mut()?.stdout.take()
+    }
+
+    /// Signals it and its group. One that has ended is not signalled, unless it is a child
+    /// that has not been reaped: then its group is still its own.
+    pub fn signal(&self, signal: Signal) {
+        if self.child.is_none() && has_ended(&self.pidfd) {
+            return;
+        }
+        let _ = pidfd_send_signal(&self.pidfd, signal);
+        if let Some(group) = i32::try_from(self.identity.pid).ok().and_then(Pid::from_raw) {
+            let _ = kill_process_group(group, signal);
+        }
+    }
+
+    /// After its end: ends what is left of its group and of everything that carries its marker,
+    /// then reaps it. Its exit status, if it was a child of ours.
+    pub fn bury(mut self) -> Option<ExitStatus> {
+        // Not reaped yet, so that the id of its group cannot have become another's.
+        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+        if self.child.is_some() {
+            self.signal(Signal::KILL);
+        }
+        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        sweep(&self.identity.engine_id);
+        status
+    }
+}
+
+fn hold(child: &Child) -> io::Result<(OwnedFd, u64, String)> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
+    Ok((pidfd_open(pid, PidfdFlags::empty())?, start_ticks(child.id())?, boot_id()?))
+}
+
+/// Whether the process behind a pidfd has ended.
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)) != Ok(0)
+}
+
+/// A file descriptor that becomes readable for everyone, once and for good.
+pub struct Flag(OwnedFd);
+
+impl Flag {
+    /// A flag that is down.
+    pub fn new() -> io::Result<Flag> {
+        Ok(Flag(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Raises it.
+    pub fn raise(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Whether it is up.
+    pub fn is_raised(&self) -> bool {
+        has_ended(&self.0) // readable, all the same
+    }
+}
+
+impl AsFd for Flag {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Waits until one of two descriptors is readable; whether the first is.
+pub fn wait_readable(first: impl AsFd, second: impl AsFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(&first, PollFlags::IN), PollFd::new(&second, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, None) {
+            Ok(_) => return Ok(!fds[0].revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Ends everything of our user that carries the marker of this engine, whatever group, session
+/// or parent it has by now. What has emptied its own environment is not found.
+pub fn sweep(engine_id: &str) {
+    // What is being swept may be forking; a few rounds catch up with anything that is not
+    // made to outrun us, and the bound keeps such a thing from holding us up.
+    for _ in 0..20 {
+        if !sweep_once(engine_id) {
+            return;
+        }
+    }
+}
+
+/// One round; whether anything was found.
+fn sweep_once(engine_id: &str) -> bool {
+    let Ok(entries) = fs::read_dir("/proc") else { return false };
+    let ourselves = std::process::id();
+    let mut found = false;
+    for entry in entries.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // The environment of another user's process cannot be read, but by root: then it is
+        // one that has changed its user, and as much ours.
+        if pid == ourselves || !carries_marker(pid, engine_id) {
+            continue;
+        }
+        let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
+        let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty()) else { continue };
+        // Looked at again, now that it cannot become another.
+        if carries_marker(pid, engine_id) && pidfd_send_signal(&pidfd, Signal::KILL).is_ok() {
+            found = true;
+        }
+    }
+    found
+}
+
+/// Whether the environment of a process has our marker. A zombie's is empty.
+fn carries_marker(pid: u32, engine_id: &str) -> bool {
+    let wanted = format!("{MARKER}={engine_id}");
+    fs::read(format!("/proc/{pid}/environ"))
+        .is_ok_and(|environ| environ.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes()))
+}
+
+/// When a process started, in clock ticks since boot: field 22 of `/proc/<pid>/stat` (proc(5)).
+fn start_ticks(pid: u32) -> io::Result<u64> {
+    stat_field(pid, 22)
+}
+
+/// A numeric field of `/proc/<pid>/stat`, counted from 1 as in proc(5); 4 and above.
+fn stat_field(pid: u32, field: usize) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is the name in parentheses and may itself have spaces and parentheses.
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after_name
+        .split_ascii_whitespace()
+        .nth(field - 3)
+        .and_then(|value| value.parse().ok())
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The id of this boot.
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// Resident memory of a process in bytes: `VmRSS` of `/proc/<pid>/status`.
+pub fn memory(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
+}
+
+/// Whether the socket that listens on 127.0.0.1 at this port belongs to the process, or to one
+/// of the group that it leads (a wrapper that starts the real opencode and stays).
+pub fn listens(process: &Process, port: u16) -> bool {
+    let Some(inode) = listening_inode(port) else { return false };
+    let wanted = format!("socket:[{inode}]");
+    let leader = process.identity.pid;
+    if holds(leader, &wanted) {
+        return true;
+    }
+    let Ok(entries) = fs::read_dir("/proc") else { return false };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .any(|pid| stat_field(pid, 5).is_ok_and(|group| group == u64::from(leader)) && holds(pid, &wanted))
+}
+
+/// Whether a process has this socket open.
+fn holds(pid: u32, socket: &str) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    entries.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket)))
+}
+
+/// The rows of the kernel's table of TCP sockets (proc_net(5)): local address, remote address,
+/// state, user, inode, all as spelled there.
+fn tcp_rows(table: &str) -> impl Iterator<Item = (&str, &str, &str, u32, &str)> {
+    table.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let (local, remote, state) = (fields.next()?, fields.next()?, fields.next()?);
+        let uid = fields.nth(3)?.parse().ok()?;
+        Some((local, remote, state, uid, fields.nth(1)?))
+    })
+}
+
+/// `0100007F:1F90` as in the table: the address in the machine's byte order.
+fn spelled(address: Ipv4Addr, port: u16) -> String {
+    format!("{:08X}:{port:04X}", u32::from_ne_bytes(address.octets()))
+}
+
+const LISTEN: &str = "0A";
+
+fn listening_inode(port: u16) -> Option<String> {
+    let table = fs::read_to_string("/proc/net/tcp").ok()?;
+    let wanted = spelled(Ipv4Addr::LOCALHOST, port);
+    let inode = tcp_rows(&table).find(|row| row.0 == wanted && row.2 == LISTEN)?.4;
+    Some(inode.to_owned())
+}
+
+/// The user at the other end of a connection that was accepted on `ours` from `theirs`, both on
+/// loopback. `None` when it is already closed.
+pub fn user_of_connection(ours: SocketAddr, theirs: SocketAddr) -> Option<u32> {
+    let (SocketAddr::V4(ours), SocketAddr::V4(theirs)) = (ours, theirs) else { return None };
+    let (local, remote) = (spelled(*theirs.ip(), theirs.port()), spelled(*ours.ip(), ours.port()));
+    let find = |table: &str, prefix: &str| {
+        tcp_rows(table)
+            .find(|row| row.0.strip_prefix(prefix) == Some(&local) && row.1.strip_prefix(prefix) == Some(&remote))
+            .map(|row| row.3)
+    };
+    let table = fs::read_to_string("/proc/net/tcp").ok()?;
+    find(&table, "").or_else(|| {
+        // A client with an IPv6 socket, connected to the mapped address.
+        let mapped = format!("{:08X}{:08X}{:08X}", 0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]));
+        find(&fs::read_to_string("/proc/net/tcp6").ok()?, &mapped)
+    })
+}
+
+/// Closes every descriptor above standard error. A daemon inherits whatever the shell had open:
+/// with `exec 9>lock; openwork …` it would hold that lock for weeks.
+pub fn close_inherited_descriptors() {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
+    let listed: Vec<i32> =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|fd| *fd > 2).collect();
+    for fd in listed {
+        // The descriptor of the listing itself is closed by now.
+        if fs::symlink_metadata(format!("/proc/self/fd/{fd}")).is_err() {
+            continue;
+        }
+        // SAFETY: called as the first thing in a process that has opened nothing yet, so no
+        // value owns this descriptor, and no other thread runs that could be given its number.
+        #[allow(unsafe_code)]
+        unsafe {
+            rustix::io::close(fd);
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! HTTP/1.1 as a client, and what both sides need of its spelling: percent-encoding, Basic
+//! credentials.
+//!
+//! Why not a client library: every byte we send to opencode carries its password, so the
+//! connection must be made first and proved to be opencode's own before anything is written to
+//! it (`daemon/engine.rs`), and a routed request is passed on byte by byte over the same kind of
+//! connection. What is left for a library after that is this page.
+//!
+//! One request per connection (`Connection: close`), no proxies, no redirects. Source of the
+//! format: RFC 9112.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// The largest head of a reply, in bytes; opencode's are below 1 KB.
+const HEAD_LIMIT: usize = 64 * 1024;
+/// The most header lines of a reply.
+const HEADER_LIMIT: usize = 128;
+
+/// A socket whose reads and writes can be given a time limit.
+pub trait Socket: Read + Write {
+    /// Limits each following read and write; `None` waits for ever.
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()>;
+}
+
+impl Socket for TcpStream {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(limit)?;
+        self.set_write_timeout(limit)
+    }
+}
+
+impl Socket for &TcpStream {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        (**self).limit(limit)
+    }
+}
+
+impl Socket for UnixStream {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(limit)?;
+        self.set_write_timeout(limit)
+    }
+}
+
+/// A socket that fails with `TimedOut` after the deadline, however slowly bytes come.
+pub struct Timed<S> {
+    socket: S,
+    /// `None` waits for ever.
+    pub deadline: Option<Instant>,
+}
+
+impl<S: Socket> Timed<S> {
+    /// Wraps a socket.
+    pub fn new(socket: S, deadline: Option<Instant>) -> Timed<S> {
+        Timed { socket, deadline }
+    }
+
+    fn limit(&self) -> io::Result<()> {
+        let Some(deadline) = self.deadline else { return self.socket.limit(None) };
+        let rest = deadline.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.socket.limit(Some(rest))
+    }
+}
+
+/// The kernel's name for a socket's time limit is "would block".
+fn timed_out(e: io::Error) -> io::Error {
+    if e.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { e }
+}
+
+impl<S: Socket> Read for Timed<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.limit()?;
+        self.socket.read(buffer).map_err(timed_out)
+    }
+}
+
+impl<S: Socket> Write for Timed<S> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.limit()?;
+        self.socket.write(buffer).map_err(timed_out)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}
+
+/// A request without its body.
+pub struct Request<'a> {
+    /// Upper case.
+    pub method: &'a str,
+    /// In origin form, encoded.
+    pub target: &'a str,
+    /// Sent as they are; `Host` and `Connection` are added.
+    pub headers: &'a [(&'a str, &'a str)],
+}
+
+impl Request<'_> {
+    /// The bytes of its head.
+    pub fn head(&self, host: &str) -> Vec<u8> {
+        let mut head = format!("{} {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n", self.method, self.target);
+        for (name, value) in self.headers {
+            head.push_str(name);
+            head.push_str(": ");
+            head.push_str(value);
+            head.push_str("\r\n");
+        }
+        head.push_str("\r\n");
+        head.into_bytes()
+    }
+}
+
+/// A reply whose head has come; the body is read from it.
+pub struct Response<S: Read> {
+    /// 200 to 599.
+    pub status: u16,
+    /// The head as it came.
+    pub head: Vec<u8>,
+    headers: Vec<(String, String)>,
+    body: Body<S>,
+}
+
+enum Body<S: Read> {
+    Length(io::Take<BufReader<S>>),
+    Chunked(Box<chunked_transfer::Decoder<BufReader<S>>>),
+    ToEnd(BufReader<S>),
+}
+
+impl<S: Read> Response<S> {
+    /// Reads the head of a reply to a request of this method.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the other side closes first, `InvalidData` when it is not HTTP.
+    pub fn read(socket: S, method: &str) -> io::Result<Response<S>> {
+        let mut reader = BufReader::with_capacity(16 * 1024, socket);
+        loop {
+            let head = read_head(&mut reader)?;
+            let (status, headers) = parse_head(&head)?;
+            // 100 Continue and its kind come before the reply; an upgrade is one.
+            if status < 200 && status != 101 {
+                continue;
+            }
+            let header = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+            let body = if method == "HEAD" || matches!(status, 101 | 204 | 304) {
+                Body::Length(reader.take(0))
+            } else if header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
+                Body::Chunked(Box::new(chunked_transfer::Decoder::new(reader)))
+            } else if let Some(length) = header("content-length") {
+                let length = length.parse().map_err(|_| invalid("a length that is no number"))?;
+                Body::Length(reader.take(length))
+            } else {
+                Body::ToEnd(reader)
+            };
+            return Ok(Response { status, head, headers, body });
+        }
+    }
+
+    /// The value of a header; its name in lower case.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Whether the body is declared as JSON.
+    pub fn is_json(&self) -> bool {
+        self.header("content-type").is_some_and(is_json)
+    }
+
+    /// The whole body, if it is no longer than `limit` bytes.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when it is cut short, `InvalidData` when it is longer.
+    pub fn bytes(mut self, limit: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.by_ref().take(limit as u64 + 1).read_to_end(&mut bytes)?;
+        if bytes.len() > limit { Err(invalid("a body over the limit")) } else { Ok(bytes) }
+    }
+}
+
+impl<S: Read> Read for Response<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.body {
+            Body::Length(reader) => {
+                let count = reader.read(buffer)?;
+                if count == 0 && reader.limit() > 0 && !buffer.is_empty() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Ok(count)
+            }
+            Body::Chunked(decoder) => decoder.read(buffer),
+            Body::ToEnd(reader) => reader.read(buffer),
+        }
+    }
+}
+
+/// Whether a content type is `application/json`, with or without parameters.
+pub fn is_json(content_type: &str) -> bool {
+    content_type.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+}
+
+fn invalid(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+fn read_head(reader: &mut impl BufRead) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let limit = (HEAD_LIMIT - head.len()) as u64;
+        if limit == 0 {
+            return Err(invalid("a head over the limit"));
+        }
+        if reader.by_ref().take(limit).read_until(b'\n', &mut head)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(head)
+}
+
+fn parse_head(head: &[u8]) -> io::Result<(u16, Vec<(String, String)>)> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
+    let mut response = httparse::Response::new(&mut headers);
+    let parsed = response.parse(head).map_err(|e| invalid(&e.to_string()))?;
+    let (httparse::Status::Complete(_), Some(status)) = (parsed, response.code) else {
+        return Err(invalid("a head that is not whole"));
+    };
+    let owned = |header: &httparse::Header<'_>| {
+        (header.name.to_ascii_lowercase(), String::from_utf8_lossy(header.value).into_owned())
+    };
+    Ok((status, response.headers.iter().map(owned).collect()))
+}
+
+/// The value of an `Authorization` header with Basic credentials (RFC 7617).
+pub fn basic(user: &str, password: &str) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut value = String::from("Basic ");
+    for chunk in format!("{user}:{password}").as_bytes().chunks(3) {
+        let group = chunk.iter().fold(0u32, |group, byte| group << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        for digit in 0..4 {
+            let digit_value = (group >> (18 - 6 * digit) & 63) as usize;
+            value.push(if digit <= chunk.len() { char::from(ALPHABET[digit_value]) } else { '=' });
+        }
+    }
+    value
+}
+
+/// Percent-encodes everything but unreserved characters (RFC 3986, 2.3).
+pub fn percent_encode(bytes: &[u8]) -> String {
+    let mut encoded = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            encoded.push(char::from(byte));
+        } else {
+            encoded.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    encoded
+}
+
+/// Undoes percent-encoding; `None` for a `%` without two hex digits. `+` is a plus.
+pub fn percent_decode(text: &str) -> Option<Vec<u8>> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'%' => {
+                let (high, low) = (bytes.next()?, bytes.next()?);
+                let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+                digit(high)? << 4 | digit(low)?
+            }
+            other => other,
+        });
+    }
+    Some(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn basic_credentials_are_base64() {
+        assert_eq!(basic("Aladdin", "open sesame"), "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
+        assert_eq!(basic("a", "b"), "Basic YTpi");
+        assert_eq!(basic("", "bc"), "Basic OmJj");
+        assert_eq!(basic("ab", "c"), "Basic YWI6Yw==");
+    }
+
+    #[test]
+    fn percent_coding_is_reversible() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        assert_eq!(percent_decode(&percent_encode(&bytes)).unwrap(), bytes);
+        assert_eq!(percent_encode("/a b+é%".as_bytes()), "%2Fa%20b%2B%C3%A9%25");
+        for bad in ["%", "%2", "%zz", "a%+1"] {
+            assert_eq!(percent_decode(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn replies_are_read_as_they_are_framed() {
+        let read = |text: &'static str, method| Response::read(text.as_bytes(), method).unwrap().bytes(100);
+        assert_eq!(read("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nabcd", "GET").unwrap(), b"ab");
+        assert_eq!(
+            read("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", "GET").unwrap(),
+            b"abc"
+        );
+        assert_eq!(read("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\nxyz", "GET").unwrap(), b"xyz");
+        assert_eq!(read("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", "HEAD").unwrap(), b"");
+        assert!(read("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", "GET").is_err(), "cut short");
+        assert!(Response::read("nonsense\r\n\r\n".as_bytes(), "GET").is_err());
+        assert!(Response::read("HTTP/1.1 200 OK\r\n".as_bytes(), "GET").is_err());
+    }
+}

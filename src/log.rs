@@ -1,0 +1,103 @@
+//! The daemon's log and the bound on every log.
+//!
+//! The daemon logs to its standard error, which in the background is `daemon.log`, opened for
+//! appending: so a file can be cut under the process that writes it.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::paths::open_private;
+
+/// Above this a log is cut. Bytes.
+const LIMIT: u64 = 10 * 1024 * 1024;
+/// What is kept of it, in the file with `.1`. Bytes.
+const KEEP: u64 = 1024 * 1024;
+
+/// Unix time in milliseconds, for display and for files; never for logic.
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// `2026-01-31T12:00:00.000Z` of Unix milliseconds.
+pub fn timestamp(ms: u64) -> String {
+    let (days, rest) = ((ms / 86_400_000) as i64, ms % 86_400_000);
+    // Days to date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3_600_000, rest / 60_000 % 60, rest / 1000 % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", rest % 1000)
+}
+
+/// Writes a line to the daemon's log. A log that cannot be written is no reason to fail.
+pub fn line(message: fmt::Arguments<'_>) {
+    let line = format!("{} {message}\n", timestamp(now_ms()));
+    let _ = io::stderr().write_all(line.as_bytes());
+}
+
+/// A line of the daemon's log, as for `format!`.
+#[macro_export]
+macro_rules! log {
+    ($($arg:tt)*) => { $crate::log::line(format_args!($($arg)*)) };
+}
+
+/// Opens a log for appending, cut to its bound first.
+pub fn open(path: &Path) -> io::Result<File> {
+    bound(path)?;
+    open_private(path, OpenOptions::new().append(true).create(true))
+}
+
+/// Cuts a log of more than 10 MB: the last 1 MB goes to the file with `.1` and the log is
+/// emptied. What is written between the two steps is lost; whoever writes it need not reopen it.
+pub fn bound(path: &Path) -> io::Result<()> {
+    let mut log = match open_private(path, OpenOptions::new().read(true).write(true)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let length = log.metadata()?.len();
+    if length <= LIMIT {
+        return Ok(());
+    }
+    let mut old = path.as_os_str().to_owned();
+    old.push(".1");
+    let mut kept = open_private(Path::new(&old), OpenOptions::new().write(true).create(true))?;
+    kept.set_len(0)?;
+    log.seek(SeekFrom::Start(length - KEEP))?;
+    io::copy(&mut (&mut log).take(KEEP), &mut kept)?;
+    log.set_len(0)
+}
+
+/// The last lines of a log: at most `lines` of them, from nothing before the byte `from`, and
+/// looking at no more than 1 MB. Bytes that are not UTF-8 are replaced.
+pub fn tail(path: &Path, from: u64, lines: usize) -> io::Result<Vec<String>> {
+    let mut log = open_private(path, OpenOptions::new().read(true))?;
+    let length = log.metadata()?.len();
+    // A log that is shorter than where we began has been cut since.
+    let from = if length < from { 0 } else { from };
+    log.seek(SeekFrom::Start(from.max(length.saturating_sub(KEEP))))?;
+    let mut bytes = Vec::new();
+    log.take(KEEP).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().collect();
+    Ok(all[all.len().saturating_sub(lines)..].iter().map(|line| (*line).to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::timestamp;
+
+    #[test]
+    fn timestamps_are_dates() {
+        assert_eq!(timestamp(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(timestamp(951_827_696_789), "2000-02-29T12:34:56.789Z");
+        assert_eq!(timestamp(1_735_689_599_999), "2024-12-31T23:59:59.999Z");
+    }
+}

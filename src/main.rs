@@ -1,0 +1,53 @@
+//! openwork keeps one `opencode serve` alive and routes its calls to many workspaces by
+//! directory: a command line, and a daemon in the background.
+//!
+//! The rooms, calls going down the list and never up or across:
+//!
+//! ```text
+//! main         parse, run, report, exit status
+//! args         tables of commands and options; argv and environment to a Command
+//! cli/         one function per command; never writes state
+//!   client     finds, starts and asks the daemon
+//!   output     one value, printed for people or as JSON
+//! daemon/      the background process
+//!   gate       the public port: limits and policy, one request per connection
+//!   api        the control plane behind it: one handler per route
+//!   supervisor the one thread that owns opencode
+//!   engine     opencode itself: command line and protocol
+//!   process    processes and sockets as Linux sees them
+//!   instances  what opencode has loaded
+//!   events     who is told what happened
+//! state        the state file, and the credentials
+//! workspace    workspaces: ids, names, paths, URLs
+//! wire         what goes over HTTP and into --json
+//! http         HTTP as a client
+//! options, lock, log, paths, error
+//! ```
+//!
+//! `cli` and `daemon` share only what stands below both.
+
+mod args;
+mod cli;
+mod daemon;
+mod error;
+mod http;
+mod lock;
+mod log;
+mod options;
+mod paths;
+mod state;
+mod wire;
+mod workspace;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut argv: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match argv.first().and_then(|first| first.to_str()) {
+        Some(daemon::engine::LAUNCH_COMMAND) => return daemon::engine::become_when_told(&argv[1..]).into(),
+        Some(cli::DETACHED_COMMAND) => argv[0] = "daemon".into(),
+        _ => return cli::main(&argv, false).into(),
+    }
+    cli::main(&argv, true).into()
+}

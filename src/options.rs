@@ -1,0 +1,26 @@
+//! What a daemon can be told: plain data, from the command line to the daemon.
+
+use std::path::PathBuf;
+
+/// The environment variable by which everything that opencode starts is known to be its.
+pub const MARKER: &str = "OPENWORK_ENGINE";
+
+/// What a daemon can be told.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The port to listen on; chosen when absent.
+    pub port: Option<u16>,
+    /// About opencode.
+    pub engine: EngineOptions,
+    /// Web pages that may ask, beside the usual ones.
+    pub origins: Vec<String>,
+}
+
+/// What it can be told about opencode.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// The one to start; searched for when absent.
+    pub binary: Option<PathBuf>,
+    /// Its port; chosen when absent.
+    pub port: Option<u16>,
+}

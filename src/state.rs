@@ -1,0 +1,609 @@
+//! The state file: the registry of workspaces and what is known of the running processes.
+//!
+//! Invariants: the daemon is the only writer. What readers see ([`Store::snapshot`]) is on disk,
+//! but for `lastUsedAt`, which is written behind. A write replaces the file whole (temporary
+//! file, fsync, rename, fsync of the directory), and memory changes only after the disk has.
+//! Fields that we do not know survive at every level. A file that cannot be understood is never
+//! touched.
+//!
+//! Readers take a snapshot and hold no lock while they use it, so that nobody who only reads
+//! ever waits for the disk.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::log::now_ms;
+use crate::paths::{self, DataDir, open_private};
+use crate::workspace::{self, Place, Workspace, WorkspaceId, check_name};
+
+/// The version of the file that we read and write.
+const VERSION: u64 = 1;
+/// How long after a change of `lastUsedAt` it is written at the latest: it is worth no more than
+/// one write a second.
+const WRITE_BEHIND: Duration = Duration::from_secs(1);
+
+/// The daemon that runs, or ran.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DaemonRecord {
+    /// Process id.
+    pub pid: u32,
+    /// Of its listening socket.
+    pub port: u16,
+    /// `http://127.0.0.1:<port>`.
+    pub base_url: String,
+    /// Unix milliseconds.
+    pub started_at: u64,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The opencode that runs, with what proves it ours. Written before it can do anything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EngineRecord {
+    /// Process id; it leads its process group.
+    pub pid: u32,
+    /// Of its listening socket.
+    pub port: u16,
+    /// `http://127.0.0.1:<port>`.
+    pub base_url: String,
+    /// Unix milliseconds.
+    pub started_at: u64,
+    /// Random; in its environment as `OPENWORK_ENGINE`.
+    #[serde(default)]
+    pub engine_id: String,
+    /// Start time of the process in clock ticks since boot, `/proc/<pid>/stat` field 22.
+    #[serde(default)]
+    pub start_ticks: u64,
+    /// `/proc/sys/kernel/random/boot_id` when it was started.
+    #[serde(default)]
+    pub boot_id: String,
+    /// Directories whose instances are loaded, as far as is known; written behind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub instances: Vec<String>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// A binary and its version, remembered with size and time: asking costs half a second.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BinaryRecord {
+    /// Where it is.
+    #[serde(default)]
+    pub path: String,
+    /// What it said when asked.
+    #[serde(default)]
+    pub actual_version: Option<String>,
+    /// Always `external`: we ship none.
+    #[serde(default)]
+    pub source: Option<String>,
+    /// Bytes, when it was asked.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// Modification time, Unix nanoseconds in decimal, when it was asked.
+    #[serde(default)]
+    pub modified: Option<String>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The binaries we know.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Binaries {
+    /// The opencode last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub opencode: Option<BinaryRecord>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The ports last used, so that addresses stay the same; 0 is none yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ports {
+    /// The daemon's.
+    #[serde(default)]
+    pub daemon: u16,
+    /// opencode's.
+    #[serde(default)]
+    pub opencode: u16,
+}
+
+/// The whole file. The shape is that of OpenWork's own orchestrator, with fields added.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// Of the shape.
+    pub version: u64,
+    /// Null when none runs.
+    #[serde(default)]
+    pub daemon: Option<DaemonRecord>,
+    /// Null when none runs.
+    #[serde(default)]
+    pub opencode: Option<EngineRecord>,
+    /// Versions remembered.
+    #[serde(default)]
+    pub binaries: Option<Binaries>,
+    /// Of the openwork that wrote this.
+    #[serde(default)]
+    pub cli_version: Option<String>,
+    /// Ports last used.
+    #[serde(default)]
+    pub ports: Ports,
+    /// The active workspace; empty when none is.
+    #[serde(default)]
+    pub active_id: String,
+    /// The one before it; empty when there was none.
+    #[serde(default)]
+    pub previous_id: String,
+    /// In the order they were added.
+    pub workspaces: Vec<Arc<Workspace>>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for State {
+    fn default() -> State {
+        State {
+            version: VERSION,
+            daemon: None,
+            opencode: None,
+            binaries: None,
+            cli_version: None,
+            ports: Ports::default(),
+            active_id: String::new(),
+            previous_id: String::new(),
+            workspaces: Vec::new(),
+            extra: Map::new(),
+        }
+    }
+}
+
+impl State {
+    /// Reads the state file; one that is not there is an empty registry.
+    ///
+    /// # Errors
+    /// `state_corrupt`, `state_too_new`; nothing is touched.
+    pub fn read(path: &Path) -> Result<State> {
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
+        let mut file = match open_private(path, OpenOptions::new().read(true)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),
+            Err(e) => return Err(corrupt(format!("cannot be opened: {e}"))),
+        };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(|e| corrupt(format!("cannot be read: {e}")))?;
+        match serde_json::from_slice::<State>(&bytes) {
+            Ok(state) if state.version == VERSION => Ok(state),
+            Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
+            Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
+            Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
+            Err(e) => {
+                // A newer file may have another shape: its version says so before our shape fails.
+                let version = serde_json::from_slice::<Value>(&bytes).ok().and_then(|v| v.get("version")?.as_u64());
+                Err(match version {
+                    Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
+                    _ => corrupt(format!("not a state file: {e}")),
+                })
+            }
+        }
+    }
+
+    /// The workspace with this id.
+    pub fn get(&self, id: &str) -> Option<&Arc<Workspace>> {
+        self.workspaces.iter().find(|workspace| workspace.id == id)
+    }
+
+    /// The active workspace.
+    pub fn active(&self) -> Option<&Arc<Workspace>> {
+        self.get(&self.active_id)
+    }
+
+    /// Which workspace a selector means: exact id, exact name, a path in or of it (deepest
+    /// first), a unique prefix of a name or of an id. `@active` is the active one, `-` the one
+    /// before it. A path must be absolute here.
+    ///
+    /// # Errors
+    /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
+    pub fn find(&self, selector: &str) -> Result<&Arc<Workspace>> {
+        let not_found = || Error::WorkspaceNotFound(selector.to_owned());
+        match selector {
+            "@active" => return self.active().ok_or(Error::NoActiveWorkspace),
+            "-" => return self.get(&self.previous_id).ok_or_else(not_found),
+            // An empty one is a script's unset variable, and a prefix of everything.
+            "" => return Err(not_found()),
+            _ => {}
+        }
+        let exact = |test: fn(&Workspace) -> &str| self.workspaces.iter().find(|w| test(w) == selector);
+        if let Some(found) = exact(|w| &w.id).or_else(|| exact(|w| &w.name)) {
+            return Ok(found);
+        }
+        if workspace::looks_like_path(selector) {
+            let path = workspace::resolve_as_far_as_possible(Path::new(selector));
+            let containing = self.workspaces.iter().filter(|w| w.is_local() && path.starts_with(&w.path));
+            return containing.max_by_key(|w| w.path.len()).ok_or_else(not_found);
+        }
+        // Every id begins with `ws-`: that much of it says nothing.
+        let is_prefix = |w: &&Arc<Workspace>| {
+            w.name.starts_with(selector) || (selector.len() > "ws-".len() && w.id.starts_with(selector))
+        };
+        let candidates: Vec<_> = self.workspaces.iter().filter(is_prefix).collect();
+        match candidates[..] {
+            [] => Err(not_found()),
+            [one] => Ok(one),
+            _ => Err(Error::WorkspaceAmbiguous {
+                selector: selector.to_owned(),
+                candidates: candidates.iter().take(10).map(|w| format!("{} ({})", w.name, w.id)).collect(),
+            }),
+        }
+    }
+
+    /// Adds what is not there; what is there only gets the name, if one was given.
+    /// The first workspace becomes active. Returns it and whether it was created.
+    ///
+    /// # Errors
+    /// `invalid_name`, `name_taken`.
+    pub fn add(&mut self, place: Place, name: Option<&str>) -> Result<(Arc<Workspace>, bool)> {
+        let id = place.id();
+        if let Some(existing) = self.get(&id).cloned() {
+            return Ok((name.map_or(Ok(existing), |name| self.rename(&id, name))?, false));
+        }
+        let name = match name {
+            Some(name) => {
+                self.check_free_name(name, &id)?;
+                name.to_owned()
+            }
+            None => self.free_name(place.derived_name()),
+        };
+        let workspace = Arc::new(place.into_workspace(name, now_ms()));
+        if self.workspaces.is_empty() {
+            self.active_id.clone_from(&workspace.id);
+        }
+        self.workspaces.push(workspace.clone());
+        Ok((workspace, true))
+    }
+
+    /// Gives a workspace another name.
+    ///
+    /// # Errors
+    /// `invalid_name`, `name_taken`, `workspace_not_found`.
+    pub fn rename(&mut self, id: &str, name: &str) -> Result<Arc<Workspace>> {
+        self.check_free_name(name, id)?;
+        let workspace = self.get_mut(id)?;
+        name.clone_into(&mut workspace.name);
+        Ok(self.find(id)?.clone())
+    }
+
+    /// Removes a workspace; if it was active, none is.
+    ///
+    /// # Errors
+    /// `workspace_not_found`.
+    pub fn remove(&mut self, id: &str) -> Result<Arc<Workspace>> {
+        let index = self.workspaces.iter().position(|w| w.id == id);
+        let index = index.ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))?;
+        for role in [&mut self.active_id, &mut self.previous_id] {
+            if role == id {
+                role.clear();
+            }
+        }
+        Ok(self.workspaces.remove(index))
+    }
+
+    /// Makes a workspace the active one.
+    ///
+    /// # Errors
+    /// `workspace_not_found`.
+    pub fn activate(&mut self, id: &str) -> Result<Arc<Workspace>> {
+        self.get_mut(id)?.last_used_at = Some(now_ms());
+        if self.active_id != id {
+            self.previous_id = std::mem::replace(&mut self.active_id, id.to_owned());
+        }
+        Ok(self.find(id)?.clone())
+    }
+
+    fn get_mut(&mut self, id: &str) -> Result<&mut Workspace> {
+        let found = self.workspaces.iter_mut().find(|w| w.id == id);
+        found.map(Arc::make_mut).ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
+    }
+
+    fn check_free_name(&self, name: &str, for_id: &str) -> Result<()> {
+        check_name(name)?;
+        match self.workspaces.iter().find(|w| w.name == name && w.id != for_id) {
+            Some(holder) => Err(Error::NameTaken { name: name.to_owned(), id: holder.id.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// The name itself, or with `-2`, `-3`, … when it is taken.
+    fn free_name(&self, name: String) -> String {
+        let taken: std::collections::HashSet<&str> = self.workspaces.iter().map(|w| w.name.as_str()).collect();
+        if !taken.contains(name.as_str()) {
+            return name;
+        }
+        let numbered = |n: usize| {
+            let suffix = format!("-{n}");
+            let base: String = name.chars().take(100 - suffix.len()).collect();
+            base + &suffix
+        };
+        (2..).map(numbered).find(|name| !taken.contains(name.as_str())).unwrap_or(name)
+    }
+}
+
+/// The credentials of opencode: made once, kept.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Auth {
+    /// The user name of the Basic credentials.
+    pub opencode_username: String,
+    /// The password: 32 random bytes as hex.
+    pub opencode_password: String,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Auth {
+    /// Reads the credentials, making them when there are none.
+    ///
+    /// # Errors
+    /// `state_corrupt` when the file cannot be understood: a new password would lock us out of
+    /// an opencode that runs with the old one.
+    pub fn load_or_create(data_dir: &DataDir) -> Result<Auth> {
+        let path = data_dir.auth();
+        if let Some(auth) = Auth::read(&path)? {
+            return Ok(auth);
+        }
+        let auth =
+            Auth { opencode_username: "opencode".to_owned(), opencode_password: random_hex(32)?, extra: Map::new() };
+        write_whole(&path, &auth)?;
+        Ok(auth)
+    }
+
+    /// Reads the credentials; none when there is no file.
+    ///
+    /// # Errors
+    /// `state_corrupt`, as for [`Auth::load_or_create`].
+    pub fn read(path: &Path) -> Result<Option<Auth>> {
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
+        let file = match open_private(path, OpenOptions::new().read(true)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),
+            Err(e) => return Err(corrupt(format!("cannot be opened: {e}"))),
+        };
+        let auth: Auth = serde_json::from_reader(file).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
+        // Whoever can be called without a password can be made to run anything.
+        if auth.opencode_password.is_empty() || auth.opencode_username.is_empty() {
+            return Err(corrupt("the user name or the password is empty".to_owned()));
+        }
+        let breaks_basic = |c: char| c.is_control();
+        if auth.opencode_username.contains(|c| c == ':' || breaks_basic(c))
+            || auth.opencode_password.contains(breaks_basic)
+        {
+            return Err(corrupt("the user name or the password has a character that cannot be sent".to_owned()));
+        }
+        Ok(Some(auth))
+    }
+}
+
+/// Random bytes of the kernel as hex.
+pub fn random_hex(bytes: usize) -> Result<String> {
+    let source = Path::new("/dev/urandom");
+    let mut buffer = vec![0; bytes];
+    File::open(source).and_then(|mut file| file.read_exact(&mut buffer)).map_err(|e| Error::io("read", source, e))?;
+    Ok(buffer.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The state in memory and on disk.
+pub struct Store {
+    path: PathBuf,
+    /// What readers see. Held for the time of copying a pointer.
+    current: Mutex<Arc<State>>,
+    /// Held while a change is made and written: changes happen one after the other.
+    writing: Mutex<()>,
+    /// What is to be written behind.
+    behind: Mutex<Behind>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Behind {
+    pending: Pending,
+    closed: bool,
+}
+
+/// What is newer in memory than on disk.
+#[derive(Default)]
+struct Pending {
+    used: HashMap<WorkspaceId, u64>,
+    instances: Option<Vec<String>>,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.used.is_empty() && self.instances.is_none()
+    }
+
+    fn apply(&self, state: &mut State) {
+        if let (Some(instances), Some(engine)) = (&self.instances, &mut state.opencode) {
+            engine.instances.clone_from(instances);
+        }
+        if self.used.is_empty() {
+            return;
+        }
+        for workspace in &mut state.workspaces {
+            if let Some(&at) = self.used.get(&workspace.id) {
+                if workspace.last_used_at.is_none_or(|before| before < at) {
+                    Arc::make_mut(workspace).last_used_at = Some(at);
+                }
+            }
+        }
+    }
+
+    /// Puts back what could not be written, unless something newer has come.
+    fn restore(&mut self, older: Pending) {
+        for (id, at) in older.used {
+            self.used.entry(id).or_insert(at);
+        }
+        self.instances = self.instances.take().or(older.instances);
+    }
+}
+
+/// A lock whose data no panic can have left half-changed: it is only ever replaced.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Store {
+    /// Reads the file. The caller holds `daemon.lock`.
+    ///
+    /// # Errors
+    /// As [`State::read`].
+    pub fn open(data_dir: &DataDir) -> Result<Store> {
+        let path = data_dir.state();
+        let state = State::read(&path)?;
+        // What a crash in the middle of a write has left.
+        let _ = fs::remove_file(temporary(&path));
+        Ok(Store {
+            path,
+            current: Mutex::new(Arc::new(state)),
+            writing: Mutex::default(),
+            behind: Mutex::default(),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// The state as it is on disk.
+    pub fn snapshot(&self) -> Arc<State> {
+        lock(&self.current).clone()
+    }
+
+    /// Makes a change: it is on disk when this returns, or nothing has changed.
+    ///
+    /// # Errors
+    /// Those of `change`; `state_write_failed`.
+    pub fn update<T>(&self, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+        let _writing = lock(&self.writing);
+        let mut state = State::clone(&self.snapshot());
+        let result = change(&mut state)?;
+        let pending = std::mem::take(&mut lock(&self.behind).pending);
+        pending.apply(&mut state);
+        state.cli_version = Some(env!("CARGO_PKG_VERSION").to_owned());
+        if let Err(e) = write_whole(&self.path, &state) {
+            lock(&self.behind).pending.restore(pending);
+            return Err(e);
+        }
+        *lock(&self.current) = Arc::new(state);
+        Ok(result)
+    }
+
+    /// Notes that a workspace was used; written within a second. Never waits for the disk.
+    pub fn touch(&self, id: &str) {
+        lock(&self.behind).pending.used.insert(id.to_owned(), now_ms());
+        self.changed.notify_all();
+    }
+
+    /// Notes which instances are loaded; written within a second. Never waits for the disk.
+    pub fn note_instances(&self, instances: Vec<String>) {
+        lock(&self.behind).pending.instances = Some(instances);
+        self.changed.notify_all();
+    }
+
+    /// The state with what is still to be written in it.
+    pub fn latest(&self) -> Arc<State> {
+        let snapshot = self.snapshot();
+        let behind = lock(&self.behind);
+        if behind.pending.is_empty() {
+            return snapshot;
+        }
+        let mut state = State::clone(&snapshot);
+        behind.pending.apply(&mut state);
+        Arc::new(state)
+    }
+
+    /// Writes behind until [`Store::close`]; for a thread of its own.
+    pub fn write_behind(&self) {
+        let mut last_write: Option<Instant> = None;
+        loop {
+            {
+                let mut behind = lock(&self.behind);
+                while !behind.closed && behind.pending.is_empty() {
+                    behind = self.changed.wait(behind).unwrap_or_else(PoisonError::into_inner);
+                }
+                while let Some(rest) = last_write.and_then(|at| WRITE_BEHIND.checked_sub(at.elapsed())) {
+                    if behind.closed || rest.is_zero() {
+                        break;
+                    }
+                    behind = self.changed.wait_timeout(behind, rest).unwrap_or_else(PoisonError::into_inner).0;
+                }
+                if behind.closed {
+                    return;
+                }
+            }
+            if let Err(e) = self.update(|_| Ok(())) {
+                crate::log!("{e}");
+            }
+            last_write = Some(Instant::now());
+        }
+    }
+
+    /// Ends [`Store::write_behind`]. What is left is written with the next change.
+    pub fn close(&self) {
+        lock(&self.behind).closed = true;
+        self.changed.notify_all();
+    }
+}
+
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".tmp");
+    name.into()
+}
+
+/// Replaces a file whole: a crash or a full disk at any point leaves the old one or the new one.
+fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
+    let temporary = temporary(path);
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let failed = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::StateWriteFailed { what, path, source }
+    };
+    let write = || {
+        // Created anew, so that nothing that was planted there is written to.
+        match fs::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &temporary)(e)),
+            _ => {}
+        }
+        let file = paths::open_private(&temporary, OpenOptions::new().write(true).create_new(true))
+            .map_err(failed("create", &temporary))?;
+        let mut writer = BufWriter::with_capacity(64 * 1024, file);
+        serde_json::to_writer_pretty(&mut writer, value)
+            .map_err(io::Error::from)
+            .and_then(|()| writer.write_all(b"\n"))
+            .and_then(|()| writer.flush())
+            .map_err(failed("write", &temporary))?;
+        writer.get_ref().sync_all().map_err(failed("sync", &temporary))?;
+        fs::rename(&temporary, path).map_err(failed("replace", path))
+    };
+    if let Err(e) = write() {
+        let _ = fs::remove_file(&temporary);
+        return Err(e);
+    }
+    // The new file is in place; only its survival of a power cut hangs on this.
+    File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed("sync", directory))
+}

@@ -1,0 +1,286 @@
+//! What goes over HTTP and into `--json`: one set of types for both sides.
+//!
+//! Every reply is a JSON object with `ok`. The source of the format is this module; the README
+//! describes it for users.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, ErrorBody};
+use crate::workspace::Workspace;
+
+/// Of the control plane; it changes when a client would have to.
+pub const API_VERSION: u32 = 1;
+
+/// The header by which a client says how long it will wait, in seconds (a decimal number).
+pub const TIMEOUT_HEADER: &str = "X-Openwork-Timeout";
+
+/// A route of the control plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// How the daemon and opencode are.
+    Health,
+    /// The registry.
+    List,
+    /// Adds a directory.
+    AddLocal,
+    /// Adds a URL.
+    AddRemote,
+    /// One workspace.
+    Get,
+    /// Gives it another name.
+    Rename,
+    /// Takes it out of the registry.
+    Remove,
+    /// Makes it the active one.
+    Activate,
+    /// Asks OpenCode for its directory.
+    Path,
+    /// Disposes its instance.
+    Dispose,
+    /// Waits for opencode to be ready, trying again if it had failed.
+    Start,
+    /// Stops the daemon.
+    Shutdown,
+}
+
+/// Every control route: method, path (`:id` stands for a selector, percent-encoded), which.
+pub const ROUTES: &[(&str, &str, Route)] = &[
+    ("GET", "/health", Route::Health),
+    ("GET", "/workspaces", Route::List),
+    ("POST", "/workspaces", Route::AddLocal),
+    ("POST", "/workspaces/remote", Route::AddRemote),
+    ("GET", "/workspaces/:id", Route::Get),
+    ("PATCH", "/workspaces/:id", Route::Rename),
+    ("DELETE", "/workspaces/:id", Route::Remove),
+    ("POST", "/workspaces/:id/activate", Route::Activate),
+    ("GET", "/workspaces/:id/path", Route::Path),
+    ("POST", "/instances/:id/dispose", Route::Dispose),
+    ("POST", "/start", Route::Start),
+    ("POST", "/shutdown", Route::Shutdown),
+];
+
+/// A process as the outside sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProcessInfo {
+    /// Process id.
+    pub pid: u32,
+    /// Where it listens, on 127.0.0.1.
+    pub port: u16,
+    /// The same as a URL.
+    pub base_url: String,
+    /// Unix milliseconds.
+    pub started_at: u64,
+    /// Resident memory in bytes; null when the kernel does not say.
+    #[serde(default)]
+    pub memory: Option<u64>,
+}
+
+/// What the supervisor is doing with opencode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// On its way.
+    Starting,
+    /// Answering.
+    Ready,
+    /// Being ended, to be started again or not.
+    Stopping,
+    /// Pausing after a crash.
+    Waiting,
+    /// Given up until somebody asks for it.
+    Failed,
+}
+
+impl Phase {
+    /// As on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Starting => "starting",
+            Phase::Ready => "ready",
+            Phase::Stopping => "stopping",
+            Phase::Waiting => "waiting",
+            Phase::Failed => "failed",
+        }
+    }
+}
+
+/// How opencode's supervision goes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EngineInfo {
+    /// See [`Phase`].
+    pub phase: Phase,
+    /// Counts the processes this daemon has had.
+    pub generation: u64,
+    /// How many of them replaced one that had ended by itself.
+    pub restarts: u64,
+    /// opencode's version, once known.
+    pub version: Option<String>,
+    /// Why it is not ready, or was not before.
+    pub last_error: Option<ErrorBody>,
+}
+
+/// `GET /health`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Health {
+    /// Whether opencode is ready.
+    pub ok: bool,
+    /// [`API_VERSION`].
+    pub api_version: u32,
+    /// Of the daemon's binary.
+    pub cli_version: String,
+    /// The daemon.
+    pub daemon: ProcessInfo,
+    /// opencode; null until it is ready.
+    pub opencode: Option<ProcessInfo>,
+    /// Its supervision.
+    pub engine: EngineInfo,
+    /// The active workspace; empty when there is none.
+    pub active_id: String,
+    /// How many there are.
+    pub workspace_count: usize,
+}
+
+/// A workspace in a list.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Listed {
+    /// The entry.
+    #[serde(flatten)]
+    pub workspace: Arc<Workspace>,
+    /// The directory has gone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub missing: bool,
+}
+
+impl Listed {
+    /// Looks whether the directory of a local one is there.
+    pub fn new(workspace: &Arc<Workspace>) -> Listed {
+        let missing = workspace.is_local() && !Path::new(&workspace.path).is_dir();
+        Listed { workspace: workspace.clone(), missing }
+    }
+}
+
+/// `GET /workspaces`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkspaceList {
+    /// Always true.
+    pub ok: bool,
+    /// The active workspace; empty when there is none.
+    pub active_id: String,
+    /// In the order they were added.
+    pub workspaces: Vec<Listed>,
+}
+
+/// A reply about one workspace.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkspaceReply {
+    /// Always true.
+    pub ok: bool,
+    /// The active workspace; empty when there is none.
+    pub active_id: String,
+    /// The one asked about.
+    pub workspace: Listed,
+    /// Of an addition: whether it was not there before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<bool>,
+}
+
+/// `GET /workspaces/:id/path`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PathReply {
+    /// Always true.
+    pub ok: bool,
+    /// The one asked about.
+    pub workspace: Arc<Workspace>,
+    /// OpenCode's own answer: `home`, `state`, `config`, `worktree`, `directory`.
+    pub path: Value,
+}
+
+/// `POST /instances/:id/dispose`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DisposeReply {
+    /// Always true.
+    pub ok: bool,
+    /// False when it was not loaded.
+    pub disposed: bool,
+    /// The one asked about.
+    pub workspace: Arc<Workspace>,
+}
+
+/// A reply without content.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Done {
+    /// Always true.
+    pub ok: bool,
+}
+
+/// A reply that is an error.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failure {
+    /// Always false.
+    pub ok: bool,
+    /// What happened.
+    pub error: ErrorBody,
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Failure {
+        Failure { ok: false, error: error.body() }
+    }
+}
+
+/// Body of `POST /workspaces`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct AddLocal {
+    /// Absolute.
+    pub path: String,
+    /// Derived from the path when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// Body of `POST /workspaces/remote`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AddRemote {
+    /// http or https.
+    pub base_url: String,
+    /// The directory there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<String>,
+    /// Derived from the host when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// Body of `PATCH /workspaces/:id`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Rename {
+    /// The new name.
+    pub name: String,
+}
+
+/// Body of `POST /instances/:id/dispose`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Dispose {
+    /// Even when a session is running.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Body of `POST /shutdown`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shutdown {
+    /// opencode stays, for the next daemon to adopt.
+    #[serde(default)]
+    pub keep_opencode: bool,
+}

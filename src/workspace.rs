@@ -1,0 +1,373 @@
+//! What a workspace is: its entry in the state file, its id, name, path or URL, and how one is
+//! meant on a command line.
+//!
+//! New entries are validated here; those read from a file are taken as they are stored.
+
+use std::fs;
+use std::io;
+use std::net::Ipv6Addr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// `ws-` and the first 12 hex digits of the SHA-1 of what the workspace is.
+pub type WorkspaceId = String;
+
+/// The longest name, in characters.
+const NAME_LIMIT: usize = 100;
+
+/// Where a workspace is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A directory of this machine.
+    #[default]
+    Local,
+    /// The URL of an OpenCode server elsewhere: an entry of the registry and no more.
+    Remote,
+}
+
+/// A workspace as it stands in the state file and on the wire. Times are Unix milliseconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Workspace {
+    /// Unique, and the same whenever the same thing is added.
+    pub id: WorkspaceId,
+    /// Unique; see [`check_name`].
+    #[serde(default)]
+    pub name: String,
+    /// The resolved directory; empty for a remote one.
+    #[serde(default)]
+    pub path: String,
+    /// Local or remote.
+    #[serde(default)]
+    pub workspace_type: Kind,
+    /// Of a remote one; normalised by [`normalise_url`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_url: Option<String>,
+    /// Of a remote one: the directory there; empty or absent when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<String>,
+    /// When it was added.
+    #[serde(default)]
+    pub created_at: Option<u64>,
+    /// When it was last switched to or routed to.
+    #[serde(default)]
+    pub last_used_at: Option<u64>,
+    /// Fields of other versions and programs; they survive.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Workspace {
+    /// Whether it has an instance in our opencode.
+    pub fn is_local(&self) -> bool {
+        self.workspace_type == Kind::Local
+    }
+
+    /// The directory, of a local one.
+    ///
+    /// # Errors
+    /// `workspace_is_remote`.
+    pub fn local_path(&self) -> Result<&Path> {
+        if self.is_local() { Ok(Path::new(&self.path)) } else { Err(Error::WorkspaceIsRemote(self.name.clone())) }
+    }
+
+    /// Where it is, for people.
+    pub fn location(&self) -> String {
+        let url = self.base_url.as_deref().unwrap_or_default();
+        match (self.workspace_type, self.directory.as_deref()) {
+            (Kind::Local, _) => self.path.clone(),
+            (Kind::Remote, None | Some("")) => url.to_owned(),
+            (Kind::Remote, Some(directory)) => format!("{url} {directory}"),
+        }
+    }
+}
+
+/// What is to be added, checked.
+pub enum Place {
+    /// A resolved directory.
+    Local(String),
+    /// A normalised URL, and the directory there if any.
+    Remote { base_url: String, directory: Option<String> },
+}
+
+impl Place {
+    /// A directory that is there, resolved with realpath.
+    ///
+    /// # Errors
+    /// `bad_request` for a relative path, `path_not_found`, `path_not_directory`,
+    /// `path_not_utf8`, `permission_denied`.
+    pub fn local(path: &Path) -> Result<Place> {
+        if !path.is_absolute() {
+            return Err(match path.as_os_str().is_empty() {
+                true => Error::PathNotFound(path.to_owned()),
+                false => Error::BadRequest(format!("the path must be absolute: {}", path.display())),
+            });
+        }
+        let resolved = existing_directory(path)?;
+        resolved.into_os_string().into_string().map(Place::Local).map_err(|path| Error::PathNotUtf8(path.into()))
+    }
+
+    /// A remote server.
+    ///
+    /// # Errors
+    /// `invalid_url`; `bad_request` for a directory with control characters.
+    pub fn remote(base_url: &str, directory: Option<&str>) -> Result<Place> {
+        let directory = directory.filter(|directory| !directory.is_empty());
+        if directory.is_some_and(|directory| directory.chars().any(char::is_control)) {
+            return Err(Error::BadRequest("the directory has a control character in it".to_owned()));
+        }
+        Ok(Place::Remote { base_url: normalise_url(base_url)?, directory: directory.map(str::to_owned) })
+    }
+
+    /// The id of the workspace that is there.
+    pub fn id(&self) -> WorkspaceId {
+        let hash = match self {
+            Place::Local(path) => sha1_smol::Sha1::from(path),
+            Place::Remote { base_url, directory: None } => sha1_smol::Sha1::from(base_url),
+            Place::Remote { base_url, directory: Some(directory) } => {
+                sha1_smol::Sha1::from(format!("{base_url}::{directory}"))
+            }
+        };
+        let mut hex = hash.digest().to_string();
+        hex.truncate(12);
+        format!("ws-{hex}")
+    }
+
+    /// The name it has when none is given: the last part of the path, or the host; what a name
+    /// may not have is replaced by `-`.
+    pub fn derived_name(&self) -> String {
+        let source = match self {
+            Place::Local(path) => Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or("root"),
+            Place::Remote { base_url, .. } => {
+                let authority = base_url.split("://").nth(1).unwrap_or_default();
+                let authority = authority.split('/').next().unwrap_or_default();
+                // The port goes, the colons of an IPv6 address stay.
+                match authority.rfind(':') {
+                    Some(colon) if !authority.ends_with(']') => &authority[..colon],
+                    _ => authority,
+                }
+            }
+        };
+        let mut name: String =
+            source.chars().take(NAME_LIMIT).map(|c| if forbidden_in_name(c) { '-' } else { c }).collect();
+        // A first character that is not allowed would only become another that is not allowed.
+        while name.starts_with(FORBIDDEN_FIRST) {
+            name.remove(0);
+        }
+        if name.is_empty() {
+            name.push_str("workspace");
+        }
+        if is_id(&name) { format!("workspace-{name}") } else { name }
+    }
+
+    /// The entry of a new workspace.
+    pub fn into_workspace(self, name: String, now: u64) -> Workspace {
+        let id = self.id();
+        let (path, workspace_type, base_url, directory) = match self {
+            Place::Local(path) => (path, Kind::Local, None, None),
+            Place::Remote { base_url, directory } => {
+                (String::new(), Kind::Remote, Some(base_url), Some(directory.unwrap_or_default()))
+            }
+        };
+        Workspace {
+            id,
+            name,
+            path,
+            workspace_type,
+            base_url,
+            directory,
+            created_at: Some(now),
+            last_used_at: Some(now),
+            extra: Map::new(),
+        }
+    }
+}
+
+/// Resolves a directory that must be there.
+pub fn existing_directory(path: &Path) -> Result<PathBuf> {
+    let resolved = fs::canonicalize(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => Error::PathNotFound(path.to_owned()),
+        io::ErrorKind::NotADirectory => Error::PathNotDirectory(path.to_owned()),
+        io::ErrorKind::InvalidInput => Error::PathNotUtf8(path.to_owned()), // NUL
+        io::ErrorKind::PermissionDenied => Error::io("resolve", path, e),
+        _ => Error::BadRequest(format!("cannot resolve {}: {e}", path.display())),
+    })?;
+    match fs::metadata(&resolved) {
+        Ok(metadata) if metadata.is_dir() => Ok(resolved),
+        Ok(_) => Err(Error::PathNotDirectory(resolved)),
+        Err(e) => Err(Error::io("look at", &resolved, e)),
+    }
+}
+
+/// What a name may not begin with: it would look like an option, a path or a selector.
+const FORBIDDEN_FIRST: [char; 4] = ['-', '.', '~', '@'];
+
+/// Control and bidi-control characters, and `/`, which would make a path of it.
+fn forbidden_in_name(c: char) -> bool {
+    c == '/' || is_unprintable(c)
+}
+
+/// Control characters and those that turn the direction of text: neither is ever printed as is.
+pub fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn is_id(name: &str) -> bool {
+    name.strip_prefix("ws-")
+        .is_some_and(|hex| hex.len() == 12 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+}
+
+/// Whether a workspace may be called so: 1 to 100 characters, none of them a control or
+/// bidi-control character or `/`, not starting with `-`, `.`, `~` or `@`, not an id.
+///
+/// # Errors
+/// `invalid_name`, saying which rule.
+pub fn check_name(name: &str) -> Result<()> {
+    let why = if name.is_empty() {
+        "it is empty"
+    } else if name.chars().count() > NAME_LIMIT {
+        "it is longer than 100 characters"
+    } else if name.contains('/') {
+        "it has a / in it"
+    } else if name.chars().any(forbidden_in_name) {
+        "it has a control character in it"
+    } else if name.starts_with(FORBIDDEN_FIRST) {
+        "it starts with one of - . ~ @"
+    } else if is_id(name) {
+        "it has the form of an id"
+    } else {
+        return Ok(());
+    };
+    Err(Error::InvalidName { name: name.to_owned(), why })
+}
+
+/// A base URL in the one form we store: scheme and host in lower case, without default port and
+/// trailing `/`.
+///
+/// # Errors
+/// `invalid_url`: not http or https, no host, a bad port, credentials, a query or a fragment.
+pub fn normalise_url(url: &str) -> Result<String> {
+    let bad = |why| Error::InvalidUrl { url: url.to_owned(), why };
+    let (scheme, rest) = url.split_once("://").ok_or_else(|| bad("it has no scheme"))?;
+    let scheme = scheme.to_ascii_lowercase();
+    let default_port = match scheme.as_str() {
+        "http" => 80,
+        "https" => 443,
+        _ => return Err(bad("only http and https are supported")),
+    };
+    if rest.bytes().any(|b| !b.is_ascii_graphic() || b"\\\"<>^`{|}".contains(&b)) {
+        return Err(bad("it has a character that must be percent-encoded"));
+    }
+    if rest.contains(['?', '#']) {
+        return Err(bad("it has a query or a fragment"));
+    }
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    if authority.contains('@') {
+        return Err(bad("it has credentials in it"));
+    }
+    let (host, port) = match authority.rfind(':') {
+        Some(colon) if !authority.ends_with(']') => (&authority[..colon], Some(&authority[colon + 1..])),
+        _ => (authority, None),
+    };
+    let valid_host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_')),
+    };
+    if !valid_host {
+        return Err(bad(if host.is_empty() { "it has no host" } else { "the host is not valid" }));
+    }
+    let port = match port {
+        None | Some("") => default_port,
+        Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => {
+            port.parse::<u16>().ok().filter(|port| *port != 0).ok_or_else(|| bad("the port is out of range"))?
+        }
+        Some(_) => return Err(bad("the port is not a number")),
+    };
+    let mut normal = format!("{scheme}://{}", host.to_ascii_lowercase());
+    if port != default_port {
+        normal.push_str(&format!(":{port}"));
+    }
+    normal.push_str(path.trim_end_matches('/'));
+    Ok(normal)
+}
+
+/// Whether a selector is to be read as a path.
+pub fn looks_like_path(selector: &str) -> bool {
+    selector.contains('/') || matches!(selector, "." | "..") || selector.starts_with('~')
+}
+
+/// The path with links resolved as far as it exists: a workspace whose directory has gone can
+/// still be named by it.
+pub fn resolve_as_far_as_possible(path: &Path) -> PathBuf {
+    for ancestor in path.ancestors() {
+        if let Ok(resolved) = fs::canonicalize(ancestor) {
+            return match path.strip_prefix(ancestor) {
+                Ok(rest) if !rest.as_os_str().is_empty() => resolved.join(rest),
+                _ => resolved,
+            };
+        }
+    }
+    path.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_have_one_form() {
+        for (given, stored) in [
+            ("HTTP://Example.COM:80/", "http://example.com"),
+            ("https://example.com:443/a/B/", "https://example.com/a/B"),
+            ("https://example.com:8443", "https://example.com:8443"),
+            ("http://[::1]:4096/", "http://[::1]:4096"),
+            ("http://[::1]", "http://[::1]"),
+            ("http://h:", "http://h"),
+        ] {
+            assert_eq!(normalise_url(given).unwrap(), stored, "{given}");
+        }
+        for bad in [
+            "",
+            "example.com",
+            "ftp://example.com",
+            "http://",
+            "http:///x",
+            "http://u:p@h",
+            "http://u@h",
+            "http://h?q",
+            "http://h#f",
+            "http://h:0",
+            "http://h:65536",
+            "http://h:x",
+            "http://h:+1",
+            "http://h h",
+            "http://[::1",
+            "http://[zz]",
+            "http://ex\\ample",
+            "http://exämple",
+            "http://h/\n",
+            "http://:80",
+        ] {
+            assert!(normalise_url(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn derived_names_are_valid() {
+        for path in ["/", "/a/.config", "/a/--x", "/a/@~.-", "/a/b\u{202e}c\n", "/a/ws-abc123def456", "/a/ünï"] {
+            let name = Place::Local(path.to_owned()).derived_name();
+            check_name(&name).unwrap_or_else(|e| panic!("{path:?} gives {name:?}: {e}"));
+        }
+        let long = format!("/{}", "é".repeat(120));
+        check_name(&Place::Local(long).derived_name()).unwrap();
+        let host = |url: &str| Place::remote(url, None).unwrap().derived_name();
+        assert_eq!(host("https://Example.com:8080/x"), "example.com");
+        assert_eq!(host("http://[::1]:1"), "[::1]");
+    }
+}
