@@ -6,6 +6,7 @@
 //! `--name --x` (a forgotten value, refused) from `--name=--x` (meant).
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,6 +46,12 @@ enum CommandKind {
     WorkspacePath,
     WorkspaceRemove,
     WorkspaceRename,
+    Api,
+    Attach,
+    Run,
+    Env,
+    Events,
+    InstanceList,
     InstanceDispose,
     Logs,
     Help,
@@ -80,6 +87,12 @@ pub const COMMANDS: &[CommandRow] = &[
     row(CommandKind::WorkspacePath, "workspace path", "[<ws>]", (0, 1), true, "Ask OpenCode for the directory of a workspace (warms its instance)"),
     row(CommandKind::WorkspaceRemove, "workspace remove", "<ws>", (1, 1), true, "Take a workspace out of the registry; its files stay"),
     row(CommandKind::WorkspaceRename, "workspace rename", "<ws> <name>", (2, 2), true, "Give a workspace another name"),
+    row(CommandKind::Api, "api", "[<ws>] [METHOD] <path>", (1, 3), true, "Make any OpenCode call in a workspace; prints the body as it comes"),
+    row(CommandKind::Attach, "attach", "[<ws>] [-- ARGS]", (0, 1), true, "Open OpenCode's terminal interface in a workspace"),
+    row(CommandKind::Run, "run", "[<ws>] -- ARGS", (0, 1), true, "Run `opencode run` in a workspace, against the warm server"),
+    row(CommandKind::Env, "env", "[<ws>]", (0, 1), true, "Print what other OpenCode clients need, for eval"),
+    row(CommandKind::Events, "events", "", (0, 0), true, "Print what happens, one JSON object a line"),
+    row(CommandKind::InstanceList, "instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm or cold"),
     row(CommandKind::InstanceDispose, "instance dispose", "[<ws>]", (0, 1), true, "Have OpenCode dispose the instance of a workspace"),
     row(CommandKind::Logs, "logs", "[opencode|daemon]", (0, 1), false, "Print a log (opencode's, if not said)"),
     row(CommandKind::Help, "help", "[<command>]", (0, 2), false, "Show help"),
@@ -105,6 +118,9 @@ pub struct OptionRow {
     pub help: &'static str,
 }
 
+/// How long an instance may be unused, if nothing is said.
+const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);
+
 const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart"];
 
 #[rustfmt::skip]
@@ -120,6 +136,10 @@ pub const OPTIONS: &[OptionRow] = &[
     OptionRow { name: "--directory", short: None, value: Some("DIR"), env: None, commands: &["workspace add-remote"], help: "The directory there" },
     OptionRow { name: "--quiet", short: Some("-q"), value: None, env: None, commands: &["workspace list", "workspace current"], help: "Print ids only" },
     OptionRow { name: "--force", short: None, value: None, env: None, commands: &["instance dispose"], help: "Even when a session is running" },
+    OptionRow { name: "--data", short: Some("-d"), value: Some("BODY"), env: None, commands: &["api"], help: "The body: text, @file, or @- for standard input" },
+    OptionRow { name: "--header", short: Some("-H"), value: Some("NAME:VALUE"), env: None, commands: &["api"], help: "A header; can be given several times" },
+    OptionRow { name: "--include", short: Some("-i"), value: None, env: None, commands: &["api"], help: "Print the head of the reply too" },
+    OptionRow { name: "--shell", short: None, value: Some("SHELL"), env: None, commands: &["env"], help: "For sh (also bash, zsh) or fish" },
     OptionRow { name: "--follow", short: Some("-f"), value: None, env: None, commands: &["logs"], help: "Go on printing what is added" },
     OptionRow { name: "--lines", short: Some("-n"), value: Some("N"), env: None, commands: &["logs"], help: "Only the last N lines" },
     OptionRow { name: "--keep-opencode", short: None, value: None, env: None, commands: &["daemon stop"], help: "Leave opencode running, for the next daemon to take over" },
@@ -127,6 +147,7 @@ pub const OPTIONS: &[OptionRow] = &[
     OptionRow { name: "--daemon-port", short: None, value: Some("PORT"), env: Some("OPENWORK_DAEMON_PORT"), commands: RUNS_DAEMON, help: "Listen there (else on the port used last, 6174, or any)" },
     OptionRow { name: "--opencode-bin", short: None, value: Some("FILE"), env: Some("OPENWORK_OPENCODE_BIN"), commands: RUNS_DAEMON, help: "The opencode to start (else from PATH, or ~/.opencode/bin)" },
     OptionRow { name: "--opencode-port", short: None, value: Some("PORT"), env: Some("OPENWORK_OPENCODE_PORT"), commands: RUNS_DAEMON, help: "Have opencode listen there (else on the port used last, 6175, or any)" },
+    OptionRow { name: "--idle-ttl", short: None, value: Some("DURATION"), env: Some("OPENWORK_IDLE_TTL"), commands: RUNS_DAEMON, help: "Dispose instances unused for so long: 90s, 30m (if not said), 2h; 0 is never" },
     OptionRow { name: "--cors", short: None, value: Some("ORIGIN"), env: None, commands: RUNS_DAEMON, help: "A web page that may ask; can be given several times" },
     OptionRow { name: "--daemon-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Loopback, and nothing else" },
     OptionRow { name: "--opencode-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Loopback, and nothing else" },
@@ -166,8 +187,51 @@ pub enum Command {
     WorkspacePath { selector: Option<OsString> },
     WorkspaceRemove { selector: OsString },
     WorkspaceRename { selector: OsString, name: String },
+    Api(Api),
+    Attach { selector: Option<OsString>, args: Vec<OsString> },
+    Run { selector: Option<OsString>, args: Vec<OsString> },
+    Env { selector: Option<OsString>, shell: Shell },
+    Events,
+    InstanceList,
     InstanceDispose { selector: Option<OsString>, force: bool },
     Logs { log: Log, follow: bool, lines: Option<usize> },
+}
+
+/// A call of OpenCode's.
+#[derive(Debug)]
+pub struct Api {
+    /// In which workspace.
+    pub selector: Option<OsString>,
+    /// Upper case.
+    pub method: String,
+    /// With its query, as spelled.
+    pub path: String,
+    /// What is sent.
+    pub data: Option<Data>,
+    /// Name and value.
+    pub headers: Vec<(String, String)>,
+    /// The head of the reply is printed too.
+    pub include: bool,
+}
+
+/// The body of a call.
+#[derive(Debug)]
+pub enum Data {
+    /// As given.
+    Text(OsString),
+    /// What is in a file.
+    File(PathBuf),
+    /// What comes on standard input.
+    Stdin,
+}
+
+/// For which shell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shell {
+    /// sh, bash, zsh and their kind.
+    Sh,
+    /// fish.
+    Fish,
 }
 
 /// Which log.
@@ -206,18 +270,24 @@ pub fn wants_json(argv: &[OsString]) -> bool {
 /// # Errors
 /// `usage`, with the nearest known word.
 pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Result<Invocation> {
-    let Tokens { given, words } = tokens(argv)?;
+    let Tokens { given, mut words, trailing } = tokens(argv)?;
     let has = |name: &str| given.iter().any(|(row, _)| row.name == name);
+    // Where arguments are for opencode, they are behind `--`; elsewhere those are like others.
+    let passes_on =
+        matches!(find_command(&words), Ok((Some(CommandRow { kind: CommandKind::Attach | CommandKind::Run, .. }), _)));
+    if !passes_on {
+        words.extend(&trailing);
+    }
     let (row, args) = find_command(&words)?;
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
     let value = |name: &str| {
         let option = given.iter().rev().find(|(row, _)| row.name == name).and_then(|(_, value)| value.clone());
         option.or_else(|| env(OPTIONS.iter().find(|row| row.name == name)?.env?))
     };
-    let timeout = match value("--timeout") {
-        Some(text) => Some(seconds(&text)?),
-        None => None,
-    };
+    let timeout = value("--timeout").map(|text| seconds(&text)).transpose()?;
+    if value("--data-dir").is_some_and(|value| value.is_empty()) {
+        return Err(Error::usage("--data-dir needs a value (DIR)"));
+    }
     let invocation = |command, autostart, patience, daemon| Invocation {
         command,
         data_dir: value("--data-dir").map(PathBuf::from),
@@ -251,7 +321,12 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
         });
     }
     let origins = given.iter().filter(|(row, _)| row.name == "--cors").filter_map(|(_, value)| value.clone());
-    let options = daemon_options(&value, origins.collect())?;
+    // Without a daemon to be started, nobody's environment has to be right.
+    let options = match row.autostart || row.kind == CommandKind::DaemonRun {
+        true => daemon_options(&value, origins.collect())?,
+        false => Options::default(),
+    };
+    let count = args.len();
     let mut args = args.into_iter();
     let mut next = || args.next().cloned().unwrap_or_default();
     let optional = args_or_none(row, &words);
@@ -281,6 +356,23 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
             let selector = next();
             Command::WorkspaceRename { selector, name: name(Some(next()))?.unwrap_or_default() }
         }
+        CommandKind::Api => {
+            let headers = given.iter().filter(|(row, _)| row.name == "--header").filter_map(|(_, value)| value.clone());
+            let words: Vec<OsString> = std::iter::repeat_with(&mut next).take(count).collect();
+            Command::Api(api(words, value("--data"), headers.collect(), has("--include"))?)
+        }
+        CommandKind::Attach => Command::Attach { selector: optional, args: trailing.into_iter().cloned().collect() },
+        CommandKind::Run => Command::Run { selector: optional, args: trailing.into_iter().cloned().collect() },
+        CommandKind::Env => Command::Env {
+            selector: optional,
+            shell: match value("--shell").as_ref().map(|shell| shell.to_string_lossy()).as_deref() {
+                None | Some("sh" | "bash" | "zsh" | "dash" | "ksh") => Shell::Sh,
+                Some("fish") => Shell::Fish,
+                Some(other) => return Err(unknown("shell", other, ["sh", "bash", "zsh", "fish"].into_iter())),
+            },
+        },
+        CommandKind::Events => Command::Events,
+        CommandKind::InstanceList => Command::InstanceList,
         CommandKind::InstanceDispose => Command::InstanceDispose { selector: optional, force: has("--force") },
         CommandKind::Logs => Command::Logs {
             log: match optional.as_ref().map(|log| log.to_string_lossy()).as_deref() {
@@ -295,19 +387,68 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     Ok(invocation(command, row.autostart, patience, options))
 }
 
+/// The arguments of `api`: the path is the last, before it the method and the workspace.
+fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>, include: bool) -> Result<Api> {
+    let path = text("<path>", words.pop().unwrap_or_default())?;
+    if !path.starts_with('/') || !path.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(Error::Usage {
+            message: format!("{path:?} is not a path of OpenCode's: it starts with / and is percent-encoded"),
+            hint: Some("openwork api [<ws>] [METHOD] <path>".to_owned()),
+        });
+    }
+    let is_method = |word: &OsString| word.as_encoded_bytes().iter().all(u8::is_ascii_uppercase) && !word.is_empty();
+    let method = match words.pop() {
+        Some(word) if is_method(&word) => Some(text("METHOD", word)?),
+        Some(word) if words.is_empty() => {
+            words.push(word);
+            None
+        }
+        Some(word) => return Err(Error::usage(format!("{word:?} is not a method, like GET or POST"))),
+        None => None,
+    };
+    let default = if data.is_some() { "POST" } else { "GET" };
+    let data = data.map(|data| match data.as_encoded_bytes() {
+        b"@-" => Data::Stdin,
+        [b'@', ..] => Data::File(after(&data, b'@').into()),
+        _ => Data::Text(data),
+    });
+    let header = |header: OsString| {
+        let header = text("--header", header)?;
+        let is_name = |name: &str| {
+            !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.!#$%&'*+^`|~".contains(&b))
+        };
+        match header.split_once(':') {
+            Some((name, value)) if is_name(name) && !value.contains(char::is_control) => {
+                Ok((name.to_owned(), value.trim().to_owned()))
+            }
+            _ => Err(Error::usage(format!("--header: {header:?} is not NAME:VALUE"))),
+        }
+    };
+    Ok(Api {
+        selector: words.pop(),
+        method: method.unwrap_or_else(|| default.to_owned()),
+        path,
+        data,
+        headers: headers.into_iter().map(header).collect::<Result<_>>()?,
+        include,
+    })
+}
+
 /// Options with their values, and the other words, in their order.
 struct Tokens<'a> {
     given: Vec<(&'static OptionRow, Option<OsString>)>,
     words: Vec<&'a OsString>,
+    /// The words behind `--`.
+    trailing: Vec<&'a OsString>,
 }
 
 fn tokens(argv: &[OsString]) -> Result<Tokens<'_>> {
-    let mut tokens = Tokens { given: Vec::new(), words: Vec::new() };
+    let mut tokens = Tokens { given: Vec::new(), words: Vec::new(), trailing: Vec::new() };
     let mut rest = argv.iter();
     while let Some(arg) = rest.next() {
         let bytes = arg.as_encoded_bytes();
         if bytes == b"--" {
-            tokens.words.extend(rest);
+            tokens.trailing.extend(rest);
             break;
         }
         if !bytes.starts_with(b"-") || bytes == b"-" {
@@ -316,7 +457,7 @@ fn tokens(argv: &[OsString]) -> Result<Tokens<'_>> {
         }
         let lossy = arg.to_string_lossy();
         let (name, attached) = match lossy.split_once('=') {
-            Some((name, _)) if name.starts_with("--") => (name, Some(after_equals(arg))),
+            Some((name, _)) if name.starts_with("--") => (name, Some(after(arg, b'='))),
             _ => (&*lossy, None),
         };
         let row = OPTIONS.iter().find(|row| row.name == name || row.short == Some(name));
@@ -329,8 +470,8 @@ fn tokens(argv: &[OsString]) -> Result<Tokens<'_>> {
                 Some(value) if !value.as_encoded_bytes().starts_with(b"--") => Some(value.clone()),
                 Some(value) => {
                     return Err(Error::Usage {
-                        message: format!("{} needs a value ({what}), not {}", row.name, value.display()),
-                        hint: Some(format!("{}={} if it is meant", row.name, value.display())),
+                        message: format!("{} needs a value ({what}), not {}", row.name, shown(value)),
+                        hint: Some(format!("{}={} if it is meant", row.name, shown(value))),
                     });
                 }
                 None => return Err(Error::usage(format!("{} needs a value ({what})", row.name))),
@@ -341,11 +482,10 @@ fn tokens(argv: &[OsString]) -> Result<Tokens<'_>> {
     Ok(tokens)
 }
 
-/// What stands after the first `=`, whatever its bytes.
-fn after_equals(arg: &OsStr) -> OsString {
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+/// What stands after the first such byte, whatever that is.
+fn after(arg: &OsStr, byte: u8) -> OsString {
     let bytes = arg.as_bytes();
-    let at = bytes.iter().position(|byte| *byte == b'=').map_or(bytes.len(), |at| at + 1);
+    let at = bytes.iter().position(|given| *given == byte).map_or(bytes.len(), |at| at + 1);
     OsString::from_vec(bytes[at..].to_vec())
 }
 
@@ -403,7 +543,7 @@ fn daemon_options(value: &impl Fn(&str) -> Option<OsString>, origins: Vec<OsStri
         if let Some(host) = value(name) {
             if !["127.0.0.1", "localhost"].iter().any(|loopback| host == *loopback) {
                 return Err(Error::Usage {
-                    message: format!("{name}: only 127.0.0.1 is listened on, not {}", host.display()),
+                    message: format!("{name}: only 127.0.0.1 is listened on, not {}", shown(&host)),
                     hint: Some("to reach it from elsewhere, use an SSH tunnel".to_owned()),
                 });
             }
@@ -413,7 +553,12 @@ fn daemon_options(value: &impl Fn(&str) -> Option<OsString>, origins: Vec<OsStri
     let binary = value("--opencode-bin").map(PathBuf::from);
     let origins = origins.into_iter().map(origin).collect::<Result<_>>()?;
     let engine = EngineOptions { binary, port: port("--opencode-port")? };
-    Ok(Options { port: port("--daemon-port")?, engine, origins })
+    let idle_ttl = match value("--idle-ttl") {
+        Some(text) => duration("--idle-ttl", &text)?,
+        None => DEFAULT_IDLE_TTL,
+    };
+    let idle_ttl = Some(idle_ttl).filter(|ttl| !ttl.is_zero());
+    Ok(Options { port: port("--daemon-port")?, engine, idle_ttl, origins })
 }
 
 /// An origin as browsers send it: `scheme://host[:port]`.
@@ -428,12 +573,12 @@ fn origin(value: OsString) -> Result<String> {
 
 fn port(option: &str, value: &OsStr) -> Result<u16> {
     let port = value.to_str().and_then(|text| text.parse::<u16>().ok()).filter(|port| *port != 0);
-    port.ok_or_else(|| Error::usage(format!("{option}: {} is not a port (1 to 65535)", value.display())))
+    port.ok_or_else(|| Error::usage(format!("{option}: {} is not a port (1 to 65535)", shown(value))))
 }
 
 fn number(option: &str, value: &OsStr) -> Result<usize> {
     let number = value.to_str().and_then(|text| text.parse().ok());
-    number.ok_or_else(|| Error::usage(format!("{option}: {} is not a number", value.display())))
+    number.ok_or_else(|| Error::usage(format!("{option}: {} is not a number", shown(value))))
 }
 
 fn seconds(value: &OsStr) -> Result<Duration> {
@@ -441,11 +586,36 @@ fn seconds(value: &OsStr) -> Result<Duration> {
     let seconds = value.to_str().and_then(|text| text.parse::<f64>().ok()).filter(|s| *s > 0.0 && *s <= 86_400.0);
     seconds
         .map(Duration::from_secs_f64)
-        .ok_or_else(|| Error::usage(format!("--timeout: {} is not a number of seconds above 0", value.display())))
+        .ok_or_else(|| Error::usage(format!("--timeout: {} is not a number of seconds above 0", shown(value))))
+}
+
+/// `90s`, `30m`, `2h`, `1d`; `0` is nothing.
+fn duration(option: &str, value: &OsStr) -> Result<Duration> {
+    let text = value.to_str().unwrap_or_default();
+    let (number, unit) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        Some((at, 'd')) => (&text[..at], 86_400),
+        _ if text == "0" => ("0", 1),
+        _ => ("", 1),
+    };
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    let seconds = number.parse::<u64>().ok().filter(|_| is_number).and_then(|number| number.checked_mul(unit));
+    // Ten years are for ever, and a time so far away still can be reckoned with.
+    let seconds = seconds.filter(|seconds| *seconds <= 10 * 365 * 86_400);
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| Error::usage(format!("{option}: {} is not a duration (90s, 30m, 2h; 0 is never)", shown(value))))
+}
+
+/// What is not known to be text, for a message.
+fn shown(value: &OsStr) -> std::borrow::Cow<'_, str> {
+    value.to_string_lossy()
 }
 
 fn text(option: &str, value: OsString) -> Result<String> {
-    value.into_string().map_err(|value| Error::usage(format!("{option}: {} is not UTF-8", value.display())))
+    value.into_string().map_err(|value| Error::usage(format!("{option}: {} is not UTF-8", shown(&value))))
 }
 
 /// A name is checked where it is used; here it only has to be text.

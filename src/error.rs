@@ -60,7 +60,7 @@ codes! {
     TooLarge "too_large" 1 [413, 414, 431],
     UnsupportedMediaType "unsupported_media_type" 1 [415],
     Overloaded "overloaded" 1 [503],
-    PortInUse "port_in_use" 1 [503],
+    PortInUse "port_in_use" 1 [],
     StateCorrupt "state_corrupt" 1 [500],
     StateTooNew "state_too_new" 1 [500],
     StateWriteFailed "state_write_failed" 1 [500],
@@ -77,7 +77,7 @@ codes! {
     OpencodeAuthFailed "opencode_auth_failed" 5 [502],
     OpencodeUnavailable "opencode_unavailable" 5 [503],
     OpencodeTimeout "opencode_timeout" 5 [504],
-    OpencodeError "opencode_error" 5 [502],
+    OpencodeFault "opencode_error" 5 [502],
 }
 
 /// A failure as it stands in JSON: `{"code", "message", "hint"}`, `hint` when there is one.
@@ -172,7 +172,10 @@ pub enum Error {
     /// It did not become ready, or answer, before the deadline.
     OpencodeTimeout(&'static str),
     /// It answered with something that is not an answer.
-    OpencodeError(String),
+    OpencodeFault(String),
+    /// opencode answered a call of the user's with a status of 400 or more. It has its own words
+    /// for it, which are printed; as JSON they are the result.
+    Refused { status: u16, json: bool },
     /// A failure that the daemon or a file of ours reported in words.
     Reported { code: Code, body: ErrorBody, status: u16 },
     /// The operating system refused an operation on a path.
@@ -240,7 +243,9 @@ impl Error {
             Error::OpencodeAuthFailed(_) => Code::OpencodeAuthFailed,
             Error::OpencodeUnavailable(_) => Code::OpencodeUnavailable,
             Error::OpencodeTimeout(_) => Code::OpencodeTimeout,
-            Error::OpencodeError(_) => Code::OpencodeError,
+            Error::OpencodeFault(_) => Code::OpencodeFault,
+            // Not one of opencode's row: the call was made.
+            Error::Refused { .. } => Code::BadRequest,
             Error::Reported { code, .. } => *code,
             Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Code::PermissionDenied,
             Error::Io { .. } => Code::Internal,
@@ -251,6 +256,8 @@ impl Error {
     pub fn http_status(&self) -> u16 {
         match self {
             Error::TooLarge { status, .. } | Error::Reported { status, .. } => *status,
+            // Only ever as the reason why opencode cannot be had.
+            Error::PortInUse { .. } => 503,
             other => other.code().http().first().copied().unwrap_or(500),
         }
     }
@@ -350,7 +357,8 @@ impl fmt::Display for Error {
             }
             Error::OpencodeUnavailable(why) => write!(f, "opencode is not available: {why}"),
             Error::OpencodeTimeout(what) => write!(f, "opencode {what} before the deadline"),
-            Error::OpencodeError(why) => write!(f, "opencode: {why}"),
+            Error::OpencodeFault(why) => write!(f, "opencode: {why}"),
+            Error::Refused { status, .. } => write!(f, "opencode answered with status {status}"),
             Error::Reported { body, .. } => write!(f, "{}", body.message),
         }
     }

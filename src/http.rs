@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// The largest head of a reply, in bytes; opencode's are below 1 KB.
 const HEAD_LIMIT: usize = 64 * 1024;
 /// The most header lines of a reply.
-const HEADER_LIMIT: usize = 128;
+pub const HEADER_LIMIT: usize = 128;
 
 /// A socket whose reads and writes can be given a time limit.
 pub trait Socket: Read + Write {
@@ -47,7 +47,8 @@ impl Socket for UnixStream {
 
 /// A socket that fails with `TimedOut` after the deadline, however slowly bytes come.
 pub struct Timed<S> {
-    socket: S,
+    /// The socket.
+    pub socket: S,
     /// `None` waits for ever.
     pub deadline: Option<Instant>,
 }
@@ -116,20 +117,158 @@ impl Request<'_> {
     }
 }
 
+/// How a body is framed, and how far it has come. It says of bytes as they pass which belong to
+/// the body: nothing is decoded or kept.
+pub struct Body(Framed);
+
+enum Framed {
+    /// So many bytes are missing.
+    Length(u64),
+    Chunked(Chunks),
+    /// Until the connection ends.
+    ToEnd,
+}
+
+/// Where in a chunked body we are (RFC 9112, 7.1).
+struct Chunks {
+    at: Chunk,
+    /// Bytes of extensions and trailers, which are nobody's and have no other bound.
+    extra: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Chunk {
+    /// In the digits of a size.
+    Size { size: u64, digits: u8 },
+    /// Behind the digits of this size.
+    Extension(u64),
+    /// Before the line feed behind this size.
+    SizeEnd(u64),
+    /// So many bytes of data are missing.
+    Data(u64),
+    /// Before the line feed behind the data.
+    DataEnd,
+    /// At the start of a trailer line, or of the end.
+    TrailerStart,
+    /// In a trailer line.
+    Trailer,
+    /// Before the line feed of a trailer line.
+    TrailerEnd,
+    /// Before the last line feed.
+    LastEnd,
+    /// Behind it.
+    Done,
+}
+
+/// The most bytes of extensions and trailers of a body.
+const EXTRA_LIMIT: usize = 16 * 1024;
+
+impl Body {
+    /// A body of so many bytes.
+    pub fn length(length: u64) -> Body {
+        Body(Framed::Length(length))
+    }
+
+    /// A body in chunks.
+    pub fn chunked() -> Body {
+        Body(Framed::Chunked(Chunks { at: Chunk::Size { size: 0, digits: 0 }, extra: 0 }))
+    }
+
+    /// A body that ends with the connection.
+    pub fn to_end() -> Body {
+        Body(Framed::ToEnd)
+    }
+
+    /// Whether all of it has come; one that ends with the connection never says so.
+    pub fn is_done(&self) -> bool {
+        match &self.0 {
+            Framed::Length(missing) => *missing == 0,
+            Framed::Chunked(chunks) => chunks.at == Chunk::Done,
+            Framed::ToEnd => false,
+        }
+    }
+
+    /// Whether the end of the connection would be its end.
+    pub fn may_end_here(&self) -> bool {
+        matches!(self.0, Framed::ToEnd) || self.is_done()
+    }
+
+    /// How many of these bytes, the next that came, belong to the body.
+    ///
+    /// # Errors
+    /// `InvalidData` when the chunks are not well formed.
+    pub fn advance(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut count = 0;
+        while count < bytes.len() && !self.is_done() {
+            count += self.step(&bytes[count..])?.0;
+        }
+        Ok(count)
+    }
+
+    /// The same for the first bytes of one kind: how many, and whether they are content.
+    fn step(&mut self, bytes: &[u8]) -> io::Result<(usize, bool)> {
+        let available = bytes.len() as u64;
+        match &mut self.0 {
+            Framed::ToEnd => Ok((bytes.len(), true)),
+            Framed::Length(missing) => {
+                let count = available.min(*missing);
+                *missing -= count;
+                Ok((count as usize, true))
+            }
+            Framed::Chunked(Chunks { at: Chunk::Data(missing), .. }) if *missing > 0 => {
+                let count = available.min(*missing);
+                *missing -= count;
+                Ok((count as usize, true))
+            }
+            Framed::Chunked(chunks) => {
+                chunks.framing(bytes[0])?;
+                Ok((1, false))
+            }
+        }
+    }
+}
+
+impl Chunks {
+    /// Takes a byte that is not content.
+    fn framing(&mut self, byte: u8) -> io::Result<()> {
+        let malformed = || Err(invalid("malformed chunks"));
+        self.at = match (self.at, byte) {
+            (Chunk::Data(0), b'\r') => Chunk::DataEnd,
+            (Chunk::DataEnd, b'\n') => Chunk::Size { size: 0, digits: 0 },
+            (Chunk::Size { size, digits: 1.. }, b'\r') | (Chunk::Extension(size), b'\r') => Chunk::SizeEnd(size),
+            (Chunk::Size { size, digits: 1.. }, b';' | b' ' | b'\t') => Chunk::Extension(size),
+            (Chunk::Size { size, digits }, byte) => match char::from(byte).to_digit(16) {
+                // 15 digits are more than a disk holds, and cannot overflow.
+                Some(digit) if digits < 15 => Chunk::Size { size: size << 4 | u64::from(digit), digits: digits + 1 },
+                Some(_) | None => return malformed(),
+            },
+            (Chunk::SizeEnd(0), b'\n') => Chunk::TrailerStart,
+            (Chunk::SizeEnd(size), b'\n') => Chunk::Data(size),
+            (Chunk::TrailerStart, b'\r') => Chunk::LastEnd,
+            (Chunk::Trailer, b'\r') => Chunk::TrailerEnd,
+            (Chunk::TrailerEnd, b'\n') => Chunk::TrailerStart,
+            (Chunk::LastEnd, b'\n') => Chunk::Done,
+            (at @ Chunk::Extension(_), byte) | (at @ (Chunk::TrailerStart | Chunk::Trailer), byte)
+                if byte != b'\n' && self.extra < EXTRA_LIMIT =>
+            {
+                self.extra += 1;
+                if at == Chunk::TrailerStart { Chunk::Trailer } else { at }
+            }
+            _ => return malformed(),
+        };
+        Ok(())
+    }
+}
+
 /// A reply whose head has come; the body is read from it.
 pub struct Response<S: Read> {
-    /// 200 to 599.
+    /// 200 to 599, or 101.
     pub status: u16,
     /// The head as it came.
     pub head: Vec<u8>,
     headers: Vec<(String, String)>,
-    body: Body<S>,
-}
-
-enum Body<S: Read> {
-    Length(io::Take<BufReader<S>>),
-    Chunked(Box<chunked_transfer::Decoder<BufReader<S>>>),
-    ToEnd(BufReader<S>),
+    body: Body,
+    reader: BufReader<S>,
 }
 
 impl<S: Read> Response<S> {
@@ -141,34 +280,27 @@ impl<S: Read> Response<S> {
         let mut reader = BufReader::with_capacity(16 * 1024, socket);
         loop {
             let head = read_head(&mut reader)?;
-            let (status, headers) = parse_head(&head)?;
+            let ReplyHead { status, headers, body } = parse_reply_head(&head, method)?;
             // 100 Continue and its kind come before the reply; an upgrade is one.
-            if status < 200 && status != 101 {
-                continue;
+            if status >= 200 || status == 101 {
+                return Ok(Response { status, head, headers, body, reader });
             }
-            let header = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
-            let body = if method == "HEAD" || matches!(status, 101 | 204 | 304) {
-                Body::Length(reader.take(0))
-            } else if header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
-                Body::Chunked(Box::new(chunked_transfer::Decoder::new(reader)))
-            } else if let Some(length) = header("content-length") {
-                let length = length.parse().map_err(|_| invalid("a length that is no number"))?;
-                Body::Length(reader.take(length))
-            } else {
-                Body::ToEnd(reader)
-            };
-            return Ok(Response { status, head, headers, body });
         }
     }
 
     /// The value of a header; its name in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+        find(&self.headers, name)
     }
 
     /// Whether the body is declared as JSON.
     pub fn is_json(&self) -> bool {
         self.header("content-type").is_some_and(is_json)
+    }
+
+    /// The socket it comes from.
+    pub fn socket_mut(&mut self) -> &mut S {
+        self.reader.get_mut()
     }
 
     /// The whole body, if it is no longer than `limit` bytes.
@@ -182,19 +314,25 @@ impl<S: Read> Response<S> {
     }
 }
 
+/// The content of the body, without its framing.
 impl<S: Read> Read for Response<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut self.body {
-            Body::Length(reader) => {
-                let count = reader.read(buffer)?;
-                if count == 0 && reader.limit() > 0 && !buffer.is_empty() {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                Ok(count)
+        while !self.body.is_done() && !buffer.is_empty() {
+            let available = self.reader.fill_buf()?;
+            if available.is_empty() {
+                return if self.body.may_end_here() { Ok(0) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
-            Body::Chunked(decoder) => decoder.read(buffer),
-            Body::ToEnd(reader) => reader.read(buffer),
+            let available = &available[..available.len().min(buffer.len())];
+            let (count, is_content) = self.body.step(available)?;
+            if is_content {
+                buffer[..count].copy_from_slice(&available[..count]);
+            }
+            self.reader.consume(count);
+            if is_content {
+                return Ok(count);
+            }
         }
+        Ok(0)
     }
 }
 
@@ -221,7 +359,20 @@ fn read_head(reader: &mut impl BufRead) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-fn parse_head(head: &[u8]) -> io::Result<(u16, Vec<(String, String)>)> {
+/// What the head of a reply says.
+pub struct ReplyHead {
+    /// 100 to 599.
+    pub status: u16,
+    /// How what follows is framed.
+    pub body: Body,
+    headers: Vec<(String, String)>,
+}
+
+/// Understands the head of a reply to a request of this method.
+///
+/// # Errors
+/// `InvalidData` when it is not HTTP.
+pub fn parse_reply_head(head: &[u8], method: &str) -> io::Result<ReplyHead> {
     let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
     let mut response = httparse::Response::new(&mut headers);
     let parsed = response.parse(head).map_err(|e| invalid(&e.to_string()))?;
@@ -231,7 +382,21 @@ fn parse_head(head: &[u8]) -> io::Result<(u16, Vec<(String, String)>)> {
     let owned = |header: &httparse::Header<'_>| {
         (header.name.to_ascii_lowercase(), String::from_utf8_lossy(header.value).into_owned())
     };
-    Ok((status, response.headers.iter().map(owned).collect()))
+    let headers: Vec<(String, String)> = response.headers.iter().map(owned).collect();
+    let body = if method == "HEAD" || status < 200 || matches!(status, 204 | 304) {
+        Body::length(0)
+    } else if find(&headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
+        Body::chunked()
+    } else if let Some(length) = find(&headers, "content-length") {
+        Body::length(length.parse().map_err(|_| invalid("a length that is no number"))?)
+    } else {
+        Body::to_end()
+    };
+    Ok(ReplyHead { status, body, headers })
+}
+
+fn find<'h>(headers: &'h [(String, String)], name: &str) -> Option<&'h str> {
+    headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
 }
 
 /// The value of an `Authorization` header with Basic credentials (RFC 7617).
@@ -298,6 +463,29 @@ mod tests {
         for bad in ["%", "%2", "%zz", "a%+1"] {
             assert_eq!(percent_decode(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_body_ends_where_its_framing_says() {
+        let chunked = b"5;x=y\r\nhello\r\n0A \r\n0123456789\r\n0\r\nA: b\r\n\r\nGET / HTTP/1.1\r\n";
+        let end = chunked.len() - b"GET / HTTP/1.1\r\n".len();
+        // In one piece, and in any two.
+        for cut in 0..chunked.len() {
+            let mut body = Body::chunked();
+            let first = body.advance(&chunked[..cut]).unwrap();
+            assert_eq!(first, cut.min(end));
+            let second = if body.is_done() { 0 } else { body.advance(&chunked[cut..]).unwrap() };
+            assert_eq!(first + second, end, "cut at {cut}");
+            assert!(body.is_done());
+        }
+        for bad in ["\r\n", "x\r\n", "-1\r\n", "5\n", "1\r\nab", "0\r\n\n", "1000000000000000\r\n", "1\r\na\n", ";\r\n"]
+        {
+            assert!(Body::chunked().advance(bad.as_bytes()).is_err(), "{bad:?}");
+        }
+        let endless = format!("1;{}", "x".repeat(EXTRA_LIMIT + 1));
+        assert!(Body::chunked().advance(endless.as_bytes()).is_err());
+        assert_eq!(Body::length(3).advance(b"abcd").unwrap(), 3);
+        assert_eq!(Body::to_end().advance(b"abcd").unwrap(), 4);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a daemon can be told: plain data, from the command line to the daemon.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The environment variable by which everything that opencode starts is known to be its.
 pub const MARKER: &str = "OPENWORK_ENGINE";
@@ -12,6 +13,8 @@ pub struct Options {
     pub port: Option<u16>,
     /// About opencode.
     pub engine: EngineOptions,
+    /// Unused for so long, an instance is disposed; never when absent.
+    pub idle_ttl: Option<Duration>,
     /// Web pages that may ask, beside the usual ones.
     pub origins: Vec<String>,
 }

@@ -18,6 +18,9 @@ pub const API_VERSION: u32 = 1;
 /// The header by which a client says how long it will wait, in seconds (a decimal number).
 pub const TIMEOUT_HEADER: &str = "X-Openwork-Timeout";
 
+/// The header with the code of an error that is ours and not opencode's.
+pub const ERROR_HEADER: &str = "X-Openwork-Error";
+
 /// A route of the control plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
@@ -39,8 +42,12 @@ pub enum Route {
     Activate,
     /// Asks OpenCode for its directory.
     Path,
+    /// How the instances are.
+    Instances,
     /// Disposes its instance.
     Dispose,
+    /// What happens, as server-sent events.
+    Events,
     /// Waits for opencode to be ready, trying again if it had failed.
     Start,
     /// Stops the daemon.
@@ -58,7 +65,9 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("DELETE", "/workspaces/:id", Route::Remove),
     ("POST", "/workspaces/:id/activate", Route::Activate),
     ("GET", "/workspaces/:id/path", Route::Path),
+    ("GET", "/instances", Route::Instances),
     ("POST", "/instances/:id/dispose", Route::Dispose),
+    ("GET", "/events", Route::Events),
     ("POST", "/start", Route::Start),
     ("POST", "/shutdown", Route::Shutdown),
 ];
@@ -202,6 +211,54 @@ pub struct PathReply {
     pub workspace: Arc<Workspace>,
     /// OpenCode's own answer: `home`, `state`, `config`, `worktree`, `directory`.
     pub path: Value,
+}
+
+/// Whether opencode has loaded an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InstanceState {
+    /// Loaded, and a session is running.
+    Busy,
+    /// Loaded.
+    Warm,
+    /// Not loaded.
+    Cold,
+}
+
+impl InstanceState {
+    /// As on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            InstanceState::Busy => "busy",
+            InstanceState::Warm => "warm",
+            InstanceState::Cold => "cold",
+        }
+    }
+}
+
+/// An instance in a list.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InstanceEntry {
+    /// Whose it is.
+    pub workspace: Arc<Workspace>,
+    /// See [`InstanceState`].
+    pub state: InstanceState,
+    /// Requests under way through the daemon, streams among them.
+    pub open_streams: usize,
+    /// When it will be disposed for want of use, Unix milliseconds; null while in use, or never.
+    pub evict_at: Option<u64>,
+}
+
+/// `GET /instances`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InstanceList {
+    /// Always true.
+    pub ok: bool,
+    /// Of the local workspaces.
+    pub instances: Vec<InstanceEntry>,
+    /// Resident memory of opencode and all it has started, in bytes; null when it does not run.
+    pub memory: Option<u64>,
 }
 
 /// `POST /instances/:id/dispose`.

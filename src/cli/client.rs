@@ -133,6 +133,8 @@ impl Client {
         if let Some(binary) = &options.engine.binary {
             option("--opencode-bin", binary.as_ref());
         }
+        // Also when it is never: said by the environment, it would hold for the daemon only.
+        option("--idle-ttl", format!("{}s", options.idle_ttl.unwrap_or_default().as_secs()).as_ref());
         for origin in &options.origins {
             option("--cors", origin.as_ref());
         }
@@ -193,29 +195,46 @@ impl Client {
     }
 
     fn exchange(&self, address: Address, method: &str, target: &str, body: &[u8]) -> Result<(u16, Vec<u8>)> {
+        let length = body.len().to_string();
+        let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
+        let response = self.open(address, method, target, &headers, |stream| stream.write_all(body))?;
+        let status = response.status;
+        let reply = response.bytes(REPLY_LIMIT).map_err(|e| self.lost(address, &e))?;
+        Ok((status, reply))
+    }
+
+    /// Sends a request; the reply with its head read, which the deadline is for.
+    ///
+    /// # Errors
+    /// `daemon_unresponsive`; `daemon_not_running` when it ends instead.
+    pub fn open(
+        &self,
+        address: Address,
+        method: &str,
+        target: &str,
+        headers: &[(&str, &str)],
+        write_body: impl FnOnce(&mut Timed<TcpStream>) -> io::Result<()>,
+    ) -> Result<Response<Timed<TcpStream>>> {
         let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let timeout = format!("{:.3}", rest.as_secs_f64());
-        let length = body.len().to_string();
-        let headers = [
-            (TIMEOUT_HEADER, timeout.as_str()),
-            ("Content-Type", "application/json"),
-            ("Content-Length", length.as_str()),
-        ];
-        let request = Request { method, target, headers: &headers };
-        let mut bytes = request.head(&format!("127.0.0.1:{}", address.port));
-        bytes.extend_from_slice(body);
-        let unresponsive = |e: io::Error| Error::DaemonUnresponsive(format!("port {}: {e}", address.port));
+        let mut all = vec![(TIMEOUT_HEADER, timeout.as_str())];
+        all.extend_from_slice(headers);
+        let head = Request { method, target, headers: &all }.head(&format!("127.0.0.1:{}", address.port));
         let mut stream = Timed::new(self.connect(address)?, Some(self.deadline + GRACE));
-        let reply = stream
-            .write_all(&bytes)
-            .and_then(|()| Response::read(stream, method))
-            .and_then(|response| Ok((response.status, response.bytes(REPLY_LIMIT)?)));
-        match reply {
+        let written = stream.write_all(&head).and_then(|()| write_body(&mut stream));
+        match (written, Response::read(stream, method)) {
+            // A body that was refused is answered all the same.
+            (_, Ok(response)) => Ok(response),
+            (Err(e), Err(_)) | (Ok(()), Err(e)) => Err(self.lost(address, &e)),
+        }
+    }
+
+    /// What a broken connection means.
+    pub fn lost(&self, address: Address, e: &io::Error) -> Error {
+        match lock::if_held(&self.data_dir.daemon_lock()) {
             // It went while we asked.
-            Err(e) if e.kind() != io::ErrorKind::TimedOut && lock::if_held(&self.data_dir.daemon_lock())?.is_none() => {
-                Err(Error::DaemonNotRunning)
-            }
-            other => other.map_err(unresponsive),
+            Ok(None) if e.kind() != io::ErrorKind::TimedOut => Error::DaemonNotRunning,
+            _ => Error::DaemonUnresponsive(format!("port {}: {e}", address.port)),
         }
     }
 

@@ -4,8 +4,11 @@ mod client;
 mod help;
 mod logs;
 mod output;
+mod passthrough;
 
 use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, BufReader};
+use std::net::TcpStream;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
@@ -17,19 +20,21 @@ use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
 use crate::args::{self, Command, Invocation};
 use crate::daemon;
 use crate::error::{Error, Result};
-use crate::http::percent_encode;
+use crate::http::{Response, Timed, percent_encode};
 use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
 use crate::state::State;
 use crate::wire::{
-    AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, Listed, PathReply, Phase, Rename, Shutdown,
-    WorkspaceList, WorkspaceReply,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, Health, InstanceList, Listed, PathReply, Phase, Rename,
+    Shutdown, WorkspaceList, WorkspaceReply,
 };
 use crate::workspace::{Workspace, looks_like_path};
 
 /// The hidden command by which a client starts a daemon in the background.
 pub const DETACHED_COMMAND: &str = "__daemon";
+/// The largest error object. Bytes.
+const FAILURE_LIMIT: usize = 1024 * 1024;
 /// The environment variable that names a workspace where none is given.
 const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
 
@@ -42,6 +47,8 @@ pub fn main(argv: &[OsString], detached: bool) -> u8 {
     });
     match result {
         Ok(()) => 0,
+        // What opencode answered is the result.
+        Err(e @ Error::Refused { json: true, .. }) => e.code().exit_status(),
         // The client that started it has been told, and reports it.
         Err(e) if detached => {
             crate::log!("{e}");
@@ -122,6 +129,12 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             drop(waiting);
             out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
         }
+        Command::Api(call) => passthrough::api(&client, out, call),
+        Command::Attach { selector, args } => Err(passthrough::attach(&client, selector, &args)),
+        Command::Run { selector, args } => Err(passthrough::run(&client, selector, &args)),
+        Command::Env { selector, shell } => passthrough::env(&client, out, selector, shell),
+        Command::Events => events(&client, out),
+        Command::InstanceList => instances(&client, out),
         Command::InstanceDispose { selector, force } => {
             let id = encoded(&client, selector)?;
             let reply: DisposeReply = client.ask("POST", &format!("/instances/{id}/dispose"), &Dispose { force })?;
@@ -311,6 +324,57 @@ fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result
             row("last used", date(workspace.last_used_at)),
         ])
     })
+}
+
+fn instances(client: &Client, out: &mut Output) -> Result<()> {
+    let list: InstanceList = client.ask("GET", "/instances", &())?;
+    out.print(&list, |list| {
+        let now = now_ms();
+        let mut rows = vec![["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(str::to_owned).to_vec()];
+        rows.extend(list.instances.iter().map(|instance| {
+            let ago = |at: u64| format!("{} ago", duration(now.saturating_sub(at)));
+            vec![
+                instance.workspace.name.clone(),
+                instance.state.name().to_owned(),
+                instance.open_streams.to_string(),
+                instance.workspace.last_used_at.map_or_else(String::new, ago),
+                instance.evict_at.map_or_else(String::new, |at| format!("in {}", duration(at.saturating_sub(now)))),
+            ]
+        }));
+        let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);
+        format!("{}opencode and what it has started: {memory}\n", table(&rows))
+    })
+}
+
+/// The events of the daemon, a line each, until it ends or nobody reads.
+fn events(client: &Client, out: &mut Output) -> Result<()> {
+    let address = client.ensure()?;
+    let mut response = client.open(address, "GET", "/events", &[], |_| Ok(()))?;
+    if response.status != 200 {
+        return Err(failure(response)?);
+    }
+    response.socket_mut().deadline = None;
+    let mut lines = BufReader::new(response);
+    let mut line = Vec::new();
+    while !out.is_closed() {
+        line.clear();
+        let read = lines.read_until(b'\n', &mut line);
+        if matches!(read, Ok(0) | Err(_)) {
+            return Err(Error::DaemonNotRunning);
+        }
+        if let Some(data) = line.strip_prefix(b"data: ") {
+            out.write(data)?;
+        }
+    }
+    Ok(())
+}
+
+/// What the daemon says is wrong.
+fn failure(response: Response<Timed<TcpStream>>) -> Result<Error> {
+    let status = response.status;
+    let body = response.bytes(FAILURE_LIMIT).map_err(|e| Error::DaemonUnresponsive(e.to_string()))?;
+    let failure: Failure = serde_json::from_slice(&body).map_err(|e| Error::DaemonUnresponsive(e.to_string()))?;
+    Ok(Error::reported(failure.error, status))
 }
 
 /// Reads about one workspace: from the daemon, or without one from the state file.

@@ -76,9 +76,8 @@ impl Output {
 
     /// Reports a failure: as JSON on standard output, else on standard error.
     pub fn fail(&mut self, error: &Error) {
-        if self.json {
-            // If this cannot be written either, the exit status says it.
-            let _ = self.print(&Failure::from(error), |_| String::new());
+        // What cannot be said on standard output is said on the other.
+        if self.json && self.print(&Failure::from(error), |_| String::new()).is_ok() {
             return;
         }
         let label = if colour(&io::stderr()) { "\x1b[1;31merror:\x1b[0m" } else { "error:" };

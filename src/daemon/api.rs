@@ -17,15 +17,14 @@ use tiny_http::{Header, Request, Server};
 
 use super::engine::CallError;
 use super::events::EventKind;
-use super::process::Flag;
+use super::process::{self, Flag};
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
 use crate::http::percent_decode;
 use crate::wire::{
-    AddLocal, AddRemote, DisposeReply, Done, Failure, PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER,
-    WorkspaceList, WorkspaceReply,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, InstanceEntry, InstanceList, InstanceState, Listed,
+    PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply,
 };
-use crate::wire::{Dispose, Listed};
 use crate::workspace::{Place, Workspace, existing_directory};
 
 /// How long a request may take that does not say: as long as a command.
@@ -208,14 +207,19 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
             let directory = workspace.local_path()?;
             // opencode would answer for a directory that is not there.
             existing_directory(directory)?;
+            let entered = daemon.instances.enter(&workspace.path);
             let path = daemon.supervisor.call(deadline, |endpoint| {
                 // Before the answer: one that comes too late has loaded it all the same.
-                daemon.instances.loaded(endpoint.generation, &workspace.path);
+                entered.loads(endpoint.generation);
                 endpoint.path(directory, deadline)
             })?;
             daemon.store.touch(&workspace.id);
+            drop(entered);
             Answer::new(200, &PathReply { ok: true, workspace, path: path.into() })
         }
+        Route::Instances => Answer::new(200, &instances(daemon, deadline)),
+        // The gate streams them.
+        Route::Events => Err(Error::NotFound("/events".to_owned())),
         Route::Dispose => {
             let Dispose { force } = parse(&body)?;
             let workspace = daemon.store.snapshot().find(&selector)?.clone();
@@ -230,6 +234,31 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
             let shutdown: Shutdown = parse(&body)?;
             Ok(Answer { shutdown: Some(shutdown), ..Answer::new(200, &Done { ok: true })? })
         }
+    }
+}
+
+/// How the instances of the local workspaces are; only loaded ones are asked about.
+fn instances(daemon: &Daemon<'_>, deadline: Instant) -> InstanceList {
+    let (state, endpoint) = (daemon.store.latest(), daemon.supervisor.ready_now());
+    let describe = |workspace: &Arc<Workspace>| {
+        let usage = daemon.instances.usage(&workspace.path);
+        let running = endpoint
+            .as_ref()
+            .filter(|_| usage.loaded)
+            .map_or(0, |endpoint| endpoint.running_sessions(Path::new(&workspace.path), deadline).unwrap_or(0));
+        let state = match (usage.loaded, running) {
+            (false, _) => InstanceState::Cold,
+            (true, 0) => InstanceState::Warm,
+            (true, _) => InstanceState::Busy,
+        };
+        let evict_at = usage.evict_at.filter(|_| state == InstanceState::Warm);
+        InstanceEntry { workspace: workspace.clone(), state, open_streams: usage.streams, evict_at }
+    };
+    let engine_id = state.opencode.as_ref().map(|engine| engine.engine_id.as_str());
+    InstanceList {
+        ok: true,
+        instances: state.workspaces.iter().filter(|workspace| workspace.is_local()).map(describe).collect(),
+        memory: engine_id.and_then(process::family_memory),
     }
 }
 

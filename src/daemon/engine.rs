@@ -118,7 +118,7 @@ impl Endpoint {
         if status == 401 {
             return Err(CallError::Failed(Error::OpencodeAuthFailed(self.port)));
         }
-        let unexpected = |what: String| CallError::Failed(Error::OpencodeError(format!("{method} {target}: {what}")));
+        let unexpected = |what: String| CallError::Failed(Error::OpencodeFault(format!("{method} {target}: {what}")));
         if status != 200 {
             let start: String = String::from_utf8_lossy(&body).chars().take(300).collect();
             return Err(unexpected(format!("status {status}: {}", start.trim())));
@@ -140,7 +140,7 @@ impl Endpoint {
         let answer = self.ask("GET", "/global/health", None, deadline)?;
         match serde_json::from_value(answer) {
             Ok(Health { healthy: true, version }) => Ok(version),
-            _ => Err(CallError::Failed(Error::OpencodeError("it says that it is not healthy".to_owned()))),
+            _ => Err(CallError::Failed(Error::OpencodeFault("it says that it is not healthy".to_owned()))),
         }
     }
 
@@ -148,7 +148,7 @@ impl Endpoint {
     pub fn path(&self, directory: &Path, deadline: Instant) -> std::result::Result<Map<String, Value>, CallError> {
         match self.ask("GET", "/path", Some(directory), deadline)? {
             Value::Object(path) if path.get("directory").is_some_and(Value::is_string) => Ok(path),
-            _ => Err(CallError::Failed(Error::OpencodeError("GET /path: no directory in the answer".to_owned()))),
+            _ => Err(CallError::Failed(Error::OpencodeFault("GET /path: no directory in the answer".to_owned()))),
         }
     }
 
@@ -159,7 +159,7 @@ impl Endpoint {
                 let is_idle = |status: &Value| status.get("type").and_then(Value::as_str) == Some("idle");
                 Ok(sessions.values().filter(|status| !is_idle(status)).count())
             }
-            _ => Err(CallError::Failed(Error::OpencodeError("GET /session/status: not an object".to_owned()))),
+            _ => Err(CallError::Failed(Error::OpencodeFault("GET /session/status: not an object".to_owned()))),
         }
     }
 
@@ -181,7 +181,7 @@ pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 fn lost(e: io::Error) -> CallError {
     match e.kind() {
         io::ErrorKind::TimedOut => CallError::TimedOut,
-        io::ErrorKind::InvalidData => CallError::Failed(Error::OpencodeError(format!("not an answer: {e}"))),
+        io::ErrorKind::InvalidData => CallError::Failed(Error::OpencodeFault(format!("not an answer: {e}"))),
         _ => CallError::Gone(format!("the connection broke: {e}")),
     }
 }

@@ -19,15 +19,17 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, Scope};
 use std::time::{Duration, Instant};
 
 use super::process::{self, Flag};
-use super::{CONTROL_SOCKET, api};
+use super::router;
+use super::{CONTROL_SOCKET, Daemon, api};
 use crate::error::{Error, Result};
 use crate::http::{self, Response, Timed, is_json};
-use crate::wire::{Failure, TIMEOUT_HEADER};
+use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
@@ -55,6 +57,8 @@ const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// The pause when descriptors or memory for a connection are lacking: until some come back.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
+/// How often a stream of events says that it is still there, when nothing happens.
+const HEARTBEAT: Duration = Duration::from_secs(15);
 /// The web pages that may ask: those of OpenWork's desktop program.
 const ORIGINS: [&str; 3] = ["tauri://localhost", "http://tauri.localhost", "https://tauri.localhost"];
 
@@ -141,13 +145,13 @@ impl<'env> Gate<'env> {
     }
 
     /// Serves until the flag is raised and every request is answered.
-    pub fn serve<'scope>(&'env self, scope: &'scope Scope<'scope, 'env>) {
+    pub fn serve<'scope>(&'env self, scope: &'scope Scope<'scope, 'env>, daemon: &'env Daemon<'env>) {
         while let Ok(true) = process::wait_readable(&self.listener, self.stop) {
             if self.stop.is_raised() {
                 break;
             }
             match self.listener.accept() {
-                Ok((stream, peer)) => self.admit(scope, stream, peer),
+                Ok((stream, peer)) => self.admit(scope, daemon, stream, peer),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) => {
@@ -159,14 +163,20 @@ impl<'env> Gate<'env> {
         self.connections.drain();
     }
 
-    fn admit<'scope>(&'env self, scope: &'scope Scope<'scope, 'env>, stream: TcpStream, peer: SocketAddr) {
+    fn admit<'scope>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        daemon: &'env Daemon<'env>,
+        stream: TcpStream,
+        peer: SocketAddr,
+    ) {
         let connection = Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) });
         let Some(id) = self.connections.admit(connection.clone()) else {
             return refuse(&connection.stream, &Error::Overloaded("connections"));
         };
         let serving = connection.clone();
         let thread = Builder::new().spawn_scoped(scope, move || {
-            if catch_unwind(AssertUnwindSafe(|| self.connection(&serving))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, &serving))).is_err() {
                 crate::log!("a connection failed (see above)");
             }
             let _ = serving.stream.shutdown(Shutdown::Both);
@@ -179,7 +189,7 @@ impl<'env> Gate<'env> {
     }
 
     /// Serves the one request of a connection.
-    fn connection(&self, connection: &Connection) {
+    fn connection(&self, daemon: &Daemon<'_>, connection: &Connection) {
         let stream = &connection.stream;
         let _ = stream.set_nodelay(true);
         let mut buffer = [0; HEAD_LIMIT];
@@ -202,12 +212,23 @@ impl<'env> Gate<'env> {
         if request.method == "OPTIONS" && origin.is_some() {
             return reply(stream, &Reply { status: 204, allow: None, origin, body: None, head_only: false });
         }
-        match self.control(connection, &request, rest) {
-            Ok((status, allow, body)) => {
+        let result = match request.path() {
+            path if path.starts_with(router::PREFIX) => {
+                let routed =
+                    router::route(daemon, &router::Client { stream, request: &request, rest, origin }, self.stop);
+                let _ = stream.set_nonblocking(false);
+                routed.map(|()| finish(stream))
+            }
+            "/events" if request.method == "GET" => {
+                check_user(connection).map(|()| stream_events(stream, &daemon.events.subscribe(), origin))
+            }
+            _ => self.control(connection, &request, rest).map(|(status, allow, body)| {
                 let head_only = request.method == "HEAD";
                 reply(stream, &Reply { status, allow: allow.as_deref(), origin, body: Some(&body), head_only });
-            }
-            Err(e) => reply_error(stream, &e, request.method, origin),
+            }),
+        };
+        if let Err(e) = result {
+            reply_error(stream, &e, request.method, origin);
         }
     }
 
@@ -278,6 +299,8 @@ pub struct Head<'h> {
     pub target: &'h str,
     /// As they came.
     pub headers: &'h [httparse::Header<'h>],
+    /// Of HTTP/1: 0 or 1.
+    pub version: u8,
     /// How the body is framed.
     pub framing: Framing,
 }
@@ -318,16 +341,16 @@ impl<'h> Head<'h> {
         if !target.starts_with('/') || !target.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(bad("the request target must be a path of visible ASCII"));
         }
-        let mut head = Head { method, target, headers: request.headers, framing: Framing::Length(0) };
-        head.framing = head.find_framing(version)?;
+        let mut head = Head { method, target, headers: request.headers, version, framing: Framing::Length(0) };
+        head.framing = head.find_framing()?;
         Ok(head)
     }
 
-    fn find_framing(&self, version: u8) -> Result<Framing> {
+    fn find_framing(&self) -> Result<Framing> {
         let bad = |why: &str| Error::BadRequest(why.to_owned());
         match (self.only("transfer-encoding")?, self.only("content-length")?) {
             (Some(_), Some(_)) => Err(bad("both Content-Length and Transfer-Encoding")),
-            (Some(coding), None) if version == 1 && coding.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
+            (Some(coding), None) if self.version == 1 && coding.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
             (Some(_), None) => Err(bad("the only transfer coding is chunked, with HTTP/1.1")),
             (None, Some(length)) if !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit()) => {
                 let too_large = Error::TooLarge { what: "body", limit: BODY_LIMIT, status: 413 };
@@ -341,6 +364,13 @@ impl<'h> Head<'h> {
     /// The path of the target, without its query.
     pub fn path(&self) -> &'h str {
         self.target.split_once('?').map_or(self.target, |(path, _)| path)
+    }
+
+    /// Whether a header with a list of tokens has this one.
+    pub fn has_token(&self, name: &str, token: &str) -> bool {
+        let values = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
+        let mut tokens = values.flat_map(|header| header.value.split(|byte| *byte == b','));
+        tokens.any(|given| given.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
     }
 
     /// The value of a header that may stand there once.
@@ -437,39 +467,76 @@ struct Reply<'a> {
 
 fn reply_error(stream: &TcpStream, error: &Error, method: &str, origin: Option<&str>) {
     let body = serde_json::to_vec(&Failure::from(error)).unwrap_or_default();
-    let head_only = method == "HEAD";
-    reply(stream, &Reply { status: error.http_status(), allow: None, origin, body: Some(&body), head_only });
+    let mut head = head_of(error.http_status(), origin);
+    // By this our errors are told from opencode's.
+    head.push_str(&format!("{ERROR_HEADER}: {}\r\n", error.code().name()));
+    if matches!(error, Error::Unauthorized) {
+        head.push_str("WWW-Authenticate: Basic realm=\"opencode\"\r\n");
+    }
+    send(stream, head, Some(&body), method == "HEAD");
+}
+
+fn reply(stream: &TcpStream, reply: &Reply<'_>) {
+    let mut head = head_of(reply.status, reply.origin);
+    if reply.body.is_none() {
+        head.push_str("Access-Control-Allow-Methods: GET, POST, PUT, PATCH, DELETE\r\n");
+        head.push_str("Access-Control-Allow-Headers: authorization, content-type, x-opencode-directory\r\n");
+    }
+    if let Some(allow) = reply.allow {
+        head.push_str(&format!("Allow: {allow}\r\n"));
+    }
+    send(stream, head, reply.body, reply.head_only);
+}
+
+/// The head of an answer of ours, but for its body and its end.
+fn head_of(status: u16, origin: Option<&str>) -> String {
+    format!("HTTP/1.1 {status} {}\r\nConnection: close\r\n{}", reason(status), cors_headers(origin))
+}
+
+/// What a web page is told of an allowed origin: never that it may send credentials of its own.
+pub fn cors_headers(origin: Option<&str>) -> String {
+    match origin {
+        Some(origin) => format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"),
+        None => String::new(),
+    }
 }
 
 /// Answers, and reads on a little, so that the answer is not lost.
-fn reply(stream: &TcpStream, reply: &Reply<'_>) {
-    let mut head = format!("HTTP/1.1 {} {}\r\nConnection: close\r\n", reply.status, reason(reply.status));
-    let mut header = |name: &str, value: &str| head.push_str(&format!("{name}: {value}\r\n"));
-    if let Some(body) = reply.body {
-        header("Content-Type", "application/json");
-        header("Content-Length", &body.len().to_string());
-        header("Cache-Control", "no-store");
-        header("X-Content-Type-Options", "nosniff");
-    } else {
-        header("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE");
-        header("Access-Control-Allow-Headers", "authorization, content-type, x-opencode-directory");
+fn send(stream: &TcpStream, mut head: String, body: Option<&[u8]>, head_only: bool) {
+    if let Some(body) = body {
+        head.push_str("Content-Type: application/json\r\nCache-Control: no-store\r\n");
+        head.push_str(&format!("X-Content-Type-Options: nosniff\r\nContent-Length: {}\r\n", body.len()));
     }
-    if let Some(allow) = reply.allow {
-        header("Allow", allow);
-    }
-    if let Some(origin) = reply.origin {
-        header("Access-Control-Allow-Origin", origin);
-    }
-    header("Vary", "Origin");
     head.push_str("\r\n");
     let mut bytes = head.into_bytes();
-    if let (Some(body), false) = (reply.body, reply.head_only) {
+    if let (Some(body), false) = (body, head_only) {
         bytes.extend_from_slice(body);
     }
     let mut timed = Timed::new(stream, Some(Instant::now() + REPLY_TIME));
-    if timed.write_all(&bytes).is_ok() && stream.shutdown(Shutdown::Write).is_ok() {
-        timed.deadline = Some(Instant::now() + LINGER_TIME);
+    if timed.write_all(&bytes).is_ok() {
+        finish(stream);
+    }
+}
+
+/// Ends a connection after the last byte was written.
+fn finish(stream: &TcpStream) {
+    if stream.shutdown(Shutdown::Write).is_ok() {
+        let timed = Timed::new(stream, Some(Instant::now() + LINGER_TIME));
         let _ = io::copy(&mut timed.take(LINGER_LIMIT), &mut io::sink());
+    }
+}
+
+/// `GET /events`: server-sent events until the client goes, does not read, or the daemon stops.
+fn stream_events(stream: &TcpStream, events: &Receiver<Arc<str>>, origin: Option<&str>) {
+    let mut head = head_of(200, origin);
+    head.push_str("Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n");
+    let mut text: Arc<str> = head.into();
+    while Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(text.as_bytes()).is_ok() {
+        text = match events.recv_timeout(HEARTBEAT) {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Timeout) => ": still here\n\n".into(),
+            Err(RecvTimeoutError::Disconnected) => return finish(stream),
+        };
     }
 }
 

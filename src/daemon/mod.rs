@@ -13,12 +13,13 @@ mod events;
 mod gate;
 mod instances;
 mod process;
+mod router;
 mod supervisor;
 
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::{DirBuilder, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -34,6 +35,7 @@ use self::gate::Gate;
 use self::instances::Instances;
 use self::supervisor::{Context, Handle, Supervisor};
 use crate::error::{Error, Result};
+use crate::http::basic;
 use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
@@ -54,6 +56,8 @@ const CONTROL_SOCKET: &str = "control.sock";
 /// What the handlers of requests work with.
 struct Daemon<'env> {
     info: ProcessInfo,
+    /// What a routed request must have as its `Authorization`.
+    authorization: String,
     store: &'env Store,
     supervisor: Handle,
     instances: &'env Instances<'env>,
@@ -166,6 +170,8 @@ fn prepare(data_dir: &DataDir) -> Result<()> {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &cwd, e)),
         _ => {}
     }
+    std::fs::set_permissions(&cwd, Permissions::from_mode(0o700))
+        .map_err(|e| Error::io("narrow the mode of", &cwd, e))?;
     std::env::set_current_dir(data_dir.path()).map_err(|e| Error::io("enter", data_dir.path(), e))
 }
 
@@ -215,10 +221,11 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
     crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
 
-    let (events, instances) = (Events::default(), Instances::new(&store));
+    let (events, instances) = (Events::default(), Instances::new(&store, options.idle_ttl));
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);
-    let daemon = Daemon { info, store: &store, supervisor, instances: &instances, events: &events };
+    let authorization = basic(&auth.opencode_username, &auth.opencode_password);
+    let daemon = Daemon { info, authorization, store: &store, supervisor, instances: &instances, events: &events };
     let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
     let kept = thread::scope(|scope| {
         let context = Context {
@@ -234,7 +241,9 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         let handle = &daemon.supervisor;
         let started = (|| {
             Builder::new().spawn_scoped(scope, || store.write_behind())?;
-            Builder::new().spawn_scoped(scope, || gate.serve(scope))?;
+            Builder::new().spawn_scoped(scope, || gate.serve(scope, &daemon))?;
+            Builder::new().spawn_scoped(scope, || instances.evict(handle, &events))?;
+            Builder::new().spawn_scoped(scope, || instances.listen(handle))?;
             Builder::new().spawn_scoped(scope, || control.serve(scope, &daemon, &stop))?;
             Builder::new().spawn_scoped(scope, || {
                 for signal in signal_source.forever() {
@@ -254,6 +263,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
             }
         });
         events.close();
+        instances.close();
         stop.raise();
         control.wake();
         signals.close();

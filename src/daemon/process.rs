@@ -232,6 +232,15 @@ fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
+/// Resident memory of everything that carries the marker of an engine, in bytes. Pages that
+/// several of them share are counted for each.
+pub fn family_memory(engine_id: &str) -> Option<u64> {
+    let pids = fs::read_dir("/proc").ok()?.flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let family: Vec<u64> = pids.filter(|pid| carries_marker(*pid, engine_id)).filter_map(memory).collect();
+    if family.is_empty() { None } else { Some(family.iter().sum()) }
+}
+
 /// Resident memory of a process in bytes: `VmRSS` of `/proc/<pid>/status`.
 pub fn memory(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -181,6 +181,36 @@ impl Handle {
         self.wait(None, deadline)
     }
 
+    /// opencode if it is ready now; nobody is woken.
+    pub fn ready_now(&self) -> Option<Endpoint> {
+        self.shared.lock().ready.as_ref().map(|(endpoint, _)| endpoint.clone())
+    }
+
+    /// opencode once it is ready, without asking for it; `None` when the supervisor stops.
+    pub fn wait_ready(&self) -> Option<Endpoint> {
+        let mut status = self.shared.lock();
+        loop {
+            match &status.ready {
+                _ if status.stopping => return None,
+                Some((endpoint, _)) => return Some(endpoint.clone()),
+                None => status = self.shared.changed.wait(status).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Waits while this generation is the current one, at most for so long.
+    pub fn wait_while(&self, generation: u64, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut status = self.shared.lock();
+        while status.generation == generation && status.ready.is_some() && !status.stopping {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return;
+            }
+            status = self.shared.changed.wait_timeout(status, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Runs a call against opencode, again against its successor if it was gone.
     ///
     /// # Errors
@@ -229,14 +259,8 @@ impl Handle {
             }
             if status.phase == PhaseName::Failed && status.failures > failures {
                 let body = status.last_error.clone();
-                return Err(body.map_or_else(
-                    || Error::OpencodeUnavailable("it has failed".to_owned()),
-                    |body| {
-                        let error = Error::reported(body, 0);
-                        let status = error.code().http().first().copied().unwrap_or(503);
-                        Error::reported(error.body(), status)
-                    },
-                ));
+                let unknown = || Error::OpencodeUnavailable("it has failed".to_owned());
+                return Err(body.map_or_else(unknown, |body| Error::reported(body, 503)));
             }
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
@@ -545,8 +569,10 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         self.log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
         self.instances.begin(self.generation, record.instances);
         self.watch(&process);
+        // One that listens was ready; one that does not yet is given the rest of its time.
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
-        let until = now + READY_LIMIT.saturating_sub(age).max(ADOPT_LIMIT);
+        let rest = if process::listens(&process, self.port) { ADOPT_LIMIT } else { READY_LIMIT.saturating_sub(age) };
+        let until = now + rest.max(ADOPT_LIMIT);
         self.phase = Phase::Starting { process, until, look_at: now, probing: false, origin: Origin::Adopted };
         true
     }

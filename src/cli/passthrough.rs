@@ -1,0 +1,250 @@
+//! Calls of OpenCode's own: `api`, and the environment for its other clients: `attach`, `run`,
+//! `env`. All go through the workspace's URL at the daemon, which outlives any opencode.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::client::{Address, Client};
+use super::output::{Output, Waiting};
+use super::{WORKSPACE_VARIABLE, encoded, target};
+use crate::args::{Api, Data, Shell};
+use crate::error::{Error, Result};
+use crate::http::basic;
+use crate::state::{Auth, State};
+use crate::wire::{ERROR_HEADER, Failure, Health, WorkspaceReply};
+use crate::workspace::Workspace;
+
+/// How much of a body is passed on at once. Bytes.
+const CHUNK: usize = 64 * 1024;
+/// The largest body that becomes part of a JSON object. Bytes.
+const JSON_BODY_LIMIT: usize = 256 * 1024 * 1024;
+
+/// The credentials of opencode, which the daemon has made.
+fn credentials(client: &Client) -> Result<Auth> {
+    let path = client.data_dir.auth();
+    Auth::read(&path)?.ok_or_else(|| Error::Internal(format!("{} is not there", path.display())))
+}
+
+/// A reply as one JSON object.
+#[derive(Serialize)]
+struct Reply {
+    ok: bool,
+    status: u16,
+    body: Value,
+}
+
+/// Makes a call; the body of the reply goes to standard output as it comes.
+///
+/// # Errors
+/// Those of the daemon; `opencode_error` with the status for one of 400 or more, but with exit
+/// status 1.
+pub fn api(client: &Client, out: &mut Output, call: Api) -> Result<()> {
+    let address = client.ensure()?;
+    let target = format!("/w/{}{}", encoded(client, call.selector)?, call.path);
+    let auth = credentials(client)?;
+    let authorization = basic(&auth.opencode_username, &auth.opencode_password);
+    let mut body = call.data.map(open_body).transpose()?;
+    let length = body.as_ref().and_then(|body| body.length).map(|length| length.to_string());
+    let mut headers = vec![("Authorization", authorization.as_str()), ("Accept", "*/*")];
+    headers.extend(call.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    let given = |name: &str| call.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name));
+    match (&body, &length) {
+        (None, _) if call.method != "GET" && call.method != "HEAD" => headers.push(("Content-Length", "0")),
+        (None, _) => {}
+        (Some(_), Some(length)) => headers.push(("Content-Length", length)),
+        (Some(_), None) => headers.push(("Transfer-Encoding", "chunked")),
+    }
+    if body.is_some() && !given("content-type") {
+        headers.push(("Content-Type", "application/json"));
+    }
+    let waiting = Waiting::new("opencode");
+    let mut response = client.open(address, &call.method, &target, &headers, |stream| match &mut body {
+        Some(body) => send_body(&mut body.reader, stream, length.is_none()),
+        None => Ok(()),
+    })?;
+    drop(waiting);
+    // From here on it is a stream, which takes as long as it takes.
+    response.socket_mut().deadline = None;
+    let (status, ours) = (response.status, response.header(&ERROR_HEADER.to_ascii_lowercase()).is_some());
+    let lost = |e: io::Error| Error::OpencodeFault(format!("the reply broke off: {e}"));
+    if out.is_json() || ours {
+        let bytes = response.bytes(JSON_BODY_LIMIT).map_err(lost)?;
+        if ours {
+            let failure: Failure = serde_json::from_slice(&bytes).map_err(|e| Error::Internal(e.to_string()))?;
+            return Err(Error::reported(failure.error, status));
+        }
+        let body =
+            serde_json::from_slice(&bytes).unwrap_or_else(|_| String::from_utf8_lossy(&bytes).into_owned().into());
+        out.print(&Reply { ok: status < 400, status, body }, |_| String::new())?;
+    } else {
+        if call.include {
+            let head = std::mem::take(&mut response.head);
+            out.write(&head)?;
+        }
+        let mut buffer = vec![0; CHUNK];
+        while !out.is_closed() {
+            match response.read(&mut buffer).map_err(lost)? {
+                0 => break,
+                count => out.write(&buffer[..count])?,
+            }
+        }
+    }
+    match status {
+        ..400 => Ok(()),
+        _ => Err(Error::Refused { status, json: out.is_json() }),
+    }
+}
+
+/// What is to be sent.
+struct Body {
+    reader: Box<dyn Read>,
+    /// Bytes, if that is known.
+    length: Option<u64>,
+}
+
+fn open_body(data: Data) -> Result<Body> {
+    Ok(match data {
+        Data::Text(text) => {
+            let bytes = text.as_bytes().to_vec();
+            let length = bytes.len() as u64;
+            Body { reader: Box::new(io::Cursor::new(bytes)), length: Some(length) }
+        }
+        Data::File(path) => {
+            let failed = |e| Error::io("read", &path, e);
+            let file = File::open(&path).map_err(failed)?;
+            let metadata = file.metadata().map_err(failed)?;
+            // A pipe has a length, which is 0.
+            match metadata.is_file() {
+                true => Body { reader: Box::new(file.take(metadata.len())), length: Some(metadata.len()) },
+                false => Body { reader: Box::new(file), length: None },
+            }
+        }
+        Data::Stdin => Body { reader: Box::new(io::stdin()), length: None },
+    })
+}
+
+fn send_body(body: &mut impl Read, stream: &mut impl Write, chunked: bool) -> io::Result<()> {
+    if !chunked {
+        return io::copy(body, stream).map(|_| ());
+    }
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match body.read(&mut buffer)? {
+            0 => return stream.write_all(b"0\r\n\r\n"),
+            count => {
+                write!(stream, "{count:x}\r\n")?;
+                stream.write_all(&buffer[..count])?;
+                stream.write_all(b"\r\n")?;
+            }
+        }
+    }
+}
+
+/// The local workspace that is meant, and where its URL is.
+fn workspace(client: &Client, selector: Option<OsString>) -> Result<(Address, Workspace)> {
+    let address = client.ensure()?;
+    let reply: WorkspaceReply = client.ask_at(address, "GET", &target(client, selector, "")?, &())?;
+    let workspace = Workspace::clone(&reply.workspace.workspace);
+    let path = workspace.local_path()?;
+    match reply.workspace.missing {
+        true => Err(Error::PathNotFound(path.to_owned())),
+        false => Ok((address, workspace)),
+    }
+}
+
+/// What an OpenCode client needs to know, by the names of the environment.
+fn variables(client: &Client, address: Address, workspace: &Workspace) -> Result<BTreeMap<&'static str, String>> {
+    let auth = credentials(client)?;
+    // Or the client sends the password to a proxy.
+    let given = ["NO_PROXY", "no_proxy"].iter().find_map(std::env::var_os).unwrap_or_default();
+    let mut no_proxy: Vec<String> =
+        given.to_string_lossy().split(',').filter(|host| !host.is_empty()).map(|host| host.trim().to_owned()).collect();
+    for host in ["127.0.0.1", "localhost"] {
+        if !no_proxy.iter().any(|given| given == host) {
+            no_proxy.push(host.to_owned());
+        }
+    }
+    let no_proxy = no_proxy.join(",");
+    Ok(BTreeMap::from([
+        ("OPENCODE_BASE_URL", base_url(address, workspace)),
+        ("OPENCODE_SERVER_USERNAME", auth.opencode_username),
+        ("OPENCODE_SERVER_PASSWORD", auth.opencode_password),
+        (WORKSPACE_VARIABLE, workspace.id.clone()),
+        ("OPENWORK_DIRECTORY", workspace.path.clone()),
+        ("NO_PROXY", no_proxy.clone()),
+        ("no_proxy", no_proxy),
+    ]))
+}
+
+fn base_url(address: Address, workspace: &Workspace) -> String {
+    format!("http://127.0.0.1:{}/w/{}", address.port, workspace.id)
+}
+
+/// Prints the variables as commands of a shell.
+///
+/// # Errors
+/// As for a command about a workspace; `workspace_is_remote`, `path_not_found`.
+pub fn env(client: &Client, out: &mut Output, selector: Option<OsString>, shell: Shell) -> Result<()> {
+    #[derive(Serialize)]
+    struct Env {
+        ok: bool,
+        #[serde(flatten)]
+        variables: BTreeMap<&'static str, String>,
+    }
+    let (address, workspace) = workspace(client, selector)?;
+    let env = Env { ok: true, variables: variables(client, address, &workspace)? };
+    out.print(&env, |env| {
+        let line = |(name, value): (&&str, &String)| match shell {
+            Shell::Sh => format!("export {name}='{}'\n", value.replace('\'', "'\\''")),
+            Shell::Fish => format!("set -gx {name} '{}'\n", value.replace('\\', "\\\\").replace('\'', "\\'")),
+        };
+        env.variables.iter().map(line).collect()
+    })
+}
+
+/// Becomes `opencode attach`; returns only on failure.
+pub fn attach(client: &Client, selector: Option<OsString>, args: &[OsString]) -> Error {
+    become_opencode(client, selector, |url, directory| ["attach".into(), url, "--dir".into(), directory], args)
+}
+
+/// Becomes `opencode run`; returns only on failure.
+pub fn run(client: &Client, selector: Option<OsString>, args: &[OsString]) -> Error {
+    let before = |url, directory| ["run".into(), "--attach".into(), url, "--dir".into(), directory];
+    become_opencode(client, selector, before, args)
+}
+
+fn become_opencode<const N: usize>(
+    client: &Client,
+    selector: Option<OsString>,
+    before: impl FnOnce(OsString, OsString) -> [OsString; N],
+    args: &[OsString],
+) -> Error {
+    let prepare = || {
+        let (address, workspace) = workspace(client, selector)?;
+        let waiting = Waiting::new("opencode");
+        // Its binary is known once it is ready.
+        let _: Health = client.ask_at(address, "POST", "/start", &())?;
+        drop(waiting);
+        let variables = variables(client, address, &workspace)?;
+        let binaries = State::read(&client.data_dir.state())?.binaries.unwrap_or_default();
+        let binary = binaries.opencode.map(|binary| PathBuf::from(binary.path));
+        let binary = binary.ok_or_else(|| Error::OpencodeNotFound("the daemon has not said which".to_owned()))?;
+        Ok((address, workspace, variables, binary))
+    };
+    let (address, workspace, variables, binary) = match prepare() {
+        Ok(prepared) => prepared,
+        Err(e) => return e,
+    };
+    let before = before(base_url(address, &workspace).into(), OsStr::new(&workspace.path).to_owned());
+    let error = Command::new(&binary).args(before).args(args).envs(variables).exec();
+    Error::io("run", &binary, error)
+}
