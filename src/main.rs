@@ -14,13 +14,13 @@
 //!   api        the control plane behind it: one handler per route
 //!   supervisor the one thread that owns opencode
 //!   engine     opencode itself: command line and protocol
-//!   process    processes and sockets as Linux sees them
 //!   instances  what opencode has loaded
 //!   events     who is told what happened
 //! state        the state file, and the credentials
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json
 //! http         HTTP as a client
+//! process      processes and sockets as Linux sees them
 //! options, lock, log, paths, error
 //! ```
 //!
@@ -35,6 +35,7 @@ mod lock;
 mod log;
 mod options;
 mod paths;
+mod process;
 mod state;
 mod wire;
 mod workspace;

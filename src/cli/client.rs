@@ -5,10 +5,10 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -19,7 +19,7 @@ use crate::http::{Request, Response, Timed};
 use crate::options::{MARKER, Options};
 use crate::paths::DataDir;
 use crate::wire::{Failure, TIMEOUT_HEADER};
-use crate::{lock, log};
+use crate::{lock, log, process};
 
 /// How often a lock is looked at while somebody else is about to change it.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
@@ -36,6 +36,8 @@ const LAST_LINES: usize = 10;
 /// A running daemon.
 #[derive(Clone, Copy, Debug)]
 pub struct Address {
+    /// Process id.
+    pub pid: u32,
     /// On 127.0.0.1.
     pub port: u16,
 }
@@ -62,9 +64,11 @@ impl Client {
             let mut text = String::new();
             file.read_to_string(&mut text).map_err(|e| Error::io("read", &path, e))?;
             // `<pid> <port>`; empty until it listens.
-            let port = text.split_whitespace().nth(1).and_then(|port| port.parse().ok());
-            if let (Some(port), true) = (port, text.ends_with('\n')) {
-                return Ok(Some(Address { port }));
+            let mut numbers = text.split_whitespace();
+            let pid = numbers.next().and_then(|pid| pid.parse().ok());
+            let port = numbers.next().and_then(|port| port.parse().ok());
+            if let (Some(pid), Some(port), true) = (pid, port, text.ends_with('\n')) {
+                return Ok(Some(Address { pid, port }));
             }
             if Instant::now() >= self.deadline {
                 return Err(Error::DaemonUnresponsive("it is starting, and does not listen yet".to_owned()));
@@ -144,9 +148,7 @@ impl Client {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().map_err(|e| failed(format!("cannot run {}: {e}", program.display())))?;
         let stdout = child.stdout.take().ok_or_else(|| failed("no pipe to it".to_owned()))?;
-        let rest = self.deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
-        if poll(&mut [PollFd::new(&stdout, PollFlags::IN)], Some(&timeout)) == Ok(0) {
+        if !process::wait_until_readable(&stdout, self.deadline) {
             return Err(failed("it has not said that it listens before the deadline".to_owned()));
         }
         let mut line = String::new();
@@ -169,7 +171,30 @@ impl Client {
     /// # Errors
     /// Those of [`Client::ensure`], what the daemon replies, `daemon_unresponsive`.
     pub fn ask<T: DeserializeOwned>(&self, method: &str, target: &str, body: &impl Serialize) -> Result<T> {
-        self.ask_at(self.ensure()?, method, target, body)
+        self.with_daemon(|address| self.ask_at(address, method, target, body))
+    }
+
+    /// Reads from the daemon if one runs; none is started.
+    ///
+    /// # Errors
+    /// What the daemon replies; `daemon_unresponsive`.
+    pub fn read<T: DeserializeOwned>(&self, target: &str) -> Result<Option<T>> {
+        let Some(address) = self.find()? else { return Ok(None) };
+        match self.ask_at(address, "GET", target, &()) {
+            Err(Error::DaemonNotRunning) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// Does something with the daemon; once more with another, if that one was just ending.
+    ///
+    /// # Errors
+    /// Those of [`Client::ensure`] and of what is done.
+    pub fn with_daemon<T>(&self, ask: impl Fn(Address) -> Result<T>) -> Result<T> {
+        match ask(self.ensure()?) {
+            Err(Error::DaemonNotRunning) if self.autostart.is_some() => ask(self.ensure()?),
+            other => other,
+        }
     }
 
     /// Asks a daemon that was found.
@@ -231,48 +256,44 @@ impl Client {
 
     /// What a broken connection means.
     pub fn lost(&self, address: Address, e: &io::Error) -> Error {
-        match lock::if_held(&self.data_dir.daemon_lock()) {
-            // It went while we asked.
-            Ok(None) if e.kind() != io::ErrorKind::TimedOut => Error::DaemonNotRunning,
-            _ => Error::DaemonUnresponsive(format!("port {}: {e}", address.port)),
+        match e.kind() != io::ErrorKind::TimedOut && self.is_leaving() {
+            true => Error::DaemonNotRunning,
+            false => Error::DaemonUnresponsive(format!("port {}: {e}", address.port)),
         }
     }
 
-    /// Connects; a daemon that holds the lock and no longer listens is on its way out.
+    /// Connects to the daemon.
     fn connect(&self, address: Address) -> Result<TcpStream> {
         let socket = SocketAddr::from((Ipv4Addr::LOCALHOST, address.port));
-        let patience = Instant::now() + LEAVING;
+        let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let stream = TcpStream::connect_timeout(&socket, rest).map_err(|e| self.lost(address, &e))?;
+        let _ = stream.set_nodelay(true);
+        Ok(stream)
+    }
+
+    /// Whether a daemon that holds the lock and no longer answers is on its way out: then the
+    /// lock is free within a moment.
+    fn is_leaving(&self) -> bool {
+        let patience = self.deadline.min(Instant::now() + LEAVING);
         loop {
-            let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            match TcpStream::connect_timeout(&socket, rest) {
-                Ok(stream) => {
-                    let _ = stream.set_nodelay(true);
-                    return Ok(stream);
-                }
-                Err(_) if lock::if_held(&self.data_dir.daemon_lock())?.is_none() => {
-                    return Err(Error::DaemonNotRunning);
-                }
-                Err(e) if Instant::now() >= patience.min(self.deadline) => {
-                    return Err(Error::DaemonUnresponsive(format!("port {}: {e}", address.port)));
-                }
-                Err(_) => std::thread::sleep(LOOK_INTERVAL),
+            match lock::if_held(&self.data_dir.daemon_lock()) {
+                Ok(None) => return true,
+                Ok(Some(_)) if Instant::now() < patience => std::thread::sleep(LOOK_INTERVAL),
+                Ok(Some(_)) | Err(_) => return false,
             }
         }
     }
 
-    /// Waits until no daemon holds the lock.
+    /// Waits until a daemon, which is held by [`process::open`], has ended.
     ///
     /// # Errors
     /// `daemon_unresponsive` at the deadline.
-    pub fn wait_until_gone(&self) -> Result<()> {
+    pub fn wait_until_gone(&self, daemon: &OwnedFd) -> Result<()> {
         let _waiting = Waiting::new("the daemon to stop");
-        while lock::if_held(&self.data_dir.daemon_lock())?.is_some() {
-            if Instant::now() >= self.deadline {
-                return Err(Error::DaemonUnresponsive("it has not ended before the deadline".to_owned()));
-            }
-            std::thread::sleep(LOOK_INTERVAL);
+        if process::wait_until_readable(daemon, self.deadline) {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::DaemonUnresponsive("it has not ended before the deadline".to_owned()))
     }
 }
 

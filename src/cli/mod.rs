@@ -24,6 +24,7 @@ use crate::http::{Response, Timed, percent_encode};
 use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
+use crate::process;
 use crate::state::State;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, Health, InstanceList, Listed, PathReply, Phase, Rename,
@@ -123,9 +124,9 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         }
         Command::WorkspacePath { selector } => {
             let target = target(&client, selector, "/path")?;
-            let address = client.ensure()?;
+            client.ensure()?;
             let waiting = Waiting::new("opencode");
-            let reply: PathReply = client.ask_at(address, "GET", &target, &())?;
+            let reply: PathReply = client.ask("GET", &target, &())?;
             drop(waiting);
             out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
         }
@@ -179,9 +180,9 @@ fn start(client: &Client, out: &mut Output) -> Result<()> {
             ));
         }
     }
-    let address = client.ensure()?;
+    client.ensure()?;
     let waiting = Waiting::new("opencode");
-    let health: Health = client.ask_at(address, "POST", "/start", &())?;
+    let health: Health = client.ask("POST", "/start", &())?;
     drop(waiting);
     out.print(&health, |health| {
         let opencode = health.opencode.as_ref().map_or_else(String::new, |opencode| opencode.base_url.clone());
@@ -211,11 +212,14 @@ fn stop(client: &Client, out: &mut Output, keep_opencode: bool) -> Result<()> {
 /// Stops the daemon; whether one was running.
 fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
     let Some(address) = client.find()? else { return Ok(false) };
+    let daemon = process::open(address.pid);
     match client.ask_at::<Done>(address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
         Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
         Err(e) => return Err(e),
     }
-    client.wait_until_gone()?;
+    if let Some(daemon) = daemon {
+        client.wait_until_gone(&daemon)?;
+    }
     Ok(true)
 }
 
@@ -228,14 +232,13 @@ fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
 }
 
 fn status(client: &Client, out: &mut Output) -> Result<()> {
-    let address = client.find()?.ok_or(Error::DaemonNotRunning)?;
-    let health: Health = client.ask_at(address, "GET", "/health", &())?;
+    let health: Health = client.read("/health")?.ok_or(Error::DaemonNotRunning)?;
     if out.is_json() {
         return out.print(&health, |_| String::new());
     }
     let active = match health.active_id.as_str() {
         "" => None,
-        _ => client.ask_at::<WorkspaceReply>(address, "GET", "/workspaces/@active", &()).ok(),
+        _ => client.read::<WorkspaceReply>("/workspaces/@active")?,
     };
     out.print(&health, |health| human_status(health, active.as_ref()))
 }
@@ -279,8 +282,8 @@ fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> 
 }
 
 fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
-    let list = match client.find()? {
-        Some(address) => client.ask_at(address, "GET", "/workspaces", &())?,
+    let list = match client.read("/workspaces")? {
+        Some(list) => list,
         None => {
             let state = State::read(&client.data_dir.state())?;
             let workspaces = state.workspaces.iter().map(Listed::new).collect();
@@ -379,11 +382,8 @@ fn failure(response: Response<Timed<TcpStream>>) -> Result<Error> {
 
 /// Reads about one workspace: from the daemon, or without one from the state file.
 fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
-    match client.find()? {
-        Some(address) => {
-            let target = format!("/workspaces/{}", percent_encode(selector.as_bytes()));
-            client.ask_at(address, "GET", &target, &())
-        }
+    match client.read(&format!("/workspaces/{}", percent_encode(selector.as_bytes())))? {
+        Some(reply) => Ok(reply),
         None => {
             let state = State::read(&client.data_dir.state())?;
             let workspace = Listed::new(state.find(selector)?);

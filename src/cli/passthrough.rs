@@ -151,8 +151,9 @@ fn send_body(body: &mut impl Read, stream: &mut impl Write, chunked: bool) -> io
 
 /// The local workspace that is meant, and where its URL is.
 fn workspace(client: &Client, selector: Option<OsString>) -> Result<(Address, Workspace)> {
-    let address = client.ensure()?;
-    let reply: WorkspaceReply = client.ask_at(address, "GET", &target(client, selector, "")?, &())?;
+    let target = target(client, selector, "")?;
+    let (address, reply) =
+        client.with_daemon(|address| Ok((address, client.ask_at::<WorkspaceReply>(address, "GET", &target, &())?)))?;
     let workspace = Workspace::clone(&reply.workspace.workspace);
     let path = workspace.local_path()?;
     match reply.workspace.missing {

@@ -17,10 +17,10 @@ use tiny_http::{Header, Request, Server};
 
 use super::engine::CallError;
 use super::events::EventKind;
-use super::process::{self, Flag};
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
 use crate::http::percent_decode;
+use crate::process::{self, Flag};
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, InstanceEntry, InstanceList, InstanceState, Listed,
     PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply,

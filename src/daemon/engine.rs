@@ -20,10 +20,10 @@ use std::time::Instant;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::process::{self, Process};
 use crate::error::{Error, Result};
 use crate::http::{Request, Response, Timed, percent_encode};
 use crate::paths;
+use crate::process::{self, Process};
 use crate::state::{Auth, BinaryRecord};
 
 /// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.

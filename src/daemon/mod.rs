@@ -12,7 +12,6 @@ pub mod engine;
 mod events;
 mod gate;
 mod instances;
-mod process;
 mod router;
 mod supervisor;
 
@@ -40,6 +39,7 @@ use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
 use crate::paths::DataDir;
+use crate::process;
 use crate::state::{Auth, DaemonRecord, State, Store};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
@@ -277,7 +277,8 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         Ok(())
     })?;
     crate::log!("stopped");
-    drop(lock); // not before everything else is done
+    // Held until the process has ended.
+    std::mem::forget(lock);
     Ok(())
 }
 

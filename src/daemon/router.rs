@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -20,9 +20,9 @@ use super::Daemon;
 use super::api;
 use super::engine::{CallError, DIRECTORY_HEADER, Endpoint};
 use super::gate::{Framing, Head, cors_headers};
-use super::process::Flag;
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
+use crate::process::Flag;
 use crate::wire::TIMEOUT_HEADER;
 
 /// What a direction begins with: an event is smaller, and many streams are open for days. Bytes.
@@ -73,7 +73,7 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
     // should opencode hang, the supervisor ends it, and that ends the wait.
     let patience = timeout.map(|_| deadline);
     let mut tried = false;
-    loop {
+    let result = loop {
         let (endpoint, upstream) = connect(daemon, deadline)?;
         if loads_instance(&target) {
             entered.loads(endpoint.generation);
@@ -85,9 +85,12 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
                 tried = true;
                 daemon.supervisor.successor(&endpoint, deadline)?;
             }
-            other => return other,
+            other => break other,
         }
-    }
+    };
+    // The end of a stream is use of the workspace as much as its beginning.
+    daemon.store.touch(&workspace.id);
+    result
 }
 
 /// Whether a request changes nothing, so that it may be sent twice.
@@ -516,7 +519,7 @@ impl<'a> Exchange<'a> {
 /// How long until the deadline.
 fn remaining(deadline: Instant) -> Result<Timespec> {
     let rest = deadline.saturating_duration_since(Instant::now());
-    if rest == Duration::ZERO {
+    if rest.is_zero() {
         return Err(Error::OpencodeTimeout("did not answer"));
     }
     Ok(Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() })

@@ -24,12 +24,12 @@ use rustix::process::Signal;
 use super::engine::{self, CallError, Endpoint};
 use super::events::{EventKind, Events};
 use super::instances::Instances;
-use super::process::{self, Flag, Identity, Process};
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
 use crate::log::{self, now_ms};
 use crate::options::EngineOptions;
 use crate::paths::DataDir;
+use crate::process::{self, Flag, Identity, Process};
 use crate::state::{Auth, BinaryRecord, EngineRecord, Store, random_hex};
 use crate::wire::{EngineInfo, Phase as PhaseName, ProcessInfo};
 

@@ -14,8 +14,9 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
+use std::time::Instant;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -65,9 +66,8 @@ impl Process {
         if identity.engine_id.is_empty() || identity.boot_id != boot_id().ok()? {
             return None;
         }
-        let pid = Pid::from_raw(i32::try_from(identity.pid).ok()?)?;
         // Held first, identified after: what is proved below is true of what is held.
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        let pidfd = open(identity.pid)?;
         let proved = start_ticks(identity.pid).ok()? == identity.start_ticks
             && carries_marker(identity.pid, &identity.engine_id)
             && !has_ended(&pidfd);
@@ -121,13 +121,18 @@ impl Process {
 }
 
 fn hold(child: &Child) -> io::Result<(OwnedFd, u64, String)> {
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
-    Ok((pidfd_open(pid, PidfdFlags::empty())?, start_ticks(child.id())?, boot_id()?))
+    let pidfd = open(child.id()).ok_or_else(|| io::Error::other("the kernel gives no pidfd"))?;
+    Ok((pidfd, start_ticks(child.id())?, boot_id()?))
+}
+
+/// Holds the process with this id, whichever that is; `None` when there is none.
+pub fn open(pid: u32) -> Option<OwnedFd> {
+    pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()
 }
 
 /// Whether the process behind a pidfd has ended.
 pub fn has_ended(pidfd: &OwnedFd) -> bool {
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)) != Ok(0)
 }
 
@@ -169,6 +174,20 @@ pub fn wait_readable(first: impl AsFd, second: impl AsFd) -> io::Result<bool> {
     }
 }
 
+/// Waits until a descriptor is readable; a pidfd is when its process has ended. False at the
+/// deadline.
+pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {
+    loop {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) | Err(_) => return false,
+            Ok(_) => return true,
+        }
+    }
+}
+
 /// Ends everything of our user that carries the marker of this engine, whatever group, session
 /// or parent it has by now. What has emptied its own environment is not found.
 pub fn sweep(engine_id: &str) {
@@ -193,8 +212,7 @@ fn sweep_once(engine_id: &str) -> bool {
         if pid == ourselves || !carries_marker(pid, engine_id) {
             continue;
         }
-        let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
-        let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty()) else { continue };
+        let Some(pidfd) = open(pid) else { continue };
         // Looked at again, now that it cannot become another.
         if carries_marker(pid, engine_id) && pidfd_send_signal(&pidfd, Signal::KILL).is_ok() {
             found = true;
