@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::options::{EngineOptions, Options};
+use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options};
 
 /// A row of the table of commands.
 #[derive(Debug)]
@@ -54,6 +54,7 @@ enum CommandKind {
     InstanceList,
     InstanceDispose,
     Logs,
+    StateRepair,
     Help,
 }
 
@@ -95,6 +96,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row(CommandKind::InstanceList, "instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm or cold"),
     row(CommandKind::InstanceDispose, "instance dispose", "[<ws>]", (0, 1), true, "Have OpenCode dispose the instance of a workspace"),
     row(CommandKind::Logs, "logs", "[opencode|daemon]", (0, 1), false, "Print a log (opencode's, if not said)"),
+    row(CommandKind::StateRepair, "state repair", "", (0, 0), false, "Save what can be read of a broken state file; the original is kept"),
     row(CommandKind::Help, "help", "[<command>]", (0, 2), false, "Show help"),
 ];
 
@@ -117,9 +119,6 @@ pub struct OptionRow {
     /// What it does, in one line.
     pub help: &'static str,
 }
-
-/// How long an instance may be unused, if nothing is said.
-const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);
 
 const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart"];
 
@@ -195,6 +194,7 @@ pub enum Command {
     InstanceList,
     InstanceDispose { selector: Option<OsString>, force: bool },
     Logs { log: Log, follow: bool, lines: Option<usize> },
+    StateRepair,
 }
 
 /// A call of OpenCode's.
@@ -368,17 +368,18 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
             shell: match value("--shell").as_ref().map(|shell| shell.to_string_lossy()).as_deref() {
                 None | Some("sh" | "bash" | "zsh" | "dash" | "ksh") => Shell::Sh,
                 Some("fish") => Shell::Fish,
-                Some(other) => return Err(unknown("shell", other, ["sh", "bash", "zsh", "fish"].into_iter())),
+                Some(other) => return Err(not_one_of("shell", other, "sh (also for bash and zsh) or fish")),
             },
         },
         CommandKind::Events => Command::Events,
         CommandKind::InstanceList => Command::InstanceList,
         CommandKind::InstanceDispose => Command::InstanceDispose { selector: optional, force: has("--force") },
+        CommandKind::StateRepair => Command::StateRepair,
         CommandKind::Logs => Command::Logs {
             log: match optional.as_ref().map(|log| log.to_string_lossy()).as_deref() {
                 None | Some("opencode") => Log::Opencode,
                 Some("daemon") => Log::Daemon,
-                Some(other) => return Err(unknown("log", other, ["opencode", "daemon"].into_iter())),
+                Some(other) => return Err(not_one_of("log", other, "opencode or daemon")),
             },
             follow: has("--follow"),
             lines: value("--lines").map(|lines| number("--lines", &lines)).transpose()?,
@@ -386,6 +387,9 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     };
     Ok(invocation(command, row.autostart, patience, options))
 }
+
+/// The methods that are known to be mistyped in lower case.
+const METHODS: [&str; 6] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"];
 
 /// The arguments of `api`: the path is the last, before it the method and the workspace.
 fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>, include: bool) -> Result<Api> {
@@ -400,6 +404,12 @@ fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>,
     let method = match words.pop() {
         Some(word) if is_method(&word) => Some(text("METHOD", word)?),
         Some(word) if words.is_empty() => {
+            if let Some(method) = METHODS.iter().find(|method| word.eq_ignore_ascii_case(method)) {
+                return Err(Error::Usage {
+                    message: format!("{word:?} is neither a method nor clearly a workspace"),
+                    hint: Some(format!("{method}, or the id of the workspace")),
+                });
+            }
             words.push(word);
             None
         }
@@ -573,7 +583,7 @@ fn origin(value: OsString) -> Result<String> {
 
 fn port(option: &str, value: &OsStr) -> Result<u16> {
     let port = value.to_str().and_then(|text| text.parse::<u16>().ok()).filter(|port| *port != 0);
-    port.ok_or_else(|| Error::usage(format!("{option}: {} is not a port (1 to 65535)", shown(value))))
+    port.ok_or_else(|| Error::usage(format!("{}: {} is not a port (1 to 65535)", spelled(option), shown(value))))
 }
 
 fn number(option: &str, value: &OsStr) -> Result<usize> {
@@ -604,9 +614,17 @@ fn duration(option: &str, value: &OsStr) -> Result<Duration> {
     let seconds = number.parse::<u64>().ok().filter(|_| is_number).and_then(|number| number.checked_mul(unit));
     // Ten years are for ever, and a time so far away still can be reckoned with.
     let seconds = seconds.filter(|seconds| *seconds <= 10 * 365 * 86_400);
-    seconds
-        .map(Duration::from_secs)
-        .ok_or_else(|| Error::usage(format!("{option}: {} is not a duration (90s, 30m, 2h; 0 is never)", shown(value))))
+    seconds.map(Duration::from_secs).ok_or_else(|| {
+        Error::usage(format!("{}: {} is not a duration (90s, 30m, 2h; 0 is never)", spelled(option), shown(value)))
+    })
+}
+
+/// An option with the variable that may have said it instead.
+fn spelled(option: &str) -> String {
+    match OPTIONS.iter().find(|row| row.name == option).and_then(|row| row.env) {
+        Some(env) => format!("{option} ({env})"),
+        None => option.to_owned(),
+    }
 }
 
 /// What is not known to be text, for a message.
@@ -623,6 +641,10 @@ fn name(value: Option<OsString>) -> Result<Option<String>> {
     let not_text =
         |name: OsString| Error::InvalidName { name: name.to_string_lossy().into_owned(), why: "it is not UTF-8" };
     value.map(|value| value.into_string().map_err(not_text)).transpose()
+}
+
+fn not_one_of(what: &str, given: &str, known: &str) -> Error {
+    Error::Usage { message: format!("unknown {what} `{given}`"), hint: Some(format!("it is {known}")) }
 }
 
 /// An unknown word, with the nearest known one if it is near.

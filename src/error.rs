@@ -202,6 +202,13 @@ impl Error {
         Error::Reported { code: code.unwrap_or(Code::Internal), body, status }
     }
 
+    /// The reason, reported in words, why opencode cannot be had.
+    pub fn unavailable(body: ErrorBody) -> Error {
+        let code = Code::ALL.iter().find(|code| code.name() == body.code);
+        let status = code.and_then(|code| code.http().first().copied()).unwrap_or(503);
+        Error::reported(body, status)
+    }
+
     /// Which row of the table this is.
     pub fn code(&self) -> Code {
         match self {
@@ -271,7 +278,9 @@ impl Error {
             Error::NameTaken { .. } => "choose another name, or rename that workspace first",
             Error::InstanceBusy { .. } => "wait for the session to end, or use --force",
             Error::PortInUse { .. } => "choose another port, or leave the option out to have a free one taken",
-            Error::StateCorrupt { .. } => "nothing was changed; mend the file, or move it away to begin anew",
+            Error::StateCorrupt { .. } => {
+                "nothing was changed; `openwork state repair` saves what can be read of a state file"
+            }
             Error::StateTooNew { .. } => "nothing was changed; use the openwork that wrote it, or another --data-dir",
             Error::StateWriteFailed { .. } => {
                 "nothing was changed; look at the free space and the rights of the data directory"

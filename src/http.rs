@@ -288,7 +288,7 @@ impl<S: Read> Response<S> {
         }
     }
 
-    /// The value of a header; its name in lower case.
+    /// The value of a header.
     pub fn header(&self, name: &str) -> Option<&str> {
         find(&self.headers, name)
     }
@@ -379,9 +379,8 @@ pub fn parse_reply_head(head: &[u8], method: &str) -> io::Result<ReplyHead> {
     let (httparse::Status::Complete(_), Some(status)) = (parsed, response.code) else {
         return Err(invalid("a head that is not whole"));
     };
-    let owned = |header: &httparse::Header<'_>| {
-        (header.name.to_ascii_lowercase(), String::from_utf8_lossy(header.value).into_owned())
-    };
+    let owned =
+        |header: &httparse::Header<'_>| (header.name.to_owned(), String::from_utf8_lossy(header.value).into_owned());
     let headers: Vec<(String, String)> = response.headers.iter().map(owned).collect();
     let body = if method == "HEAD" || status < 200 || matches!(status, 204 | 304) {
         Body::length(0)
@@ -396,7 +395,7 @@ pub fn parse_reply_head(head: &[u8], method: &str) -> io::Result<ReplyHead> {
 }
 
 fn find<'h>(headers: &'h [(String, String)], name: &str) -> Option<&'h str> {
-    headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
 }
 
 /// The value of an `Authorization` header with Basic credentials (RFC 7617).

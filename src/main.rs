@@ -17,6 +17,7 @@
 //!   instances  what opencode has loaded
 //!   events     who is told what happened
 //! state        the state file, and the credentials
+//! repair       saving what can be read of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json
 //! http         HTTP as a client
@@ -36,6 +37,7 @@ mod log;
 mod options;
 mod paths;
 mod process;
+mod repair;
 mod state;
 mod wire;
 mod workspace;

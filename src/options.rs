@@ -6,6 +6,9 @@ use std::time::Duration;
 /// The environment variable by which everything that opencode starts is known to be its.
 pub const MARKER: &str = "OPENWORK_ENGINE";
 
+/// How long an instance may be unused, if nothing is said.
+pub const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);
+
 /// What a daemon can be told.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -17,6 +20,17 @@ pub struct Options {
     pub idle_ttl: Option<Duration>,
     /// Web pages that may ask, beside the usual ones.
     pub origins: Vec<String>,
+}
+
+impl Options {
+    /// Whether nothing was asked for.
+    pub fn is_default(&self) -> bool {
+        let EngineOptions { binary, port } = &self.engine;
+        self.port.or(*port).is_none()
+            && binary.is_none()
+            && self.origins.is_empty()
+            && self.idle_ttl == Some(DEFAULT_IDLE_TTL)
+    }
 }
 
 /// What it can be told about opencode.

@@ -576,7 +576,7 @@ fn temporary(path: &Path) -> PathBuf {
 }
 
 /// Replaces a file whole: a crash or a full disk at any point leaves the old one or the new one.
-fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
+pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
     let temporary = temporary(path);
     let directory = path.parent().unwrap_or(Path::new("/"));
     let failed = |what, path: &Path| {

@@ -60,7 +60,7 @@ struct RouteTable {
 /// When it cannot be written.
 pub fn print(out: &mut Output, topic: Option<&str>) -> Result<()> {
     out.print(&tables(), |_| match topic.and_then(|topic| COMMANDS.iter().find(|row| row.name == topic)) {
-        Some(row) => command_help(row),
+        Some(row) => command_help(row) + &siblings(row),
         None => overview(topic),
     })
 }
@@ -118,6 +118,14 @@ fn overview(group: Option<&str>) -> String {
     );
     text.push_str("`openwork help <command>` says more; `openwork help --json` has the tables.\n");
     text
+}
+
+/// The other commands that begin with this one's word.
+fn siblings(row: &CommandRow) -> String {
+    let mut text = String::new();
+    let is_sibling = |other: &&CommandRow| other.name.split_once(' ').is_some_and(|(group, _)| group == row.name);
+    rows(&mut text, COMMANDS.iter().filter(is_sibling).map(|row| (row.name.to_owned(), row.summary.to_owned())));
+    if text.is_empty() { text } else { format!("\ncommands:\n{text}") }
 }
 
 fn command_help(row: &CommandRow) -> String {

@@ -21,6 +21,7 @@ use crate::args::{self, Command, Invocation};
 use crate::daemon;
 use crate::error::{Error, Result};
 use crate::http::{Response, Timed, percent_encode};
+use crate::lock;
 use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
@@ -116,7 +117,10 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         }
         Command::WorkspaceRemove { selector } => {
             let reply: WorkspaceReply = client.ask("DELETE", &target(&client, Some(selector), "")?, &())?;
-            out.print(&reply, |reply| format!("removed {}; its files stay\n", named(&reply.workspace)))
+            out.print(&reply, |reply| {
+                let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
+                format!("removed {}{files}\n", named(&reply.workspace))
+            })
         }
         Command::WorkspaceRename { selector, name } => {
             let reply: WorkspaceReply = client.ask("PATCH", &target(&client, Some(selector), "")?, &Rename { name })?;
@@ -144,6 +148,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
                 format!("{done} {}\n", clean(&reply.workspace.name))
             })
         }
+        Command::StateRepair => repair(&client, out),
         Command::Logs { log, follow, lines } => logs::print(&client, out, log, follow, lines),
     }
 }
@@ -171,14 +176,9 @@ fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
 }
 
 fn start(client: &Client, out: &mut Output) -> Result<()> {
-    let asked_for = client.autostart.as_ref().and_then(|options| options.port);
-    if let (Some(address), Some(port)) = (client.find()?, asked_for) {
-        if address.port != port {
-            note(&format!(
-                "the daemon already runs, on port {}; `openwork daemon restart` takes new options\n",
-                address.port
-            ));
-        }
+    let asks_for_options = client.autostart.as_ref().is_some_and(|options| !options.is_default());
+    if let (Some(address), true) = (client.find()?, asks_for_options) {
+        note(&format!("the daemon already runs, on port {}; `openwork daemon restart` takes options\n", address.port));
     }
     client.ensure()?;
     let waiting = Waiting::new("opencode");
@@ -346,6 +346,32 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
         }));
         let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);
         format!("{}opencode and what it has started: {memory}\n", table(&rows))
+    })
+}
+
+/// The one command that writes the state file: the daemon, which else does, refuses to start on it.
+fn repair(client: &Client, out: &mut Output) -> Result<()> {
+    let path = client.data_dir.state();
+    client.data_dir.create()?;
+    let lock = lock::try_exclusive(&client.data_dir.daemon_lock())?
+        .ok_or_else(|| Error::BadRequest("a daemon is running, and its registry is whole: stop it first".to_owned()))?;
+    let repair = crate::repair::repair(&path)?;
+    drop(lock);
+    out.print(&repair, |repair| {
+        let Some(original) = &repair.original else {
+            return format!("nothing to repair: {} workspaces in {}\n", repair.workspaces.len(), path.display());
+        };
+        let mut text =
+            format!("{}: {}\n", clean(&path.display().to_string()), repair.problem.as_deref().unwrap_or_default());
+        text.push_str(&format!("the original is kept as {}\n", clean(&original.display().to_string())));
+        for workspace in &repair.workspaces {
+            text.push_str(&format!("saved {} ({})\n", clean(&workspace.name), clean(&workspace.location())));
+        }
+        for refused in &repair.refused {
+            text.push_str(&format!("could not save {}\n", clean(refused)));
+        }
+        text.push_str(&format!("{} workspaces saved\n", repair.workspaces.len()));
+        text
     })
 }
 

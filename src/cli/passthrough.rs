@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -74,7 +74,7 @@ pub fn api(client: &Client, out: &mut Output, call: Api) -> Result<()> {
     drop(waiting);
     // From here on it is a stream, which takes as long as it takes.
     response.socket_mut().deadline = None;
-    let (status, ours) = (response.status, response.header(&ERROR_HEADER.to_ascii_lowercase()).is_some());
+    let (status, ours) = (response.status, response.header(ERROR_HEADER).is_some());
     let lost = |e: io::Error| Error::OpencodeFault(format!("the reply broke off: {e}"));
     if out.is_json() || ours {
         let bytes = response.bytes(JSON_BODY_LIMIT).map_err(lost)?;
@@ -91,11 +91,19 @@ pub fn api(client: &Client, out: &mut Output, call: Api) -> Result<()> {
             out.write(&head)?;
         }
         let mut buffer = vec![0; CHUNK];
+        let mut last = b'\n';
         while !out.is_closed() {
             match response.read(&mut buffer).map_err(lost)? {
                 0 => break,
-                count => out.write(&buffer[..count])?,
+                count => {
+                    last = buffer[count - 1];
+                    out.write(&buffer[..count])?;
+                }
             }
+        }
+        // For a person, a prompt begins at the start of a line.
+        if last != b'\n' && io::stdout().is_terminal() {
+            out.write(b"\n")?;
         }
     }
     match status {

@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 use crate::http::percent_decode;
 use crate::process::{self, Flag};
 use crate::wire::{
-    AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, InstanceEntry, InstanceList, InstanceState, Listed,
-    PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,
+    InstanceState, Listed, PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -119,16 +119,20 @@ fn listen() -> Result<Server> {
 fn handle(daemon: &Daemon<'_>, mut request: Request) {
     let answer = catch_unwind(AssertUnwindSafe(|| answer(daemon, &mut request)))
         .unwrap_or_else(|_| Err(Error::Internal("a bug: see `openwork logs daemon`".to_owned())));
-    let (status, body, allow, shutdown) = match answer {
-        Ok(Answer { status, body, shutdown }) => (status, body, None, shutdown),
+    let mut headers = Vec::new();
+    let (status, body, shutdown) = match answer {
+        Ok(Answer { status, body, shutdown }) => (status, body, shutdown),
         Err(e) => {
-            let allow = if let Error::MethodNotAllowed { allow, .. } = &e { Some(allow.clone()) } else { None };
-            (e.http_status(), serde_json::to_vec(&Failure::from(&e)).unwrap_or_default(), allow, None)
+            headers.push((ERROR_HEADER, e.code().name().to_owned()));
+            if let Error::MethodNotAllowed { allow, .. } = &e {
+                headers.push(("Allow", allow.clone()));
+            }
+            (e.http_status(), serde_json::to_vec(&Failure::from(&e)).unwrap_or_default(), None)
         }
     };
     // Always with a length: the gate reads it whole.
     let mut response = tiny_http::Response::from_data(body).with_status_code(status).with_chunked_threshold(usize::MAX);
-    if let Some(Ok(header)) = allow.map(|allow| Header::from_bytes("Allow", allow)) {
+    for header in headers.into_iter().filter_map(|(name, value)| Header::from_bytes(name, value).ok()) {
         response.add_header(header);
     }
     if let Err(e) = request.respond(response) {

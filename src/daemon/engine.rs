@@ -177,6 +177,11 @@ impl Endpoint {
 /// The header that says which instance is meant; percent-encoded once.
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
+/// The path at which `directory` in the query does not only say which instance is meant, as the
+/// header does, but also which sessions are listed: those of that directory, and not all of the
+/// project (which directories outside of git share).
+pub const FILTERED_BY_DIRECTORY: &str = "/session";
+
 /// A connection that broke, or an answer that is not HTTP.
 fn lost(e: io::Error) -> CallError {
     match e.kind() {

@@ -139,6 +139,8 @@ impl<'env> Gate<'env> {
     pub fn new(listener: TcpListener, origins: &[String], stop: &'env Flag) -> io::Result<Gate<'env>> {
         // The kernel may take back a connection between poll and accept.
         listener.set_nonblocking(true)?;
+        // The library asks for 128; beyond that a client waits a second to try again.
+        rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
         Ok(Gate { listener, port, origins, stop, connections: Connections::default() })
@@ -210,7 +212,9 @@ impl<'env> Gate<'env> {
             Err(e) => return reply_error(stream, &e, request.method, None),
         };
         if request.method == "OPTIONS" && origin.is_some() {
-            return reply(stream, &Reply { status: 204, allow: None, origin, body: None, head_only: false });
+            let methods = "Access-Control-Allow-Methods: GET, POST, PUT, PATCH, DELETE\r\n";
+            let headers = "Access-Control-Allow-Headers: authorization, content-type, x-opencode-directory\r\n";
+            return send(stream, head_of(204, origin) + methods + headers, None, false);
         }
         let result = match request.path() {
             path if path.starts_with(router::PREFIX) => {
@@ -222,9 +226,8 @@ impl<'env> Gate<'env> {
             "/events" if request.method == "GET" => {
                 check_user(connection).map(|()| stream_events(stream, &daemon.events.subscribe(), origin))
             }
-            _ => self.control(connection, &request, rest).map(|(status, allow, body)| {
-                let head_only = request.method == "HEAD";
-                reply(stream, &Reply { status, allow: allow.as_deref(), origin, body: Some(&body), head_only });
+            _ => self.control(connection, &request, rest).map(|Answer { status, headers, body }| {
+                send(stream, head_of(status, origin) + &headers, Some(&body), request.method == "HEAD");
             }),
         };
         if let Err(e) = result {
@@ -251,13 +254,8 @@ impl<'env> Gate<'env> {
         }
     }
 
-    /// Hands a request to the control plane: status, `Allow`, body.
-    fn control(
-        &self,
-        connection: &Connection,
-        request: &Head<'_>,
-        rest: &[u8],
-    ) -> Result<(u16, Option<String>, Vec<u8>)> {
+    /// Hands a request to the control plane.
+    fn control(&self, connection: &Connection, request: &Head<'_>, rest: &[u8]) -> Result<Answer> {
         if request.path() != "/health" {
             check_user(connection)?;
         }
@@ -277,8 +275,10 @@ impl<'env> Gate<'env> {
         let lost = |e: io::Error| Error::Internal(format!("the control plane does not answer: {e}"));
         upstream.write_all(&head).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
         let response = Response::read(upstream, request.method).map_err(lost)?;
-        let (status, allow) = (response.status, response.header("allow").map(str::to_owned));
-        Ok((status, allow, response.bytes(usize::MAX - 1).map_err(lost)?))
+        let status = response.status;
+        let passed = ["Allow", ERROR_HEADER].into_iter();
+        let headers = passed.filter_map(|name| Some(format!("{name}: {}\r\n", response.header(name)?))).collect();
+        Ok(Answer { status, headers, body: response.bytes(usize::MAX - 1).map_err(lost)? })
     }
 }
 
@@ -455,14 +455,12 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
     }
 }
 
-/// What is answered.
-struct Reply<'a> {
+/// What the control plane answers.
+struct Answer {
     status: u16,
-    allow: Option<&'a str>,
-    /// Allowed, and told so.
-    origin: Option<&'a str>,
-    body: Option<&'a [u8]>,
-    head_only: bool,
+    /// Lines of the head that are passed on.
+    headers: String,
+    body: Vec<u8>,
 }
 
 fn reply_error(stream: &TcpStream, error: &Error, method: &str, origin: Option<&str>) {
@@ -474,18 +472,6 @@ fn reply_error(stream: &TcpStream, error: &Error, method: &str, origin: Option<&
         head.push_str("WWW-Authenticate: Basic realm=\"opencode\"\r\n");
     }
     send(stream, head, Some(&body), method == "HEAD");
-}
-
-fn reply(stream: &TcpStream, reply: &Reply<'_>) {
-    let mut head = head_of(reply.status, reply.origin);
-    if reply.body.is_none() {
-        head.push_str("Access-Control-Allow-Methods: GET, POST, PUT, PATCH, DELETE\r\n");
-        head.push_str("Access-Control-Allow-Headers: authorization, content-type, x-opencode-directory\r\n");
-    }
-    if let Some(allow) = reply.allow {
-        head.push_str(&format!("Allow: {allow}\r\n"));
-    }
-    send(stream, head, reply.body, reply.head_only);
 }
 
 /// The head of an answer of ours, but for its body and its end.

@@ -18,13 +18,14 @@ mod supervisor;
 use std::fs::{DirBuilder, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use serde_json::Map;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -170,7 +171,13 @@ fn prepare(data_dir: &DataDir) -> Result<()> {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &cwd, e)),
         _ => {}
     }
-    std::fs::set_permissions(&cwd, Permissions::from_mode(0o700))
+    // Through a descriptor, and not through a link that was planted there.
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(&cwd)
+        .and_then(|directory| directory.set_permissions(Permissions::from_mode(0o700)))
         .map_err(|e| Error::io("narrow the mode of", &cwd, e))?;
     std::env::set_current_dir(data_dir.path()).map_err(|e| Error::io("enter", data_dir.path(), e))
 }

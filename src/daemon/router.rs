@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Daemon;
 use super::api;
-use super::engine::{CallError, DIRECTORY_HEADER, Endpoint};
+use super::engine::{CallError, DIRECTORY_HEADER, Endpoint, FILTERED_BY_DIRECTORY};
 use super::gate::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
@@ -57,13 +57,14 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
     if !same(given.as_bytes(), daemon.authorization.as_bytes()) {
         return Err(Error::Unauthorized);
     }
-    let (selector, target) = split(request.target)?;
+    let (selector, path, query) = split(request.target)?;
     let workspace = daemon.store.snapshot().find(&selector)?.clone();
     let directory = workspace.local_path()?;
     // opencode would answer for a directory that is not there.
     if !directory.is_dir() {
         return Err(Error::PathNotFound(directory.to_owned()));
     }
+    let target = target(path, query, directory);
     let timeout = request.only(TIMEOUT_HEADER)?;
     let deadline = Instant::now() + api::timeout(timeout)?;
     let entered = daemon.instances.enter(&workspace.path);
@@ -103,9 +104,8 @@ fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
-/// The selector in a target, and the target for opencode: as spelled, but for the parameters that
-/// would win over the directory of the workspace.
-fn split(target: &str) -> Result<(String, String)> {
+/// The selector in a target, the path behind it and the query, as they are spelled.
+fn split(target: &str) -> Result<(String, &str, Option<&str>)> {
     let rest = target.strip_prefix(PREFIX).unwrap_or_default();
     let (selector, rest) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     let decoded = percent_decode(selector).and_then(|bytes| String::from_utf8(bytes).ok());
@@ -115,20 +115,29 @@ fn split(target: &str) -> Result<(String, String)> {
         return Err(Error::WorkspaceNotFound(selector));
     }
     let (path, query) = rest.split_once('?').map_or((rest, None), |(path, query)| (path, Some(query)));
-    let mut target = if path.is_empty() { "/".to_owned() } else { path.to_owned() };
-    let names_directory = |parameter: &&str| {
+    Ok((selector, if path.is_empty() { "/" } else { path }, query))
+}
+
+/// The target for opencode: as spelled, but for the parameters that would win over the header
+/// with the directory of the workspace. Where one is also a filter, it becomes that directory.
+fn target(path: &str, query: Option<&str>, directory: &Path) -> String {
+    let mut target = path.to_owned();
+    let names_directory = |parameter: &str| {
         let name = parameter.split('=').next().unwrap_or_default().replace('+', " ");
         let name = percent_decode(&name).unwrap_or_default();
         name == b"directory" || name == b"location[directory]"
     };
-    if let Some(query) = query {
-        let kept: Vec<&str> = query.split('&').filter(|parameter| !names_directory(parameter)).collect();
-        if !kept.is_empty() {
-            target.push('?');
-            target.push_str(&kept.join("&"));
-        }
+    let Some(query) = query else { return target };
+    let (named, mut kept): (Vec<&str>, Vec<&str>) = query.split('&').partition(|parameter| names_directory(parameter));
+    let filter = format!("directory={}", percent_encode(directory.as_os_str().as_encoded_bytes()));
+    if !named.is_empty() && path == FILTERED_BY_DIRECTORY {
+        kept.push(&filter);
     }
-    Ok((selector, target))
+    if !kept.is_empty() {
+        target.push('?');
+        target.push_str(&kept.join("&"));
+    }
+    target
 }
 
 /// Whether opencode loads the instance for this: all but what is about no instance.
@@ -535,7 +544,9 @@ fn bad_chunks(e: io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::split;
+    use std::path::Path;
+
+    use super::{split, target};
 
     #[test]
     fn only_the_directory_is_taken_out_of_a_target() {
@@ -546,11 +557,13 @@ mod tests {
             ("/w/a/s?directory=/x", "a", "/s"),
             ("/w/a/s?a=%20&directory=%2Fx&b", "a", "/s?a=%20&b"),
             ("/w/a/s?%64irectory=/x&location%5Bdirectory%5D=/y&q=directory", "a", "/s?q=directory"),
+            ("/w/a/session?directory=/x&limit=2", "a", "/session?limit=2&directory=%2Fhome%2Fme"),
             ("/w/a/../b//c/%2e%2e", "a", "/../b//c/%2e%2e"),
             ("/w/%2Fhome%2Fme/x", "/home/me", "/x"),
             ("/w//x", "", "/x"),
         ] {
-            let (found, target) = split(given).unwrap();
+            let (found, path, query) = split(given).unwrap();
+            let target = target(path, query, Path::new("/home/me"));
             assert_eq!((found.as_str(), target.as_str()), (selector, passed), "{given}");
         }
         for bad in ["/w/%zz/x", "/w/%ff/x", "/w/-/x"] {

@@ -260,7 +260,7 @@ impl Handle {
             if status.phase == PhaseName::Failed && status.failures > failures {
                 let body = status.last_error.clone();
                 let unknown = || Error::OpencodeUnavailable("it has failed".to_owned());
-                return Err(body.map_or_else(unknown, |body| Error::reported(body, 503)));
+                return Err(body.map_or_else(unknown, Error::unavailable));
             }
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {

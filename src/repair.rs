@@ -1,0 +1,205 @@
+//! Saving what can be read of a state file that cannot be read as a whole.
+//!
+//! Every JSON object in the bytes that is a workspace is one, wherever it stands: a file cut
+//! short, or with garbage in its middle, still has the others. The original is kept beside the
+//! new file, and nothing is touched before that is so.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::log::now_ms;
+use crate::paths::open_private;
+use crate::state::{EngineRecord, State, write_whole};
+use crate::workspace::{Place, Workspace};
+
+/// What was done.
+#[derive(Debug, Serialize)]
+pub struct Repair {
+    /// Always true.
+    pub ok: bool,
+    /// False when there was nothing to do.
+    pub repaired: bool,
+    /// Where the original is now.
+    pub original: Option<PathBuf>,
+    /// What was wrong with it.
+    pub problem: Option<String>,
+    /// The workspaces that were saved.
+    pub workspaces: Vec<Arc<Workspace>>,
+    /// What looked like a workspace and could not be saved, and why.
+    pub refused: Vec<String>,
+}
+
+/// Repairs a state file. The caller holds `daemon.lock`.
+///
+/// # Errors
+/// `state_too_new`: such a file is not broken; `state_write_failed`, and then the original is
+/// where it was.
+pub fn repair(path: &Path) -> Result<Repair> {
+    let problem = match State::read(path) {
+        Ok(state) => {
+            let workspaces = state.workspaces;
+            return Ok(Repair {
+                ok: true,
+                repaired: false,
+                original: None,
+                problem: None,
+                workspaces,
+                refused: Vec::new(),
+            });
+        }
+        Err(Error::StateCorrupt { why, .. }) => why,
+        Err(other) => return Err(other),
+    };
+    let mut bytes = Vec::new();
+    let read = open_private(path, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut bytes));
+    let (state, refused) = match read {
+        Ok(_) => salvage(&bytes),
+        // A directory, a link, a device: there is nothing in it to save.
+        Err(e) if e.kind() != io::ErrorKind::PermissionDenied => (State::default(), Vec::new()),
+        Err(e) => return Err(Error::io("read", path, e)),
+    };
+    let original = keep(path)?;
+    write_whole(path, &state)?;
+    let workspaces = state.workspaces;
+    Ok(Repair { ok: true, repaired: true, original: Some(original), problem: Some(problem), workspaces, refused })
+}
+
+/// Gives the original another name; until the new file is there it keeps the old one too, if
+/// it is a file.
+fn keep(path: &Path) -> Result<PathBuf> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".corrupt-{}", now_ms()));
+    let kept = PathBuf::from(name);
+    fs::hard_link(path, &kept).or_else(|_| fs::rename(path, &kept)).map_err(|source| Error::StateWriteFailed {
+        what: "keep the original as",
+        path: kept.clone(),
+        source,
+    })?;
+    Ok(kept)
+}
+
+fn salvage(bytes: &[u8]) -> (State, Vec<String>) {
+    let (mut state, mut refused) = (State::default(), Vec::new());
+    let mut at = 0;
+    while let Some(brace) = bytes[at..].iter().position(|byte| *byte == b'{') {
+        at += brace;
+        let mut values = serde_json::Deserializer::from_slice(&bytes[at..]).into_iter::<Map<String, Value>>();
+        let length = match values.next() {
+            Some(Ok(object)) if is_workspace(&object) => {
+                match workspace(object) {
+                    Ok(found) if state.get(&found.id).is_none() => state.workspaces.push(Arc::new(found)),
+                    Ok(found) => refused.push(format!("{}: there twice", found.id)),
+                    Err(why) => refused.push(why),
+                }
+                values.byte_offset()
+            }
+            // The opencode that may be running: what proves it ours.
+            Some(Ok(object)) if object.contains_key("engineId") => {
+                state.opencode = serde_json::from_value::<EngineRecord>(object.into()).ok();
+                values.byte_offset()
+            }
+            // The whole file, say: what is in it is looked at on its own.
+            _ => 1,
+        };
+        at += length;
+    }
+    for (name, id) in [("activeId", &mut state.active_id), ("previousId", &mut state.previous_id)] {
+        let found = string_after(bytes, name).unwrap_or_default();
+        if state.workspaces.iter().any(|workspace| workspace.id == found) {
+            *id = found;
+        }
+    }
+    (state, refused)
+}
+
+fn is_workspace(object: &Map<String, Value>) -> bool {
+    let has_text = |name: &str| object.get(name).is_some_and(Value::is_string);
+    object.contains_key("workspaceType") || (has_text("id") && (has_text("path") || has_text("baseUrl")))
+}
+
+/// The workspace that an object is; of fields that are not as they should be, those are taken out
+/// that it can be without.
+fn workspace(mut object: Map<String, Value>) -> std::result::Result<Workspace, String> {
+    let text = |object: &Map<String, Value>, name: &str| object.get(name).and_then(Value::as_str).map(str::to_owned);
+    for time in ["createdAt", "lastUsedAt"] {
+        if object.get(time).is_some_and(|value| !value.is_u64()) {
+            object.remove(time);
+        }
+    }
+    let place = match (text(&object, "baseUrl"), text(&object, "path")) {
+        (Some(base_url), _) if !base_url.is_empty() => {
+            Place::Remote { base_url, directory: text(&object, "directory").filter(|directory| !directory.is_empty()) }
+        }
+        (_, Some(path)) if !path.is_empty() => Place::Local(path),
+        _ => {
+            return Err(format!(
+                "{}: neither path nor baseUrl",
+                text(&object, "id").unwrap_or_else(|| "no id".to_owned())
+            ));
+        }
+    };
+    let (id, name) = (text(&object, "id"), text(&object, "name"));
+    object.insert("id".to_owned(), id.filter(|id| !id.is_empty()).unwrap_or_else(|| place.id()).into());
+    object.insert("name".to_owned(), name.unwrap_or_else(|| place.derived_name()).into());
+    let described = object.get("id").cloned().unwrap_or_default();
+    serde_json::from_value(object.into()).map_err(|e| format!("{described}: {e}"))
+}
+
+/// The string behind the first field of this name.
+fn string_after(bytes: &[u8], name: &str) -> Option<String> {
+    let field = format!("\"{name}\"");
+    let at = bytes.windows(field.len()).position(|window| window == field.as_bytes())? + field.len();
+    let rest = bytes[at..].trim_ascii_start().strip_prefix(b":")?;
+    serde_json::Deserializer::from_slice(rest).into_iter::<String>().next()?.ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::salvage;
+
+    const WHOLE: &str = r#"{"version":1,"daemon":null,
+        "opencode":{"pid":7,"port":8,"baseUrl":"b","startedAt":9,"engineId":"e","startTicks":1,"bootId":"x"},
+        "activeId":"ws-2","workspaces":[
+        {"id":"ws-1","name":"a","path":"/a","workspaceType":"local","createdAt":0,"lastUsedAt":0,"other":{"x":[1]}},
+        {"id":"ws-2","name":"b","path":"","workspaceType":"remote","baseUrl":"https://b"}]}"#;
+
+    #[test]
+    fn whatever_is_cut_off_the_rest_is_saved() {
+        for cut in 0..WHOLE.len() {
+            let (state, refused) = salvage(&WHOLE.as_bytes()[..cut]);
+            let ends = WHOLE.match_indices("}\n").chain(WHOLE.match_indices("},\n")).count();
+            assert!(ends > 0 && refused.is_empty(), "cut at {cut}: {refused:?}");
+            for (id, last) in [("ws-1", "\"other\":{\"x\":[1]}}"), ("ws-2", "\"https://b\"}")] {
+                let end = WHOLE.find(last).unwrap() + last.len();
+                assert_eq!(state.get(id).is_some(), cut >= end, "{id}, cut at {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_stands_around_and_between_does_not_matter() {
+        let garbled = WHOLE.replace("\"workspaces\":[", "\0\u{7f}workspaces=<<<{{{[").replace("},\n", "}}}]] \n");
+        let (state, refused) = salvage(garbled.as_bytes());
+        assert_eq!(state.workspaces.len(), 2, "{refused:?}");
+        assert_eq!(state.active_id, "ws-2");
+        assert_eq!(state.opencode.unwrap().engine_id, "e");
+        assert_eq!(state.workspaces[0].extra["other"]["x"][0], 1);
+    }
+
+    #[test]
+    fn broken_fields_cost_no_workspace() {
+        let (state, refused) = salvage(
+            br#"[{"id":"ws-1","name":3,"path":"/a/b","createdAt":"x"},{"path":"/c","workspaceType":"local"},
+                 {"id":"ws-1","path":"/d"},{"id":"ws-3","workspaceType":"local"},{"id":"ws-4","path":"/e","workspaceType":7}]"#,
+        );
+        let names: Vec<&str> = state.workspaces.iter().map(|w| w.name.as_str()).collect();
+        assert_eq!(names, ["b", "c"]);
+        assert_eq!(refused.len(), 3, "{refused:?}");
+    }
+}
