@@ -649,13 +649,14 @@ fn not_one_of(what: &str, given: &str, known: &str) -> Error {
 
 /// An unknown word, with the nearest known one if it is near.
 fn unknown<'k>(what: &str, given: &str, known: impl Iterator<Item = &'k str>) -> Error {
-    let nearest = known.map(|word| (distance(given, word), word)).min();
+    // Of two equally near, the one of the same length: letters are swapped more often than left out.
+    let nearest = known.map(|word| (distance(given, word), given.len().abs_diff(word.len()), word)).min();
     // Further away than a third of the word is another word.
-    let near = nearest.filter(|(distance, word)| *distance <= word.chars().count().div_ceil(3));
+    let near = nearest.filter(|(distance, _, word)| *distance <= word.chars().count().div_ceil(3));
     Error::Usage {
         message: format!("unknown {what} `{given}`"),
         hint: Some(match near {
-            Some((_, word)) => format!("did you mean `{word}`?"),
+            Some((.., word)) => format!("did you mean `{word}`?"),
             None => "`openwork help` shows what there is".to_owned(),
         }),
     }
