@@ -1,0 +1,726 @@
+//! An imitation of `opencode` 1.18, for the tests. Only std, one file: the harness compiles it
+//! with `rustc` and nothing else.
+//!
+//! It answers as the real one was measured to: Basic auth on every route, one instance per
+//! directory, loaded by whatever asks for it (even by the request to dispose it), the directory
+//! taken from the query, else from the header, else from the working directory, no check that
+//! it exists. Beside that it has routes and misbehaviour that a test asks for.
+//!
+//! Behaviour: `FAKE_*` variables, and the same `KEY=VALUE` lines in `$FAKE_OPENCODE_DIR/behaviour`,
+//! which are read at each start and win.
+//!
+//! | key | what it does |
+//! |---|---|
+//! | `FAKE_VERSION` | the version it claims |
+//! | `FAKE_START_MS` | waits this long before it listens |
+//! | `FAKE_NEVER_LISTEN` | never listens |
+//! | `FAKE_NEVER_HEALTHY` | listens, but the health call hangs |
+//! | `FAKE_HANG_FILE` | no request is answered while this file exists (else `$FAKE_OPENCODE_DIR/hang`) |
+//! | `FAKE_AUTH=reject` | 401 whatever the password |
+//! | `FAKE_FAIL=/path` | 500 on this path |
+//! | `FAKE_CRASH_ON_START=CODE` | prints 30 lines and exits with CODE |
+//! | `FAKE_CRASH_FIRST=N` | the same, with 1, but only at the first N starts |
+//! | `FAKE_EXIT_AFTER_MS` | exits with 3 this long after it listens |
+//! | `FAKE_IGNORE_TERM` | ignores every TERM |
+//! | `FAKE_SWALLOW_TERM` | ignores the first TERM, as opencode does while it installs a plugin |
+//! | `FAKE_GRANDCHILD` | leaves a `sleep` in a session of its own, as the agent's shells are |
+//! | `FAKE_FLOOD_LOG=BYTES` | prints that much before it listens |
+//! | `FAKE_CLIENT_EXIT=CODE` | what `attach` and `run` exit with |
+//! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
+//!
+//! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
+//! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
+//! `requests` (JSON: method, directory, target, authorized), `instances` (`load DIR`,
+//! `dispose DIR`), `streams` (`open TARGET`, `close TARGET`), `signals` (`TERM`),
+//! `grandchildren` (pids), and `env-<pid>`, the environment it was started or called with.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{self, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{exit, Command};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+fn main() {
+    let argv: Vec<String> = std::env::args().skip(1).collect();
+    let settings = Settings::load();
+    match argv.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--version"] => {
+            settings.record("versions", &std::process::id().to_string());
+            println!("{}", settings.version());
+        }
+        ["serve", ..] => serve(&argv, settings),
+        ["attach" | "run", ..] => {
+            settings.record_process("clients", &argv, "");
+            println!("fake: {}", argv.join(" "));
+            exit(settings.number("FAKE_CLIENT_EXIT").unwrap_or(0) as i32);
+        }
+        _ => {
+            eprintln!("fake opencode: unknown arguments {argv:?}");
+            exit(1);
+        }
+    }
+}
+
+// --- Settings and records ---
+
+struct Settings {
+    values: HashMap<String, String>,
+    dir: Option<PathBuf>,
+}
+
+impl Settings {
+    fn load() -> Settings {
+        let dir = std::env::var_os("FAKE_OPENCODE_DIR").map(PathBuf::from);
+        let mut values: HashMap<String, String> =
+            std::env::vars().filter(|(key, _)| key.starts_with("FAKE_")).collect();
+        let file = dir.as_ref().and_then(|dir| fs::read_to_string(dir.join("behaviour")).ok());
+        for line in file.iter().flat_map(|text| text.lines()) {
+            if let Some((key, value)) = line.split_once('=') {
+                values.insert(key.to_owned(), value.to_owned());
+            }
+        }
+        Settings { values, dir }
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.values.get(key).map(String::as_str)
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
+    fn number(&self, key: &str) -> Option<u64> {
+        self.text(key).map(|text| text.parse().unwrap_or_else(|_| panic!("{key}={text} is not a number")))
+    }
+
+    fn version(&self) -> &str {
+        self.text("FAKE_VERSION").unwrap_or("1.18.33")
+    }
+
+    fn file(&self, name: &str) -> Option<PathBuf> {
+        self.dir.as_ref().map(|dir| dir.join(name))
+    }
+
+    /// Appends one line. A single write to a file opened for appending, so that lines of several
+    /// processes do not mix.
+    fn record(&self, name: &str, line: &str) {
+        if let Some(path) = self.file(name) {
+            let mut file = OpenOptions::new().create(true).append(true).open(path).expect("a record file");
+            file.write_all(format!("{line}\n").as_bytes()).expect("writing a record");
+        }
+    }
+
+    /// Appends who this is, as JSON, and keeps its environment.
+    fn record_process(&self, name: &str, argv: &[String], more: &str) {
+        let pid = std::process::id();
+        let cwd = std::env::current_dir().expect("a working directory").display().to_string();
+        if let Some(path) = self.file(&format!("env-{pid}")) {
+            let environ = fs::read("/proc/self/environ").expect("its own environment");
+            fs::write(path, environ).expect("recording the environment");
+        }
+        let argv = json_list(argv, |arg| json(arg));
+        self.record(name, &format!("{{\"pid\":{pid},{more}\"argv\":{argv},\"cwd\":{}}}", json(&cwd)));
+    }
+
+    /// How often it was started so far, this start included.
+    fn starts(&self) -> u64 {
+        let text = self.file("starts").and_then(|path| fs::read_to_string(path).ok());
+        text.map_or(1, |text| text.lines().count() as u64)
+    }
+
+    fn is_hanging(&self) -> bool {
+        let file = self.text("FAKE_HANG_FILE").map(PathBuf::from).or_else(|| self.file("hang"));
+        file.is_some_and(|path| path.exists())
+    }
+
+    fn is_busy(&self, directory: &str) -> bool {
+        let file = self.file("busy").and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        self.text("FAKE_BUSY") == Some(directory) || file.lines().any(|line| line == directory)
+    }
+}
+
+fn json(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c < ' ' => out.push_str(&format!("\\u{:04x}", c as u32)),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn json_list<T>(items: &[T], item: impl Fn(&T) -> String) -> String {
+    format!("[{}]", items.iter().map(item).collect::<Vec<_>>().join(","))
+}
+
+// --- Starting ---
+
+fn serve(argv: &[String], settings: Settings) {
+    let option = |name: &str| {
+        let at = argv.iter().position(|arg| arg == name)?;
+        argv.get(at + 1).cloned()
+    };
+    let hostname = option("--hostname").unwrap_or_else(|| "127.0.0.1".to_owned());
+    let port: u16 = option("--port").and_then(|port| port.parse().ok()).unwrap_or(4096);
+    settings.record_process("starts", argv, &format!("\"port\":{port},"));
+    let settings = Arc::new(settings);
+    catch_term(&settings);
+    misbehave_before_listening(&settings);
+
+    let listener = TcpListener::bind((hostname.as_str(), port)).unwrap_or_else(|_| {
+        // Word for word what 1.18.33 says of a port that is taken.
+        eprintln!("\x1b[91m\x1b[1mError: \x1b[0mUnexpected error\n\nServeError");
+        exit(1);
+    });
+    println!("opencode server listening on http://{hostname}:{port}");
+    if let Some(ms) = settings.number("FAKE_EXIT_AFTER_MS") {
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(ms));
+            eprintln!("fake: leaving");
+            exit(3);
+        });
+    }
+
+    let password = std::env::var("OPENCODE_SERVER_PASSWORD").ok();
+    let username = std::env::var("OPENCODE_SERVER_USERNAME").unwrap_or_else(|_| "opencode".to_owned());
+    let server = Arc::new(Server {
+        settings,
+        cwd: std::env::current_dir().expect("a working directory").display().to_string(),
+        authorization: password.map(|password| format!("Basic {}", base64(&format!("{username}:{password}")))),
+        instances: Mutex::default(),
+    });
+    for stream in listener.incoming().flatten() {
+        let server = Arc::clone(&server);
+        thread::spawn(move || {
+            // A client that goes away is no concern of the others.
+            let _ = server.connection(stream);
+        });
+    }
+}
+
+fn misbehave_before_listening(settings: &Settings) {
+    if settings.has("FAKE_GRANDCHILD") {
+        let child = Command::new("setsid").args(["sleep", "1000"]).spawn().expect("starting setsid");
+        settings.record("grandchildren", &child.id().to_string());
+    }
+    if let Some(bytes) = settings.number("FAKE_FLOOD_LOG") {
+        let line = format!("fake: {}\n", "x".repeat(93));
+        let mut stdout = io::stdout().lock();
+        for _ in 0..bytes.div_ceil(line.len() as u64) {
+            stdout.write_all(line.as_bytes()).expect("writing to the log");
+        }
+    }
+    let boom = |code: u64| {
+        for n in 1..=30 {
+            eprintln!("fake: boom line {n}");
+        }
+        exit(code as i32);
+    };
+    if let Some(code) = settings.number("FAKE_CRASH_ON_START") {
+        boom(code);
+    }
+    if settings.number("FAKE_CRASH_FIRST").is_some_and(|n| settings.starts() <= n) {
+        boom(1);
+    }
+    if let Some(ms) = settings.number("FAKE_START_MS") {
+        thread::sleep(Duration::from_millis(ms));
+    }
+    while settings.has("FAKE_NEVER_LISTEN") {
+        thread::park();
+    }
+}
+
+/// Where the signal handler writes a byte, since it may do little else.
+static TERM_PIPE: AtomicI32 = AtomicI32::new(-1);
+
+extern "C" fn on_term(_: i32) {
+    unsafe { write(TERM_PIPE.load(Ordering::SeqCst), b"T".as_ptr(), 1) };
+}
+
+unsafe extern "C" {
+    fn signal(number: i32, handler: extern "C" fn(i32)) -> usize;
+    fn write(fd: i32, bytes: *const u8, count: usize) -> isize;
+}
+
+fn catch_term(settings: &Arc<Settings>) {
+    const SIGTERM: i32 = 15;
+    let (mut reader, writer) = UnixStream::pair().expect("a pair of sockets");
+    TERM_PIPE.store(writer.as_raw_fd(), Ordering::SeqCst);
+    std::mem::forget(writer);
+    unsafe { signal(SIGTERM, on_term) };
+    let settings = Arc::clone(settings);
+    thread::spawn(move || {
+        for count in 1.. {
+            reader.read_exact(&mut [0]).expect("the signal pipe");
+            settings.record("signals", "TERM");
+            let swallowed = settings.has("FAKE_SWALLOW_TERM") && count == 1;
+            if !swallowed && !settings.has("FAKE_IGNORE_TERM") {
+                exit(0);
+            }
+        }
+    });
+}
+
+// --- Serving ---
+
+struct Server {
+    settings: Arc<Settings>,
+    cwd: String,
+    /// The header it wants; none when it runs without a password.
+    authorization: Option<String>,
+    instances: Mutex<Instances>,
+}
+
+#[derive(Default)]
+struct Instances {
+    loaded: BTreeSet<String>,
+    streams: Vec<Subscription>,
+}
+
+struct Subscription {
+    /// None for `/global/event`, which outlives the instances.
+    directory: Option<String>,
+    /// An event, or None: the stream ends.
+    events: mpsc::Sender<Option<String>>,
+}
+
+struct Request {
+    method: String,
+    target: String,
+    headers: Vec<(String, String)>,
+}
+
+impl Request {
+    /// None at the end of the connection.
+    fn read(reader: &mut impl BufRead) -> io::Result<Option<Request>> {
+        let mut lines = Vec::new();
+        loop {
+            let mut line = Vec::new();
+            if reader.read_until(b'\n', &mut line)? == 0 {
+                return Ok(None);
+            }
+            let line = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
+            match line.is_empty() {
+                true if lines.is_empty() => continue,
+                true => break,
+                false => lines.push(line),
+            }
+        }
+        let mut words = lines[0].split(' ');
+        let mut word = || words.next().unwrap_or_default().to_owned();
+        let (method, target) = (word(), word());
+        let headers = lines[1..].iter().filter_map(|line| line.split_once(':'));
+        let headers = headers.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect();
+        Ok(Some(Request { method, target, headers }))
+    }
+
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+
+    fn is(&self, name: &str, value: &str) -> bool {
+        self.header(name).is_some_and(|header| header.eq_ignore_ascii_case(value))
+    }
+
+    fn path(&self) -> &str {
+        self.target.split('?').next().unwrap_or_default()
+    }
+
+    fn query(&self, name: &str) -> Option<String> {
+        let (_, query) = self.target.split_once('?')?;
+        let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        let decode = |text: &str| percent_decode(&text.replace('+', " "));
+        pairs.find(|(key, _)| decode(key) == name).map(|(_, value)| decode(value))
+    }
+
+    fn number(&self, name: &str) -> u64 {
+        self.query(name).and_then(|text| text.parse().ok()).unwrap_or(0)
+    }
+
+    /// The directory it is about: query, header, working directory, in this order.
+    fn directory(&self, cwd: &str) -> String {
+        let key = if self.path().starts_with("/api/") { "location[directory]" } else { "directory" };
+        let header = || self.header("x-opencode-directory").map(percent_decode);
+        self.query(key).or_else(header).unwrap_or_else(|| cwd.to_owned())
+    }
+}
+
+/// The body of a request, read as the length or the chunks say.
+struct Body<'a, R: BufRead> {
+    reader: &'a mut R,
+    chunked: bool,
+    /// Of the body, or of the chunk.
+    left: u64,
+    ended: bool,
+}
+
+impl<'a, R: BufRead> Body<'a, R> {
+    fn of(request: &Request, reader: &'a mut R) -> Body<'a, R> {
+        let chunked = request.is("transfer-encoding", "chunked");
+        let left = request.header("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
+        Body { reader, chunked, left: if chunked { 0 } else { left }, ended: !chunked && left == 0 }
+    }
+
+    fn line(&mut self) -> io::Result<String> {
+        let mut line = String::new();
+        self.reader.read_line(&mut line)?;
+        Ok(line.trim_end().to_owned())
+    }
+
+    fn next_chunk(&mut self) -> io::Result<()> {
+        let size = self.line()?;
+        let size = size.split(';').next().unwrap_or_default();
+        self.left = u64::from_str_radix(size, 16).map_err(|_| io::Error::other("a bad chunk size"))?;
+        if self.left == 0 {
+            self.ended = true;
+            while !self.line()?.is_empty() {}
+        }
+        Ok(())
+    }
+}
+
+impl<R: BufRead> Read for Body<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.ended && self.chunked && self.left == 0 {
+            self.next_chunk()?;
+        }
+        if self.ended || buffer.is_empty() {
+            return Ok(0);
+        }
+        let wanted = buffer.len().min(self.left as usize);
+        let count = self.reader.read(&mut buffer[..wanted])?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= count as u64;
+        if self.left == 0 {
+            match self.chunked {
+                true => self.ended = self.line().is_err(),
+                false => self.ended = true,
+            }
+        }
+        Ok(count)
+    }
+}
+
+/// Whether the connection takes another request.
+enum Next {
+    KeepAlive,
+    Close,
+}
+
+const JSON: &str = "application/json";
+
+impl Server {
+    fn connection(&self, stream: TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let mut reader = BufReader::new(stream.try_clone()?);
+        while let Some(request) = Request::read(&mut reader)? {
+            while self.settings.is_hanging() {
+                thread::sleep(Duration::from_millis(20));
+            }
+            let authorized = self.authorizes(&request);
+            self.settings.record(
+                "requests",
+                &format!(
+                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized}}}",
+                    json(&request.method),
+                    json(&request.directory(&self.cwd)),
+                    json(&request.target),
+                ),
+            );
+            if request.is("expect", "100-continue") {
+                (&stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+            }
+            let next = match authorized {
+                true => self.route(&request, &mut reader, &stream)?,
+                false => self.unauthorized(&stream)?,
+            };
+            if matches!(next, Next::Close) || request.is("connection", "close") {
+                break;
+            }
+        }
+        stream.shutdown(Shutdown::Both)
+    }
+
+    fn authorizes(&self, request: &Request) -> bool {
+        let wanted = self.authorization.as_deref();
+        self.settings.text("FAKE_AUTH") != Some("reject")
+            && (wanted.is_none() || request.header("authorization") == wanted)
+    }
+
+    /// Closes, since it leaves the body unread.
+    fn unauthorized(&self, stream: &TcpStream) -> io::Result<Next> {
+        let challenge = "www-authenticate: Basic realm=\"Secure Area\"\r\n";
+        reply(stream, "401 Unauthorized", challenge, b"")?;
+        Ok(Next::Close)
+    }
+
+    fn route(&self, request: &Request, reader: &mut BufReader<TcpStream>, stream: &TcpStream) -> io::Result<Next> {
+        let directory = request.directory(&self.cwd);
+        let is_global = request.path().starts_with("/global/");
+        if self.settings.text("FAKE_FAIL") == Some(request.path()) || (!is_global && Path::new(&directory).is_file()) {
+            return server_error(stream);
+        }
+        if !is_global {
+            self.load(&directory);
+        }
+        let mut body = Body::of(request, reader);
+        let next = match (request.method.as_str(), request.path()) {
+            ("GET", "/global/health") => {
+                while self.settings.has("FAKE_NEVER_HEALTHY") {
+                    thread::park();
+                }
+                let health = format!("{{\"healthy\":true,\"version\":{}}}", json(self.settings.version()));
+                ok(stream, JSON, health.as_bytes())
+            }
+            ("POST", "/global/dispose") => {
+                self.dispose_all();
+                ok(stream, JSON, b"true")
+            }
+            ("GET", "/global/event") => self.events(request, None, stream),
+            ("GET", "/event") => self.events(request, Some(directory), stream),
+            ("GET", "/path") => {
+                let home = std::env::var("HOME").unwrap_or_default();
+                let path = format!(
+                    "{{\"home\":{},\"state\":{},\"config\":{},\"worktree\":\"/\",\"directory\":{}}}",
+                    json(&home),
+                    json(&format!("{home}/.local/state/opencode")),
+                    json(&format!("{home}/.config/opencode")),
+                    json(&directory),
+                );
+                ok(stream, JSON, path.as_bytes())
+            }
+            ("GET", "/session/status") => {
+                let busy = self.settings.is_busy(&directory);
+                ok(stream, JSON, if busy { br#"{"ses_fake":{"type":"busy"}}"# } else { b"{}" })
+            }
+            ("POST", "/session") => {
+                self.publish(&directory, "session.created", "{}");
+                ok(stream, JSON, format!("{{\"id\":\"ses_fake\",\"directory\":{}}}", json(&directory)).as_bytes())
+            }
+            ("POST", "/instance/dispose") => {
+                self.dispose(&directory);
+                ok(stream, JSON, b"true")
+            }
+            ("HEAD", "/echo") => head(stream, "200 OK", "Content-Length: 1000\r\n").map(|()| Next::KeepAlive),
+            (_, "/echo") => {
+                let mut bytes = Vec::new();
+                body.read_to_end(&mut bytes)?;
+                let headers = json_list(&request.headers, |(name, value)| format!("[{},{}]", json(name), json(value)));
+                let echo = format!(
+                    "{{\"method\":{},\"target\":{},\"headers\":{headers},\"length\":{},\"body\":{}}}",
+                    json(&request.method),
+                    json(&request.target),
+                    bytes.len(),
+                    json(&String::from_utf8_lossy(&bytes)),
+                );
+                ok(stream, JSON, echo.as_bytes())
+            }
+            ("POST", "/upload") => {
+                let count = io::copy(&mut body, &mut io::sink())?;
+                ok(stream, JSON, format!("{{\"bytes\":{count}}}").as_bytes())
+            }
+            ("GET", "/download") => download(stream, request.number("bytes")),
+            ("GET", "/slow") => {
+                thread::sleep(Duration::from_millis(request.number("ms")));
+                ok(stream, JSON, b"true")
+            }
+            ("GET", "/chunked") => chunked_with_trailers(stream),
+            (_, "/die-first") => return Ok(Next::Close),
+            (_, "/die-mid") => die_mid(stream),
+            ("GET", "/pty/x/connect") if request.is("upgrade", "websocket") => {
+                return tunnel(&mut body.reader, stream);
+            }
+            _ => ok(stream, "text/html", b"<!doctype html>\n<html lang=\"en\"></html>\n"),
+        };
+        let next = next?;
+        io::copy(&mut body, &mut io::sink())?;
+        Ok(next)
+    }
+
+    fn load(&self, directory: &str) {
+        let mut instances = self.instances.lock().expect("the instances");
+        if instances.loaded.insert(directory.to_owned()) {
+            self.settings.record("instances", &format!("load {directory}"));
+        }
+    }
+
+    fn dispose(&self, directory: &str) {
+        self.publish(directory, "server.instance.disposed", &format!("{{\"directory\":{}}}", json(directory)));
+        let mut instances = self.instances.lock().expect("the instances");
+        instances.loaded.remove(directory);
+        self.settings.record("instances", &format!("dispose {directory}"));
+        instances.streams.retain(|stream| {
+            let ends = stream.directory.as_deref() == Some(directory);
+            if ends {
+                let _ = stream.events.send(None);
+            }
+            !ends
+        });
+    }
+
+    /// Tells the streams of this directory, and those of all.
+    fn publish(&self, directory: &str, kind: &str, properties: &str) {
+        let payload = format!("{{\"id\":\"evt_fake\",\"type\":\"{kind}\",\"properties\":{properties}}}");
+        let of_all = format!("{{\"directory\":{},\"project\":\"global\",\"payload\":{payload}}}", json(directory));
+        let mut instances = self.instances.lock().expect("the instances");
+        // A subscriber that cannot be told is one that has gone.
+        instances.streams.retain(|stream| match &stream.directory {
+            None => stream.events.send(Some(of_all.clone())).is_ok(),
+            Some(of) if of == directory => stream.events.send(Some(payload.clone())).is_ok(),
+            Some(_) => true,
+        });
+    }
+
+    fn dispose_all(&self) {
+        let loaded = self.instances.lock().expect("the instances").loaded.clone();
+        for directory in loaded {
+            self.dispose(&directory);
+        }
+    }
+
+    /// Server-sent events, until the instance is disposed or the client goes away.
+    fn events(&self, request: &Request, directory: Option<String>, stream: &TcpStream) -> io::Result<Next> {
+        const HEARTBEAT: Duration = Duration::from_secs(10);
+        let is_global = directory.is_none();
+        let (events, received) = mpsc::channel();
+        {
+            let mut instances = self.instances.lock().expect("the instances");
+            instances.streams.push(Subscription { directory, events: events.clone() });
+        }
+        let mut gone = stream.try_clone()?;
+        thread::spawn(move || {
+            let _ = io::copy(&mut gone, &mut io::sink());
+            let _ = events.send(None);
+        });
+        let simple = |kind: &str| {
+            let payload = format!("{{\"id\":\"evt_fake\",\"type\":\"{kind}\",\"properties\":{{}}}}");
+            if is_global {
+                format!("{{\"payload\":{payload}}}")
+            } else {
+                payload
+            }
+        };
+        self.settings.record("streams", &format!("open {}", request.target));
+        let sent = (|| {
+            head(stream, "200 OK", "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n")?;
+            let mut event = simple("server.connected");
+            loop {
+                chunk(stream, format!("data: {event}\n\n").as_bytes())?;
+                event = match received.recv_timeout(HEARTBEAT) {
+                    Ok(Some(event)) => event,
+                    Err(RecvTimeoutError::Timeout) => simple("server.heartbeat"),
+                    Ok(None) | Err(RecvTimeoutError::Disconnected) => return chunk(stream, b""),
+                }
+            }
+        })();
+        self.settings.record("streams", &format!("close {}", request.target));
+        sent.map(|()| Next::Close)
+    }
+}
+
+// --- Replies ---
+
+fn head(mut stream: &TcpStream, status: &str, headers: &str) -> io::Result<()> {
+    stream.write_all(format!("HTTP/1.1 {status}\r\nVary: Origin\r\n{headers}\r\n").as_bytes())
+}
+
+fn reply(mut stream: &TcpStream, status: &str, headers: &str, body: &[u8]) -> io::Result<()> {
+    head(stream, status, &format!("{headers}Content-Length: {}\r\n", body.len()))?;
+    stream.write_all(body)
+}
+
+fn ok(stream: &TcpStream, content_type: &str, body: &[u8]) -> io::Result<Next> {
+    reply(stream, "200 OK", &format!("Content-Type: {content_type}\r\n"), body)?;
+    Ok(Next::KeepAlive)
+}
+
+fn server_error(stream: &TcpStream) -> io::Result<Next> {
+    let body = br#"{"name":"UnknownError","data":{"message":"Unexpected server error.","ref":"err_fake"}}"#;
+    reply(stream, "500 Internal Server Error", "Content-Type: application/json\r\n", body)?;
+    Ok(Next::Close)
+}
+
+/// One chunk; an empty one is the last.
+fn chunk(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(format!("{:x}\r\n", bytes.len()).as_bytes())?;
+    stream.write_all(bytes)?;
+    stream.write_all(b"\r\n")
+}
+
+fn download(mut stream: &TcpStream, bytes: u64) -> io::Result<Next> {
+    head(stream, "200 OK", &format!("Content-Type: application/octet-stream\r\nContent-Length: {bytes}\r\n"))?;
+    io::copy(&mut io::repeat(b'd').take(bytes), &mut stream)?;
+    Ok(Next::KeepAlive)
+}
+
+fn chunked_with_trailers(mut stream: &TcpStream) -> io::Result<Next> {
+    head(stream, "200 OK", "Transfer-Encoding: chunked\r\nTrailer: x-parts\r\n")?;
+    chunk(stream, b"one ")?;
+    chunk(stream, b"two ")?;
+    stream.write_all(b"0\r\nx-parts: 2\r\n\r\n")?;
+    Ok(Next::KeepAlive)
+}
+
+fn die_mid(mut stream: &TcpStream) -> io::Result<Next> {
+    head(stream, "200 OK", "Content-Length: 10\r\n")?;
+    stream.write_all(b"half ")?;
+    Ok(Next::Close)
+}
+
+/// Switches protocols and sends back whatever comes, until the client ends its side.
+fn tunnel(reader: &mut impl Read, mut stream: &TcpStream) -> io::Result<Next> {
+    let headers = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: fake\r\n";
+    head(stream, "101 Switching Protocols", headers)?;
+    io::copy(reader, &mut stream)?;
+    Ok(Next::Close)
+}
+
+// --- Encodings ---
+
+fn percent_decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let code = text.get(at + 1..at + 3).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match (bytes[at], code) {
+            (b'%', Some(byte)) => {
+                out.push(byte);
+                at += 3;
+            }
+            (byte, _) => {
+                out.push(byte);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn base64(text: &str) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for group in text.as_bytes().chunks(3) {
+        let bytes = [0, 1, 2].map(|at| u32::from(*group.get(at).unwrap_or(&0)));
+        let bits = bytes[0] << 16 | bytes[1] << 8 | bytes[2];
+        for digit in 0..4 {
+            let value = (bits >> (18 - 6 * digit)) & 63;
+            out.push(if digit <= group.len() { DIGITS[value as usize] as char } else { '=' });
+        }
+    }
+    out
+}

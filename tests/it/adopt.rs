@@ -1,0 +1,264 @@
+//! opencode outlives its daemon, and the next one takes it over, if it can be proved ours.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::{AUTH, Host, STATE, Signal, is_alive, kill, wait_for, wait_gone};
+
+fn kill_daemon(host: &Host) {
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+}
+
+/// Changes the state file while no daemon is there to mind.
+fn edit_state(host: &Host, change: impl FnOnce(&mut Value)) {
+    let mut state = host.state();
+    change(&mut state);
+    fs::write(host.file(STATE), state.to_string()).unwrap();
+}
+
+// --- Taken over ---
+
+#[test]
+fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    let mut events = host.opencode("GET", "/global/event").events();
+    kill_daemon(&host);
+    assert!(is_alive(opencode));
+
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_ne!(host.daemon_pid(), daemon);
+    assert_eq!(host.opencode_pid(), opencode);
+    assert_eq!(host.starts().len(), 1);
+    assert_eq!(host.instance(&project), ["load"]);
+
+    // The stream of a direct client has stayed open, and goes on.
+    host.opencode("POST", &format!("/instance/dispose?directory={}", project.display())).send();
+    let disposed = events.next(|event| event["payload"]["type"] == "server.instance.disposed");
+    assert_eq!(disposed.unwrap()["directory"], project.to_str().unwrap());
+}
+
+#[test]
+fn an_adopted_one_is_watched_like_one_of_its_own() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill_daemon(&host);
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.opencode_pid(), opencode);
+    kill(opencode, Signal::KILL);
+    wait_for("another opencode", || host.starts().len() == 2);
+    assert_ne!(host.opencode_pid(), opencode);
+    assert_eq!(host.health()["engine"]["restarts"], 1);
+}
+
+#[test]
+fn an_adopted_one_is_stopped_with_all_it_has_started() {
+    let host = Host::new();
+    host.behave("FAKE_GRANDCHILD=1\nFAKE_SWALLOW_TERM=1");
+    host.openwork(["daemon", "start"]).ok();
+    kill_daemon(&host);
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.starts().len(), 1);
+    assert_eq!(host.processes().len(), 3);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.processes(), [0; 0]);
+    assert_eq!(host.recorded("signals"), ["TERM", "TERM"]);
+}
+
+#[test]
+fn one_that_is_just_dying_is_no_daemon() {
+    // For some milliseconds it holds its lock and its port, and answers nobody.
+    let host = Host::new();
+    host.add(host.project("p"));
+    for command in
+        [&["daemon", "start"][..], &["workspace", "path"], &["workspace", "switch", "p"], &["daemon", "stop"]]
+    {
+        for _ in 0..5 {
+            host.openwork(["daemon", "start"]).ok();
+            kill(host.daemon_pid(), Signal::KILL);
+            host.openwork(command).ok();
+        }
+    }
+}
+
+#[test]
+fn a_restart_of_the_daemon_keeps_opencode() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    host.openwork(["daemon", "restart"]).ok();
+    assert_ne!(host.daemon_pid(), daemon);
+    assert_eq!(host.opencode_pid(), opencode);
+    assert_eq!((host.starts().len(), host.names()), (1, vec!["p".to_owned()]));
+
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    assert_ne!(host.opencode_pid(), opencode);
+    assert!(!is_alive(opencode));
+    assert_eq!(host.starts().len(), 2);
+}
+
+#[test]
+fn a_stop_that_keeps_opencode_leaves_it_to_the_next() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+    assert!(!is_alive(daemon) && is_alive(opencode));
+    assert_eq!(host.state()["opencode"]["pid"], opencode);
+    assert!(host.state()["daemon"].is_null());
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.opencode_pid(), opencode);
+
+    host.http("POST", "/shutdown").json(json!({"keepOpencode": true})).ok();
+    wait_gone(host.daemon_pid());
+    assert!(is_alive(opencode));
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+}
+
+#[test]
+fn one_that_was_killed_while_opencode_started_has_a_successor() {
+    let host = Host::new();
+    host.behave("FAKE_START_MS=1500");
+    host.add(host.project("p"));
+    wait_for("opencode to be started", || host.starts().len() == 1);
+    kill_daemon(&host);
+    host.openwork(["workspace", "path", "p"]).ok();
+    // Either it has been waited for or another was started: there is one.
+    let opencode = host.opencode_pid();
+    let others =
+        host.starts().into_iter().map(|start| start["pid"].as_u64().unwrap() as u32).filter(|pid| *pid != opencode);
+    for other in others {
+        wait_gone(other);
+    }
+}
+
+// --- Not taken over ---
+
+#[test]
+fn one_of_ours_that_is_not_well_is_ended_first() {
+    let host = Host::new();
+    host.behave("FAKE_GRANDCHILD=1");
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill_daemon(&host);
+    // It is there and ours, and does not take our password any more.
+    let auth = json!({"opencodeUsername": "opencode", "opencodePassword": "5".repeat(64)});
+    fs::write(host.file(AUTH), auth.to_string()).unwrap();
+    host.behave("");
+    host.openwork(["daemon", "start"]).ok();
+    assert!(!is_alive(opencode));
+    assert_eq!(host.starts().len(), 2);
+    assert_eq!(host.processes().len(), 2);
+}
+
+#[test]
+fn one_of_ours_that_hangs_is_ended_first() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill_daemon(&host);
+    kill(opencode, Signal::STOP);
+    host.openwork(["daemon", "start"]).ok();
+    assert!(!is_alive(opencode));
+    assert_eq!(host.starts().len(), 2);
+}
+
+#[test]
+fn one_that_died_with_its_daemon_is_started_anew() {
+    let host = Host::new();
+    host.behave("FAKE_GRANDCHILD=1");
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill(host.daemon_pid(), Signal::STOP);
+    kill(opencode, Signal::KILL);
+    kill_daemon(&host);
+    host.behave("");
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.starts().len(), 2);
+    // What it had started went after it.
+    assert_eq!(host.processes().len(), 2);
+}
+
+/// A process that has nothing to do with us, ended with the test.
+struct Stranger(Child);
+
+impl Stranger {
+    fn new() -> Stranger {
+        Stranger(Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// The state file says of `opencode` what this makes of it, and a process is there that is not
+/// ours: it is left alone.
+fn check_left_alone(change: impl FnOnce(&mut Value, u32)) {
+    let host = Host::new();
+    let stranger = Stranger::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+    let opencode = host.state()["opencode"]["pid"].as_u64().unwrap() as u32;
+    kill(opencode, Signal::KILL);
+    wait_gone(opencode);
+    edit_state(&host, |state| change(&mut state["opencode"], stranger.0.id()));
+
+    host.openwork(["daemon", "start"]).ok();
+    assert_ne!(host.opencode_pid(), stranger.0.id());
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(is_alive(stranger.0.id()));
+}
+
+/// Field 22 of stat(5): when the process was started.
+fn start_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.split(' ').nth(19).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_process_that_got_its_pid_is_not_signalled() {
+    check_left_alone(|opencode, stranger| opencode["pid"] = stranger.into());
+}
+
+#[test]
+fn a_process_without_its_engine_id_is_not_signalled() {
+    check_left_alone(|opencode, stranger| {
+        opencode["pid"] = stranger.into();
+        opencode["startTicks"] = start_ticks(stranger).into();
+    });
+}
+
+#[test]
+fn an_empty_engine_id_proves_nothing() {
+    check_left_alone(|opencode, stranger| {
+        opencode["pid"] = stranger.into();
+        opencode["startTicks"] = start_ticks(stranger).into();
+        opencode["engineId"] = "".into();
+    });
+}
+
+#[test]
+fn one_of_before_the_last_boot_is_not_adopted() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+    edit_state(&host, |state| state["opencode"]["bootId"] = "00000000-0000-0000-0000-000000000000".into());
+    host.openwork(["daemon", "start"]).ok();
+    assert_ne!(host.opencode_pid(), opencode);
+    // It carries the mark of ours all the same, and there are never two.
+    assert_eq!(host.processes().len(), 2);
+}

@@ -1,0 +1,423 @@
+//! The command line: what it takes, what it refuses, and how it prints.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::Host;
+
+/// The columns of a table in `help --json`.
+fn column(table: &Value, field: &str) -> Vec<String> {
+    table.as_array().unwrap().iter().map(|row| row[field].as_str().unwrap().to_owned()).collect()
+}
+
+// --- Help ---
+
+#[test]
+fn the_version_is_that_of_the_package() {
+    let host = Host::new();
+    let version = concat!("openwork ", env!("CARGO_PKG_VERSION"), "\n");
+    for option in ["--version", "-V"] {
+        assert_eq!(host.openwork([option]).ok().stdout, version);
+    }
+    assert_eq!(host.openwork(["--version"]).json()["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn help_shows_every_command() {
+    let host = Host::new();
+    let tables = host.openwork(["help"]).json();
+    let commands = column(&tables["commands"], "name");
+    for help in [&["help"][..], &["--help"], &["-h"]] {
+        let text = host.openwork(help).ok().stdout;
+        for command in &commands {
+            assert!(text.contains(command), "{command} in {text}");
+        }
+    }
+}
+
+#[test]
+fn help_for_a_command_shows_its_options() {
+    let host = Host::new();
+    let tables = host.openwork(["help"]).json();
+    for row in tables["commands"].as_array().unwrap() {
+        let words: Vec<&str> = row["name"].as_str().unwrap().split(' ').collect();
+        let asked_first = host.openwork(["help"].iter().chain(&words)).ok().stdout;
+        for option in row["options"].as_array().unwrap() {
+            assert!(asked_first.contains(option.as_str().unwrap()), "{option} in {asked_first}");
+        }
+        assert!(asked_first.contains(row["summary"].as_str().unwrap()), "{asked_first}");
+        for asked_last in ["--help", "-h"] {
+            assert_eq!(host.openwork(words.iter().chain(&[asked_last])).ok().stdout, asked_first);
+        }
+    }
+    host.openwork(["help", "no-such-command"]).fails(2, "usage");
+}
+
+#[test]
+fn an_alias_is_the_command() {
+    let host = Host::new();
+    let help = |command: &str| host.openwork(command.split(' ').chain(["--help"])).ok().stdout;
+    for row in host.openwork(["help"]).json()["commands"].as_array().unwrap() {
+        for alias in row["aliases"].as_array().unwrap() {
+            assert_eq!(help(alias.as_str().unwrap()), help(row["name"].as_str().unwrap()), "{alias}");
+        }
+    }
+}
+
+#[test]
+fn the_tables_are_sound() {
+    let host = Host::new();
+    let tables = host.openwork(["help"]).json();
+    assert_eq!(tables["version"], env!("CARGO_PKG_VERSION"));
+    let options = column(&tables["options"], "name");
+    for row in tables["commands"].as_array().unwrap() {
+        for option in row["options"].as_array().unwrap() {
+            assert!(options.contains(&option.as_str().unwrap().to_owned()), "{option} of {row}");
+        }
+    }
+    for table in ["commands", "options"] {
+        let mut names = column(&tables[table], "name");
+        names.sort_unstable();
+        let all = names.len();
+        names.dedup();
+        assert_eq!(names.len(), all, "{table}");
+    }
+}
+
+#[test]
+fn error_codes_are_as_promised() {
+    // Code, exit status, HTTP statuses. Scripts go by them: none may change its meaning.
+    let promised = "
+usage 2
+bad_request 1 400
+invalid_url 1 400
+invalid_name 1 400
+path_not_utf8 1 400
+path_not_directory 1 400
+path_not_found 1 404
+permission_denied 1 403
+forbidden_host 1 403
+forbidden_origin 1 403
+forbidden_user 1 403
+unauthorized 1 401
+not_found 1 404
+method_not_allowed 1 405
+name_taken 1 409
+instance_busy 1 409
+workspace_is_remote 1 409
+length_required 1 411
+too_large 1 413 414 431
+unsupported_media_type 1 415
+overloaded 1 503
+port_in_use 1
+state_corrupt 1 500
+state_too_new 1 500
+state_write_failed 1 500
+daemon_start_failed 1
+daemon_unresponsive 1
+internal 1 500
+daemon_not_running 3
+workspace_not_found 4 404
+workspace_ambiguous 4 409
+no_active_workspace 4 409
+opencode_not_found 5 503
+opencode_unsupported 5 503
+opencode_start_failed 5 503
+opencode_auth_failed 5 502
+opencode_unavailable 5 503
+opencode_timeout 5 504
+opencode_error 5 502
+";
+    let host = Host::new();
+    let tables = host.openwork(["help"]).json();
+    let rows = tables["errors"].as_array().unwrap().iter();
+    let found: String = rows
+        .map(|row| {
+            let statuses: String = row["http"].as_array().unwrap().iter().map(|status| format!(" {status}")).collect();
+            format!("{} {}{statuses}\n", row["code"].as_str().unwrap(), row["exit"])
+        })
+        .collect();
+    assert_eq!(found, promised[1..]);
+}
+
+// --- What is refused ---
+
+/// A mistake on the command line, which the nearest known word would mend.
+fn check_suggests(host: &Host, args: &[&str], suggestion: &str) {
+    let error = host.openwork(args).fails(2, "usage");
+    assert!(error.to_string().contains(suggestion), "{suggestion} in {error}");
+    let output = host.openwork(args).exits(2);
+    assert!(output.stdout.is_empty() && output.stderr.contains(suggestion), "{output:?}");
+}
+
+#[test]
+fn an_unknown_command_or_option_is_refused_with_the_nearest() {
+    let host = Host::new();
+    for (args, suggestion) in [
+        (&["workspce", "list"][..], "workspace"),
+        (&["statsu"], "status"),
+        (&["workspace", "lst"], "list"),
+        (&["ws", "swich", "p"], "switch"),
+        (&["daemon", "strat"], "start"),
+        (&["instance", "dipose", "p"], "dispose"),
+        (&["workspace", "list", "--jsn"], "--json"),
+        (&["workspace", "add", "/", "--nmae", "n"], "--name"),
+        (&["status", "--data-dri=/x"], "--data-dir"),
+    ] {
+        check_suggests(&host, args, suggestion);
+    }
+    for args in [&["frobnicate"][..], &["workspace", "frobnicate"], &["--frobnicate"], &["-x"], &[""]] {
+        host.openwork(args).fails(2, "usage");
+    }
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn what_a_command_does_not_take_is_refused() {
+    let host = Host::new();
+    for args in [
+        &["workspace", "list", "extra"][..],
+        &["workspace", "list", "--name", "n"],
+        &["workspace", "add"],
+        &["workspace", "add", "/", "/tmp"],
+        &["workspace", "rename", "only-one"],
+        &["workspace", "add-remote"],
+        &["workspace", "info", "p", "--force"],
+        &["status", "--opencode-port", "7000"],
+        &["logs", "neither"],
+        &["status", "--json=yes"],
+    ] {
+        host.openwork(args).fails(2, "usage");
+    }
+    // An empty directory name is none, whatever it was meant to be.
+    host.openwork(["workspace", "add", ""]).output();
+    assert_eq!(host.names(), [""; 0]);
+}
+
+#[test]
+fn a_value_is_needed_and_has_to_make_sense() {
+    let host = Host::new();
+    let project = host.project("p");
+    let project = project.to_str().unwrap();
+    for args in [
+        &["workspace", "add", project, "--name"][..],
+        &["workspace", "add", project, "--name", "--json"],
+        &["workspace", "add", project, "--name", "--x"],
+        &["workspace", "list", "--data-dir"],
+        &["status", "--data-dir="],
+        &["status", "--timeout", "soon"],
+        &["status", "--timeout", "-1"],
+        &["status", "--timeout", ""],
+        &["status", "--timeout", "nan"],
+        &["daemon", "start", "--daemon-port", "65536"],
+        &["daemon", "start", "--daemon-port", "http"],
+        &["daemon", "start", "--opencode-port", "-1"],
+        &["logs", "-n", "many"],
+    ] {
+        host.openwork(args).fails(2, "usage");
+    }
+    for (variable, value) in [("OPENWORK_DAEMON_PORT", "http"), ("OPENWORK_OPENCODE_PORT", "65536")] {
+        let error = host.openwork(["daemon", "start"]).env(variable, value).fails(2, "usage");
+        assert!(error["message"].as_str().unwrap().contains(value), "{error}");
+    }
+    assert_eq!(host.processes(), [0; 0]);
+    // With = it is meant; that it is no name is another matter.
+    host.openwork(["workspace", "add", project, "--name=--x"]).fails(1, "invalid_name");
+}
+
+// --- What is taken ---
+
+#[test]
+fn options_stand_anywhere() {
+    let host = Host::new();
+    let data = host.data();
+    let (data, project) = (data.to_str().unwrap(), host.project("p"));
+    let project = project.to_str().unwrap();
+    for (n, args) in [
+        &["--json", "--data-dir", data, "--name", "0", "workspace", "add", project][..],
+        &["workspace", "--name=1", "--json", "add", project],
+        &["workspace", "add", "--name", "2", project, "--json"],
+        &["ws", "add", project, "--timeout", "20", "--name=3", "--json", "--data-dir", data],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let added = host.openwork(*args).ok().object();
+        assert_eq!(added["workspace"]["name"], n.to_string());
+    }
+    host.openwork(["daemon", "start", "--cors", "http://a", "--cors=http://b"]).ok();
+    for quiet in ["-q", "--quiet"] {
+        assert_eq!(host.openwork(["workspace", quiet, "list"]).ok().stdout.lines().count(), 1);
+    }
+    host.openwork(["workspace", "list", "--no-autostart"]).ok();
+}
+
+#[test]
+fn after_two_dashes_nothing_is_an_option() {
+    let host = Host::new();
+    let parent = host.path("projects");
+    host.project("--json");
+    let output = host.openwork(["workspace", "add", "--", "--json"]).cwd(&parent).ok();
+    assert!(serde_json::from_str::<Value>(&output.stdout).is_err(), "{output:?}");
+    assert_eq!(host.names().len(), 1);
+    host.openwork(["workspace", "remove", "--", "--json"]).fails(4, "workspace_not_found");
+    host.openwork(["workspace", "info", "--", "./--json"]).cwd(&parent).ok();
+}
+
+// --- How it prints ---
+
+#[test]
+fn results_go_to_stdout_and_the_rest_to_stderr() {
+    let host = Host::new();
+    let project = host.project("p");
+    let output = host.openwork(["workspace", "add", project.to_str().unwrap()]).ok();
+    assert!(!output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    let output = host.openwork(["workspace", "info", "nope"]).exits(4);
+    assert!(output.stdout.is_empty() && output.stderr.contains("nope"), "{output:?}");
+    let output = host.openwork(["--json", "workspace", "info", "nope"]).exits(4);
+    assert!(output.stderr.is_empty(), "{output:?}");
+    // Nothing that only a terminal is to see: a slow start is waited for in silence.
+    host.openwork(["daemon", "stop"]).ok();
+    host.behave("FAKE_START_MS=1500");
+    let output = host.openwork(["daemon", "start"]).ok();
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
+fn a_closed_pipe_ends_it_quietly() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    for command in [
+        &["workspace", "list"][..],
+        &["workspace", "list", "--json"],
+        &["help"],
+        &["status"],
+        &["logs", "daemon"],
+        &["--version"],
+    ] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let output = host.openwork(command).stdout(OwnedFd::from(ours)).exits(0);
+        assert_eq!(output.stderr, "", "{output:?}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    for command in [
+        &["workspace", "list"][..],
+        &["workspace", "list", "--json"],
+        &["help"],
+        &["help", "--json"],
+        &["--version"],
+        &["status"],
+        &["logs", "daemon"],
+    ] {
+        let output = host.openwork(command).stdout(full()).exits(1);
+        assert!(!output.stderr.is_empty(), "{output:?}");
+    }
+    // One that has failed already has no more to say than its exit status.
+    host.openwork(["--json", "workspace", "info", "nope"]).stdout(full()).output();
+    let nowhere = "exec 2>/dev/full";
+    host.openwork(["workspace", "info", "nope"]).after(nowhere).exits(4);
+    host.openwork(["frobnicate"]).after(nowhere).exits(2);
+}
+
+#[test]
+fn what_people_see_is_inert() {
+    let host = Host::new();
+    let evil = "evil\u{1b}[31m\u{7}\nname\r\u{202e}\u{9b}2J";
+    let id = host.add(host.project(evil));
+    host.openwork(["workspace", "add-remote", "http://h", "--directory", "/\u{202e}dir"]).ok();
+    let missing = host.path(evil);
+    for (exit, args) in [
+        (0, &["workspace", "list"][..]),
+        (0, &["workspace", "info", &id]),
+        (0, &["workspace", "current"]),
+        (0, &["status"]),
+        (1, &["workspace", "add", missing.to_str().unwrap()]),
+        (4, &["workspace", "info", evil]),
+        (2, &[evil]),
+        (2, &["status", "--\u{1b}[31m"]),
+    ] {
+        let output = host.openwork(args).exits(exit);
+        for text in [&output.stdout, &output.stderr] {
+            let bad = |c: char| (c.is_control() && c != '\n') || ('\u{202a}'..='\u{202e}').contains(&c);
+            assert!(!text.contains(bad), "{output:?}");
+        }
+    }
+    // A line each, the header apart.
+    let list = host.openwork(["workspace", "list"]).ok().stdout;
+    assert_eq!(list.lines().filter(|line| line.contains("evil") || line.contains("http://h")).count(), 2, "{list}");
+    // A script gets what is there.
+    let list = host.openwork(["workspace", "list"]).json();
+    assert_eq!(list["workspaces"][0]["path"], host.project(evil).to_str().unwrap());
+}
+
+#[test]
+fn log_lines_are_inert() {
+    let host = Host::new();
+    host.behave("FAKE_CRASH_ON_START=1");
+    host.openwork(["daemon", "start"]).exits(5);
+    host.openwork(["daemon", "stop"]).ok();
+    let log = host.file("opencode.log");
+    let before = fs::read(&log).unwrap();
+    fs::write(&log, [&before[..], b"a\x1b[2Jb\x07c\x9bd\te\n"].concat()).unwrap();
+    let output = host.openwork(["logs", "opencode", "-n", "1"]).ok();
+    assert!(!output.stdout.contains(|c: char| c.is_control() && c != '\n' && c != '\t'), "{output:?}");
+    assert!(output.stdout.starts_with('a') && output.stdout.ends_with("e\n"), "{output:?}");
+}
+
+#[test]
+fn json_is_one_object_for_every_command() {
+    // That it is one object, and that an error is one, is checked wherever `json` and `fails` are.
+    let host = Host::new();
+    host.add(host.project("p"));
+    host.opencode_pid();
+    for command in [
+        &["status"][..],
+        &["workspace", "list"],
+        &["workspace", "current"],
+        &["workspace", "path"],
+        &["help"],
+        &["daemon", "start"],
+    ] {
+        let value = host.openwork(command).json();
+        assert_eq!(value["ok"], true, "{value}");
+    }
+    // `status` is `/health` as it is, but for what moves.
+    let mut status = [host.openwork(["status"]).json(), host.health()];
+    for side in &mut status {
+        side["daemon"]["memory"] = Value::Null;
+        side["opencode"]["memory"] = Value::Null;
+    }
+    assert_eq!(status[0], status[1]);
+}
+
+#[test]
+fn a_terminal_that_wants_no_colour_gets_none() {
+    // Where there is no terminal, every test looks for it.
+    if Command::new("script").arg("--version").output().is_err() {
+        return;
+    }
+    let host = Host::new();
+    host.add(host.project("p"));
+    let typescript = host.path("typescript");
+    for (variable, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
+        let openwork = host.binary().display();
+        let command = format!("{openwork} workspace list; {openwork} status; {openwork} nonsense");
+        let on_a_terminal = format!("exec script -qec '{command}' {} >/dev/null", typescript.display());
+        let run = host.openwork([""; 0]).after(&on_a_terminal);
+        run.env("TERM", "xterm-256color").env(variable, value).output();
+        let text = fs::read_to_string(&typescript).unwrap();
+        assert!(text.contains("projects/p") && text.contains("nonsense"), "{text:?}");
+        assert!(!text.contains('\x1b'), "{variable}: {text:?}");
+    }
+}

@@ -1,0 +1,439 @@
+//! The daemon: started and stopped, in the background or not, one of it however many want it.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::path::PathBuf;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, getsid};
+use serde_json::{Value, json};
+
+use crate::support::{
+    Host, LISTEN, LOOPBACK, Running, Signal, free_port, is_alive, kill, sockets, wait_for, wait_gone,
+};
+
+/// What the open descriptors of a process are, as in `ls -l /proc/PID/fd`.
+fn descriptors(pid: u32) -> Vec<(u32, PathBuf)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(Result::unwrap);
+    // One may be closed while we look.
+    let open = entries
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?)));
+    open.collect()
+}
+
+// --- Started and stopped ---
+
+#[test]
+fn a_start_is_done_when_opencode_is_ready() {
+    let host = Host::new();
+    let health = host.openwork(["daemon", "start"]).json();
+    assert_eq!((&health["ok"], &health["apiVersion"]), (&json!(true), &json!(1)));
+    assert_eq!(health["cliVersion"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(health["engine"]["phase"], "ready");
+    assert_eq!(health["engine"]["version"], "1.18.33");
+    assert_eq!((&health["activeId"], &health["workspaceCount"]), (&json!(""), &json!(0)));
+
+    let (pid, port) = host.lock_text().unwrap();
+    assert!(is_alive(pid) && is_alive(host.opencode_pid()));
+    assert_eq!(port.to_string(), host.get("OPENWORK_DAEMON_PORT"));
+    let daemon = &host.state()["daemon"];
+    assert_eq!((&daemon["pid"], &daemon["port"]), (&json!(pid), &json!(port)));
+    assert_eq!(daemon["baseUrl"], format!("http://127.0.0.1:{port}"));
+    for field in ["pid", "port", "baseUrl", "startedAt"] {
+        assert_eq!(health["daemon"][field], daemon[field], "{field}");
+    }
+}
+
+#[test]
+fn a_stop_is_done_when_both_are_gone() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(!is_alive(daemon) && !is_alive(opencode));
+    assert!(host.state()["daemon"].is_null());
+    // It is what everybody locks.
+    assert!(host.file("daemon.lock").exists());
+}
+
+#[test]
+fn what_is_so_already_is_fine() {
+    let host = Host::new();
+    host.openwork(["daemon", "stop"]).ok();
+    host.openwork(["daemon", "start"]).ok();
+    let pids = (host.daemon_pid(), host.opencode_pid());
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!((host.daemon_pid(), host.opencode_pid()), pids);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.openwork(["daemon", "stop"]).json()["ok"], true);
+}
+
+#[test]
+fn status_says_whether_it_runs() {
+    let host = Host::new();
+    host.openwork(["status"]).fails(3, "daemon_not_running");
+    host.openwork(["daemon", "status"]).fails(3, "daemon_not_running");
+    let output = host.openwork(["status"]).exits(3);
+    assert!(output.stdout.contains("not running") || output.stderr.contains("not running"), "{output:?}");
+    assert!(!host.data().exists());
+
+    let id = host.add(host.project("p"));
+    let opencode = host.opencode_pid();
+    let status = host.openwork(["status"]).json();
+    for field in ["daemon", "opencode"] {
+        assert!(status[field]["memory"].as_u64().unwrap() > 100_000, "{status}");
+    }
+    assert_eq!((&status["opencode"]["pid"], &status["activeId"]), (&json!(opencode), &json!(id)));
+    let text = host.openwork(["daemon", "status"]).ok().stdout;
+    for part in [&host.daemon_pid().to_string(), &opencode.to_string(), "ready", "1.18.33", "p"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    host.openwork(["daemon", "stop"]).ok();
+    host.openwork(["status"]).fails(3, "daemon_not_running");
+}
+
+#[test]
+fn what_needs_no_daemon_starts_none() {
+    let host = Host::new();
+    for command in [&["workspace", "list"][..], &["daemon", "stop"], &["help"], &["--version"]] {
+        host.openwork(command).ok();
+    }
+    host.openwork(["status"]).exits(3);
+    host.openwork(["logs"]).output();
+    assert_eq!(host.processes(), [0; 0]);
+    assert_eq!(host.starts(), [Value::Null; 0]);
+
+    let project = host.project("p");
+    let project = project.to_str().unwrap();
+    host.openwork(["workspace", "add", project, "--no-autostart"]).fails(3, "daemon_not_running");
+    host.openwork(["--no-autostart", "workspace", "path", "p"]).fails(3, "daemon_not_running");
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+// --- In the foreground ---
+
+fn run_in_foreground<'a>(host: &'a Host, command: &[&str]) -> Running<'a> {
+    let running = host.openwork(command).spawn();
+    wait_for("the daemon to be ready", || host.lock_text().is_some() && host.phase() == "ready");
+    assert_eq!(host.daemon_pid(), running.pid());
+    running
+}
+
+#[test]
+fn in_the_foreground_it_runs_until_a_signal() {
+    for (command, signal) in [(&["daemon"][..], Signal::TERM), (&["daemon", "run"], Signal::INT)] {
+        let host = Host::new();
+        let running = run_in_foreground(&host, command);
+        let opencode = host.opencode_pid();
+        kill(running.pid(), signal);
+        let output = running.wait();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert!(output.stderr.contains("ready") && output.stdout.is_empty(), "{output:?}");
+        assert!(!is_alive(opencode));
+    }
+}
+
+#[test]
+fn in_the_foreground_it_runs_until_it_is_stopped() {
+    let host = Host::new();
+    let running = run_in_foreground(&host, &["daemon"]);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(running.wait().status.code(), Some(0));
+}
+
+#[test]
+fn over_http_it_is_shut_down() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    assert_eq!(host.http("POST", "/shutdown").json(json!({})).ok()["ok"], true);
+    wait_gone(daemon);
+    assert!(!is_alive(opencode));
+}
+
+#[test]
+fn a_second_one_leaves_the_first_alone() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pids = (host.daemon_pid(), host.opencode_pid());
+    let elsewhere = free_port().to_string();
+    let error = host.openwork(["daemon", "--daemon-port", &elsewhere]).fails(1, "daemon_start_failed");
+    assert!(error["message"].as_str().unwrap().contains("already running"), "{error}");
+    assert_eq!((host.daemon_pid(), host.opencode_pid()), pids);
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn a_signal_while_it_starts_ends_it() {
+    let host = Host::new();
+    host.behave("FAKE_START_MS=60000");
+    let running = host.openwork(["daemon"]).spawn();
+    wait_for("opencode to be started", || host.starts().len() == 1);
+    kill(running.pid(), Signal::TERM);
+    assert_eq!(running.wait().status.code(), Some(0));
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+// --- In the background ---
+
+#[test]
+fn in_the_background_it_has_a_session_of_its_own() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let sessions = [host.daemon_pid(), std::process::id()].map(|pid| getsid(Pid::from_raw(pid as i32)).unwrap());
+    assert_ne!(sessions[0], sessions[1]);
+    // Not even the working directory is held.
+    let cwd = fs::read_link(format!("/proc/{}/cwd", host.daemon_pid())).unwrap();
+    assert!(cwd == PathBuf::from("/") || cwd == host.data(), "{cwd:?}");
+}
+
+#[test]
+fn it_inherits_no_descriptor() {
+    let host = Host::new();
+    let (held, fifo) = (host.path("held"), host.path("other"));
+    let lines = format!("exec 9>{} 5>{}", held.display(), fifo.display());
+    // Were the pipes that this test reads inherited, it would not end.
+    host.openwork(["daemon", "start"]).after(&lines).ok();
+    for pid in [host.daemon_pid(), host.opencode_pid()] {
+        let open = descriptors(pid);
+        assert!(open.iter().all(|(_, path)| *path != held && *path != fifo), "{open:?}");
+        assert_eq!(open.iter().find(|(fd, _)| *fd == 0).unwrap().1, PathBuf::from("/dev/null"));
+        for standard in [1, 2] {
+            let (_, path) = open.iter().find(|(fd, _)| *fd == standard).unwrap();
+            assert!(path.starts_with(host.data()) || path.ends_with("null"), "{open:?}");
+        }
+    }
+    // Nor does opencode hold what is the daemon's.
+    let lock = host.file("daemon.lock");
+    let open = descriptors(host.opencode_pid());
+    assert!(open.iter().all(|(_, path)| *path != lock), "{open:?}");
+}
+
+#[test]
+fn a_hangup_does_not_end_it() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pids = (host.daemon_pid(), host.opencode_pid());
+    kill(pids.0, Signal::HUP);
+    // A second one cannot be delivered before the first has been dealt with.
+    kill(pids.0, Signal::HUP);
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!((host.daemon_pid(), host.opencode_pid()), pids);
+}
+
+// --- One of it ---
+
+#[test]
+fn twenty_that_start_it_at_once_share_one() {
+    let host = Host::new();
+    let projects: Vec<PathBuf> = (0..20).map(|n| host.project(format!("p{n}"))).collect();
+    let commands: Vec<Running> =
+        projects.iter().map(|project| host.openwork(["workspace", "add", project.to_str().unwrap()]).spawn()).collect();
+    for command in commands {
+        let output = command.wait();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    }
+    assert_eq!(host.names().len(), 20);
+    host.opencode_pid();
+    assert_eq!(host.starts().len(), 1);
+    let mut expected = vec![host.daemon_pid(), host.opencode_pid()];
+    expected.sort_unstable();
+    let mut running = host.processes();
+    running.sort_unstable();
+    assert_eq!(running, expected);
+}
+
+#[test]
+fn all_that_start_it_at_once_wait_for_opencode() {
+    let host = Host::new();
+    host.behave("FAKE_START_MS=500");
+    let commands: Vec<Running> = (0..8).map(|_| host.openwork(["daemon", "start", "--json"]).spawn()).collect();
+    for command in commands {
+        let health = command.wait().object();
+        assert_eq!((&health["ok"], &health["daemon"]["pid"]), (&json!(true), &json!(host.daemon_pid())));
+    }
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn a_start_that_does_not_end_is_not_waited_for() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "stop"]).ok();
+    // As a client holds it that is starting a daemon.
+    let lock = File::open(host.file("start.lock")).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    host.openwork(["daemon", "start", "--timeout", "1"]).fails(1, "daemon_start_failed");
+    host.openwork(["workspace", "add", "/", "--timeout", "1"]).fails(1, "daemon_start_failed");
+    drop(lock);
+    host.openwork(["daemon", "start"]).ok();
+}
+
+#[test]
+fn adding_does_not_wait_for_opencode() {
+    let host = Host::new();
+    host.behave("FAKE_NEVER_LISTEN=1");
+    host.add(host.project("p"));
+    host.openwork(["workspace", "switch", "p"]).ok();
+    assert_eq!(host.phase(), "starting");
+}
+
+// --- Ports ---
+
+#[test]
+fn ports_are_remembered() {
+    let mut host = Host::new();
+    let ports = |host: &Host| {
+        let health = host.openwork(["daemon", "start"]).json();
+        host.openwork(["daemon", "stop"]).ok();
+        [health["daemon"]["port"].to_string(), health["opencode"]["port"].to_string()]
+    };
+    let asked_for = [host.get("OPENWORK_DAEMON_PORT"), host.get("OPENWORK_OPENCODE_PORT")].map(str::to_owned);
+    assert_eq!(ports(&host), asked_for);
+    host.unset("OPENWORK_DAEMON_PORT");
+    host.unset("OPENWORK_OPENCODE_PORT");
+    assert_eq!(ports(&host), asked_for);
+
+    // Options win over variables.
+    let given = [free_port(), free_port()].map(|port| port.to_string());
+    host.set("OPENWORK_DAEMON_PORT", &asked_for[0]);
+    let options = ["--daemon-port", &given[0], "--opencode-port", &given[1]];
+    host.openwork(["daemon", "start"].iter().chain(&options)).ok();
+    assert_eq!([host.port().to_string(), host.health()["opencode"]["port"].to_string()], given);
+}
+
+#[test]
+fn a_port_that_is_asked_for_and_taken_is_an_error() {
+    let host = Host::new();
+    for variable in ["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
+        let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = taken.local_addr().unwrap().port().to_string();
+        let error = host.openwork(["daemon", "start"]).env(variable, &port).fails(1, "port_in_use");
+        assert!(error["message"].as_str().unwrap().contains(&port), "{error}");
+        host.openwork(["daemon", "stop"]).ok();
+    }
+    assert_eq!(host.starts(), [Value::Null; 0]);
+    host.openwork(["daemon", "start"]).ok();
+}
+
+#[test]
+fn default_ports_that_are_taken_are_not_used() {
+    let mut host = Host::new();
+    host.unset("OPENWORK_DAEMON_PORT");
+    host.unset("OPENWORK_OPENCODE_PORT");
+    let defaults = [6174, 6175];
+    // If one cannot be had, another has it, and it is taken all the same.
+    let _taken = defaults.map(|port| TcpListener::bind(("127.0.0.1", port)));
+    host.openwork(["daemon", "start"]).ok();
+    let health = host.health();
+    let ports = [&health["daemon"]["port"], &health["opencode"]["port"]];
+    assert_ne!(ports[0], ports[1]);
+    assert!(!ports.iter().any(|port| defaults.iter().any(|default| **port == *default)), "{health}");
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).ok();
+}
+
+#[test]
+fn only_loopback_is_listened_on() {
+    let host = Host::new();
+    for option in ["--daemon-host", "--opencode-host"] {
+        for address in ["0.0.0.0", "::", "192.0.2.1", "example.com"] {
+            host.openwork(["daemon", "start", option, address]).fails(2, "usage");
+        }
+    }
+    assert_eq!(host.processes(), [0; 0]);
+    host.openwork(["daemon", "start", "--daemon-host", "127.0.0.1", "--opencode-host", "localhost"]).ok();
+    let opencode = host.health()["opencode"]["port"].as_u64().unwrap() as u16;
+    for port in [host.port(), opencode] {
+        assert_eq!(sockets(port, LISTEN), [(LOOPBACK.to_owned(), 0)]);
+    }
+}
+
+// --- When it does not answer ---
+
+#[test]
+fn one_that_does_not_answer_is_not_waited_for() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::STOP);
+    for command in [&["status"][..], &["workspace", "add", "/"], &["daemon", "start"], &["workspace", "path"]] {
+        host.openwork(command.iter().chain(&["--timeout", "1"])).fails(1, "daemon_unresponsive");
+    }
+    kill(daemon, Signal::CONT);
+    wait_for("it to answer again", || host.openwork(["status"]).output().status.success());
+    assert_eq!(host.daemon_pid(), daemon);
+}
+
+#[test]
+fn a_dead_one_is_not_asked() {
+    // What it has left in the lock file may by now be anybody's.
+    let host = Host::new();
+    host.add(host.project("p"));
+    let (daemon, port) = host.lock_text().unwrap();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    let stranger = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    stranger.set_nonblocking(true).unwrap();
+    host.openwork(["status"]).fails(3, "daemon_not_running");
+    host.openwork(["workspace", "add", "/", "--no-autostart"]).fails(3, "daemon_not_running");
+    assert_eq!(host.names(), ["p"]);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(stranger.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    drop(stranger);
+    host.openwork(["daemon", "start"]).ok();
+    assert_ne!(host.daemon_pid(), daemon);
+}
+
+#[test]
+fn one_that_cannot_start_says_why() {
+    let host = Host::new();
+    // A directory in the place of the file it needs first.
+    fs::create_dir_all(host.file("daemon.lock")).unwrap();
+    let output = host.openwork(["daemon", "start"]).exits(1);
+    assert!(output.stderr.contains("daemon.lock"), "{output:?}");
+    let output = host.openwork(["workspace", "add", "/"]).exits(1);
+    assert!(output.stderr.contains("daemon.lock"), "{output:?}");
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+// --- Logs ---
+
+#[test]
+fn logs_are_shown_without_a_daemon() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "stop"]).ok();
+    let opencode = host.openwork(["logs", "opencode"]).ok().stdout;
+    assert!(opencode.contains("opencode server listening on"), "{opencode}");
+    let daemon = host.openwork(["logs", "daemon"]).ok().stdout;
+    assert_eq!(daemon, fs::read_to_string(host.file("daemon.log")).unwrap());
+    let last = host.openwork(["logs", "daemon", "--lines", "1"]).ok().stdout;
+    assert_eq!((last.lines().count(), daemon.lines().last()), (1, last.lines().next()));
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn logs_are_followed() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let mut log = File::options().append(true).open(host.file("opencode.log")).unwrap();
+    for options in [["-f", "-n", "0"], ["--follow", "--lines", "0"]] {
+        let following = host.openwork(["logs", "opencode"].iter().chain(&options)).spawn();
+        // Again and again, since what is written before it follows is what was there before.
+        let mut writes_and_sees = |line: &str| {
+            wait_for(line, || {
+                log.write_all(line.as_bytes()).unwrap();
+                following.stdout_so_far().contains(line)
+            });
+        };
+        writes_and_sees("a new line\n");
+        // Also when the file is cut under it, as is done to one that grows too large.
+        File::options().write(true).open(host.file("opencode.log")).unwrap().set_len(0).unwrap();
+        writes_and_sees("after the cut\n");
+        kill(following.pid(), Signal::INT);
+        following.wait();
+    }
+}

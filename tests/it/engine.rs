@@ -1,0 +1,609 @@
+//! One opencode for many workspaces: instances just in time, and what happens when opencode
+//! crashes, hangs, refuses, or is not the right one.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use crate::support::{AUTH, ESTABLISHED, Host, Signal, fake_opencode, is_alive, kill, sockets, wait_for, wait_gone};
+
+// --- Several workspaces, one process ---
+
+#[test]
+fn one_opencode_serves_every_workspace() {
+    let host = Host::new();
+    let projects = ["a", "b", "c"].map(|name| host.project(name));
+    for project in &projects {
+        host.add(project);
+    }
+    let pid = host.opencode_pid();
+    for project in &projects {
+        let name = project.file_name().unwrap();
+        host.openwork(["workspace".as_ref(), "switch".as_ref(), name]).ok();
+        let answer = host.openwork(["workspace", "path"]).json();
+        assert_eq!(answer["path"]["directory"], project.to_str().unwrap());
+        assert_eq!(answer["workspace"]["path"], project.to_str().unwrap());
+        assert_eq!(host.opencode_pid(), pid);
+    }
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn an_instance_is_made_by_its_first_use() {
+    let host = Host::new();
+    let (used, unused) = (host.project("used"), host.project("unused"));
+    host.add(&used);
+    host.add(&unused);
+    host.openwork(["workspace", "switch", "used"]).ok();
+    host.openwork(["workspace", "info", "unused"]).ok();
+    host.opencode_pid();
+    assert_eq!(host.recorded("instances"), [""; 0]);
+
+    host.openwork(["workspace", "path", "used"]).ok();
+    host.openwork(["workspace", "path", "used"]).ok();
+    assert_eq!(host.instance(&used), ["load"]);
+    assert_eq!(host.instance(&unused), [""; 0]);
+}
+
+#[test]
+fn a_disposed_instance_is_made_anew_by_the_next_use() {
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    let pid = host.opencode_pid();
+
+    let disposed = host.openwork(["instance", "dispose", "p"]).json();
+    assert_eq!(disposed["disposed"], true);
+    assert_eq!(disposed["workspace"]["name"], "p");
+    assert_eq!(host.instance(&project), ["load", "dispose"]);
+
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!(host.instance(&project), ["load", "dispose", "load"]);
+    assert_eq!(host.opencode_pid(), pid);
+}
+
+#[test]
+fn what_is_not_loaded_is_not_disposed() {
+    // opencode would load it first, only to dispose it.
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    host.opencode_pid();
+    assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], false);
+    assert_eq!(host.instance(&project), [""; 0]);
+
+    host.openwork(["workspace", "path", "p"]).ok();
+    host.openwork(["instance", "dispose", "p"]).ok();
+    assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], false);
+    assert_eq!(host.instance(&project), ["load", "dispose"]);
+}
+
+#[test]
+fn what_a_crash_has_unloaded_is_not_disposed() {
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    let before = host.opencode_pid();
+    kill(before, Signal::KILL);
+    wait_for("a new opencode", || host.opencode_pid() != before);
+    assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], false);
+    assert_eq!(host.instance(&project), ["load"]);
+}
+
+#[test]
+fn a_busy_instance_is_disposed_only_by_force() {
+    let host = Host::new();
+    let (busy, idle) = (host.project("busy"), host.project("idle"));
+    for project in [&busy, &idle] {
+        host.add(project);
+        host.openwork(["workspace".as_ref(), "path".as_ref(), project.as_os_str()]).ok();
+    }
+    host.busy(&[&busy]);
+
+    host.openwork(["instance", "dispose", "busy"]).fails(1, "instance_busy");
+    host.http("POST", "/instances/busy/dispose").json(json!({})).fails(409, "instance_busy");
+    host.http("POST", "/instances/busy/dispose").json(json!({"force": false})).fails(409, "instance_busy");
+    assert_eq!(host.instance(&busy), ["load"]);
+    host.openwork(["instance", "dispose", "idle"]).ok();
+
+    assert_eq!(host.openwork(["instance", "dispose", "busy", "--force"]).json()["disposed"], true);
+    assert_eq!(host.instance(&busy), ["load", "dispose"]);
+
+    host.openwork(["workspace", "path", "busy"]).ok();
+    let forced = host.http("POST", "/instances/busy/dispose").json(json!({"force": true})).ok();
+    assert_eq!(forced["disposed"], true);
+}
+
+// --- How it is started ---
+
+#[test]
+fn it_is_started_on_loopback_with_a_password_and_an_empty_directory() {
+    let mut host = Host::new();
+    host.set("NOTIFY_SOCKET", "/run/notify");
+    host.set("MARKER", "of this shell");
+    // The password is the daemon's to choose, not the shell's.
+    host.set("OPENCODE_SERVER_PASSWORD", "from the shell");
+    host.openwork(["daemon", "start"]).ok();
+
+    let start = host.starts().remove(0);
+    let port = start["port"].to_string();
+    assert_eq!(start["argv"], json!(["serve", "--hostname", "127.0.0.1", "--port", port]));
+    assert_eq!(start["cwd"], host.file("opencode").to_str().unwrap());
+    assert_eq!(fs::read_dir(host.file("opencode")).unwrap().count(), 0);
+
+    let environment = host.environment(start["pid"].as_u64().unwrap() as u32);
+    let has = |variable: String| environment.contains(&variable);
+    assert!(has("OPENCODE_SERVER_USERNAME=opencode".into()));
+    assert!(has(format!("OPENCODE_SERVER_PASSWORD={}", host.password())));
+    assert!(has("MARKER=of this shell".into()));
+    assert!(!environment.iter().any(|variable| variable.starts_with("NOTIFY_SOCKET=")));
+    let engine_id = host.state()["opencode"]["engineId"].as_str().unwrap().to_owned();
+    assert!(!engine_id.is_empty() && has(format!("OPENWORK_ENGINE={engine_id}")));
+}
+
+#[test]
+fn it_is_put_down_so_that_it_can_be_proved_ours() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.opencode_pid();
+    let opencode = &host.state()["opencode"];
+    assert_eq!(opencode["pid"], pid);
+    assert_eq!(opencode["port"].to_string(), host.get("OPENWORK_OPENCODE_PORT"));
+    assert_eq!(opencode["baseUrl"], format!("http://127.0.0.1:{}", opencode["port"]));
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_eq!(opencode["bootId"], boot_id.trim());
+    // Field 22 of stat(5), the 20th after the name.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    assert_eq!(opencode["startTicks"].to_string(), fields[19]);
+
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(host.state()["opencode"].is_null());
+}
+
+#[test]
+fn the_password_is_made_once_and_shown_nowhere() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let password = host.password();
+    assert!(password.len() == 64 && password.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    let mode = fs::metadata(host.file(AUTH)).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    // The output of commands and the logs are looked at for it when any host ends.
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        assert!(!String::from_utf8_lossy(&arguments).contains(&password), "{:?}", entry.path());
+    }
+    for command in [&["status"][..], &["status", "--json"], &["logs", "daemon"], &["logs", "opencode"]] {
+        host.openwork(command).ok();
+    }
+
+    host.openwork(["daemon", "stop"]).ok();
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.password(), password);
+}
+
+#[test]
+fn only_the_process_that_was_started_gets_the_password() {
+    // opencode is started and does not listen; another takes its port.
+    let host = Host::new();
+    host.behave("FAKE_NEVER_LISTEN=1");
+    let starting = host.openwork(["daemon", "start", "--timeout", "4", "--json"]).spawn();
+    wait_for("opencode to be started", || host.starts().len() == 1);
+    let port: u16 = host.get("OPENWORK_OPENCODE_PORT").parse().unwrap();
+    let squatter = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    squatter.set_nonblocking(true).unwrap();
+    let mut heard = Vec::new();
+    while is_alive(starting.pid()) {
+        if let Ok((mut stream, _)) = squatter.accept() {
+            stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+            let mut buffer = [0; 4096];
+            let count = stream.read(&mut buffer).unwrap_or(0);
+            heard.extend_from_slice(&buffer[..count]);
+            let _ = stream.write_all(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n");
+        }
+        thread::yield_now();
+    }
+    let heard = String::from_utf8_lossy(&heard).to_lowercase();
+    assert!(!heard.contains("authorization"), "{heard}");
+    // Nor is the stranger's 401 taken for opencode's.
+    assert_eq!(starting.wait().object()["error"]["code"], "opencode_timeout");
+}
+
+#[test]
+fn the_version_is_asked_once_per_binary() {
+    let host = Host::new();
+    let binary = host.path("opencode");
+    fs::copy(fake_opencode(), &binary).unwrap();
+    let asked_by_a_start = || {
+        host.openwork(["daemon", "start"]).env("OPENWORK_OPENCODE_BIN", &binary).ok();
+        let version = host.health()["engine"]["version"].as_str().unwrap().to_owned();
+        host.openwork(["daemon", "stop"]).ok();
+        (host.recorded("versions").len(), version)
+    };
+    assert_eq!(asked_by_a_start(), (1, "1.18.33".to_owned()));
+    assert_eq!(asked_by_a_start(), (1, "1.18.33".to_owned()));
+
+    // An upgrade in place.
+    fs::File::options().write(true).open(&binary).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    host.behave("FAKE_VERSION=1.99.0");
+    assert_eq!(asked_by_a_start(), (2, "1.99.0".to_owned()));
+}
+
+#[test]
+fn it_is_found_on_the_path_and_at_home() {
+    let mut host = Host::new();
+    let place = |dir: &Path| {
+        fs::create_dir_all(dir).unwrap();
+        std::os::unix::fs::symlink(fake_opencode(), dir.join("opencode")).unwrap();
+        dir.to_owned()
+    };
+    let at_home = place(&host.path("home/.opencode/bin"));
+    let on_path = place(&host.path("bin"));
+    host.unset("OPENWORK_OPENCODE_BIN");
+    let found = |host: &Host| {
+        host.openwork(["daemon", "start"]).ok();
+        let path = host.state()["binaries"]["opencode"]["path"].as_str().unwrap().to_owned();
+        host.openwork(["daemon", "stop"]).ok();
+        path
+    };
+    host.set("PATH", "/usr/bin:/bin");
+    assert!(found(&host).starts_with(at_home.to_str().unwrap()));
+    host.set("PATH", format!("/usr/bin:/bin:{}", on_path.display()));
+    assert!(found(&host).starts_with(on_path.to_str().unwrap()));
+    // The option goes before all of them.
+    let given = at_home.join("opencode");
+    host.openwork(["daemon", "start", "--opencode-bin", given.to_str().unwrap()]).ok();
+    assert_eq!(host.state()["binaries"]["opencode"]["path"], given.to_str().unwrap());
+}
+
+// --- When it cannot be started ---
+
+#[test]
+fn without_an_opencode_the_rest_works() {
+    let mut host = Host::new();
+    host.set("OPENWORK_OPENCODE_BIN", host.path("no-such-opencode"));
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).fails(5, "opencode_not_found");
+    host.http("GET", "/workspaces/p/path").fails(503, "opencode_not_found");
+    host.openwork(["daemon", "start"]).fails(5, "opencode_not_found");
+
+    let health = host.health();
+    assert_eq!(health["ok"], false);
+    assert_eq!(health["opencode"], Value::Null);
+    assert_eq!(health["engine"]["phase"], "failed");
+    assert_eq!(health["engine"]["lastError"]["code"], "opencode_not_found");
+    let status = host.openwork(["status"]).ok();
+    assert!(status.stdout.contains("failed"), "{status:?}");
+    assert_eq!(host.names(), ["p"]);
+}
+
+#[test]
+fn another_major_version_is_refused() {
+    let host = Host::new();
+    for version in ["2.0.1", "0.15.0"] {
+        host.behave(&format!("FAKE_VERSION={version}"));
+        let error = host.openwork(["daemon", "start"]).fails(5, "opencode_unsupported");
+        assert!(error["message"].as_str().unwrap().contains(version), "{error}");
+        host.http("POST", "/start").json(json!({})).fails(503, "opencode_unsupported");
+        host.openwork(["daemon", "stop"]).ok();
+    }
+    assert_eq!(host.starts(), [Value::Null; 0]);
+}
+
+#[test]
+fn a_crash_loop_ends_with_the_last_output() {
+    let host = Host::new();
+    host.behave("FAKE_CRASH_ON_START=77");
+    let error = host.openwork(["daemon", "start"]).fails(5, "opencode_start_failed");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("boom line 30") && message.contains("77"), "{message}");
+    assert_eq!(host.starts().len(), 6);
+    assert_eq!(host.phase(), "failed");
+    let status = host.openwork(["status"]).ok();
+    assert!(status.stdout.contains("boom line 30"), "{status:?}");
+
+    // One that needs it asks again: one attempt each.
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).fails(5, "opencode_start_failed");
+    assert_eq!(host.starts().len(), 7);
+    host.http("POST", "/start").json(json!({})).fails(503, "opencode_start_failed");
+    assert_eq!(host.starts().len(), 8);
+
+    host.behave("");
+    let started = host.http("POST", "/start").json(json!({})).ok();
+    assert_eq!((&started["engine"]["phase"], &started["engine"]["lastError"]), (&json!("ready"), &Value::Null));
+    assert_eq!(host.starts().len(), 9);
+}
+
+#[test]
+fn one_that_crashes_at_first_is_started_until_it_stays() {
+    let host = Host::new();
+    host.behave("FAKE_CRASH_FIRST=3");
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.starts().len(), 4);
+}
+
+#[test]
+fn one_that_does_not_stay_is_given_up() {
+    let host = Host::new();
+    host.behave("FAKE_EXIT_AFTER_MS=100");
+    host.openwork(["daemon", "start"]).output();
+    wait_for("it to be given up", || host.phase() == "failed");
+    assert_eq!(host.starts().len(), 6);
+    let error = host.health()["engine"]["lastError"].clone();
+    assert_eq!(error["code"], "opencode_unavailable");
+    assert!(error["message"].as_str().unwrap().contains("fake: leaving"), "{error}");
+}
+
+#[test]
+fn a_refused_password_is_final_at_once() {
+    let host = Host::new();
+    host.behave("FAKE_AUTH=reject");
+    host.openwork(["daemon", "start"]).fails(5, "opencode_auth_failed");
+    assert_eq!(host.phase(), "failed");
+    assert_eq!(host.starts().len(), 1);
+    // The one that refuses it does not stay.
+    wait_gone(host.starts()[0]["pid"].as_u64().unwrap() as u32);
+
+    host.http("POST", "/start").json(json!({})).fails(502, "opencode_auth_failed");
+    assert_eq!(host.starts().len(), 2);
+}
+
+#[test]
+fn a_default_port_that_turns_out_taken_is_changed() {
+    let mut host = Host::new();
+    host.unset("OPENWORK_OPENCODE_PORT");
+    host.behave("FAKE_START_MS=1000");
+    host.add(host.project("p"));
+    // It was free when opencode was started, and is not when opencode wants it.
+    wait_for("opencode to be started", || host.starts().len() == 1);
+    host.behave("");
+    let port = host.starts()[0]["port"].as_u64().unwrap();
+    let _faster = TcpListener::bind(("127.0.0.1", port as u16)).unwrap();
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!(host.starts().len(), 2);
+    assert_ne!(host.health()["opencode"]["port"], port);
+}
+
+// --- When it is slow ---
+
+#[test]
+fn a_slow_start_is_waited_for_until_the_deadline() {
+    let host = Host::new();
+    host.behave("FAKE_START_MS=4000");
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p", "--timeout", "1"]).fails(5, "opencode_timeout");
+    let in_a_hurry = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "1");
+    in_a_hurry.fails(504, "opencode_timeout");
+    assert_eq!(host.phase(), "starting");
+
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn listening_is_not_ready() {
+    let host = Host::new();
+    host.behave("FAKE_NEVER_HEALTHY=1");
+    host.openwork(["daemon", "start", "--timeout", "2"]).fails(5, "opencode_timeout");
+    let health = host.health();
+    assert_eq!((&health["ok"], &health["engine"]["phase"]), (&json!(false), &json!("starting")));
+    assert_eq!(health["opencode"], Value::Null);
+}
+
+#[test]
+fn a_hanging_opencode_holds_up_only_those_who_ask_it() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    let pid = host.opencode_pid();
+    host.hang(true);
+    host.openwork(["workspace", "path", "p", "--timeout", "1"]).fails(5, "opencode_timeout");
+    host.add(host.project("q"));
+    assert_eq!(host.health()["ok"], true);
+    assert_eq!(host.names(), ["p", "q"]);
+
+    host.hang(false);
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!(host.opencode_pid(), pid);
+}
+
+#[test]
+fn an_answer_that_is_none_is_an_error_of_opencode() {
+    let host = Host::new();
+    host.behave("FAKE_FAIL=/path");
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).fails(5, "opencode_error");
+    host.http("GET", "/workspaces/p/path").fails(502, "opencode_error");
+}
+
+// --- When it dies ---
+
+#[test]
+fn many_requests_that_find_it_dead_cause_one_restart() {
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    let (before, port) = (host.opencode_pid(), host.health()["opencode"]["port"].clone());
+    kill(before, Signal::KILL);
+    thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                let answer = host.http("GET", "/workspaces/p/path").ok();
+                assert_eq!(answer["path"]["directory"], project.to_str().unwrap());
+            });
+        }
+    });
+    assert_eq!(host.starts().len(), 2);
+    let health = host.health();
+    assert_ne!(health["opencode"]["pid"], before);
+    assert_eq!(health["opencode"]["port"], port);
+    assert_eq!((&health["engine"]["generation"], &health["engine"]["restarts"]), (&json!(2), &json!(1)));
+}
+
+#[test]
+fn its_exit_is_seen_without_a_request() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    for killed in 1..=3 {
+        let pid = host.opencode_pid();
+        kill(pid, Signal::KILL);
+        wait_for("the next opencode", || host.starts().len() == killed + 1);
+        wait_for("its readiness", || host.health()["engine"]["generation"] == killed + 1 && host.phase() == "ready");
+    }
+    assert_eq!(host.health()["engine"]["restarts"], 3);
+}
+
+#[test]
+fn one_that_leaves_by_itself_is_back() {
+    let host = Host::new();
+    host.behave("FAKE_EXIT_AFTER_MS=1500");
+    host.openwork(["daemon", "start"]).ok();
+    host.behave("");
+    wait_for("the next one", || host.starts().len() >= 2);
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).ok();
+}
+
+// --- How it is stopped ---
+
+/// Pids of the fake's starts and of what they left in sessions of their own.
+fn descendants(host: &Host) -> Vec<u32> {
+    let starts = host.starts().into_iter().map(|start| start["pid"].as_u64().unwrap() as u32);
+    starts.chain(host.recorded("grandchildren").iter().map(|pid| pid.parse().unwrap())).collect()
+}
+
+#[test]
+fn a_stop_is_orderly() {
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    let pid = host.opencode_pid();
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(!is_alive(pid));
+    // First its instances, so that what they run is ended properly, then itself.
+    assert_eq!(host.instance(&project), ["load", "dispose"]);
+    assert_eq!(host.requests().last().unwrap()["target"], "/global/dispose");
+    assert_eq!(host.recorded("signals"), ["TERM"]);
+}
+
+#[test]
+fn a_swallowed_term_is_sent_again() {
+    let host = Host::new();
+    host.behave("FAKE_SWALLOW_TERM=1");
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.recorded("signals"), ["TERM", "TERM"]);
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn one_that_ignores_term_is_killed() {
+    let host = Host::new();
+    host.behave("FAKE_IGNORE_TERM=1");
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(host.recorded("signals").len() >= 2, "{:?}", host.recorded("signals"));
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn one_that_answers_nothing_is_stopped_all_the_same() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.hang(true);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn one_that_is_still_starting_is_stopped() {
+    let host = Host::new();
+    host.behave("FAKE_NEVER_LISTEN=1");
+    host.add(host.project("p"));
+    wait_for("opencode to be started", || host.starts().len() == 1);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn those_who_wait_for_it_are_told_of_a_stop() {
+    let host = Host::new();
+    host.behave("FAKE_NEVER_LISTEN=1");
+    host.openwork(["daemon", "start", "--timeout", "1"]).fails(5, "opencode_timeout");
+    host.add(host.project("p"));
+    let idle = sockets(host.port(), ESTABLISHED).len();
+    let waiting = host.openwork(["workspace", "path", "p", "--json"]).spawn();
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| host.http("GET", "/workspaces/p/path").fails(503, "opencode_unavailable"));
+        wait_for("both to be waiting", || sockets(host.port(), ESTABLISHED).len() == idle + 2);
+        host.openwork(["daemon", "stop"]).ok();
+        asking.join().unwrap();
+    });
+    let output = waiting.wait();
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
+    assert_eq!(output.object()["error"]["code"], "opencode_unavailable");
+}
+
+#[test]
+fn what_left_its_group_and_session_is_swept_by_a_stop() {
+    let host = Host::new();
+    host.behave("FAKE_GRANDCHILD=1");
+    host.openwork(["daemon", "start"]).ok();
+    let descendants = descendants(&host);
+    assert!(descendants.len() == 2 && descendants.iter().all(|pid| is_alive(*pid)));
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn what_left_its_group_and_session_is_swept_after_a_crash() {
+    let host = Host::new();
+    host.behave("FAKE_GRANDCHILD=1");
+    host.openwork(["daemon", "start"]).ok();
+    let orphans = descendants(&host);
+    host.behave("");
+    kill(host.opencode_pid(), Signal::KILL);
+    for pid in orphans {
+        wait_gone(pid);
+    }
+    wait_for("the next opencode", || host.phase() == "ready" && host.starts().len() == 2);
+    let mut expected = vec![host.daemon_pid(), host.opencode_pid()];
+    expected.sort_unstable();
+    let mut running = host.processes();
+    running.sort_unstable();
+    assert_eq!(running, expected);
+}
+
+// --- Its log ---
+
+#[test]
+fn its_log_is_bounded() {
+    const LIMIT: u64 = 10_000_000;
+    const KEPT: u64 = 1_000_000;
+    let host = Host::new();
+    host.behave("FAKE_FLOOD_LOG=12000000");
+    host.openwork(["daemon", "start"]).ok();
+    let log = host.file("opencode.log");
+    let size = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+    wait_for("the log to be truncated", || size(&log) < LIMIT);
+    let kept = size(&host.file("opencode.log.1"));
+    assert!((KEPT / 2..=KEPT * 2).contains(&kept), "{kept}");
+
+    // It is still being written to, at its end: there is no hole before what is new.
+    host.behave("");
+    kill(host.opencode_pid(), Signal::KILL);
+    wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
+    let text = fs::read_to_string(&log).unwrap();
+    assert!(text.contains("listening") && !text.contains('\0'), "{text:?}");
+}

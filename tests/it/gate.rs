@@ -1,0 +1,830 @@
+//! The public port: who may ask, what is too much, what is no request, and that the daemon
+//! outlives whatever is sent to it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::json;
+
+use crate::support::{Host, LISTEN, NOBODY, Reply, connect, is_root, read_to_close, sockets, until, wait_for};
+
+/// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
+/// with the same workspaces.
+struct Gate {
+    host: Host,
+    pid: u32,
+    names: Vec<String>,
+}
+
+impl Gate {
+    fn new() -> Gate {
+        Gate::with(&[], "")
+    }
+
+    fn with(options: &[&str], shell: &str) -> Gate {
+        let host = Host::new();
+        host.openwork(["daemon", "start"].iter().chain(options)).after(shell).ok();
+        host.add(host.project("p"));
+        let (pid, names) = (host.daemon_pid(), host.names());
+        Gate { host, pid, names }
+    }
+
+    /// The `Host` header that is right.
+    fn authority(&self) -> String {
+        format!("127.0.0.1:{}", self.host.port())
+    }
+
+    /// A request with these lines after the one that names the host.
+    fn request(&self, line: &str, rest: &str) -> String {
+        format!("{line} HTTP/1.1\r\nHost: {}\r\n{rest}", self.authority())
+    }
+
+    /// An addition to the registry with these header lines.
+    fn addition(&self, headers: &str) -> String {
+        let body = json!({"path": self.host.project("smuggled")}).to_string();
+        self.request("POST /workspaces", &format!("Content-Type: application/json\r\n{headers}\r\n{body}"))
+    }
+
+    fn addition_length(&self) -> usize {
+        json!({"path": self.host.project("smuggled")}).to_string().len()
+    }
+
+    fn reply(&self, bytes: impl AsRef<[u8]>) -> Reply {
+        let reply = self.host.send_raw(&bytes);
+        let shown =
+            || (String::from_utf8_lossy(bytes.as_ref()).into_owned(), String::from_utf8_lossy(&reply).into_owned());
+        let parsed = Reply::parse(&reply).unwrap_or_else(|| panic!("no reply: {:?}", shown()));
+        // One request, one reply, and no more.
+        let length = parsed.header("content-length").map_or(0, |length| length.parse().unwrap());
+        assert_eq!(parsed.body.len(), length, "{:?}", shown());
+        assert_eq!(parsed.header("connection"), Some("close"), "{:?}", shown());
+        parsed
+    }
+
+    fn refuses(&self, bytes: impl AsRef<[u8]>, status: u16, code: &str) {
+        self.reply(bytes).refused(status, code);
+    }
+
+    /// Refuses it, by whichever of these. Where several rules are broken at once, the order
+    /// in which they are looked at is nobody's business.
+    fn refuses_as(&self, bytes: impl AsRef<[u8]>, allowed: &[(u16, &str)]) {
+        let reply = self.reply(&bytes);
+        let error = reply.json();
+        let found = (reply.status, error["error"]["code"].as_str().unwrap());
+        assert!(allowed.contains(&found), "{found:?} for {:?}", String::from_utf8_lossy(bytes.as_ref()));
+        reply.refused(found.0, found.1);
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            assert_eq!(self.host.daemon_pid(), self.pid);
+            assert_eq!(self.host.health()["ok"], true);
+            assert_eq!(self.host.names(), self.names);
+        }
+    }
+}
+
+const BAD_REQUEST: (u16, &str) = (400, "bad_request");
+const FORBIDDEN_HOST: (u16, &str) = (403, "forbidden_host");
+
+// --- Host ---
+
+#[test]
+fn every_name_of_loopback_with_the_port_is_a_host() {
+    let gate = Gate::new();
+    let port = gate.host.port();
+    for name in ["127.0.0.1", "localhost", "LocalHost", "[::1]"] {
+        gate.host.http("GET", "/health").header("Host", format!("{name}:{port}")).ok();
+        gate.host.http("GET", "/workspaces").header("Host", format!("{name}:{port}")).ok();
+    }
+}
+
+#[test]
+fn no_other_host_is_answered() {
+    let gate = Gate::new();
+    let port = gate.host.port();
+    for name in [
+        "evil.example:PORT",
+        "127.0.0.1.evil.example:PORT",
+        "localhost.evil.example:PORT",
+        "evil.example",
+        "127.0.0.1",
+        "localhost",
+        "127.0.0.1:1",
+        "127.0.0.1:0PORT",
+        "127.0.0.1:+PORT",
+        "127.0.0.1:PORT0",
+        "127.0.0.1:PORT:PORT",
+        "127.0.0.1:PORT.evil.example",
+        "127.0.0.1:PORT, evil.example",
+        "evil.example, 127.0.0.1:PORT",
+        "user@127.0.0.1:PORT",
+        "evil.example@127.0.0.1:PORT",
+        "127.0.0.1:PORT/",
+        "http://127.0.0.1:PORT",
+        "127.0.0.2:PORT",
+        "127.1:PORT",
+        "0.0.0.0:PORT",
+        "0:PORT",
+        "2130706433:PORT",
+        "0x7f000001:PORT",
+        "0177.0.0.1:PORT",
+        "[::]:PORT",
+        "[::ffff:127.0.0.1]:PORT",
+        "::1:PORT",
+        "localhost.:PORT",
+        "localhost%00:PORT",
+        "",
+    ] {
+        let name = name.replace("PORT", &port.to_string());
+        for path in ["/health", "/workspaces"] {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: {name}\r\n\r\n");
+            gate.refuses_as(request, &[FORBIDDEN_HOST, BAD_REQUEST]);
+        }
+    }
+    gate.refuses("GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403, "forbidden_host");
+}
+
+#[test]
+fn a_request_has_one_host() {
+    let gate = Gate::new();
+    let good = format!("Host: {}\r\n", gate.authority());
+    for hosts in [
+        "".to_owned(),
+        format!("{good}{good}"),
+        format!("{good}Host: evil.example\r\n"),
+        format!("Host: evil.example\r\n{good}"),
+    ] {
+        gate.refuses_as(format!("GET /health HTTP/1.1\r\n{hosts}\r\n"), &[FORBIDDEN_HOST, BAD_REQUEST]);
+    }
+}
+
+#[test]
+fn the_host_is_looked_at_before_the_body() {
+    // Which never comes.
+    let gate = Gate::new();
+    let head = "POST /workspaces HTTP/1.1\r\nHost: evil.example\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n";
+    gate.refuses(head, 403, "forbidden_host");
+}
+
+// --- Origin ---
+
+#[test]
+fn the_origins_on_the_list_are_echoed() {
+    let gate = Gate::with(&["--cors", "http://localhost:5173", "--cors", "https://app.example"], "");
+    for origin in [
+        "tauri://localhost",
+        "http://tauri.localhost",
+        "https://tauri.localhost",
+        "http://localhost:5173",
+        "https://app.example",
+    ] {
+        for path in ["/health", "/workspaces", "/workspaces/nope"] {
+            let request = gate.host.http("GET", path).header("Origin", origin).header("Sec-Fetch-Site", "cross-site");
+            let reply = request.send();
+            assert!(matches!(reply.status, 200 | 404), "{reply:?}");
+            assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
+            assert_eq!(reply.header("vary"), Some("Origin"));
+            assert_eq!(reply.header("access-control-allow-credentials"), None);
+        }
+    }
+    assert_eq!(gate.host.http("GET", "/health").send().header("access-control-allow-origin"), None);
+}
+
+#[test]
+fn no_other_origin_is_answered() {
+    let gate = Gate::new();
+    for origin in [
+        "http://evil.example",
+        "null",
+        "",
+        "*",
+        "tauri://localhost.evil.example",
+        "tauri://localhost/",
+        "http://tauri.localhost:8080",
+        "http://tauri.localhost.evil.example",
+        "http://evil.example/http://tauri.localhost",
+        "http://localhost",
+        "tauri://localhost, http://evil.example",
+    ] {
+        for (method, path) in
+            [("GET", "/health"), ("GET", "/workspaces"), ("OPTIONS", "/workspaces"), ("POST", "/shutdown")]
+        {
+            let reply = gate.host.http(method, path).header("Origin", origin).send();
+            reply.refused(403, "forbidden_origin");
+            assert_eq!(reply.header("access-control-allow-origin"), None);
+        }
+    }
+    let own = format!("http://{}", gate.authority());
+    gate.host.http("GET", "/workspaces").header("Origin", own).fails(403, "forbidden_origin");
+    let two = gate.request("GET /health", "Origin: tauri://localhost\r\nOrigin: http://evil.example\r\n\r\n");
+    gate.refuses_as(two, &[(403, "forbidden_origin"), BAD_REQUEST]);
+}
+
+#[test]
+fn a_fetch_of_another_site_is_not_answered() {
+    let gate = Gate::new();
+    let fetch = |site: &str| gate.host.http("GET", "/health").header("Sec-Fetch-Site", site);
+    for site in ["none", "same-origin"] {
+        fetch(site).ok();
+    }
+    for site in ["cross-site", "same-site", "", "None of that", "same-origin, cross-site"] {
+        fetch(site).fails(403, "forbidden_origin");
+    }
+}
+
+#[test]
+fn a_preflight_of_an_origin_on_the_list_is_answered() {
+    let gate = Gate::new();
+    for path in ["/health", "/workspaces", "/workspaces/p"] {
+        let preflight = gate.host.http("OPTIONS", path).header("Origin", "tauri://localhost");
+        let reply = preflight.header("Access-Control-Request-Method", "DELETE").send();
+        assert_eq!((reply.status, &reply.body[..]), (204, &b""[..]), "{reply:?}");
+        assert_eq!(reply.header("access-control-allow-origin"), Some("tauri://localhost"));
+        assert_eq!(
+            reply.header("access-control-allow-headers"),
+            Some("authorization, content-type, x-opencode-directory")
+        );
+        let methods = reply.header("access-control-allow-methods").unwrap();
+        assert!(["GET", "POST", "PATCH", "DELETE"].iter().all(|method| methods.contains(method)), "{methods}");
+    }
+}
+
+// --- User ---
+
+/// What this gets as another user of the machine; None if the tests cannot become one.
+fn as_another_user(port: u16, request: &str) -> Option<Reply> {
+    if !is_root() {
+        return None;
+    }
+    let script = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3 && cat <&3"#;
+    let mut bash = Command::new("bash");
+    let output = bash.args(["-c", script, &port.to_string(), request]).uid(NOBODY).current_dir("/").output().unwrap();
+    Some(Reply::parse(&output.stdout).unwrap_or_else(|| panic!("{output:?}")))
+}
+
+#[test]
+fn another_user_is_told_how_it_is_and_no_more() {
+    let gate = Gate::new();
+    let get = |path: &str| as_another_user(gate.host.port(), &gate.request(&format!("GET {path}"), "\r\n"));
+    let Some(health) = get("/health") else { return };
+    assert_eq!(health.status, 200);
+    for path in ["/workspaces", "/workspaces/p", "/workspaces/p/path", "/events", "/nope"] {
+        get(path).unwrap().refused(403, "forbidden_user");
+    }
+    let shutdown = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
+    let shutdown = as_another_user(gate.host.port(), &gate.request("POST /shutdown", shutdown)).unwrap();
+    shutdown.refused(403, "forbidden_user");
+}
+
+#[test]
+fn root_may_ask_the_daemon_of_another() {
+    let host = Host::unprivileged();
+    host.openwork(["daemon", "start"]).ok();
+    host.http("GET", "/workspaces").ok();
+}
+
+// --- Routes ---
+
+#[test]
+fn an_unknown_route_is_not_found() {
+    let gate = Gate::new();
+    for path in [
+        "/",
+        "/nope",
+        "/HEALTH",
+        "/health/",
+        "//health",
+        "/./health",
+        "/workspaces/p/nope",
+        "/workspaces/p/path/more",
+        "/healthz",
+    ] {
+        gate.host.http("GET", path).fails(404, "not_found");
+    }
+    gate.host.http("GET", "/health?with=query").ok();
+}
+
+#[test]
+fn another_method_is_told_which_there_are() {
+    let gate = Gate::new();
+    for (method, path, allowed) in [
+        ("DELETE", "/health", &["GET"][..]),
+        ("BREW", "/health", &["GET"]),
+        ("PUT", "/workspaces", &["GET", "POST"]),
+        ("POST", "/workspaces/p", &["GET", "PATCH", "DELETE"]),
+        ("GET", "/workspaces/p/activate", &["POST"]),
+        ("GET", "/shutdown", &["POST"]),
+        ("GET", "/instances/p/dispose", &["POST"]),
+    ] {
+        let reply = gate.host.http(method, path).send();
+        reply.refused(405, "method_not_allowed");
+        let allow = reply.header("allow").expect("an Allow header");
+        let mut allow: Vec<&str> = allow.split(", ").filter(|method| !matches!(*method, "HEAD" | "OPTIONS")).collect();
+        allow.sort_unstable();
+        let mut allowed = allowed.to_vec();
+        allowed.sort_unstable();
+        assert_eq!(allow, allowed, "{path}");
+    }
+}
+
+// --- What is no request ---
+
+#[test]
+fn what_is_not_http_is_refused_or_dropped() {
+    let gate = Gate::new();
+    let hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
+    let endless = vec![b'A'; 100_000];
+    for bytes in [
+        &b"\r\n\r\n"[..],
+        b"\0\0\0\0\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /health\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1 HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\xff\xfe\xfd\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        hello,
+        &endless,
+    ] {
+        let bytes = gate.host.send_raw(bytes);
+        assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=505).contains(&reply.status)));
+    }
+}
+
+#[test]
+fn a_malformed_head_is_refused() {
+    let gate = Gate::new();
+    let good = gate.request("GET /health", "\r\n");
+    assert_eq!(gate.reply(&good).status, 200);
+    for bad in [
+        good.replace("\r\n", "\n"),
+        gate.request("GET /health", "X: a\0b\r\n\r\n"),
+        gate.request("GET /health", "X\0: a\r\n\r\n"),
+        gate.request("GET /health", "X : a\r\n\r\n"),
+        gate.request("GET /health", " X: folded\r\n\r\n"),
+        gate.request("GET /health", "X: a\r\n folded\r\n\r\n"),
+        gate.request("GET /health", ": no name\r\n\r\n"),
+        gate.request("GET /health", "no colon\r\n\r\n"),
+        gate.request("GET /health", "X: a\rb\r\n\r\n"),
+        gate.request("GET /hea\tlth", "\r\n"),
+        gate.request("GET  /health", "\r\n"),
+        gate.request("G@T{} /health", "\r\n"),
+        gate.request(" GET /health", "\r\n"),
+        gate.request("GET health", "\r\n"),
+        gate.request("GET *", "\r\n"),
+        gate.request(&format!("GET http://{}/health", gate.authority()), "\r\n"),
+        gate.request("GET http://evil.example/health", "\r\n"),
+        gate.request(&format!("CONNECT {}", gate.authority()), "\r\n"),
+        good.replace("HTTP/1.1", "HTTP/2.0"),
+        good.replace("HTTP/1.1", "http/1.1"),
+    ] {
+        gate.refuses(&bad, 400, "bad_request");
+    }
+}
+
+#[test]
+fn percent_encoding_that_is_none_is_refused() {
+    let gate = Gate::new();
+    for selector in ["%", "%4", "%zz", "%g0", "p%", "%+1"] {
+        gate.host.http("GET", &format!("/workspaces/{selector}")).fails(400, "bad_request");
+    }
+    // Bytes that are no UTF-8 name nothing.
+    for selector in ["%ff", "%c3%28", "%ed%a0%80"] {
+        gate.host.http("DELETE", &format!("/workspaces/{selector}")).fails(400, "bad_request");
+    }
+    // What is encoded is no separator.
+    gate.host.http("GET", "/workspaces/p%2Fpath").fails(404, "workspace_not_found");
+}
+
+// --- Lengths, and requests hidden in others ---
+
+#[test]
+fn a_length_is_one_number() {
+    let gate = Gate::new();
+    let length = gate.addition_length();
+    for value in [
+        "-1".to_owned(),
+        format!("+{length}"),
+        format!("{length:#x}"),
+        format!("{length}.0"),
+        format!("{length} {length}"),
+        format!("{length}, {length}"),
+        format!("{length},{}", length + 1),
+        format!("{length};"),
+        "".to_owned(),
+        "none".to_owned(),
+        "1e2".to_owned(),
+        "\u{661}".to_owned(),
+    ] {
+        gate.refuses(gate.addition(&format!("Content-Length: {value}\r\n")), 400, "bad_request");
+    }
+    for lines in [
+        format!("Content-Length: {length}\r\nContent-Length: {length}\r\n"),
+        format!("Content-Length: {length}\r\nContent-Length: 0\r\n"),
+        format!("content-length: 0\r\nCONTENT-LENGTH: {length}\r\n"),
+        format!("Content-Length : {length}\r\n"),
+        format!("Content-Length\t: {length}\r\n"),
+    ] {
+        gate.refuses(gate.addition(&lines), 400, "bad_request");
+    }
+}
+
+#[test]
+fn an_absurd_length_is_too_large_at_once() {
+    let gate = Gate::new();
+    // Neither is the body waited for, nor room made for it.
+    for value in ["1048577", "50000000000", "9223372036854775807", "18446744073709551615"] {
+        gate.refuses(gate.addition(&format!("Content-Length: {value}\r\n")), 413, "too_large");
+    }
+    // More digits than any number has.
+    let endless = gate.addition(&format!("Content-Length: {}\r\n", "9".repeat(40)));
+    gate.refuses_as(endless, &[(413, "too_large"), BAD_REQUEST]);
+}
+
+#[test]
+fn a_control_request_has_its_length_in_advance() {
+    let gate = Gate::new();
+    let length = gate.addition_length();
+    let chunked = gate.addition("Transfer-Encoding: chunked\r\n").replacen('{', &format!("{length:x}\r\n{{"), 1);
+    gate.refuses(chunked + "\r\n0\r\n\r\n", 411, "length_required");
+}
+
+#[test]
+fn a_request_has_one_idea_of_its_length() {
+    let gate = Gate::new();
+    let length = gate.addition_length();
+    for lines in [
+        format!("Content-Length: {length}\r\nTransfer-Encoding: chunked\r\n"),
+        format!("Transfer-Encoding: chunked\r\nContent-Length: {length}\r\n"),
+        format!("Content-Length: {length}\r\nTransfer-Encoding: identity\r\n"),
+        format!("Content-Length: {length}\r\nTransfer-Encoding:\r\n"),
+        format!("Content-Length: {length}\r\nTransfer-Encoding: xchunked\r\n"),
+        format!("Content-Length: {length}\r\nTransfer-Encoding : chunked\r\n"),
+        format!("Content-Length: {length}\r\ntransfer-encoding:\tchunked\r\n"),
+    ] {
+        gate.refuses(gate.addition(&lines), 400, "bad_request");
+    }
+    for lines in [
+        "Transfer-Encoding: chunked, chunked\r\n",
+        "Transfer-Encoding: gzip, chunked\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+        "Transfer-Encoding: \"chunked\"\r\n",
+    ] {
+        gate.refuses_as(gate.addition(lines), &[BAD_REQUEST, (411, "length_required")]);
+    }
+}
+
+#[test]
+fn what_follows_a_request_is_not_one() {
+    let gate = Gate::new();
+    let hidden = gate.addition(&format!("Content-Length: {}\r\n", gate.addition_length()));
+    // After a GET, as its body, after one that is refused: it is never carried out, and `reply`
+    // sees to it that there is one answer.
+    assert_eq!(gate.reply(gate.request("GET /health", "\r\n") + &hidden).status, 200);
+    let body = gate.request("GET /health", &format!("Content-Length: {}\r\n\r\n{hidden}", hidden.len()));
+    gate.reply(body);
+    let refused = gate.request("POST /workspaces", "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n");
+    gate.refuses(refused + &hidden, 400, "bad_request");
+    gate.refuses(gate.request("GET /nope", "\r\n") + &hidden, 404, "not_found");
+}
+
+// --- Bodies ---
+
+#[test]
+fn a_body_is_json_and_says_so() {
+    let gate = Gate::new();
+    let rename = |content_type: &str| {
+        gate.host.http("PATCH", "/workspaces/p").header("Content-Type", content_type).body(r#"{"name": "p"}"#)
+    };
+    for content_type in
+        ["application/json", "application/json; charset=utf-8", "Application/JSON", "application/json;charset=UTF-8"]
+    {
+        rename(content_type).ok();
+    }
+    for content_type in [
+        "text/plain",
+        "text/plain; application/json",
+        "application/jsonx",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "",
+    ] {
+        rename(content_type).fails(415, "unsupported_media_type");
+    }
+    gate.host.http("PATCH", "/workspaces/p").body(r#"{"name": "p"}"#).fails(415, "unsupported_media_type");
+}
+
+#[test]
+fn an_empty_body_is_an_empty_object() {
+    let gate = Gate::new();
+    assert_eq!(gate.host.http("POST", "/instances/p/dispose").ok()["disposed"], false);
+    gate.host.http("POST", "/workspaces").header("Content-Type", "application/json").fails(400, "bad_request");
+}
+
+#[test]
+fn a_body_of_another_shape_is_refused() {
+    let gate = Gate::new();
+    let deep = format!("{{\"path\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    for body in [
+        &b"not json"[..],
+        b"{",
+        b"{\"path\": \"/\"",
+        b"{\"path\": \"/\"} trailing",
+        b"[]",
+        b"null",
+        b"\"/\"",
+        b"{}",
+        b"{\"path\": 5}",
+        b"{\"path\": null}",
+        b"{\"path\": [\"/\"]}",
+        b"{\"path\": \"/\", \"name\": {}}",
+        b"{\"path\": \"\xff\"}",
+        b"{\"path\": \"\\ud800\"}",
+        b"\xef\xbb\xbf{\"path\": \"/\"}",
+        deep.as_bytes(),
+    ] {
+        let request = gate.host.http("POST", "/workspaces").header("Content-Type", "application/json").body(body);
+        request.fails(400, "bad_request");
+    }
+    for (path, body) in [
+        ("/instances/p/dispose", json!({"force": "yes"})),
+        ("/workspaces/remote", json!({"baseUrl": 1})),
+        ("/shutdown", json!({"keepOpencode": 1})),
+    ] {
+        gate.host.http("POST", path).json(body).fails(400, "bad_request");
+    }
+}
+
+#[test]
+fn a_body_has_its_limit() {
+    const LIMIT: usize = 1024 * 1024;
+    let gate = Gate::new();
+    let body = |length: usize| format!("{{\"name\": \"p\"{}}}", " ".repeat(length - 13));
+    let rename = |length: usize| {
+        gate.host.http("PATCH", "/workspaces/p").header("Content-Type", "application/json").body(body(length))
+    };
+    rename(LIMIT).ok();
+    rename(LIMIT + 1).fails(413, "too_large");
+}
+
+#[test]
+fn a_body_that_does_not_come_is_not_waited_for() {
+    let gate = Gate::new();
+    let head = gate.request("POST /workspaces", "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{");
+    // Whether it is told or only dropped; that it is not left open is what `send_raw` looks at.
+    let bytes = gate.host.send_raw(&head);
+    assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=408).contains(&reply.status)));
+    // And one that ends early.
+    let mut stream = gate.host.connect();
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    read_to_close(&mut stream);
+}
+
+// --- Heads ---
+
+#[test]
+fn a_head_has_its_limit() {
+    let gate = Gate::new();
+    let with_header = |length: usize| gate.request("GET /health", &format!("X: {}\r\n\r\n", "x".repeat(length)));
+    assert_eq!(gate.reply(with_header(15_000)).status, 200);
+    for length in [17_000, 200_000] {
+        gate.refuses(with_header(length), 431, "too_large");
+    }
+    let long_path = gate.request(&format!("GET /{}", "x".repeat(100_000)), "\r\n");
+    gate.refuses_as(long_path, &[(414, "too_large"), (431, "too_large")]);
+    let many = gate.request("GET /health", &("X: x\r\n".repeat(300_000) + "\r\n"));
+    gate.refuses(many, 431, "too_large");
+    let few = gate.request("GET /health", &("X: x\r\n".repeat(50) + "\r\n"));
+    assert_eq!(gate.reply(few).status, 200);
+}
+
+#[test]
+fn a_head_of_ten_megabytes_is_not_read() {
+    let gate = Gate::new();
+    let endless = gate.request("GET /health", &format!("X: {}", "x".repeat(10_000_000)));
+    gate.refuses(endless, 431, "too_large");
+}
+
+#[test]
+fn a_head_that_does_not_come_is_not_waited_for() {
+    let gate = Gate::new();
+    let head = gate.request("GET /health", "");
+    // Nothing at all, and half of it.
+    gate.host.send_raw("");
+    gate.host.send_raw(&head);
+    // A byte at a time, for ever.
+    let mut stream = gate.host.connect();
+    stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    wait_for("the connection to be closed", || {
+        stream.write_all(b"x").is_err() || matches!(stream.read(&mut [0; 512]), Ok(0))
+    });
+}
+
+// --- Many of them ---
+
+/// Descriptors and threads of a process.
+fn resources(pid: u32) -> (usize, usize) {
+    let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+    (count("fd"), count("task"))
+}
+
+/// As many descriptors for this process as it may have.
+fn raise_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).unwrap();
+}
+
+/// Opens that many connections and sends this on each.
+fn open_many(gate: &Gate, count: usize, bytes: &str) -> Vec<TcpStream> {
+    // As many as wait to be accepted before the kernel drops what comes.
+    const QUEUE: usize = 100;
+    raise_limit();
+    let port = gate.host.port();
+    let mut streams = Vec::new();
+    for n in 1..=count {
+        let mut stream = connect(port);
+        // One that is turned away may be closed already.
+        let _ = stream.write_all(bytes.as_bytes());
+        streams.push(stream);
+        if n % QUEUE == 0 {
+            wait_for("them to be accepted", || sockets(port, LISTEN).iter().all(|(_, waiting)| *waiting == 0));
+        }
+    }
+    streams
+}
+
+#[test]
+fn idle_and_half_open_connections_are_in_nobodys_way() {
+    let gate = Gate::new();
+    gate.host.health();
+    let before = resources(gate.pid);
+    let half = gate.request("POST /workspaces", "Content-Length: 10\r\n");
+    let mut idle = open_many(&gate, 300, "");
+    idle.extend(open_many(&gate, 300, &half));
+    gate.host.health();
+    gate.host.openwork(["workspace", "list"]).ok();
+    gate.host.openwork(["workspace", "path", "p"]).ok();
+    // They are closed without our doing, and leave nothing.
+    for stream in &mut idle {
+        read_to_close(stream);
+    }
+    wait_for("descriptors and threads to be back", || {
+        let now = resources(gate.pid);
+        now.0 <= before.0 && now.1 <= before.1
+    });
+}
+
+#[test]
+fn above_the_limit_it_says_so_and_closes() {
+    const LIMIT: usize = 1024;
+    let gate = Gate::with(&[], "ulimit -n 4096");
+    // A body is waited for longer than a head. Again if it took so long all the same that the
+    // first of them had been given up.
+    let without_body = gate.request("POST /workspaces", "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n");
+    let reply = until("one to be turned away", || {
+        let mut streams = open_many(&gate, LIMIT + 50, &without_body);
+        let mut replies = streams[LIMIT..].iter_mut().filter_map(|stream| Reply::parse(&read_to_close(stream)));
+        replies.find(|reply| reply.status == 503)
+    });
+    reply.refused(503, "overloaded");
+    wait_for("it to take connections again", || {
+        gate.host.http("GET", "/health").try_send().is_some_and(|reply| reply.status == 200)
+    });
+}
+
+#[test]
+fn without_descriptors_it_waits_for_some() {
+    let gate = Gate::with(&[], "ulimit -n 64");
+    let mut streams = open_many(&gate, 200, "");
+    // Held until the daemon lets go of them; those it could not take yet come after.
+    for stream in &mut streams {
+        read_to_close(stream);
+    }
+    gate.host.health();
+    gate.host.openwork(["workspace", "path", "p"]).ok();
+}
+
+#[test]
+fn requests_without_a_reader_are_no_burden() {
+    let gate = Gate::new();
+    let pipelined = gate.request("GET /workspaces", "\r\n").repeat(100_000);
+    for _ in 0..3 {
+        let mut stream = gate.host.connect();
+        // It ends by a reset at the latest, for nobody reads more than one.
+        let _ = stream.write_all(pipelined.as_bytes());
+    }
+    // And clients that go away before they are answered.
+    for _ in 0..100 {
+        gate.host.connect().write_all(gate.request("GET /workspaces/p/path", "\r\n").as_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn a_burst_of_requests_is_answered() {
+    let gate = Gate::new();
+    thread::scope(|scope| {
+        for _ in 0..64 {
+            scope.spawn(|| {
+                for _ in 0..10 {
+                    // A client that would keep the connection, and is told otherwise.
+                    let request = gate.host.http("GET", "/workspaces").header("Connection", "keep-alive");
+                    assert_eq!(request.send().header("connection"), Some("close"));
+                }
+            });
+        }
+    });
+}
+
+// --- Anything ---
+
+/// Numbers that look random and are the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit as u64) as usize
+    }
+
+    fn mutate(&mut self, bytes: &mut Vec<u8>) {
+        const PIECES: [&[u8]; 16] = [
+            b"\r\n",
+            b"\n",
+            b"\0",
+            b" ",
+            b":",
+            b"\r\n\r\n",
+            b"%",
+            b"\xff",
+            b"Content-Length: 5\r\n",
+            b"Transfer-Encoding: chunked\r\n",
+            b"Host: x\r\n",
+            b"HTTP/1.1",
+            b"/../",
+            b"99999999999999999999",
+            b"{",
+            b"\t",
+        ];
+        let at = self.below(bytes.len());
+        match self.below(5) {
+            0 => bytes[at] = self.below(256) as u8,
+            1 if bytes.len() > 1 => drop(bytes.remove(at)),
+            2 => bytes.truncate(at + 1),
+            3 => drop(bytes.splice(at..at, PIECES[self.below(PIECES.len())].iter().copied())),
+            _ => {
+                let end = at + self.below(bytes.len() - at + 1);
+                let copy = bytes[at..end].to_vec();
+                drop(bytes.splice(at..at, copy));
+            }
+        }
+    }
+}
+
+#[test]
+fn whatever_is_sent_there_is_one_answer_or_none() {
+    const REQUESTS: usize = 4000;
+    let gate = Gate::new();
+    let seeds = [
+        gate.request("GET /health", "\r\n"),
+        gate.request("GET /workspaces/p", "Origin: tauri://localhost\r\nX-Openwork-Timeout: 1\r\n\r\n"),
+        gate.request(
+            "PATCH /workspaces/p",
+            "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n{\"name\": \"p\"}",
+        ),
+        gate.request("POST /workspaces/%70/activate", "Content-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"),
+    ];
+    let mut random = Random(0x5eed);
+    for n in 0..REQUESTS {
+        let mut bytes = seeds[n % seeds.len()].clone().into_bytes();
+        for _ in 0..=random.below(4) {
+            random.mutate(&mut bytes);
+        }
+        let mut stream = gate.host.connect();
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(Shutdown::Write);
+        let reply = read_to_close(&mut stream);
+        if reply.is_empty() {
+            continue;
+        }
+        let parsed = Reply::parse(&reply).unwrap_or_else(|| panic!("{bytes:?} {reply:?}"));
+        let length = parsed.header("content-length").map_or(0, |length| length.parse::<usize>().unwrap());
+        assert_eq!(parsed.body.len(), length, "{:?}", String::from_utf8_lossy(&bytes));
+    }
+    // A name may have been changed on the way.
+    gate.host.http("PATCH", "/workspaces/@active").json(json!({"name": "p"})).ok();
+}

@@ -1,0 +1,15 @@
+//! What `openwork` does, told through spawned processes: a module per feature. Where a test
+//! needs opencode it has the imitation of `test-data/fake_opencode.rs`.
+
+mod adopt;
+mod cli;
+// In the order of names, in which tests are begun, it has to come last.
+mod daemon;
+mod engine;
+mod gate;
+mod registry;
+mod selectors;
+mod state;
+mod support;
+#[path = "coverage.rs"]
+mod z_coverage;

@@ -1,0 +1,199 @@
+//! How a workspace is meant.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::support::{Host, Run};
+
+/// The id this command finds.
+fn id(run: Run) -> String {
+    run.json()["workspace"]["id"].as_str().unwrap().to_owned()
+}
+
+fn info(host: &Host, selector: &str) -> String {
+    id(host.openwork(["workspace", "info", selector]))
+}
+
+/// Percent-encodes everything, as a careful client may.
+fn encode(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
+}
+
+#[test]
+fn an_id_or_a_name_and_what_they_begin_with() {
+    let host = Host::new();
+    let app = host.add(host.project("app"));
+    let api = host.add(host.project("api-server"));
+    for (selector, found) in
+        [(app.as_str(), &app), ("app", &app), ("api-server", &api), ("api", &api), (&app[..8], &app), (&api[..8], &api)]
+    {
+        assert_eq!(info(&host, selector), *found, "{selector}");
+    }
+    for unknown in ["nope", "APP", "ws-ffffffffffff", "app-", "", "pp"] {
+        host.openwork(["workspace", "info", unknown]).fails(4, "workspace_not_found");
+    }
+}
+
+#[test]
+fn an_exact_name_is_not_ambiguous() {
+    let host = Host::new();
+    let app = host.add(host.project("app"));
+    let two = host.add(host.project("app-two"));
+    host.add(host.project("app-three"));
+    assert_eq!(info(&host, "app"), app);
+    assert_eq!(info(&host, "app-tw"), two);
+
+    let error = host.openwork(["workspace", "info", "app-t"]).fails(4, "workspace_ambiguous");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("app-two") && message.contains("app-three"), "{message}");
+    let error = host.openwork(["workspace", "remove", "ap"]).fails(4, "workspace_ambiguous");
+    assert!(error["message"].as_str().unwrap().contains(&app));
+    host.openwork(["daemon", "start"]).ok();
+    host.http("GET", "/workspaces/app-t").fails(409, "workspace_ambiguous");
+    assert_eq!(host.names().len(), 3);
+}
+
+#[test]
+fn a_path_is_the_workspace_that_contains_it() {
+    let host = Host::new();
+    let outer = host.add(host.project("outer"));
+    let inner = host.add(host.project("outer/packages/inner"));
+    let sources = host.project("outer/packages/inner/src");
+    let docs = host.project("outer/docs");
+    // Its name only begins like another's path.
+    let beside = host.project("outer-too");
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+
+    assert_eq!(info(&host, &text(&sources)), inner);
+    assert_eq!(info(&host, &text(&docs)), outer);
+    assert_eq!(info(&host, &text(&host.project("outer"))), outer);
+    assert_eq!(info(&host, &text(&sources.join("not/there/yet"))), inner);
+    host.openwork(["workspace", "info", &text(&beside)]).fails(4, "workspace_not_found");
+    host.openwork(["workspace", "info", "/"]).fails(4, "workspace_not_found");
+
+    for (cwd, selector, found) in [
+        (&sources, ".", &inner),
+        (&sources, "..", &inner),
+        (&sources, "../..", &outer),
+        (&docs, ".", &outer),
+        (&docs, "../packages/inner", &inner),
+        (&docs, "./", &outer),
+    ] {
+        let run = host.openwork(["workspace", "info", selector]).cwd(cwd);
+        assert_eq!(id(run), *found, "{selector} in {}", cwd.display());
+    }
+    host.openwork(["workspace", "info", "."]).cwd(&beside).fails(4, "workspace_not_found");
+    // Without a slash it is a name.
+    host.openwork(["workspace", "info", "packages"]).cwd(host.project("outer")).fails(4, "workspace_not_found");
+
+    symlink(&sources, host.path("link")).unwrap();
+    assert_eq!(info(&host, &text(&host.path("link"))), inner);
+}
+
+#[test]
+fn a_path_may_begin_at_home() {
+    let host = Host::new();
+    fs::create_dir_all(host.home().join("code/deep")).unwrap();
+    let home = host.add(host.home());
+    let code = host.add(host.home().join("code"));
+    assert_eq!(info(&host, "~"), home);
+    assert_eq!(info(&host, "~/code"), code);
+    assert_eq!(info(&host, "~/code/deep/"), code);
+}
+
+#[test]
+fn a_directory_that_has_gone_can_still_be_named_by_its_path() {
+    let host = Host::new();
+    let project = host.project("gone");
+    host.add(&project);
+    fs::remove_dir(&project).unwrap();
+    host.openwork(["workspace", "remove", project.to_str().unwrap()]).ok();
+    assert_eq!(host.names(), [""; 0]);
+}
+
+#[test]
+fn a_dash_is_the_one_before() {
+    let host = Host::new();
+    let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
+    host.openwork(["workspace", "switch", "-"]).fails(4, "workspace_not_found");
+    host.openwork(["workspace", "switch", "b"]).ok();
+    assert_eq!(info(&host, "-"), a);
+    assert_eq!(id(host.openwork(["workspace", "switch", "-"])), a);
+    assert_eq!(id(host.openwork(["workspace", "switch", "-"])), b);
+    // Switching to where one is is no switch.
+    host.openwork(["workspace", "switch", "b"]).ok();
+    assert_eq!(info(&host, "-"), a);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(info(&host, "-"), a);
+    host.openwork(["workspace", "remove", "a"]).ok();
+    host.openwork(["workspace", "switch", "-"]).fails(4, "workspace_not_found");
+}
+
+#[test]
+fn left_out_it_is_the_variable_or_the_active_one() {
+    let host = Host::new();
+    let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
+    let path = || host.openwork(["workspace", "path"]);
+    assert_eq!(id(path()), a);
+    assert_eq!(id(path().env("OPENWORK_WORKSPACE", "b")), b);
+    assert_eq!(id(path().env("OPENWORK_WORKSPACE", host.project("b"))), b);
+    assert_eq!(id(path().env("OPENWORK_WORKSPACE", "")), a);
+    path().env("OPENWORK_WORKSPACE", "nope").fails(4, "workspace_not_found");
+    // One that is given wins.
+    assert_eq!(id(host.openwork(["workspace", "path", "a"]).env("OPENWORK_WORKSPACE", "b")), a);
+    // The active one is the active one, whatever a shell means to use.
+    assert_eq!(id(host.openwork(["workspace", "current"]).env("OPENWORK_WORKSPACE", "b")), a);
+}
+
+#[test]
+fn every_command_takes_every_form() {
+    let host = Host::new();
+    let project = host.project("the project");
+    let id = host.add(&project);
+    host.add(host.project("other"));
+    for selector in [id.as_str(), "the project", "the p", project.to_str().unwrap()] {
+        host.openwork(["workspace", "switch", selector]).ok();
+        host.openwork(["workspace", "info", selector]).ok();
+        host.openwork(["workspace", "path", selector]).ok();
+        host.openwork(["instance", "dispose", selector]).ok();
+        host.openwork(["workspace", "rename", selector, "the project"]).ok();
+        host.openwork(["workspace", "remove", selector]).ok();
+        host.add(&project);
+    }
+    for command in [["workspace", "switch"], ["workspace", "path"], ["instance", "dispose"], ["workspace", "remove"]] {
+        host.openwork(command.iter().chain(&["nope"])).fails(4, "workspace_not_found");
+    }
+    host.openwork(["workspace", "rename", "nope", "new"]).fails(4, "workspace_not_found");
+}
+
+#[test]
+fn over_http_it_is_percent_encoded() {
+    let host = Host::new();
+    let project = host.project("ünï & co/100%");
+    let id = host.add(&project);
+    host.openwork(["workspace", "rename", &id, "näme with ?#%"]).ok();
+    let found = |selector: &str| host.http("GET", &format!("/workspaces/{selector}")).ok()["workspace"]["id"].clone();
+    assert_eq!(found(&id), *id);
+    assert_eq!(found("@active"), *id);
+    assert_eq!(found("%40active"), *id);
+    for selector in ["näme with ?#%", "näme", project.to_str().unwrap(), &id[..7]] {
+        assert_eq!(found(&encode(selector)), *id, "{selector}");
+    }
+    host.http("GET", &format!("/workspaces/{}/path", encode(project.to_str().unwrap()))).ok();
+    host.http("GET", "/workspaces/nope").fails(404, "workspace_not_found");
+    for bad in ["%", "%4", "%zz", "%ff", "a%00b"] {
+        let reply = host.http("GET", &format!("/workspaces/{bad}")).send();
+        assert!(matches!(reply.status, 400 | 404), "{bad}: {reply:?}");
+    }
+
+    // The one before is a matter of a person at a prompt.
+    host.add(host.project("other"));
+    host.openwork(["workspace", "switch", "other"]).ok();
+    host.http("GET", "/workspaces/-").fails(404, "workspace_not_found");
+    host.http("DELETE", "/workspaces/@active").ok();
+    host.http("GET", "/workspaces/@active").fails(409, "no_active_workspace");
+    host.http("POST", "/workspaces/@active/activate").json(json!({})).fails(409, "no_active_workspace");
+}

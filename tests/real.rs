@@ -1,0 +1,140 @@
+//! The same story against the real opencode, whose path is in `OPENWORK_TEST_OPENCODE`:
+//! `cargo test --test real`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use serde_json::Value;
+
+#[allow(dead_code)] // What only the tests with the fake opencode need.
+#[path = "it/support.rs"]
+mod support;
+
+use support::{Host, Signal, is_alive, kill, wait_for, wait_gone};
+
+/// A host with a real opencode that fetches nothing it can do without.
+fn real() -> Host {
+    let opencode = std::env::var_os("OPENWORK_TEST_OPENCODE").map(PathBuf::from);
+    let opencode = opencode.expect("OPENWORK_TEST_OPENCODE is to name an opencode; `just test` installs one");
+    assert!(opencode.is_file(), "OPENWORK_TEST_OPENCODE: there is no {}", opencode.display());
+    let mut host = Host::with_opencode(&opencode);
+    for switch in ["OPENCODE_DISABLE_AUTOUPDATE", "OPENCODE_DISABLE_MODELS_FETCH"] {
+        host.set(switch, "1");
+    }
+    host
+}
+
+/// What `workspace path` says of this workspace. The first instance of a home may take long.
+fn path(host: &Host, selector: &str) -> Value {
+    host.openwork(["workspace", "path", selector, "--timeout", "80"]).json()["path"].clone()
+}
+
+/// Waits for the end of an instance, in the stream of all events.
+fn disposal(events: &mut support::Events, directory: &Path) {
+    let is_it = |event: &Value| {
+        event["payload"]["type"] == "server.instance.disposed" && event["directory"] == directory.to_str().unwrap()
+    };
+    events.next(is_it).expect("the stream to stay open");
+}
+
+#[test]
+fn one_opencode_serves_every_workspace() {
+    let host = real();
+    let projects = ["a", "b", "c"].map(|name| host.project(name));
+    for project in &projects {
+        host.add(project);
+    }
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.opencode_pid();
+    for project in &projects {
+        host.openwork(["workspace", "switch", project.to_str().unwrap()]).ok();
+        let answer = path(&host, "@active");
+        assert_eq!(answer["directory"], project.to_str().unwrap());
+        assert_eq!(answer["home"], host.home().to_str().unwrap());
+        assert_eq!(host.opencode_pid(), pid);
+        // Nothing has been put into the project.
+        assert_eq!(fs::read_dir(project).unwrap().count(), 0);
+    }
+    assert!(host.health()["engine"]["version"].as_str().unwrap().starts_with("1."));
+}
+
+#[test]
+fn a_disposed_instance_is_made_anew_by_the_next_use() {
+    let host = real();
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.opencode_pid();
+    let mut events = host.opencode("GET", "/global/event").events();
+    // Not loaded yet: nothing to dispose.
+    assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], false);
+    for _ in 0..2 {
+        assert_eq!(path(&host, "p")["directory"], project.to_str().unwrap());
+        assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], true);
+        disposal(&mut events, &project);
+    }
+    assert_eq!(host.opencode_pid(), pid);
+}
+
+#[test]
+fn many_requests_that_find_it_dead_cause_one_restart() {
+    let host = real();
+    let project = host.project("p");
+    host.add(&project);
+    path(&host, "p");
+    let before = host.opencode_pid();
+    kill(before, Signal::KILL);
+    thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                let answer = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "80").ok();
+                assert_eq!(answer["path"]["directory"], project.to_str().unwrap());
+            });
+        }
+    });
+    assert_ne!(host.opencode_pid(), before);
+    assert_eq!(
+        (host.health()["engine"]["generation"].as_u64(), host.health()["engine"]["restarts"].as_u64()),
+        (Some(2), Some(1))
+    );
+}
+
+#[test]
+fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
+    let host = real();
+    let project = host.project("p");
+    host.add(&project);
+    path(&host, "p");
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    let mut events = host.opencode("GET", "/global/event").events();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+
+    path(&host, "p");
+    assert_ne!(host.daemon_pid(), daemon);
+    assert_eq!(host.opencode_pid(), opencode);
+    // The stream of a direct client has stayed open, and goes on.
+    let query = format!("/instance/dispose?directory={}", project.display());
+    host.opencode("POST", &query).send();
+    disposal(&mut events, &project);
+
+    host.openwork(["daemon", "restart"]).ok();
+    assert_eq!(host.opencode_pid(), opencode);
+}
+
+#[test]
+fn a_stop_leaves_nothing() {
+    let host = real();
+    host.add(host.project("p"));
+    path(&host, "p");
+    let opencode = host.opencode_pid();
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(!is_alive(opencode));
+    assert_eq!(host.processes(), [0; 0]);
+    // It starts again on the same port at once.
+    host.openwork(["daemon", "start"]).ok();
+    wait_for("opencode on the port of before", || {
+        host.health()["opencode"]["port"].to_string() == host.get("OPENWORK_OPENCODE_PORT")
+    });
+}
