@@ -293,9 +293,11 @@ impl Error {
             Error::WorkspaceAmbiguous { .. } => "give more of the name or id",
             Error::NoActiveWorkspace => "choose one with `openwork workspace switch <ws>`, or name it",
             Error::OpencodeNotFound(_) => {
-                "install it (npm install -g opencode-ai), or name it with --opencode-bin or OPENWORK_OPENCODE_BIN"
+                "install it (npm install -g opencode-ai), or name it: `openwork daemon restart --opencode-bin FILE`"
             }
-            Error::OpencodeUnsupported { .. } => "install opencode 1.x, or name another with --opencode-bin",
+            Error::OpencodeUnsupported { .. } => {
+                "install opencode 1.x, or name another: `openwork daemon restart --opencode-bin FILE`"
+            }
             Error::OpencodeStartFailed(_) => "look at `openwork logs opencode`; `openwork daemon start` tries again",
             Error::OpencodeTimeout(_) => "try again with a longer --timeout; `openwork status` shows how opencode is",
             _ => return None,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -109,8 +110,10 @@ fn salvage(bytes: &[u8]) -> (State, Vec<String>) {
         };
         at += length;
     }
+    // So that addresses stay the same.
+    state.ports = value_after(bytes, "ports").unwrap_or_default();
     for (name, id) in [("activeId", &mut state.active_id), ("previousId", &mut state.previous_id)] {
-        let found = string_after(bytes, name).unwrap_or_default();
+        let found: String = value_after(bytes, name).unwrap_or_default();
         if state.workspaces.iter().any(|workspace| workspace.id == found) {
             *id = found;
         }
@@ -151,12 +154,12 @@ fn workspace(mut object: Map<String, Value>) -> std::result::Result<Workspace, S
     serde_json::from_value(object.into()).map_err(|e| format!("{described}: {e}"))
 }
 
-/// The string behind the first field of this name.
-fn string_after(bytes: &[u8], name: &str) -> Option<String> {
+/// The value behind the first field of this name.
+fn value_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> Option<T> {
     let field = format!("\"{name}\"");
     let at = bytes.windows(field.len()).position(|window| window == field.as_bytes())? + field.len();
     let rest = bytes[at..].trim_ascii_start().strip_prefix(b":")?;
-    serde_json::Deserializer::from_slice(rest).into_iter::<String>().next()?.ok()
+    serde_json::Deserializer::from_slice(rest).into_iter::<T>().next()?.ok()
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -29,6 +29,9 @@ const VERSION: u64 = 1;
 /// How long after a change of `lastUsedAt` it is written at the latest: it is worth no more than
 /// one write a second.
 const WRITE_BEHIND: Duration = Duration::from_secs(1);
+
+/// How many workspaces are named that an ambiguous selector could mean.
+const SHOWN_CANDIDATES: usize = 10;
 
 /// The daemon that runs, or ran.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -150,10 +153,16 @@ pub struct State {
     #[serde(default)]
     pub previous_id: String,
     /// In the order they were added.
+    #[serde(serialize_with = "as_json")]
     pub workspaces: Vec<Arc<Workspace>>,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
+}
+
+/// Each workspace by the JSON it keeps.
+fn as_json<S: Serializer>(workspaces: &[Arc<Workspace>], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(workspaces.iter().map(|workspace| workspace.json()))
 }
 
 impl Default for State {
@@ -246,10 +255,14 @@ impl State {
         match candidates[..] {
             [] => Err(not_found()),
             [one] => Ok(one),
-            _ => Err(Error::WorkspaceAmbiguous {
-                selector: selector.to_owned(),
-                candidates: candidates.iter().take(10).map(|w| format!("{} ({})", w.name, w.id)).collect(),
-            }),
+            _ => {
+                let mut shown: Vec<String> =
+                    candidates.iter().take(SHOWN_CANDIDATES).map(|w| format!("{} ({})", w.name, w.id)).collect();
+                if candidates.len() > SHOWN_CANDIDATES {
+                    shown.push(format!("and {} more", candidates.len() - SHOWN_CANDIDATES));
+                }
+                Err(Error::WorkspaceAmbiguous { selector: selector.to_owned(), candidates: shown })
+            }
         }
     }
 
@@ -318,7 +331,7 @@ impl State {
 
     fn get_mut(&mut self, id: &str) -> Result<&mut Workspace> {
         let found = self.workspaces.iter_mut().find(|w| w.id == id);
-        found.map(Arc::make_mut).ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
+        found.map(Workspace::edit).ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
     }
 
     fn check_free_name(&self, name: &str, for_id: &str) -> Result<()> {
@@ -449,7 +462,7 @@ impl Pending {
         for workspace in &mut state.workspaces {
             if let Some(&at) = self.used.get(&workspace.id) {
                 if workspace.last_used_at.is_none_or(|before| before < at) {
-                    Arc::make_mut(workspace).last_used_at = Some(at);
+                    Workspace::edit(workspace).last_used_at = Some(at);
                 }
             }
         }

@@ -7,8 +7,10 @@ use std::fs;
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -60,9 +62,29 @@ pub struct Workspace {
     /// Fields of other versions and programs; they survive.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
+    /// See [`Workspace::json`].
+    #[serde(skip)]
+    json: OnceLock<Box<RawValue>>,
 }
 
 impl Workspace {
+    /// Its JSON, made once: every write of the state writes all workspaces, and most are as they
+    /// were.
+    pub fn json(&self) -> Option<&RawValue> {
+        if let Some(json) = self.json.get() {
+            return Some(json);
+        }
+        let json = serde_json::value::to_raw_value(self).ok()?;
+        Some(self.json.get_or_init(|| json))
+    }
+
+    /// To change it; others who share it keep what they have.
+    pub fn edit(shared: &mut Arc<Workspace>) -> &mut Workspace {
+        let workspace = Arc::make_mut(shared);
+        workspace.json = OnceLock::new();
+        workspace
+    }
+
     /// Whether it has an instance in our opencode.
     pub fn is_local(&self) -> bool {
         self.workspace_type == Kind::Local
@@ -78,12 +100,16 @@ impl Workspace {
 
     /// Where it is, for people.
     pub fn location(&self) -> String {
-        let url = self.base_url.as_deref().unwrap_or_default();
-        match (self.workspace_type, self.directory.as_deref()) {
-            (Kind::Local, _) => self.path.clone(),
-            (Kind::Remote, None | Some("")) => url.to_owned(),
-            (Kind::Remote, Some(directory)) => format!("{url} {directory}"),
-        }
+        location(&self.path, self.base_url.as_deref(), self.directory.as_deref())
+    }
+}
+
+/// Where a workspace is, for people: its path, or its URL and the directory there.
+pub fn location(path: &str, base_url: Option<&str>, directory: Option<&str>) -> String {
+    match (base_url, directory) {
+        (Some(url), None | Some("")) if !url.is_empty() => url.to_owned(),
+        (Some(url), Some(directory)) if !url.is_empty() => format!("{url} {directory}"),
+        _ => path.to_owned(),
     }
 }
 
@@ -184,6 +210,7 @@ impl Place {
             created_at: Some(now),
             last_used_at: Some(now),
             extra: Map::new(),
+            json: OnceLock::new(),
         }
     }
 }

@@ -179,8 +179,16 @@ impl Client {
     /// # Errors
     /// What the daemon replies; `daemon_unresponsive`.
     pub fn read<T: DeserializeOwned>(&self, target: &str) -> Result<Option<T>> {
+        self.read_bytes(target)?.map(|reply| decode(&reply)).transpose()
+    }
+
+    /// The same, as it came.
+    ///
+    /// # Errors
+    /// As for [`Client::read`].
+    pub fn read_bytes(&self, target: &str) -> Result<Option<Vec<u8>>> {
         let Some(address) = self.find()? else { return Ok(None) };
-        match self.ask_at(address, "GET", target, &()) {
+        match self.exchange(address, "GET", target, &[]) {
             Err(Error::DaemonNotRunning) => Ok(None),
             other => other.map(Some),
         }
@@ -209,23 +217,21 @@ impl Client {
         body: &impl Serialize,
     ) -> Result<T> {
         let body = if method == "GET" || method == "DELETE" { Vec::new() } else { to_json(body)? };
-        let (status, reply) = self.exchange(address, method, target, &body)?;
-        let not_ours =
-            |e| Error::DaemonUnresponsive(format!("port {} answers what is not understood: {e}", address.port));
-        if (200..300).contains(&status) {
-            return serde_json::from_slice(&reply).map_err(not_ours);
-        }
-        let failure: Failure = serde_json::from_slice(&reply).map_err(not_ours)?;
-        Err(Error::reported(failure.error, status))
+        decode(&self.exchange(address, method, target, &body)?)
     }
 
-    fn exchange(&self, address: Address, method: &str, target: &str, body: &[u8]) -> Result<(u16, Vec<u8>)> {
+    /// Sends a request; the reply, if it is no error.
+    fn exchange(&self, address: Address, method: &str, target: &str, body: &[u8]) -> Result<Vec<u8>> {
         let length = body.len().to_string();
         let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
         let response = self.open(address, method, target, &headers, |stream| stream.write_all(body))?;
         let status = response.status;
         let reply = response.bytes(REPLY_LIMIT).map_err(|e| self.lost(address, &e))?;
-        Ok((status, reply))
+        if (200..300).contains(&status) {
+            return Ok(reply);
+        }
+        let failure: Failure = decode(&reply)?;
+        Err(Error::reported(failure.error, status))
     }
 
     /// Sends a request; the reply with its head read, which the deadline is for.
@@ -297,6 +303,13 @@ impl Client {
     }
 }
 
-fn to_json(body: &impl Serialize) -> Result<Vec<u8>> {
+/// What a daemon of ours says.
+pub fn decode<T: DeserializeOwned>(reply: &[u8]) -> Result<T> {
+    serde_json::from_slice(reply)
+        .map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
+}
+
+/// A value as it is sent.
+pub fn to_json(body: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(body).map_err(|e| Error::Internal(format!("cannot write JSON: {e}")))
 }

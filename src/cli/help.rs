@@ -129,8 +129,8 @@ fn siblings(row: &CommandRow) -> String {
 }
 
 fn command_help(row: &CommandRow) -> String {
-    let mut text =
-        format!("{}\n\nusage: {} [options]\n", row.summary, format!("openwork {} {}", row.name, row.args).trim_end());
+    let usage = format!("openwork {} [options] {}", row.name, row.args);
+    let mut text = format!("{}\n\nusage: {}\n", row.summary, usage.trim_end());
     for alias in aliases(row.name) {
         let _ = writeln!(text, "  also: openwork {alias}");
     }

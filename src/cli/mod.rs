@@ -13,9 +13,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use self::client::Client;
+use self::client::{Client, decode, to_json};
 use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
 use crate::args::{self, Command, Invocation};
 use crate::daemon;
@@ -31,7 +31,7 @@ use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, Health, InstanceList, Listed, PathReply, Phase, Rename,
     Shutdown, WorkspaceList, WorkspaceReply,
 };
-use crate::workspace::{Workspace, looks_like_path};
+use crate::workspace::{Workspace, location, looks_like_path};
 
 /// The hidden command by which a client starts a daemon in the background.
 pub const DETACHED_COMMAND: &str = "__daemon";
@@ -281,32 +281,56 @@ fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> 
     print_added(out, &reply)
 }
 
+/// What is shown of a workspace in a list: there may be ten thousand.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    id: String,
+    name: String,
+    path: String,
+    base_url: Option<String>,
+    directory: Option<String>,
+    #[serde(default)]
+    missing: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Rows {
+    active_id: String,
+    workspaces: Vec<Row>,
+}
+
 fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
-    let list = match client.read("/workspaces")? {
+    let list = match client.read_bytes("/workspaces")? {
         Some(list) => list,
         None => {
             let state = State::read(&client.data_dir.state())?;
-            let workspaces = state.workspaces.iter().map(Listed::new).collect();
-            WorkspaceList { ok: true, active_id: state.active_id, workspaces }
+            let workspaces = Listed::all(&state.workspaces);
+            to_json(&WorkspaceList { ok: true, active_id: state.active_id, workspaces })?
         }
     };
-    out.print(&list, |list| {
-        if quiet {
-            return list.workspaces.iter().map(|listed| format!("{}\n", clean(&listed.workspace.id))).collect();
-        }
-        if list.workspaces.is_empty() {
-            note("no workspaces yet: add one with `openwork workspace add <path>`\n");
-            return String::new();
-        }
-        let mut rows = vec![["", "NAME", "ID", "WHERE"].map(str::to_owned).to_vec()];
-        rows.extend(list.workspaces.iter().map(|listed| {
-            let workspace = &listed.workspace;
-            let mark = if workspace.id == list.active_id { "*" } else { "" };
-            let missing = if listed.missing { " (missing)" } else { "" };
-            vec![mark.to_owned(), workspace.name.clone(), workspace.id.clone(), workspace.location() + missing]
-        }));
-        table(&rows)
-    })
+    if out.is_json() {
+        out.write(&list)?;
+        return out.write(b"\n");
+    }
+    let Rows { active_id, workspaces } = decode(&list)?;
+    if quiet {
+        let ids: String = workspaces.iter().map(|row| format!("{}\n", clean(&row.id))).collect();
+        return out.write(ids.as_bytes());
+    }
+    if workspaces.is_empty() {
+        note("no workspaces yet: add one with `openwork workspace add <path>`\n");
+        return Ok(());
+    }
+    let mut rows = vec![["", "NAME", "ID", "WHERE"].map(str::to_owned).to_vec()];
+    rows.extend(workspaces.into_iter().map(|row| {
+        let mark = if row.id == active_id { "*" } else { "" };
+        let missing = if row.missing { " (missing)" } else { "" };
+        let place = location(&row.path, row.base_url.as_deref(), row.directory.as_deref());
+        vec![mark.to_owned(), row.name, row.id, place + missing]
+    }));
+    out.write(table(&rows).as_bytes())
 }
 
 fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result<()> {
@@ -359,7 +383,7 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
     drop(lock);
     out.print(&repair, |repair| {
         let Some(original) = &repair.original else {
-            return format!("nothing to repair: {} workspaces in {}\n", repair.workspaces.len(), path.display());
+            return format!("nothing to repair in {} (workspaces: {})\n", path.display(), repair.workspaces.len());
         };
         let mut text =
             format!("{}: {}\n", clean(&path.display().to_string()), repair.problem.as_deref().unwrap_or_default());
@@ -370,7 +394,7 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
         for refused in &repair.refused {
             text.push_str(&format!("could not save {}\n", clean(refused)));
         }
-        text.push_str(&format!("{} workspaces saved\n", repair.workspaces.len()));
+        text.push_str(&format!("saved in all: {}\n", repair.workspaces.len()));
         text
     })
 }

@@ -4,6 +4,7 @@
 //! that has closed the pipe ends the output quietly, and any other failure to write is an error;
 //! what is printed for people holds no control characters of names, paths or logs.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -101,8 +102,12 @@ fn colour(stream: &impl IsTerminal) -> bool {
 }
 
 /// Text without control characters, for one line.
-pub fn clean(text: &str) -> String {
-    text.chars().map(|c| if is_unprintable(c) { '\u{fffd}' } else { c }).collect()
+pub fn clean(text: &str) -> Cow<'_, str> {
+    // Mostly there is nothing to do, and lists are long.
+    if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return Cow::Borrowed(text);
+    }
+    text.chars().map(|c| if is_unprintable(c) { '\u{fffd}' } else { c }).collect::<String>().into()
 }
 
 /// Text without control characters, but for line ends and tabs.
@@ -112,17 +117,26 @@ pub fn clean_lines(text: &str) -> String {
 
 /// Rows with their columns aligned, each cell cleaned; without spaces at the ends of lines.
 pub fn table(rows: &[Vec<String>]) -> String {
-    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| clean(cell)).collect()).collect();
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let cell = |cell: &String| {
+        let cell = clean(cell).into_owned();
+        let width = if cell.is_ascii() { cell.len() } else { cell.chars().count() };
+        (cell, width)
+    };
+    let rows: Vec<Vec<(String, usize)>> = rows.iter().map(|row| row.iter().map(cell).collect()).collect();
+    let mut widths = Vec::new();
+    for row in &rows {
+        widths.resize(row.len().max(widths.len()), 0);
+        for ((_, width), widest) in row.iter().zip(&mut widths) {
+            *widest = (*widest).max(*width);
+        }
+    }
     let mut text = String::new();
     for row in &rows {
-        let mut line = String::new();
-        for (cell, width) in row.iter().zip(&widths) {
-            let _ = write!(line, "{cell:width$}  ");
+        for ((cell, width), widest) in row.iter().zip(&widths) {
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(' ', widest - width + 2));
         }
-        text.push_str(line.trim_end());
+        text.truncate(text.trim_end_matches(' ').len());
         text.push('\n');
     }
     text

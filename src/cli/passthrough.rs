@@ -127,7 +127,7 @@ fn open_body(data: Data) -> Result<Body> {
             Body { reader: Box::new(io::Cursor::new(bytes)), length: Some(length) }
         }
         Data::File(path) => {
-            let failed = |e| Error::io("read", &path, e);
+            let failed = |e| Error::usage(format!("--data: cannot read {}: {e}", path.display()));
             let file = File::open(&path).map_err(failed)?;
             let metadata = file.metadata().map_err(failed)?;
             // A pipe has a length, which is 0.

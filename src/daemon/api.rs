@@ -176,7 +176,7 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
         Route::Health => Answer::new(200, &daemon.health()),
         Route::List => {
             let state = daemon.store.latest();
-            let workspaces = state.workspaces.iter().map(Listed::new).collect();
+            let workspaces = Listed::all(&state.workspaces);
             Answer::new(200, &WorkspaceList { ok: true, active_id: state.active_id.clone(), workspaces })
         }
         Route::AddLocal => {

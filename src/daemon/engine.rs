@@ -174,6 +174,10 @@ impl Endpoint {
     }
 }
 
+/// The query parameter by which web pages give credentials where they can set no header: the part
+/// of the Basic credentials behind the scheme, percent-encoded.
+pub const TOKEN_PARAMETER: &str = "auth_token";
+
 /// The header that says which instance is meant; percent-encoded once.
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
@@ -232,7 +236,7 @@ pub fn version_command(binary: &Path, cwd: &Path) -> Command {
     let mut command = Command::new(binary);
     command
         .arg("--version")
-        .env_remove(NOTIFY_SOCKET)
+        .env_remove(NOT_PASSED_ON[0])
         .current_dir(cwd)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -272,13 +276,16 @@ pub fn launch_command(binary: &Path, port: u16, auth: &Auth) -> Command {
         .arg(port.to_string())
         .env("OPENCODE_SERVER_USERNAME", &auth.opencode_username)
         .env("OPENCODE_SERVER_PASSWORD", &auth.opencode_password)
-        .env_remove(NOTIFY_SOCKET)
         .stdin(Stdio::piped());
+    for name in NOT_PASSED_ON {
+        command.env_remove(name);
+    }
     command
 }
 
-/// Where a service manager is told that we are ready: no business of opencode's.
-const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+/// What is not passed on: where a service manager is told that *we* are ready, and what
+/// `openwork env` says of one workspace, which the agent's shells of all would believe.
+const NOT_PASSED_ON: [&str; 4] = ["NOTIFY_SOCKET", "OPENWORK_WORKSPACE", "OPENWORK_DIRECTORY", "OPENCODE_BASE_URL"];
 
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";

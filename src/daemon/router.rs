@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Daemon;
 use super::api;
-use super::engine::{CallError, DIRECTORY_HEADER, Endpoint, FILTERED_BY_DIRECTORY};
+use super::engine::{CallError, DIRECTORY_HEADER, Endpoint, FILTERED_BY_DIRECTORY, TOKEN_PARAMETER};
 use super::gate::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
@@ -53,7 +53,10 @@ pub struct Client<'a> {
 /// While nothing was answered yet: what is to be answered. After that the connection just ends.
 pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()> {
     let request = client.request;
-    let given = request.only("authorization")?.unwrap_or_default();
+    let given = match request.only("authorization")? {
+        Some(given) => given.to_owned(),
+        None => format!("Basic {}", token(request.target).unwrap_or_default()),
+    };
     if !same(given.as_bytes(), daemon.authorization.as_bytes()) {
         return Err(Error::Unauthorized);
     }
@@ -97,6 +100,14 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
 /// Whether a request changes nothing, so that it may be sent twice.
 fn is_safe(request: &Head<'_>) -> bool {
     matches!(request.method, "GET" | "HEAD") && request.framing == Framing::Length(0)
+}
+
+/// The credentials in the query, where a web page cannot send a header.
+fn token(target: &str) -> Option<String> {
+    let (_, query) = target.split_once('?')?;
+    let mut parameters = query.split('&').filter_map(|parameter| parameter.split_once('='));
+    let (_, value) = parameters.find(|(name, _)| *name == TOKEN_PARAMETER)?;
+    String::from_utf8(percent_decode(value)?).ok()
 }
 
 /// Compares without telling by its time where the difference is.
