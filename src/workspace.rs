@@ -3,6 +3,7 @@
 //!
 //! New entries are validated here; those read from a file are taken as they are stored.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::net::Ipv6Addr;
@@ -100,16 +101,16 @@ impl Workspace {
 
     /// Where it is, for people.
     pub fn location(&self) -> String {
-        location(&self.path, self.base_url.as_deref(), self.directory.as_deref())
+        location(Cow::from(&self.path), self.base_url.as_deref(), self.directory.as_deref()).into_owned()
     }
 }
 
 /// Where a workspace is, for people: its path, or its URL and the directory there.
-pub fn location(path: &str, base_url: Option<&str>, directory: Option<&str>) -> String {
+pub fn location<'a>(path: Cow<'a, str>, base_url: Option<&str>, directory: Option<&str>) -> Cow<'a, str> {
     match (base_url, directory) {
-        (Some(url), None | Some("")) if !url.is_empty() => url.to_owned(),
-        (Some(url), Some(directory)) if !url.is_empty() => format!("{url} {directory}"),
-        _ => path.to_owned(),
+        (Some(url), None | Some("")) if !url.is_empty() => url.to_owned().into(),
+        (Some(url), Some(directory)) if !url.is_empty() => format!("{url} {directory}").into(),
+        _ => path,
     }
 }
 

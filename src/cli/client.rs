@@ -9,8 +9,8 @@ use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::DETACHED_COMMAND;
 use super::output::Waiting;
@@ -304,7 +304,7 @@ impl Client {
 }
 
 /// What a daemon of ours says.
-pub fn decode<T: DeserializeOwned>(reply: &[u8]) -> Result<T> {
+pub fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
     serde_json::from_slice(reply)
         .map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
 }

@@ -6,6 +6,7 @@ mod logs;
 mod output;
 mod passthrough;
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
@@ -255,7 +256,7 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
                 format!("version {version}"),
             ]);
         }
-        row
+        row.into_iter().map(Cow::from).collect()
     };
     let version = health.engine.version.as_deref().unwrap_or("unknown");
     let mut text = table(&[
@@ -284,10 +285,13 @@ fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> 
 /// What is shown of a workspace in a list: there may be ten thousand.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Row {
-    id: String,
-    name: String,
-    path: String,
+struct Row<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    path: Cow<'a, str>,
     base_url: Option<String>,
     directory: Option<String>,
     #[serde(default)]
@@ -296,9 +300,10 @@ struct Row {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Rows {
+struct Rows<'a> {
     active_id: String,
-    workspaces: Vec<Row>,
+    #[serde(borrow)]
+    workspaces: Vec<Row<'a>>,
 }
 
 fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
@@ -323,12 +328,14 @@ fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
         note("no workspaces yet: add one with `openwork workspace add <path>`\n");
         return Ok(());
     }
-    let mut rows = vec![["", "NAME", "ID", "WHERE"].map(str::to_owned).to_vec()];
+    let mut rows = vec![["", "NAME", "ID", "WHERE"].map(Cow::from).to_vec()];
     rows.extend(workspaces.into_iter().map(|row| {
         let mark = if row.id == active_id { "*" } else { "" };
-        let missing = if row.missing { " (missing)" } else { "" };
-        let place = location(&row.path, row.base_url.as_deref(), row.directory.as_deref());
-        vec![mark.to_owned(), row.name, row.id, place + missing]
+        let mut place = location(row.path, row.base_url.as_deref(), row.directory.as_deref());
+        if row.missing {
+            place += " (missing)";
+        }
+        vec![mark.into(), row.name, row.id, place]
     }));
     out.write(table(&rows).as_bytes())
 }
@@ -338,7 +345,7 @@ fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result
     out.print(&reply, |reply| {
         let workspace = &reply.workspace.workspace;
         let date = |ms: Option<u64>| ms.filter(|ms| *ms > 0).map_or_else(|| "unknown".to_owned(), timestamp);
-        let row = |name: &str, value: String| vec![name.to_owned(), value];
+        let row = |name: &'static str, value: String| vec![Cow::from(name), value.into()];
         let is_active = reply.active_id == workspace.id;
         let missing = if reply.workspace.missing { " (missing)" } else { "" };
         table(&[
@@ -357,15 +364,18 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
     let list: InstanceList = client.ask("GET", "/instances", &())?;
     out.print(&list, |list| {
         let now = now_ms();
-        let mut rows = vec![["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(str::to_owned).to_vec()];
+        let mut rows = vec![["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(Cow::from).to_vec()];
         rows.extend(list.instances.iter().map(|instance| {
             let ago = |at: u64| format!("{} ago", duration(now.saturating_sub(at)));
             vec![
-                instance.workspace.name.clone(),
-                instance.state.name().to_owned(),
-                instance.open_streams.to_string(),
-                instance.workspace.last_used_at.map_or_else(String::new, ago),
-                instance.evict_at.map_or_else(String::new, |at| format!("in {}", duration(at.saturating_sub(now)))),
+                Cow::from(&instance.workspace.name),
+                instance.state.name().into(),
+                instance.open_streams.to_string().into(),
+                instance.workspace.last_used_at.map_or_else(String::new, ago).into(),
+                instance
+                    .evict_at
+                    .map_or_else(String::new, |at| format!("in {}", duration(at.saturating_sub(now))))
+                    .into(),
             ]
         }));
         let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);

@@ -116,13 +116,14 @@ pub fn clean_lines(text: &str) -> String {
 }
 
 /// Rows with their columns aligned, each cell cleaned; without spaces at the ends of lines.
-pub fn table(rows: &[Vec<String>]) -> String {
-    let cell = |cell: &String| {
-        let cell = clean(cell).into_owned();
+pub fn table(rows: &[Vec<Cow<'_, str>>]) -> String {
+    let cell = |cell| {
+        let cell = clean(cell);
         let width = if cell.is_ascii() { cell.len() } else { cell.chars().count() };
         (cell, width)
     };
-    let rows: Vec<Vec<(String, usize)>> = rows.iter().map(|row| row.iter().map(cell).collect()).collect();
+    let rows: Vec<Vec<(Cow<'_, str>, usize)>> =
+        rows.iter().map(|row| row.iter().map(|text| cell(text.as_ref())).collect()).collect();
     let mut widths = Vec::new();
     for row in &rows {
         widths.resize(row.len().max(widths.len()), 0);
@@ -194,8 +195,7 @@ mod tests {
 
     #[test]
     fn tables_are_aligned_and_clean() {
-        let rows =
-            [vec!["a".to_owned(), "é\x1b[31m".to_owned(), String::new()], vec!["long".to_owned(), "b".to_owned()]];
+        let rows = [vec!["a".into(), "é\x1b[31m".into(), "".into()], vec!["long".into(), "b".into()]];
         assert_eq!(table(&rows), "a     é\u{fffd}[31m\nlong  b\n");
     }
 
