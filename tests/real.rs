@@ -35,7 +35,7 @@ fn disposal(events: &mut support::Events, directory: &Path) {
     let is_it = |event: &Value| {
         event["payload"]["type"] == "server.instance.disposed" && event["directory"] == directory.to_str().unwrap()
     };
-    events.next(is_it).expect("the stream to stay open");
+    events.find(is_it).expect("the stream to stay open");
 }
 
 #[test]

@@ -564,3 +564,116 @@ fn reason(status: u16) -> &'static str {
         _ => "Unknown",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// xorshift64: enough of a random number to break a parser, and the same every time.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % bound as u64) as usize
+        }
+
+        fn one_of<'a, T: ?Sized>(&mut self, choices: &[&'a T]) -> &'a T {
+            choices[self.below(choices.len())]
+        }
+    }
+
+    /// Parts of requests, good and bad, of which a head is put together.
+    const LINES: &[&[u8]] = &[
+        b"GET /health HTTP/1.1\r\n",
+        b"POST /workspaces HTTP/1.1\r\n",
+        b"GET /w/a/b?c=%00 HTTP/1.0\r\n",
+        b"PRI * HTTP/2.0\r\n",
+        b"GET http://127.0.0.1/ HTTP/1.1\r\n",
+        b"CONNECT h:1 HTTP/1.1\r\n",
+        b"OPTIONS * HTTP/1.1\r\n",
+        b"GET / HTTP/9.9\r\n",
+        b"GET  /  HTTP/1.1\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET /\xc3\xa9 HTTP/1.1\r\n",
+        b"get\t/ HTTP/1.1\r\n",
+        b"\r\n\r\n",
+    ];
+    const HEADERS: &[&[u8]] = &[
+        b"Host: 127.0.0.1:1\r\n",
+        b"host:localhost:1\r\n",
+        b"Content-Length: 5\r\n",
+        b"Content-Length: +5\r\n",
+        b"Content-Length: -1\r\n",
+        b"Content-Length: 0x5\r\n",
+        b"Content-Length: 5, 5\r\n",
+        b"Content-Length:\r\n",
+        b"Content-Length: 99999999999999999999999\r\n",
+        b"content-length: 6\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: \x0bchunked\r\n",
+        b"transfer-encoding : chunked\r\n",
+        b"Transfer-Encoding: identity\r\n",
+        b"X: a\r\n b\r\n",
+        b"X: a\nY: b\r\n",
+        b"X: \0\r\n",
+        b": x\r\n",
+        b"X\r\n",
+        b"Origin: null\r\n",
+        b"Origin: http://\xff\r\n",
+        b"X: \r Content-Length: 7\r\n",
+        b"Connection: upgrade, close\r\n",
+    ];
+
+    #[test]
+    fn whatever_is_sent_has_one_reading_or_none() {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let (mut accepted, mut refused) = (0, 0);
+        for _ in 0..200_000 {
+            let mut head = random.one_of(LINES).to_vec();
+            for _ in 0..random.below(6) {
+                head.extend_from_slice(random.one_of(HEADERS));
+            }
+            head.extend_from_slice(b"\r\n");
+            for _ in 0..random.below(4) {
+                let at = random.below(head.len());
+                match random.below(4) {
+                    0 => head[at] = random.below(256) as u8,
+                    1 => drop(head.remove(at)),
+                    2 => head.insert(at, *random.one_of(&[&b'\r', &b'\n', &0, &b' ', &b':', &0xff])),
+                    _ => head.truncate(at.max(1)),
+                }
+                if head.is_empty() {
+                    head.push(b'\n');
+                }
+            }
+            // Its end is where it is found first, as in read_head.
+            if let Some(at) = head.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+                head.truncate(at + 4);
+            }
+            let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
+            let Ok(request) = Head::parse(&head, &mut headers) else {
+                refused += 1;
+                continue;
+            };
+            accepted += 1;
+            let text = String::from_utf8_lossy(&head);
+            assert!(request.target.starts_with('/') && request.target.is_ascii(), "{text}");
+            let lower = text.to_ascii_lowercase();
+            let lengths = lower.lines().filter(|line| line.starts_with("content-length:")).count();
+            let codings = lower.lines().filter(|line| line.starts_with("transfer-encoding:")).count();
+            let expected = match (lengths, codings) {
+                (0, 0) => request.framing == Framing::Length(0),
+                (1, 0) => matches!(request.framing, Framing::Length(_)),
+                (0, 1) => request.framing == Framing::Chunked,
+                _ => false,
+            };
+            assert!(expected, "{lengths} lengths, {codings} codings: {text}");
+            assert!(!text.contains('\0') && !text.replace("\r\n", "").contains(['\r', '\n']), "{text:?}");
+        }
+        assert!(accepted > 1000 && refused > 1000, "{accepted} accepted, {refused} refused");
+    }
+}

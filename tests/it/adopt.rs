@@ -41,7 +41,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
 
     // The stream of a direct client has stayed open, and goes on.
     host.opencode("POST", &format!("/instance/dispose?directory={}", project.display())).send();
-    let disposed = events.next(|event| event["payload"]["type"] == "server.instance.disposed");
+    let disposed = events.find(|event| event["payload"]["type"] == "server.instance.disposed");
     assert_eq!(disposed.unwrap()["directory"], project.to_str().unwrap());
 }
 

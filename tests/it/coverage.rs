@@ -15,33 +15,13 @@ use crate::support::{Host, Observed, Outcome, observed, poll};
 /// What nothing can exercise yet. Whoever makes it possible strikes it out: what is exercised
 /// and still stands here is an error too.
 const LATER: &[&str] = &[
-    // Credentials are for /w/.
-    "code unauthorized",
     // Nothing from outside can make a handler panic.
     "code internal",
-    // Routing and eviction have tests of their own to come.
-    "command api",
-    "command attach",
-    "command run",
-    "command env",
-    "command events",
-    "command instance list",
+    // To come.
     "command workspace import",
-    "command state repair",
     "command completions",
     "command man",
     "command service print",
-    "option --data",
-    "option -d",
-    "option --header",
-    "option -H",
-    "option --include",
-    "option -i",
-    "option --shell",
-    "option --idle-ttl",
-    "variable OPENWORK_IDLE_TTL",
-    "route GET /instances",
-    "route GET /events",
     "route GET /doc",
 ];
 

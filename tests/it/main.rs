@@ -6,8 +6,12 @@ mod cli;
 // In the order of names, in which tests are begun, it has to come last.
 mod daemon;
 mod engine;
+mod events;
+mod evict;
 mod gate;
+mod passthrough;
 mod registry;
+mod route;
 mod selectors;
 mod state;
 mod support;

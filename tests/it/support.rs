@@ -184,7 +184,9 @@ impl Host {
             env: Vec::new(),
             cwd: self.root.clone(),
             shell: None,
-            stdout: None,
+            stdin: Stdio::null(),
+            stdout: Stdio::piped(),
+            secret: false,
         }
     }
 
@@ -240,9 +242,17 @@ impl Host {
     /// A call to opencode itself, past the daemon, with its credentials.
     pub fn opencode(&self, method: &str, target: &str) -> Http<'_> {
         let port = until("opencode to be ready", || self.health()["opencode"]["port"].as_u64());
-        let credentials = base64(&format!("opencode:{}", self.password()));
-        let http = Http::to(None, port as u16, method, target);
-        http.header("Authorization", format!("Basic {credentials}"))
+        Http::to(None, port as u16, method, target).header("Authorization", self.credentials())
+    }
+
+    /// A call of OpenCode's through the daemon: `/w/<ws>/…`, with its credentials.
+    pub fn routed(&self, method: &str, target: &str) -> Http<'_> {
+        self.http(method, target).header("Authorization", self.credentials())
+    }
+
+    /// What opencode wants in the `Authorization` header.
+    pub fn credentials(&self) -> String {
+        format!("Basic {}", base64(&format!("opencode:{}", self.password())))
     }
 
     pub fn connect(&self) -> TcpStream {
@@ -420,7 +430,9 @@ pub struct Run<'a> {
     env: Vec<(OsString, OsString)>,
     cwd: PathBuf,
     shell: Option<String>,
-    stdout: Option<Stdio>,
+    stdin: Stdio,
+    stdout: Stdio,
+    secret: bool,
 }
 
 impl<'a> Run<'a> {
@@ -440,8 +452,19 @@ impl<'a> Run<'a> {
         self
     }
 
+    pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
+        self.stdin = stdin.into();
+        self
+    }
+
     pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Self {
-        self.stdout = Some(stdout.into());
+        self.stdout = stdout.into();
+        self
+    }
+
+    /// What it prints has the password in it, and is meant to.
+    pub fn secret(mut self) -> Self {
+        self.secret = true;
         self
     }
 
@@ -497,8 +520,7 @@ impl<'a> Run<'a> {
             command.uid(user).gid(user);
         }
         observed().variables.extend(command.get_envs().map(|(name, _)| name.to_string_lossy().into_owned()));
-        let stdout = self.stdout.unwrap_or_else(Stdio::piped);
-        command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
+        command.stdin(self.stdin).stdout(self.stdout).stderr(Stdio::piped());
         let mut child = command.spawn().expect("spawning openwork");
         // The command holds copies of the ends of pipes it was given.
         drop(command);
@@ -508,6 +530,7 @@ impl<'a> Run<'a> {
             stdout: Capture::of(child.stdout.take()),
             stderr: Capture::of(child.stderr.take()),
             child,
+            secret: self.secret,
         }
     }
 }
@@ -526,6 +549,7 @@ pub struct Running<'a> {
     child: Child,
     stdout: Capture,
     stderr: Capture,
+    secret: bool,
 }
 
 impl Running<'_> {
@@ -555,7 +579,10 @@ impl Running<'_> {
         poll(DEADLINE, || (self.stdout.is_done() && self.stderr.is_done()).then_some(()))?;
         let (args, stdout, stderr) = (self.args.clone(), self.stdout.text(), self.stderr.text());
         let output = Output { args, status, stdout, stderr };
-        self.host.note(&format!("{output:?}\n"));
+        match self.secret {
+            true => self.host.note(&format!("$ openwork {}\n[secret]\n", self.args.join(" "))),
+            false => self.host.note(&format!("{output:?}\n")),
+        }
         observed().commands.insert((output.args.clone(), output.status.code()));
         Some(output)
     }
@@ -643,6 +670,11 @@ impl<'a> Http<'a> {
     /// Sets a header; of one that is there already, the value changes.
     pub fn header(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.retain(|(key, _)| !key.eq_ignore_ascii_case(name));
+        self.and_header(name, value)
+    }
+
+    /// Adds a header, to one of that name too.
+    pub fn and_header(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.push((name.to_owned(), value.into()));
         self
     }
@@ -684,11 +716,7 @@ impl<'a> Http<'a> {
     /// None if the other side is not there, or goes away before it has replied.
     pub fn try_send(self) -> Option<Reply> {
         let reply = Reply::parse(&read_reply(&mut self.open()?))?;
-        if let Some(host) = self.host {
-            let path = self.target.split('?').next().unwrap_or_default();
-            host.note(&format!("> {} {}\n< {reply:?}\n", self.method, self.target));
-            observed().requests.insert((self.method.clone(), path.to_owned(), reply.status));
-        }
+        self.put_down(&reply);
         Some(reply)
     }
 
@@ -706,9 +734,23 @@ impl<'a> Http<'a> {
         self.send().refused(status, code)
     }
 
-    /// Opens a stream of events that stays.
+    /// Opens a stream of events that stays. It has begun when this returns.
     pub fn events(self) -> Events {
-        Events { reader: BufReader::new(self.open().expect("connecting")) }
+        let mut reader = BufReader::new(self.open().expect("connecting"));
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") && reader.read_until(b'\n', &mut head).expect("a head") > 0 {}
+        let reply = Reply::parse(&head).expect("the head of a reply");
+        let content_type = reply.header("content-type").unwrap_or_default();
+        assert!(reply.status == 200 && content_type.starts_with("text/event-stream"), "{reply:?}");
+        self.put_down(&reply);
+        Events { reader }
+    }
+
+    fn put_down(&self, reply: &Reply) {
+        let Some(host) = self.host else { return };
+        let path = self.target.split('?').next().unwrap_or_default();
+        host.note(&format!("> {} {}\n< {reply:?}\n", self.method, self.target));
+        observed().requests.insert((self.method.clone(), path.to_owned(), reply.status));
     }
 }
 
@@ -761,7 +803,7 @@ pub struct Events {
 
 impl Events {
     /// The next event for which this holds; None if the stream ends before.
-    pub fn next(&mut self, holds: impl Fn(&Value) -> bool) -> Option<Value> {
+    pub fn find(&mut self, holds: impl Fn(&Value) -> bool) -> Option<Value> {
         let mut line = String::new();
         while self.reader.read_line(&mut line).expect("an event before the deadline") > 0 {
             let event = line.strip_prefix("data: ").map(|data| serde_json::from_str(data).unwrap());
@@ -818,7 +860,7 @@ fn read_reply(stream: &mut TcpStream) -> Vec<u8> {
     }
 }
 
-fn base64(text: &str) -> String {
+pub fn base64(text: &str) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::new();
     for group in text.as_bytes().chunks(3) {
