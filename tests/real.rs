@@ -25,9 +25,9 @@ fn real() -> Host {
     host
 }
 
-/// What `workspace path` says of this workspace. The first instance of a home may take long.
-fn path(host: &Host, selector: &str) -> Value {
-    host.openwork(["workspace", "path", selector, "--timeout", "80"]).json()["path"].clone()
+/// What `workspace path` says. The first instance of a home may take long.
+fn path(host: &Host, selector: &[&str]) -> Value {
+    host.openwork(["workspace", "path", "--timeout", "80"].iter().chain(selector)).json()["path"].clone()
 }
 
 /// Waits for the end of an instance, in the stream of all events.
@@ -49,7 +49,7 @@ fn one_opencode_serves_every_workspace() {
     let pid = host.opencode_pid();
     for project in &projects {
         host.openwork(["workspace", "switch", project.to_str().unwrap()]).ok();
-        let answer = path(&host, "@active");
+        let answer = path(&host, &[]);
         assert_eq!(answer["directory"], project.to_str().unwrap());
         assert_eq!(answer["home"], host.home().to_str().unwrap());
         assert_eq!(host.opencode_pid(), pid);
@@ -70,7 +70,7 @@ fn a_disposed_instance_is_made_anew_by_the_next_use() {
     // Not loaded yet: nothing to dispose.
     assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], false);
     for _ in 0..2 {
-        assert_eq!(path(&host, "p")["directory"], project.to_str().unwrap());
+        assert_eq!(path(&host, &["p"])["directory"], project.to_str().unwrap());
         assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], true);
         disposal(&mut events, &project);
     }
@@ -82,7 +82,7 @@ fn many_requests_that_find_it_dead_cause_one_restart() {
     let host = real();
     let project = host.project("p");
     host.add(&project);
-    path(&host, "p");
+    path(&host, &["p"]);
     let before = host.opencode_pid();
     kill(before, Signal::KILL);
     thread::scope(|scope| {
@@ -105,13 +105,13 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
     let host = real();
     let project = host.project("p");
     host.add(&project);
-    path(&host, "p");
+    path(&host, &["p"]);
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
     let mut events = host.opencode("GET", "/global/event").events();
     kill(daemon, Signal::KILL);
     wait_gone(daemon);
 
-    path(&host, "p");
+    path(&host, &["p"]);
     assert_ne!(host.daemon_pid(), daemon);
     assert_eq!(host.opencode_pid(), opencode);
     // The stream of a direct client has stayed open, and goes on.
@@ -127,7 +127,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
 fn a_stop_leaves_nothing() {
     let host = real();
     host.add(host.project("p"));
-    path(&host, "p");
+    path(&host, &["p"]);
     let opencode = host.opencode_pid();
     host.openwork(["daemon", "stop"]).ok();
     assert!(!is_alive(opencode));

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -122,6 +122,78 @@ fn a_password_file_that_is_none_is_refused_untouched() {
         host.openwork(["daemon", "start"]).fails(1, "state_corrupt");
         assert_eq!(fs::read_to_string(host.file(AUTH)).unwrap(), content);
     }
+}
+
+// --- Repair ---
+
+/// The originals that a repair has kept.
+fn kept(host: &Host) -> Vec<PathBuf> {
+    let names = litter(host).into_iter().filter(|name| name.starts_with(&format!("{STATE}.corrupt-")));
+    names.map(|name| host.file(&name)).collect()
+}
+
+#[test]
+fn a_repair_saves_what_can_be_read() {
+    let host = Host::new();
+    let (a, b) = (host.project("a"), host.project("b"));
+    let (ids, remote) = ([host.add(&a), host.add(&b)], "https://h.example");
+    host.openwork(["workspace", "add-remote", remote]).ok();
+    host.openwork(["workspace", "switch", "b"]).ok();
+    host.openwork(["daemon", "stop"]).ok();
+    let whole = fs::read_to_string(host.file(STATE)).unwrap();
+    let last = whole.find(remote).unwrap();
+    // Cut off in the middle of the last entry.
+    fs::write(host.file(STATE), &whole[..last]).unwrap();
+
+    let report = host.openwork(["state", "repair"]).json();
+    assert_eq!(report["repaired"], true);
+    let saved: Vec<&Value> = report["workspaces"].as_array().unwrap().iter().map(|entry| &entry["id"]).collect();
+    assert_eq!(saved, [&ids[0], &ids[1]]);
+    assert_eq!((host.names(), host.state()["activeId"].as_str()), (vec!["a".into(), "b".into()], Some(&*ids[1])));
+    let kept = kept(&host);
+    assert_eq!(report["original"], kept[0].to_str().unwrap());
+    assert_eq!(fs::read_to_string(&kept[0]).unwrap(), whole[..last]);
+    assert_eq!((kept.len(), mode(&host.file(STATE))), (1, 0o600));
+
+    host.openwork(["workspace", "path", "b"]).ok();
+    host.add(host.project("c"));
+}
+
+#[test]
+fn a_repair_of_what_has_nothing_begins_anew() {
+    for content in ["", "garbage", "[]"] {
+        let host = Host::new();
+        host.write_state(content);
+        let output = host.openwork(["state", "repair"]).ok();
+        assert!(output.stdout.contains(kept(&host)[0].to_str().unwrap()), "{output:?}");
+        assert_eq!(fs::read_to_string(&kept(&host)[0]).unwrap(), content);
+        host.add(host.project("p"));
+    }
+    // A directory too is out of the way.
+    let host = Host::new();
+    fs::create_dir_all(host.file(STATE).join("something")).unwrap();
+    host.openwork(["state", "repair"]).ok();
+    assert!(kept(&host)[0].join("something").is_dir());
+    host.add(host.project("p"));
+}
+
+#[test]
+fn what_needs_no_repair_is_left_alone() {
+    let host = Host::new();
+    assert_eq!(host.openwork(["state", "repair"]).json()["repaired"], false);
+    host.add(host.project("p"));
+    // One that is being used is whole, and its daemon's.
+    host.openwork(["state", "repair"]).exits(1);
+    host.openwork(["daemon", "stop"]).ok();
+    let before = fs::read(host.file(STATE)).unwrap();
+    assert_eq!(host.openwork(["state", "repair"]).json()["repaired"], false);
+    assert_eq!((fs::read(host.file(STATE)).unwrap(), kept(&host)), (before, vec![]));
+
+    // One of the future is not broken.
+    let newer = json!({"version": 2, "workspaces": {}}).to_string();
+    fs::write(host.file(STATE), &newer).unwrap();
+    host.openwork(["state", "repair"]).fails(1, "state_too_new");
+    assert_eq!(fs::read_to_string(host.file(STATE)).unwrap(), newer);
 }
 
 // --- Writing ---

@@ -1,0 +1,571 @@
+//! What openwork costs: `just bench`. Each figure stands beside its target, and beside the same
+//! done without openwork in the same run where that can be, since milliseconds are this machine's
+//! and ratios are not. A target that is missed is printed, and fails nothing.
+//!
+//! The openwork measured is the release build; the opencode is the real one whose path is in
+//! `OPENWORK_TEST_OPENCODE`. What is compared is measured in turns (ABAB), so that a machine that
+//! is busy for a while is so for both. Medians throughout.
+//!
+//! `cargo bench --bench bench -- start restart` runs only these sections of [`SECTIONS`].
+
+use std::fmt;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// A name on the command line, and what it measures.
+type Section = (&'static str, fn(&mut Report));
+
+/// One section for each thing that somebody might pay for; a new one is a function and a row.
+const SECTIONS: &[Section] =
+    &[("size", size), ("start", start), ("idle", idle), ("requests", requests), ("many", many), ("restart", restart)];
+
+const OPENWORK: &str = env!("CARGO_BIN_EXE_openwork");
+/// Basic credentials of `opencode`, `bench`: known, so that opencode can be asked directly.
+const PASSWORD: &str = "bench";
+const AUTHORIZATION: &str = "Basic b3BlbmNvZGU6YmVuY2g=";
+/// Longer than the first start of opencode in a new home takes, so that only a hang reaches it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() {
+    let mut report = Report::default();
+    // Cargo itself adds `--bench`.
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    for (name, section) in SECTIONS {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            section(&mut report);
+        }
+    }
+    println!("\n{} of {} targets missed", report.missed, report.targets);
+}
+
+// --- The sections ---
+
+fn size(report: &mut Report) {
+    report.section("Binary");
+    let bytes = fs::metadata(OPENWORK).expect("the binary").len();
+    report.print(&Figure::new("size, stripped", Bytes(bytes)).at_most(Bytes(1_000_000)));
+}
+
+/// A command that asks nobody: what the program itself costs.
+fn start(report: &mut Report) {
+    report.section("Command start");
+    let [nothing, version] = in_turns(
+        500,
+        [&mut || run(&mut Command::new("/bin/true")), &mut || run(Command::new(OPENWORK).arg("--version"))],
+    );
+    report.print(&Figure::new("/bin/true", Ms(nothing)));
+    report.print(&Figure::new("openwork --version", Ms(version)).against(nothing).at_most(Times(1.5)));
+}
+
+/// A daemon that nobody asks anything.
+fn idle(report: &mut Report) {
+    report.section("Idle daemon, opencode ready");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    thread::sleep(Duration::from_secs(1));
+    report.print(&Figure::new("resident after a second", Bytes(daemon.memory())).at_most(Bytes(4_000_000)));
+    let before = daemon.context_switches();
+    thread::sleep(Duration::from_secs(30));
+    // What it does in that time is to ask for opencode's health, three times: wake for it, hand
+    // it to a thread (which is gone before we look, and not counted), hear of the answer.
+    let switches = daemon.context_switches() - before;
+    report.print(&Figure::new("context switches in 30 s", Count(switches)).at_most(Count(12)));
+}
+
+/// A daemon at work.
+fn requests(report: &mut Report) {
+    report.section("Requests, one connection for each");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let (opencode, directory) = (daemon.opencode().1, host.project("a"));
+    for name in ["a", "b"] {
+        run(host.openwork(["workspace", "add"]).arg(host.project(name)));
+        daemon.get(&format!("/workspaces/{name}/path")); // creates the instance
+    }
+    let ask_opencode = || drop(ask(opencode, "GET", "/path", &opencode_headers(&directory)));
+    let mut names = ["a", "b"].into_iter().cycle();
+    let mut activate = || daemon.post(&format!("/workspaces/{}/activate", names.next().expect("a cycle")));
+    let [direct, health, path, activation, by_hand] = in_turns(
+        500,
+        [
+            &mut || ask_opencode(),
+            &mut || daemon.get("/health"),
+            &mut || daemon.get("/workspaces/a/path"),
+            &mut || activate(),
+            &mut || write_durably(&host.path("by-hand"), &host.path("data/openwork-orchestrator-state.json")),
+        ],
+    );
+    report.print(&Figure::new("opencode's /path, asked directly", Ms(direct)));
+    report.print(&Figure::new("GET /health", Ms(health)).against(direct));
+    report.print(&Figure::new("GET /workspaces/:id/path", Ms(path)).against(direct));
+    report.print(&Figure::new("POST /workspaces/:id/activate", Ms(activation)).against(direct).at_most(Ms(1.0)));
+    report.print(&Figure::new("  of it, a durable write by hand", Ms(by_hand)));
+
+    let [nothing, current] = in_turns(
+        200,
+        [&mut || run(&mut Command::new("/bin/true")), &mut || run(&mut host.openwork(["workspace", "current"]))],
+    );
+    report.print(&Figure::new("openwork workspace current", Ms(current)).against(nothing).at_most(Ms(3.0)));
+
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for turn in 0..1250 {
+                    match turn % 5 {
+                        0 => daemon.get("/health"),
+                        1 => daemon.get("/workspaces"),
+                        2 => daemon.get("/workspaces/@active"),
+                        3 => daemon.post("/workspaces/a/activate"),
+                        _ => daemon.get("/workspaces/b/path"),
+                    }
+                }
+            });
+        }
+    });
+    report.print(
+        &Figure::new("resident after 10,000 requests, 8 at a time", Bytes(daemon.memory())).at_most(Bytes(8_000_000)),
+    );
+}
+
+/// A registry that is larger than anybody's.
+fn many(report: &mut Report) {
+    report.section("10,000 workspaces");
+    let host = Host::new();
+    let workspaces: Vec<Value> = (0..10_000)
+        .map(|number| {
+            let name = format!("project-{number}");
+            let (id, path) = (format!("ws-{number:012x}"), host.project(&name));
+            json!({"id": id, "name": name, "path": path, "workspaceType": "local", "createdAt": 1, "lastUsedAt": 1})
+        })
+        .collect();
+    let state = json!({"version": 1, "activeId": "ws-000000000000", "workspaces": workspaces});
+    fs::write(host.path("data/openwork-orchestrator-state.json"), state.to_string()).expect("a state file");
+    let daemon = Daemon::start(&host);
+    let mut names = ["project-5000", "project-9999"].into_iter().cycle();
+    let mut switch = || run(host.openwork(["workspace", "switch"]).arg(names.next().expect("a cycle")));
+    let [nothing, list, switch] = in_turns(
+        50,
+        [
+            &mut || run(&mut Command::new("/bin/true")),
+            &mut || run(&mut host.openwork(["workspace", "list"])),
+            &mut || switch(),
+        ],
+    );
+    report.print(&Figure::new("openwork workspace list", Ms(list)).against(nothing).at_most(Ms(15.0)));
+    report.print(&Figure::new("openwork workspace switch", Ms(switch)).against(nothing).at_most(Ms(10.0)));
+    report.print(&Figure::new("resident after 50 of each", Bytes(daemon.memory())).at_most(Bytes(20_000_000)));
+}
+
+/// opencode is killed, and somebody asks. Compared with doing by hand what openwork then does:
+/// starting another in the same home, until it has answered the same question.
+fn restart(report: &mut Report) {
+    report.section("opencode killed");
+    let host = Host::new();
+    let project = host.project("a");
+    drop(start_by_hand(&host, &project)); // the first in a new home takes several times as long
+    let (mut healthy, mut own, mut answered) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let (killed, ..) = start_by_hand(&host, &project);
+        let start = Instant::now();
+        drop(killed);
+        let (_running, health, path) = start_by_hand(&host, &project);
+        healthy.push(ms(health - start));
+        own.push(ms(path - start));
+        drop(_running);
+
+        // A daemon anew each time: the second restart in a row would pause first.
+        let daemon = Daemon::start(&host);
+        run(host.openwork(["workspace", "add"]).arg(&project));
+        daemon.get("/workspaces/a/path");
+        let (pid, _) = daemon.opencode();
+        answered.push(time(|| {
+            kill(&host, pid);
+            daemon.get("/workspaces/a/path");
+        }));
+        assert_ne!(daemon.opencode().0, pid, "opencode was killed");
+    }
+    let (own, answered) = (median(own), median(answered));
+    report.print(&Figure::new("started again by hand, until it is healthy", Ms(median(healthy))));
+    report.print(&Figure::new("  and has answered /path", Ms(own)));
+    report.print(
+        &Figure::new("GET /workspaces/:id/path after a kill", Ms(answered)).against(own).at_most(Ms(own + 50.0)),
+    );
+}
+
+/// Starts opencode without openwork: the process, when it answered, and when it had answered for
+/// a directory.
+fn start_by_hand(host: &Host, project: &Path) -> (Running, Instant, Instant) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = listener.local_addr().expect("a port").port();
+    drop(listener);
+    let mut command = host.command(opencode_binary());
+    command.args(["serve", "--hostname", "127.0.0.1", "--port", &port.to_string()]);
+    let opencode = Running(silent(command.env("OPENCODE_SERVER_PASSWORD", PASSWORD)).spawn().expect("opencode"));
+    let start = Instant::now();
+    // It listens some time before it answers, and what is asked in between is never answered:
+    // so another question every few milliseconds, until one is.
+    let mut asked: Vec<TcpStream> = Vec::new();
+    while !asked.iter_mut().any(|stream| matches!(stream.read(&mut [0; 1024]), Ok(1..))) {
+        assert!(start.elapsed() < PATIENCE, "opencode does not answer");
+        thread::sleep(Duration::from_millis(5));
+        if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+            send(&mut stream, port, "GET", "/global/health", &opencode_headers(project)).expect("to be heard");
+            stream.set_nonblocking(true).expect("a socket");
+            asked.push(stream);
+        }
+    }
+    let healthy = Instant::now();
+    ask(port, "GET", "/path", &opencode_headers(project));
+    (opencode, healthy, Instant::now())
+}
+
+// --- Measuring ---
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// How long something takes. Milliseconds.
+fn time(what: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    what();
+    ms(start.elapsed())
+}
+
+/// Does each of these in turn, so many times; the median of each. Milliseconds.
+fn in_turns<const N: usize>(times: usize, mut what: [&mut dyn FnMut(); N]) -> [f64; N] {
+    let mut samples = [const { Vec::new() }; N];
+    what.iter_mut().for_each(|what| what()); // not the first: it finds cold caches
+    for _ in 0..times {
+        for (what, samples) in what.iter_mut().zip(&mut samples) {
+            samples.push(time(what));
+        }
+    }
+    samples.map(median)
+}
+
+fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples[samples.len() / 2]
+}
+
+/// Runs a command to its end, which has to be a good one.
+fn run(command: &mut Command) {
+    let status = silent(command).status().expect("a program");
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+fn silent(command: &mut Command) -> &mut Command {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())
+}
+
+/// What a registry that survives a power cut has to do for each change, whoever writes it.
+fn write_durably(path: &Path, content: &Path) {
+    let bytes = fs::read(content).expect("a state file");
+    let temporary = path.with_extension("tmp");
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(path.parent().unwrap_or(path))?.sync_all()
+    };
+    write().expect("a write");
+}
+
+// --- The figures ---
+
+/// What is measured.
+#[derive(Clone, Copy)]
+enum Quantity {
+    Ms(f64),
+    Bytes(u64),
+    Count(u64),
+    /// How many times as much as without openwork.
+    Times(f64),
+}
+use Quantity::{Bytes, Count, Ms, Times};
+
+impl fmt::Display for Quantity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self {
+            Ms(ms) if *ms < 100.0 => format!("{ms:.2} ms"),
+            Ms(ms) => format!("{ms:.0} ms"),
+            Bytes(bytes) => format!("{:.2} MB", *bytes as f64 / 1e6),
+            Count(count) => count.to_string(),
+            Times(times) => format!("{times:.2}×"),
+        };
+        f.pad(&text)
+    }
+}
+
+/// One line.
+struct Figure {
+    what: &'static str,
+    value: Quantity,
+    ratio: Option<f64>,
+    target: Option<Quantity>,
+}
+
+impl Figure {
+    fn new(what: &'static str, value: Quantity) -> Figure {
+        Figure { what, value, ratio: None, target: None }
+    }
+
+    /// Beside the same without openwork, in the same unit.
+    fn against(mut self, base: f64) -> Figure {
+        if let Ms(value) = self.value {
+            self.ratio = Some(value / base);
+        }
+        self
+    }
+
+    /// With a target; in [`Times`] it is one for the ratio.
+    fn at_most(mut self, target: Quantity) -> Figure {
+        self.target = Some(target);
+        self
+    }
+
+    /// Whether the target is reached, if there is one.
+    fn is_ok(&self) -> Option<bool> {
+        Some(match (self.target?, self.value) {
+            (Times(target), _) => self.ratio? <= target,
+            (Ms(target), Ms(value)) => value <= target,
+            (Bytes(target), Bytes(value)) | (Count(target), Count(value)) => value <= target,
+            (Ms(_) | Bytes(_) | Count(_), _) => panic!("{}: a target in another unit", self.what),
+        })
+    }
+}
+
+#[derive(Default)]
+struct Report {
+    targets: usize,
+    missed: usize,
+}
+
+impl Report {
+    fn section(&mut self, name: &str) {
+        println!("\n{name:<46} {:>10}  {:>8}  {:>10}", "median", "ratio", "at most");
+    }
+
+    fn print(&mut self, figure: &Figure) {
+        let ratio = figure.ratio.map_or_else(String::new, |ratio| Times(ratio).to_string());
+        let target = figure.target.map_or_else(String::new, |target| target.to_string());
+        let verdict = match figure.is_ok() {
+            Some(true) => "ok",
+            Some(false) => "over",
+            None => "",
+        };
+        self.targets += usize::from(figure.target.is_some());
+        self.missed += usize::from(verdict == "over");
+        let line = format!("  {:<44} {:>10}  {ratio:>8}  {target:>10}  {verdict}", figure.what, figure.value);
+        println!("{}", line.trim_end());
+    }
+}
+
+// --- The host ---
+
+fn opencode_binary() -> PathBuf {
+    let path = std::env::var_os("OPENWORK_TEST_OPENCODE").map(PathBuf::from);
+    path.expect("OPENWORK_TEST_OPENCODE is to name an opencode; `just bench` installs one")
+}
+
+/// A home, a data directory and projects, removed in the end.
+struct Host(PathBuf);
+
+impl Host {
+    fn new() -> Host {
+        // Below target/, hence on the disk that is worked on: /tmp may be in memory, and then
+        // what is durable costs nothing. Of a run that was interrupted something may be left.
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
+        let _ = fs::remove_dir_all(&root);
+        let make = |path: PathBuf| DirBuilder::new().recursive(true).mode(0o700).create(path);
+        for name in ["home", "projects", "data"] {
+            make(root.join(name)).expect("a directory");
+        }
+        let host = Host(root.canonicalize().expect("a path"));
+        let auth = json!({"opencodeUsername": "opencode", "opencodePassword": PASSWORD});
+        fs::write(host.path("data/openwork-orchestrator-auth.json"), auth.to_string()).expect("a file");
+        host
+    }
+
+    fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn project(&self, name: &str) -> PathBuf {
+        let path = self.path("projects").join(name);
+        fs::create_dir_all(&path).expect("a directory");
+        path
+    }
+
+    /// A command that knows nothing of the user's settings, nor touches the user's files.
+    fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new(program.as_ref());
+        let inherited = std::env::var_os("PATH").map(|path| ("PATH", path));
+        command.env_clear().envs(inherited).env("HOME", self.path("home"));
+        command.env("OPENCODE_DISABLE_AUTOUPDATE", "1").env("OPENCODE_DISABLE_MODELS_FETCH", "1");
+        command
+    }
+
+    fn openwork<const N: usize>(&self, arguments: [&str; N]) -> Command {
+        let mut command = self.command(OPENWORK);
+        command.env("OPENWORK_DATA_DIR", self.path("data")).env("OPENWORK_OPENCODE_BIN", opencode_binary());
+        command.args(arguments);
+        command
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process of ours, which ends with its owner.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A running daemon with a ready opencode.
+struct Daemon<'host> {
+    host: &'host Host,
+    process: Running,
+    port: u16,
+}
+
+impl Daemon<'_> {
+    /// In the foreground: so an interrupt from the terminal reaches it too, and it stops opencode.
+    fn start(host: &Host) -> Daemon<'_> {
+        let process = Running(silent(&mut host.openwork(["daemon"])).spawn().expect("openwork"));
+        let start = Instant::now();
+        let port = loop {
+            let text = fs::read_to_string(host.path("data/daemon.lock")).unwrap_or_default();
+            let pid_and_port = text.strip_suffix('\n').and_then(|text| text.split_once(' '));
+            match pid_and_port {
+                Some((pid, port)) if pid == process.0.id().to_string() => break port.parse().expect("a port"),
+                _ => assert!(start.elapsed() < PATIENCE, "the daemon does not listen"),
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let daemon = Daemon { host, process, port };
+        run(&mut host.openwork(["daemon", "start"])); // returns when opencode is ready
+        daemon
+    }
+
+    fn get(&self, target: &str) {
+        ask(self.port, "GET", target, "");
+    }
+
+    fn post(&self, target: &str) {
+        ask(self.port, "POST", target, "");
+    }
+
+    /// Process id and port.
+    fn opencode(&self) -> (u32, u16) {
+        let health: Value = serde_json::from_slice(&ask(self.port, "GET", "/health", "")).expect("JSON");
+        let number = |name: &str| health["opencode"][name].as_u64().expect("a ready opencode");
+        (number("pid") as u32, number("port") as u16)
+    }
+
+    /// Resident memory in bytes.
+    fn memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).expect("a process");
+        1024 * field(&status, "VmRSS:")
+    }
+
+    /// Of all threads that are there, since they began.
+    fn context_switches(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.process.0.id())).expect("a process");
+        let switches =
+            |status: &str| field(status, "\nvoluntary_ctxt_switches:") + field(status, "\nnonvoluntary_ctxt_switches:");
+        tasks
+            .flatten()
+            .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
+            .map(|s| switches(&s))
+            .sum()
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        let opencode = field_of_record(&self.host.path("data/openwork-orchestrator-state.json"));
+        let stopped = silent(&mut self.host.openwork(["daemon", "stop"])).status();
+        if !stopped.is_ok_and(|status| status.success()) {
+            // It cannot be trusted to have stopped opencode either.
+            opencode.into_iter().for_each(|pid| kill(self.host, pid));
+        }
+    }
+}
+
+/// The process id of the opencode in a state file.
+fn field_of_record(state: &Path) -> Option<u32> {
+    let state: Value = serde_json::from_slice(&fs::read(state).ok()?).ok()?;
+    state["opencode"]["pid"].as_u64().map(|pid| pid as u32)
+}
+
+/// A number in a file of /proc.
+fn field(text: &str, name: &str) -> u64 {
+    let rest = text.split_once(name).map_or("", |(_, rest)| rest);
+    rest.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
+}
+
+/// Kills a process, if it is one of this host.
+fn kill(host: &Host, pid: u32) {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let home = [b"HOME=", host.path("home").as_os_str().as_encoded_bytes()].concat();
+    if environment.split(|byte| *byte == 0).any(|variable| variable == home) {
+        // The shell's own: not every machine has a program for it.
+        run(Command::new("/bin/sh").args(["-c", "kill -9 $0"]).arg(pid.to_string()));
+    }
+}
+
+// --- HTTP ---
+
+fn opencode_headers(directory: &Path) -> String {
+    // Our own directories need no percent-encoding, but for what stands above them.
+    let encoded: String = directory.to_str().expect("UTF-8").bytes().map(|byte| format!("%{byte:02X}")).collect();
+    format!("Authorization: {AUTHORIZATION}\r\nx-opencode-directory: {encoded}\r\n")
+}
+
+fn send(stream: &mut TcpStream, port: u16, method: &str, target: &str, headers: &str) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let length = if method == "GET" { "" } else { "Content-Length: 0\r\n" };
+    let head =
+        format!("{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n{length}{headers}\r\n");
+    stream.write_all(head.as_bytes())
+}
+
+/// One request on a connection of its own; the body of the answer, which has to be a good one.
+fn ask(port: u16, method: &str, target: &str, headers: &str) -> Vec<u8> {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    send(&mut stream, port, method, target, headers).expect("to be heard");
+    let (mut bytes, mut buffer) = (Vec::new(), [0; 16 * 1024]);
+    // opencode leaves a connection open for a while, whatever it is told: the length says when
+    // the answer is whole.
+    loop {
+        let count = stream.read(&mut buffer).expect("an answer");
+        assert!(count > 0, "{method} {target}: the answer is cut short");
+        bytes.extend_from_slice(&buffer[..count]);
+        let Some(end) = bytes.windows(4).position(|bytes| bytes == b"\r\n\r\n") else { continue };
+        let head = String::from_utf8_lossy(&bytes[..end]).to_ascii_lowercase();
+        if bytes.len() as u64 == end as u64 + 4 + field(&head, "\ncontent-length:") {
+            assert!(head.starts_with("http/1.1 200"), "{method} {target}: {}", String::from_utf8_lossy(&bytes));
+            return bytes.split_off(end + 4);
+        }
+    }
+}

@@ -1,0 +1,34 @@
+# The real opencode, and its SDK, that openwork is tested with; both come from npm.
+opencode := "1.18.33"
+
+# List the recipes
+[private]
+default:
+    @"{{ just_executable() }}" --justfile "{{ justfile() }}" --list --unsorted
+
+# Show openwork at its job, with a real opencode, in a temporary directory
+demo:
+    scripts/demo.sh {{ opencode }}
+
+# Run the tests: against a fake opencode, then against the real one
+test:
+    cargo test --locked
+    opencode=$(scripts/opencode.sh {{ opencode }}) && sdk=$(scripts/sdk.sh {{ opencode }}) && \
+        OPENWORK_TEST_OPENCODE="$opencode" OPENWORK_TEST_SDK="$sdk" cargo test --locked --test real
+
+# Format and lint, warnings denied
+lint:
+    cargo fmt --check
+    cargo clippy --locked --all-targets -- --deny warnings
+
+# All that has to hold: lint and test
+check: lint test
+
+# Measure what openwork costs, beside the same without it: all sections, or those named
+bench *sections:
+    opencode=$(scripts/opencode.sh {{ opencode }}) && \
+        OPENWORK_TEST_OPENCODE="$opencode" cargo bench --locked --bench bench -- {{ sections }}
+
+# Install the binary where cargo does
+install:
+    cargo install --locked --path .

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Shows openwork at its job with a real opencode: `scripts/demo.sh VERSION`, where VERSION is the
+# opencode to install when there is none of the 1.x line on PATH.
+#
+# Everything happens in a temporary directory, with a HOME of its own, and nothing of it stays:
+# neither files nor processes, however the demo ends. What it shows it also checks; at the first
+# deviation it says what is wrong and ends with 1.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# A quoted path keeps its spaces here; quotes and backslashes in it would be escaped.
+openwork=$(cargo build --release --locked --message-format=json-render-diagnostics |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+# The user's own settings are no business of the demo's, and their data even less.
+# shellcheck disable=SC2086 # names of variables
+unset ${!OPENWORK_@} ${!OPENCODE_@} ${!XDG_@}
+export OPENCODE_DISABLE_AUTOUPDATE=1 OPENCODE_DISABLE_MODELS_FETCH=1
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/openwork.XXXXXX")
+work=$(cd "$work" && pwd -P) # openwork resolves symbolic links, and we compare
+home=$work/home
+
+# The processes of this demo, by what nobody else's environment has.
+ours() { grep -lsxzF "HOME=$home" /proc/[0-9]*/environ | cut -d/ -f3 || true; }
+
+cleanup() {
+    trap '' INT TERM # once is enough
+    openwork daemon stop --timeout 20 >"$work/stopped" 2>&1 || true
+    # Only after something went wrong: openwork leaves nothing.
+    for pid in $(ours); do kill -9 "$pid" 2>/dev/null || true; done
+    rm -rf "$work"
+}
+
+die() {
+    printf '\n%s\n' "demo failed: $1" >&2
+    tail -n 20 "$work"/data/*.log >&2 2>/dev/null || true
+    exit 1
+}
+
+openwork() { HOME=$home OPENWORK_DATA_DIR=$work/data OPENWORK_OPENCODE_BIN=$opencode "$openwork" "$@"; }
+
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+opencode=$(command -v opencode || true)
+# In the temporary HOME: opencode makes its directories there, whatever it is asked.
+mkdir "$home"
+if [[ $opencode != /* || $(HOME=$home "$opencode" --version 2>/dev/null) != ?(v)1.* ]]; then
+    opencode=$(scripts/opencode.sh "$1")
+fi
+
+dim='' new='' plain='' terminal=''
+if [[ -t 1 && ${TERM:-dumb} != dumb ]]; then
+    terminal=1
+    if [[ -z ${NO_COLOR:-} ]]; then dim=$'\e[2m' new=$'\e[33m' plain=$'\e[0m'; fi
+fi
+
+engine=-    # opencode's pid, once it is known
+mark=$dim   # how it is shown: dim, but for one that is new
+expected='' # what it has to be from then on
+
+row() { printf "$dim%8s$plain  %-32s  $mark%8s$plain  %s\n" "$1" "$2" "$3" "$4"; }
+
+# Runs a command of openwork and shows what it took and answered: `step [ARGUMENT …]`.
+step() {
+    local command="openwork $*" start ms
+    # What is under way, until its row replaces it.
+    if [[ $terminal ]]; then printf "$dim%8s$plain  %s" … "$command"; fi
+    start=${EPOCHREALTIME/[^0-9]/}
+    answer=$(openwork "$@" 2>"$work/error") || die "$command: $(<"$work/error")"
+    ms=$(((${EPOCHREALTIME/[^0-9]/} - start) / 1000))
+    if [[ $terminal ]]; then printf '\r\e[K'; fi
+    look
+    row "$ms" "$command" "$engine" "${answer/ (*)/}"
+}
+
+# Looks which opencode there is, and that it is the expected one.
+look() {
+    local health
+    health=$(openwork status --json) || [[ $health == *'"ok":false'* ]] || return 0
+    [[ $health =~ \"opencode\":\{[^}]*\"pid\":([0-9]+) ]] || return 0
+    engine=${BASH_REMATCH[1]}
+    [[ $health =~ \"restarts\":([0-9]+) ]] && restarts=${BASH_REMATCH[1]}
+    if [[ $expected && $engine != "$expected" ]]; then die "opencode was $expected, and is $engine now"; fi
+}
+
+# Asks opencode, through openwork, in which directory it works: `path PROJECT [WORKSPACE]`.
+path() {
+    step workspace path "${@:2}"
+    [[ $answer == "$work/$1" ]] || die "the directory of $1 is $work/$1, not $answer"
+    if [[ -z $expected ]]; then expected=$engine; fi
+    [[ $engine == "$expected" ]] || die "no opencode has a process id"
+    mark=$dim
+}
+
+mkdir "$work/shop" "$work/blog"
+printf '%s, opencode %s: two projects, one server\n' \
+    "$("$openwork" --version)" "$(HOME=$home "$opencode" --version)"
+printf '%s\n\n' "${dim}A first start in a new home, as here, takes opencode some ten seconds.$plain"
+row ms command opencode answer
+cd "$work"
+
+step workspace add shop
+step workspace add blog
+mark=$new
+path shop shop
+path blog blog
+step workspace switch blog
+path blog
+
+[[ " $(ours | tr '\n' ' ')" == *" $engine "* ]] || die "process $engine is none of ours"
+kill -9 "$engine"
+row '' "kill -9 $engine" '' ''
+expected='' mark=$new
+killed=$engine
+path blog
+[[ $engine != "$killed" ]] || die "opencode was killed, and is still $killed"
+[[ $restarts == 1 ]] || die "opencode was restarted $restarts times, not once"
+
+step instance dispose blog
+[[ $answer == disposed* ]] || die "$answer"
+path blog
+path shop shop
+
+expected=''
+step daemon stop
+[[ -z $(ours) ]] || die "left running: $(ours | tr '\n' ' ')"
+printf '\n%s\n' "One opencode for both, started again once: when it was killed. Nothing of it is left."

@@ -1,0 +1,123 @@
+//! What the daemon tells of what happens.
+
+use serde_json::Value;
+
+use crate::support::{Events, Host, Signal, kill, wait_for};
+
+fn next(events: &mut Events, kind: &str) -> Value {
+    let event = events.find(|_| true).expect("the stream to stay open");
+    assert_eq!(event["type"], kind, "{event}");
+    event
+}
+
+#[test]
+fn changes_of_the_registry_are_told() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let mut events = host.http("GET", "/events").events();
+    let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
+    host.add(host.project("b"));
+    host.openwork(["workspace", "rename", "b", "c"]).ok();
+    host.openwork(["workspace", "switch", "c"]).ok();
+    host.openwork(["workspace", "remove", "c"]).ok();
+
+    let told = [
+        ("workspace.added", &a, "a", a.as_str()),
+        ("workspace.added", &b, "b", &a),
+        // Adding what is there, and as it is, is no change.
+        ("workspace.renamed", &b, "c", &a),
+        ("workspace.activated", &b, "c", &b),
+        ("workspace.removed", &b, "c", ""),
+    ]
+    .map(|(kind, id, name, active)| {
+        let event = next(&mut events, kind);
+        assert_eq!((&event["workspace"]["id"], &event["workspace"]["name"]), (&id.as_str().into(), &name.into()));
+        assert_eq!(event["activeId"], active);
+        assert!(event["time"].as_u64().unwrap() > 1_700_000_000_000);
+        event["id"].as_u64().unwrap()
+    });
+    assert!(told.is_sorted_by(|a, b| a + 1 == *b), "{told:?}");
+}
+
+#[test]
+fn what_happens_to_opencode_is_told() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let mut events = host.http("GET", "/events").events();
+    let before = host.opencode_pid();
+    kill(before, Signal::KILL);
+    assert_eq!(next(&mut events, "engine.exited")["pid"], before);
+    let starting = next(&mut events, "engine.starting");
+    let ready = next(&mut events, "engine.ready");
+    assert_eq!((&starting["generation"], &ready["generation"]), (&2.into(), &2.into()));
+    assert_eq!(ready["pid"], host.opencode_pid());
+
+    host.behave("FAKE_AUTH=reject");
+    kill(host.opencode_pid(), Signal::KILL);
+    let failed = events.find(|event| event["type"] == "engine.failed").unwrap();
+    assert_eq!(failed["error"]["code"], "opencode_auth_failed");
+}
+
+#[test]
+fn disposals_are_told() {
+    let host = Host::new();
+    let project = host.project("p");
+    let id = host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    let mut events = host.http("GET", "/events").events();
+    host.openwork(["instance", "dispose", "p"]).ok();
+    let event = next(&mut events, "instance.disposed");
+    assert_eq!((&event["workspaceId"], &event["directory"]), (&id.into(), &project.to_str().unwrap().into()));
+}
+
+#[test]
+fn the_command_prints_a_line_each() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let printing = [&["events"][..], &["events", "--json"]].map(|args| host.openwork(args).spawn());
+    // Until both listen, there is nobody to be told.
+    let mut n = 0;
+    wait_for("both to print", || {
+        n += 1;
+        host.add(host.project(format!("p{n}")));
+        printing.iter().all(|command| command.stdout_so_far().ends_with("}\n"))
+    });
+    for command in printing {
+        kill(command.pid(), Signal::INT);
+        let output = command.wait();
+        for line in output.stdout.lines() {
+            let event: Value = serde_json::from_str(line).unwrap();
+            assert_eq!(event["type"], "workspace.added");
+        }
+    }
+}
+
+#[test]
+fn the_stream_ends_with_the_daemon() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let mut events = host.http("GET", "/events").events();
+    host.openwork(["daemon", "stop"]).ok();
+    while events.find(|_| true).is_some() {}
+}
+
+#[test]
+fn one_that_does_not_read_is_dropped_and_not_waited_for() {
+    // More than the sockets of both sides can hold.
+    const CHANGES: usize = 4000;
+    let host = Host::new();
+    let deep = format!("{}/p", vec!["d".repeat(250); 14].join("/"));
+    host.add(host.project(deep));
+    let mut deaf = host.http("GET", "/events").events();
+    let mut last = 0;
+    for n in 0..CHANGES {
+        let change = serde_json::json!({"name": format!("n{n}")});
+        host.http("PATCH", "/workspaces/@active").json(change).ok();
+        last = n;
+    }
+    let mut told = 0;
+    while let Some(event) = deaf.find(|_| true) {
+        told += 1;
+        assert_ne!(event["workspace"]["name"], format!("n{last}"), "all of {told} were kept for it");
+    }
+}

@@ -1,0 +1,211 @@
+//! Instances that nobody uses are disposed, and only those.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, Signal, kill, wait_for, wait_gone};
+
+/// A daemon with an idle time, and no workspaces.
+fn host(idle_ttl: &str) -> Host {
+    let mut host = Host::new();
+    host.set("OPENWORK_IDLE_TTL", idle_ttl);
+    host.openwork(["daemon", "start"]).ok();
+    host
+}
+
+/// Makes workspaces and has opencode load them, in this order.
+fn warm<const N: usize>(host: &Host, names: [&str; N]) -> [std::path::PathBuf; N] {
+    names.map(|name| {
+        let project = host.project(name);
+        host.add(&project);
+        host.openwork(["workspace", "path", name]).ok();
+        project
+    })
+}
+
+fn wait_disposed(host: &Host, directory: &Path) {
+    wait_for("the disposal", || host.instance(directory).ends_with(&["dispose".to_owned()]));
+}
+
+/// The entry of a workspace in `instance list`.
+fn instance(host: &Host, name: &str) -> Value {
+    let list = host.openwork(["instance", "list"]).json();
+    let mut entries = list["instances"].as_array().unwrap().iter();
+    entries.find(|entry| entry["workspace"]["name"] == name).unwrap().clone()
+}
+
+#[test]
+fn one_that_is_idle_is_disposed() {
+    let host = host("1s");
+    let [idle] = warm(&host, ["idle"]);
+    let mut events = host.http("GET", "/events").events();
+    let event = events.find(|event| event["type"] == "instance.disposed").unwrap();
+    assert_eq!(event["directory"], idle.to_str().unwrap());
+    assert_eq!(host.instance(&idle), ["load", "dispose"]);
+    assert_eq!(instance(&host, "idle")["state"], "cold");
+    // And is there again when it is used.
+    host.openwork(["workspace", "path", "idle"]).ok();
+    assert_eq!(instance(&host, "idle")["state"], "warm");
+    wait_disposed(&host, &idle);
+}
+
+#[test]
+fn one_with_a_running_session_is_not_disposed() {
+    let host = host("1s");
+    let [busy, idle] = warm(&host, ["busy", "idle"]);
+    host.busy(&[&busy]);
+    // It was used before the other: had it been due, it would have been disposed before.
+    wait_disposed(&host, &idle);
+    assert_eq!(host.instance(&busy), ["load"]);
+    assert_eq!(instance(&host, "busy")["state"], "busy");
+    host.busy(&[]);
+    wait_disposed(&host, &busy);
+}
+
+#[test]
+fn one_with_an_open_stream_is_not_disposed() {
+    let host = host("1s");
+    let [watched, idle] = warm(&host, ["watched", "idle"]);
+    let mut events = host.routed("GET", "/w/watched/event").events();
+    host.openwork(["workspace", "path", "idle"]).ok();
+    wait_disposed(&host, &idle);
+    assert_eq!(host.instance(&watched), ["load"]);
+    let entry = instance(&host, "watched");
+    assert_eq!((&entry["openStreams"], &entry["evictAt"]), (&json!(1), &Value::Null));
+    // The stream goes on.
+    host.routed("POST", "/w/watched/session").send();
+    events.find(|event| event["type"] == "session.created").unwrap();
+    drop(events);
+    wait_disposed(&host, &watched);
+}
+
+#[test]
+fn one_that_was_never_loaded_is_left_alone() {
+    let host = host("1s");
+    let cold = host.project("cold");
+    host.add(&cold);
+    let [idle] = warm(&host, ["idle"]);
+    wait_disposed(&host, &idle);
+    host.openwork(["instance", "list"]).ok();
+    // Even the question whether a session runs would load it.
+    let asked = host.requests().into_iter().filter(|request| request["directory"] == cold.to_str().unwrap());
+    assert_eq!(asked.count(), 0);
+    assert_eq!(instance(&host, "cold")["state"], "cold");
+}
+
+#[test]
+fn one_that_is_not_a_workspace_is_left_alone() {
+    let host = host("1s");
+    let stranger = host.project("stranger");
+    host.opencode("POST", &format!("/session?directory={}", stranger.display())).send();
+    let [idle] = warm(&host, ["idle"]);
+    wait_disposed(&host, &idle);
+    assert_eq!(host.instance(&stranger), ["load"]);
+}
+
+#[test]
+fn clients_that_go_to_opencode_directly_are_seen() {
+    let host = host("1s");
+    let direct = host.project("direct");
+    host.add(&direct);
+    // The daemon has to be listening to see it.
+    wait_for("the events to be listened to", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    let call = format!("/session?directory={}", direct.display());
+    host.opencode("POST", &call).send();
+    wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
+    wait_disposed(&host, &direct);
+
+    // Their disposals too.
+    host.opencode("POST", &call).send();
+    wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
+    host.opencode("POST", &format!("/instance/dispose?directory={}", direct.display())).send();
+    wait_for("it to be known as cold", || instance(&host, "direct")["state"] == "cold");
+}
+
+#[test]
+fn what_clients_do_directly_is_use() {
+    let host = host("2s");
+    let [direct, idle] = warm(&host, ["direct", "idle"]);
+    let call = format!("/session?directory={}", direct.display());
+    // Used again and again, it outlives the other, which was used after it.
+    wait_for("the other to be disposed", || {
+        host.opencode("POST", &call).send();
+        host.instance(&idle) == ["load", "dispose"]
+    });
+    assert_eq!(host.instance(&direct), ["load"]);
+}
+
+#[test]
+fn without_a_time_none_is_disposed() {
+    let host = host("0");
+    warm(&host, ["p"]);
+    let entry = instance(&host, "p");
+    assert_eq!((&entry["state"], &entry["evictAt"]), (&json!("warm"), &Value::Null));
+}
+
+#[test]
+fn the_list_says_how_it_is() {
+    let host = host("1h");
+    let [busy, _] = warm(&host, ["busy", "warm"]);
+    host.add(host.project("cold"));
+    host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
+    host.busy(&[&busy]);
+    let list = host.openwork(["instance", "list"]).json();
+    let states: Vec<_> = list["instances"].as_array().unwrap().iter().map(|entry| entry["state"].clone()).collect();
+    // A remote one has no instance here.
+    assert_eq!(states, ["busy", "warm", "cold"]);
+    assert!(list["memory"].as_u64().unwrap() > 100_000);
+    let used = list["instances"][1]["workspace"]["lastUsedAt"].as_u64().unwrap();
+    let due = list["instances"][1]["evictAt"].as_u64().unwrap();
+    // Both are put down by the same clock, one after the other.
+    assert!((3_599_000..=3_601_000).contains(&(due - used)), "{list}");
+    assert_eq!(list["instances"][2]["evictAt"], Value::Null);
+    assert_eq!(host.http("GET", "/instances").ok()["instances"], list["instances"]);
+
+    let text = host.openwork(["instance", "ls"]).ok().stdout;
+    for word in ["busy", "warm", "cold"] {
+        assert!(text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn a_crash_leaves_nothing_loaded() {
+    let host = host("1s");
+    let [p] = warm(&host, ["p"]);
+    let before = host.opencode_pid();
+    kill(before, Signal::KILL);
+    wait_for("another opencode", || host.opencode_pid() != before);
+    assert_eq!(instance(&host, "p")["state"], "cold");
+    let [idle] = warm(&host, ["idle"]);
+    wait_disposed(&host, &idle);
+    assert_eq!(host.instance(&p), ["load"]);
+}
+
+#[test]
+fn the_next_daemon_knows_what_is_loaded() {
+    let host = host("1s");
+    let [p] = warm(&host, ["p"]);
+    // A stream keeps it until the daemon is gone.
+    let events = host.opencode("GET", &format!("/event?directory={}", p.display())).events();
+    let daemon = host.daemon_pid();
+    host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+    wait_gone(daemon);
+    let before = host.instance(&p);
+    host.openwork(["daemon", "start"]).ok();
+    if before == ["load"] {
+        wait_disposed(&host, &p);
+    }
+    drop(events);
+}
+
+#[test]
+fn a_time_that_is_none_is_refused() {
+    let host = Host::new();
+    for time in ["soon", "-1s", "1", "1x", "", "1.5h", "999999999999999999999s"] {
+        host.openwork(["daemon", "start", &format!("--idle-ttl={time}")]).fails(2, "usage");
+    }
+    for time in ["90s", "30m", "2h", "0"] {
+        host.openwork(["daemon", "start", "--idle-ttl", time]).ok();
+    }
+}

@@ -1,0 +1,290 @@
+//! OpenCode's own calls and clients: `api`, `env`, `attach`, `run`.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, Signal, kill, wait_for};
+
+/// A host with two workspaces, `p`, which is active, and `q`.
+fn host() -> Host {
+    let host = Host::new();
+    host.add(host.project("p"));
+    host.add(host.project("q"));
+    host
+}
+
+/// Runs `api` with these arguments; what `/echo` or another route has answered.
+fn api(host: &Host, args: &[&str]) -> Value {
+    let output = host.openwork(["api"].iter().chain(args)).ok();
+    assert_eq!(output.stderr, "", "{output:?}");
+    serde_json::from_str(&output.stdout).unwrap()
+}
+
+fn header<'a>(echo: &'a Value, name: &str) -> Option<&'a str> {
+    let mut headers = echo["headers"].as_array().unwrap().iter();
+    let found = headers.find(|header| header[0].as_str().unwrap().eq_ignore_ascii_case(name));
+    found.map(|header| header[1].as_str().unwrap())
+}
+
+// --- api ---
+
+#[test]
+fn any_call_is_one_line() {
+    let host = host();
+    let directory = |answer: Value| answer["directory"].as_str().unwrap().to_owned();
+    let (p, q) = (host.project("p"), host.project("q"));
+    assert_eq!(directory(api(&host, &["/path"])), p.to_str().unwrap());
+    assert_eq!(directory(api(&host, &["q", "/path"])), q.to_str().unwrap());
+    assert_eq!(directory(api(&host, &["q", "GET", "/path"])), q.to_str().unwrap());
+    assert_eq!(directory(api(&host, &["GET", "/path"])), p.to_str().unwrap());
+    let output = host.openwork(["api", "/path"]).cwd(&q).env("OPENWORK_WORKSPACE", ".").ok();
+    assert!(output.stdout.contains("projects/q"), "{output:?}");
+
+    let got = api(&host, &["DELETE", "/echo?a=1&b=%20#"]);
+    assert_eq!((&got["method"], header(&got, "content-length")), (&json!("DELETE"), Some("0")));
+}
+
+#[test]
+fn a_body_is_text_a_file_or_what_comes_in() {
+    let host = host();
+    let file = host.path("body");
+    fs::write(&file, "of a file").unwrap();
+    let from_file = format!("@{}", file.display());
+    for (data, body) in [(r#"{"a": 1}"#, r#"{"a": 1}"#), ("", ""), (&from_file, "of a file")] {
+        for option in ["-d", "--data"] {
+            let got = api(&host, &["/echo", option, data]);
+            assert_eq!((&got["method"], &got["body"]), (&json!("POST"), &json!(body)));
+            assert_eq!(header(&got, "content-type"), Some("application/json"));
+            assert_eq!(header(&got, "content-length"), Some(&*body.len().to_string()));
+        }
+    }
+    assert_eq!(api(&host, &["PUT", "/echo", "-d", "x"])["method"], "PUT");
+
+    // What comes in has no length that is known.
+    let large = vec![b'i'; 3_000_000];
+    fs::write(&file, &large).unwrap();
+    let output = host.openwork(["api", "/upload", "-d", "@-"]).stdin(File::open(&file).unwrap()).ok();
+    assert_eq!(output.stdout, r#"{"bytes":3000000}"#);
+    assert_eq!(host.openwork(["api", "/upload", "-d", &from_file]).ok().stdout, r#"{"bytes":3000000}"#);
+    host.openwork(["api", "/upload", "-d", "@/does/not/exist"]).fails(2, "usage");
+}
+
+#[test]
+fn headers_are_given_and_shown() {
+    let host = host();
+    let got = api(&host, &["/echo", "-d", "x", "-H", "X-A: b: c", "--header", "content-type:text/x"]);
+    assert_eq!((header(&got, "x-a"), header(&got, "content-type")), (Some("b: c"), Some("text/x")));
+    for option in ["-i", "--include"] {
+        let output = host.openwork(["api", option, "/path"]).ok();
+        let (head, body) = output.stdout.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("Content-Type: application/json"), "{head}");
+        assert!(serde_json::from_str::<Value>(body).is_ok(), "{body}");
+    }
+    for bad in ["no colon", ": no name", "X: a\nInjected: b", "Bad Name: x"] {
+        host.openwork(["api", "/echo", "-H", bad]).fails(2, "usage");
+    }
+}
+
+#[test]
+fn a_body_comes_as_it_is() {
+    let host = host();
+    assert_eq!(host.openwork(["api", "/anything"]).ok().stdout, "<!doctype html>\n<html lang=\"en\"></html>\n");
+    assert_eq!(host.openwork(["api", "/chunked"]).ok().stdout, "one two ");
+    let downloaded = host.path("downloaded");
+    host.openwork(["api", "/download?bytes=5000000"]).stdout(File::create(&downloaded).unwrap()).ok();
+    assert_eq!(fs::metadata(&downloaded).unwrap().len(), 5_000_000);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    host.openwork(["api", "/download?bytes=5000000"]).stdout(full).exits(1);
+    // Half of it is not it.
+    let output = host.openwork(["api", "/die-mid"]).output();
+    assert!(!output.status.success() && output.stdout == "half ", "{output:?}");
+}
+
+#[test]
+fn a_stream_comes_as_it_comes() {
+    let host = host();
+    let streaming = host.openwork(["api", "/event"]).spawn();
+    wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
+    host.openwork(["api", "POST", "/session"]).ok();
+    wait_for("the next event", || streaming.stdout_so_far().contains("session.created"));
+    kill(streaming.pid(), Signal::INT);
+    let output = streaming.wait();
+    assert_eq!(output.stderr, "", "{output:?}");
+    wait_for("its end to be passed on", || host.recorded("streams").contains(&"close /event".to_owned()));
+    // One that ends by itself.
+    let streaming = host.openwork(["api", "/event"]).spawn();
+    wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
+    host.openwork(["api", "POST", "/instance/dispose"]).ok();
+    assert_eq!(streaming.wait().status.code(), Some(0));
+}
+
+#[test]
+fn a_failure_of_opencode_is_one() {
+    let host = host();
+    host.opencode_pid();
+    host.behave("FAKE_FAIL=/path");
+    kill(host.opencode_pid(), Signal::KILL);
+    wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
+    // Its body is a result all the same.
+    let output = host.openwork(["api", "/path"]).exits(1);
+    assert_eq!(serde_json::from_str::<Value>(&output.stdout).unwrap()["name"], "UnknownError");
+    let output = host.openwork(["api", "/path", "--json"]).exits(1);
+    let value = output.object();
+    assert_eq!((&value["ok"], &value["status"]), (&json!(false), &json!(500)));
+
+    let value = host.openwork(["api", "/echo"]).json();
+    assert_eq!((&value["status"], &value["body"]["method"]), (&json!(200), &json!("GET")));
+    assert_eq!(
+        host.openwork(["api", "/anything"]).json()["body"].as_str().map(|html| html.starts_with('<')),
+        Some(true)
+    );
+}
+
+#[test]
+fn a_failure_of_ours_is_an_error() {
+    let host = host();
+    host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
+    host.openwork(["api", "nope", "/path"]).fails(4, "workspace_not_found");
+    host.openwork(["api", "h.example", "/path"]).fails(1, "workspace_is_remote");
+    host.openwork(["api", "POST", "/die-first"]).fails(5, "opencode_error");
+    for bad in [
+        &["api"][..],
+        &["api", "p"],
+        &["api", "p", "path"],
+        &["api", "p", "GET", "x", "/path"],
+        &["api", "p", "G ET", "/path"],
+        &["api", "/path\r\nX: y"],
+    ] {
+        host.openwork(bad).fails(2, "usage");
+    }
+    host.openwork(["daemon", "stop"]).ok();
+    host.openwork(["api", "/path", "--no-autostart"]).fails(3, "daemon_not_running");
+    host.behave("FAKE_NEVER_LISTEN=1");
+    host.openwork(["api", "/path", "--timeout", "1"]).fails(5, "opencode_timeout");
+}
+
+// --- env ---
+
+#[test]
+fn the_environment_is_for_any_client() {
+    let host = Host::new();
+    let project = host.project("it's $HOME \"`x`\" \\ ünï");
+    let id = host.add(&project);
+    let run = host.openwork(["env"]).secret();
+    let json = run.json();
+    let url = format!("http://127.0.0.1:{}/w/{id}", host.port());
+    for (name, value) in [
+        ("OPENCODE_BASE_URL", url.as_str()),
+        ("OPENCODE_SERVER_USERNAME", "opencode"),
+        ("OPENCODE_SERVER_PASSWORD", &host.password()),
+        ("OPENWORK_WORKSPACE", &id),
+        ("OPENWORK_DIRECTORY", project.to_str().unwrap()),
+    ] {
+        assert_eq!(json[name], value, "{name}");
+    }
+    assert!(json["NO_PROXY"].as_str().unwrap().contains("127.0.0.1"));
+
+    // A shell that evaluates it has the same.
+    let lines = host.openwork(["env"]).secret().ok().stdout;
+    assert!(lines.lines().all(|line| line.starts_with("export ")), "{}", lines.lines().count());
+    let script = format!(
+        "{lines}\nprintf '%s|' \"$OPENCODE_BASE_URL\" \"$OPENWORK_WORKSPACE\" \"$OPENWORK_DIRECTORY\" \"$NO_PROXY\""
+    );
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    let expected = format!("{url}|{id}|{}|{}|", project.display(), json["NO_PROXY"].as_str().unwrap());
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+
+    // And what is in it works.
+    host.routed("GET", &format!("/w/{id}/path")).send();
+    let mut inside = host.openwork(["workspace", "info"]);
+    inside = inside.env("OPENWORK_WORKSPACE", json["OPENWORK_WORKSPACE"].as_str().unwrap());
+    assert_eq!(inside.json()["workspace"]["id"], *id);
+}
+
+#[test]
+fn other_shells_are_served_in_their_language() {
+    let host = Host::new();
+    host.add(host.project("it's a \\ p"));
+    let fish = host.openwork(["env", "--shell", "fish"]).secret().ok().stdout;
+    assert!(fish.lines().all(|line| line.starts_with("set -gx ")), "{}", fish.lines().count());
+    assert!(fish.contains(r"it\'s a \\ p'"), "the quoting of fish");
+    host.openwork(["env", "--shell", "powershell"]).fails(2, "usage");
+    let kept = host.openwork(["env", "--json"]).env("NO_PROXY", "internal.example,localhost").secret().ok().object();
+    assert_eq!(kept["NO_PROXY"], "internal.example,localhost,127.0.0.1");
+}
+
+#[test]
+fn there_is_no_environment_without_a_local_workspace() {
+    let host = Host::new();
+    host.openwork(["env"]).fails(4, "no_active_workspace");
+    host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
+    host.openwork(["env"]).fails(1, "workspace_is_remote");
+    let gone = host.project("gone");
+    host.add(&gone);
+    fs::remove_dir(&gone).unwrap();
+    host.openwork(["env", "gone"]).fails(1, "path_not_found");
+}
+
+// --- attach, run ---
+
+/// The one call of the opencode client: its arguments and its environment.
+fn client(host: &Host) -> (Vec<String>, Vec<String>) {
+    let calls = host.recorded("clients");
+    let call: Value = serde_json::from_str(calls.last().unwrap()).unwrap();
+    let argv = call["argv"].as_array().unwrap().iter().map(|arg| arg.as_str().unwrap().to_owned()).collect();
+    (argv, host.environment(call["pid"].as_u64().unwrap() as u32))
+}
+
+fn check_client(host: &Host, directory: &Path, before: &[&str], after: &[&str]) {
+    let (argv, environment) = client(host);
+    let id = host.openwork(["workspace", "info", directory.to_str().unwrap()]).json()["workspace"]["id"].clone();
+    let url = format!("http://127.0.0.1:{}/w/{}", host.port(), id.as_str().unwrap());
+    let expected = [before, &[&url, "--dir", directory.to_str().unwrap()], after].concat();
+    assert_eq!(argv, expected);
+    let has = |variable: String| environment.contains(&variable);
+    assert!(has(format!("OPENCODE_SERVER_PASSWORD={}", host.password())));
+    assert!(has("OPENCODE_SERVER_USERNAME=opencode".to_owned()));
+    assert!(environment.iter().any(|variable| variable.starts_with("NO_PROXY=") && variable.contains("127.0.0.1")));
+}
+
+#[test]
+fn attach_is_opencode_in_the_workspace() {
+    let host = host();
+    let output = host.openwork(["attach"]).ok();
+    assert!(output.stdout.starts_with("fake: attach "), "{output:?}");
+    check_client(&host, &host.project("p"), &["attach"], &[]);
+    host.openwork(["attach", "q", "--", "--continue", "--json", "--"]).ok();
+    check_client(&host, &host.project("q"), &["attach"], &["--continue", "--json", "--"]);
+}
+
+#[test]
+fn run_is_opencode_in_the_workspace() {
+    let host = host();
+    host.openwork(["run", "--", "say hello", "-x"]).ok();
+    check_client(&host, &host.project("p"), &["run", "--attach"], &["say hello", "-x"]);
+    host.openwork(["run", "q", "--", "say hello"]).ok();
+    check_client(&host, &host.project("q"), &["run", "--attach"], &["say hello"]);
+}
+
+#[test]
+fn the_exit_status_is_that_of_opencode() {
+    let host = host();
+    host.opencode_pid();
+    host.behave("FAKE_CLIENT_EXIT=42");
+    host.openwork(["run", "--", "x"]).exits(42);
+    host.openwork(["attach"]).exits(42);
+}
+
+#[test]
+fn there_is_nothing_to_attach_to_without_opencode() {
+    let host = host();
+    host.openwork(["attach", "nope"]).fails(4, "workspace_not_found");
+    host.openwork(["run", "nope", "--", "x"]).fails(4, "workspace_not_found");
+    host.openwork(["daemon", "stop"]).ok();
+    host.behave("FAKE_AUTH=reject");
+    host.openwork(["attach"]).fails(5, "opencode_auth_failed");
+    assert_eq!(host.recorded("clients"), [""; 0]);
+}

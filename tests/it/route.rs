@@ -1,0 +1,619 @@
+//! `/w/<ws>/…`: every call of OpenCode's, in the directory of its workspace, and otherwise as it
+//! was made.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::path::PathBuf;
+use std::thread;
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, Reply, Signal, is_alive, kill, read_to_close, wait_for, wait_gone};
+
+/// A host with a warm opencode and two workspaces, `p` and `q`.
+fn host() -> (Host, PathBuf, PathBuf) {
+    let host = Host::new();
+    let (p, q) = (host.project("p"), host.project("q"));
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&p);
+    host.add(&q);
+    (host, p, q)
+}
+
+/// What `/echo` got.
+fn echo(reply: &Reply) -> Value {
+    assert_eq!(reply.status, 200, "{reply:?}");
+    reply.json()
+}
+
+/// The values of a header in what `/echo` got.
+fn header(echo: &Value, name: &str) -> Vec<String> {
+    let headers = echo["headers"].as_array().unwrap().iter();
+    let of_name = headers.filter(|header| header[0].as_str().unwrap().eq_ignore_ascii_case(name));
+    of_name.map(|header| header[1].as_str().unwrap().to_owned()).collect()
+}
+
+/// The calls about instances that opencode got, health probes and such apart.
+fn calls(host: &Host) -> Vec<Value> {
+    let requests = host.requests().into_iter();
+    requests.filter(|request| !request["target"].as_str().unwrap().starts_with("/global/")).collect()
+}
+
+// --- The directory ---
+
+#[test]
+fn a_call_is_about_the_directory_of_its_workspace() {
+    let (host, p, q) = host();
+    for (name, directory) in [("p", &p), ("q", &q), ("@active", &p)] {
+        let reply = host.routed("GET", &format!("/w/{name}/path")).send();
+        assert_eq!(reply.json()["directory"], directory.to_str().unwrap());
+    }
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn an_unusual_directory_is_passed_on_as_it_is() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    for name in ["with space", "ünïcödé", "100%", "%2F", "plus+and&=?#", "quote\"'", "new\nline"] {
+        let project = host.project(name);
+        let id = host.add(&project);
+        let reply = host.routed("GET", &format!("/w/{id}/path")).send();
+        assert_eq!(reply.json()["directory"], project.to_str().unwrap());
+    }
+}
+
+#[test]
+fn no_other_directory_can_be_asked_for() {
+    let (host, p, q) = host();
+    let other = q.to_str().unwrap();
+    for query in [
+        format!("directory={other}"),
+        format!("x=1&directory={other}&y=2"),
+        format!("directory={other}&directory={other}"),
+        format!("%64irectory={other}"),
+        format!("%64%69%72%65%63%74%6F%72%79={}", other.replace('/', "%2F")),
+        format!("location%5Bdirectory%5D={other}"),
+        format!("location%5bdirectory%5d={other}"),
+        format!("location[directory]={other}"),
+        "directory".to_owned(),
+        "directory=".to_owned(),
+        "&&directory=/&&".to_owned(),
+    ] {
+        for path in ["path", "api/anything"] {
+            host.routed("GET", &format!("/w/p/{path}?{query}")).send();
+        }
+    }
+    let with_header = host.routed("GET", "/w/p/path").header("x-opencode-directory", other);
+    assert_eq!(with_header.send().json()["directory"], p.to_str().unwrap());
+    let twice = host.routed("GET", "/w/p/path").header("X-OpenCode-Directory", other);
+    twice.and_header("x-opencode-directory", other).send();
+
+    let directories: Vec<Value> = calls(&host).iter().map(|call| call["directory"].clone()).collect();
+    assert!(directories.len() > 11 && directories.iter().all(|of| *of == p.to_str().unwrap()), "{directories:?}");
+    assert_eq!(host.instance(&q), [""; 0]);
+}
+
+#[test]
+fn a_path_is_passed_on_as_it_is_spelled() {
+    let (host, p, _) = host();
+    for path in [
+        "/echo/../x",
+        "/%2e%2e/q/path",
+        "/..%2Fq",
+        "//double",
+        "/a//b/",
+        "/./x",
+        "/%41",
+        "/a;b=c,d",
+        "/x?a=%20+b&&c=d=e?f&g",
+        "/?x",
+    ] {
+        host.routed("GET", &format!("/w/p{path}")).send();
+        let call = calls(&host).pop().unwrap();
+        assert_eq!((&call["target"], &call["directory"]), (&json!(path), &json!(p.to_str().unwrap())));
+    }
+    // The root, with and without its slash.
+    for path in ["", "/"] {
+        host.routed("GET", &format!("/w/p{path}")).send();
+        assert_eq!(calls(&host).pop().unwrap()["target"], "/");
+    }
+}
+
+#[test]
+fn a_path_cannot_leave_its_workspace() {
+    let (host, ..) = host();
+    for target in [
+        "/w/../workspaces",
+        "/w/./p/path",
+        "/w//p/path",
+        "/w/%2e%2e/workspaces",
+        "/w",
+        "/w/",
+        "/W/p/path",
+        "/x/w/p/path",
+    ] {
+        let reply = host.routed("GET", target).send();
+        assert!(matches!(reply.status, 400 | 404), "{target}: {reply:?}");
+    }
+    assert_eq!(calls(&host), [Value::Null; 0]);
+}
+
+// --- The request ---
+
+#[test]
+fn a_request_is_passed_on_as_it_is() {
+    let (host, ..) = host();
+    for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"] {
+        let request =
+            host.routed(method, "/w/p/echo?a=1&b=%20").header("X-Custom", "one").and_header("x-custom", "two");
+        let request =
+            request.header("Accept", "a/b;q=0.5, */*").header("Cookie", "c=d").header("Content-Type", "text/x");
+        let got = echo(&request.body("the body").send());
+        assert_eq!((&got["method"], &got["target"]), (&json!(method), &json!("/echo?a=1&b=%20")));
+        assert_eq!((&got["length"], &got["body"]), (&json!(8), &json!("the body")));
+        assert_eq!(header(&got, "x-custom"), ["one", "two"]);
+        for (name, value) in
+            [("accept", "a/b;q=0.5, */*"), ("cookie", "c=d"), ("content-type", "text/x"), ("content-length", "8")]
+        {
+            assert_eq!(header(&got, name), [value], "{name}");
+        }
+        // What it has to be for opencode.
+        assert_eq!(header(&got, "host"), [format!("127.0.0.1:{}", host.health()["opencode"]["port"])]);
+        assert_eq!(header(&got, "authorization"), [host.credentials()]);
+        assert_eq!(header(&got, "x-opencode-directory").len(), 1);
+    }
+}
+
+#[test]
+fn what_is_about_one_connection_is_not_passed_on() {
+    let (host, ..) = host();
+    let request =
+        host.routed("GET", "/w/p/echo").header("Connection", "keep-alive, X-Only-Here").header("X-Only-Here", "1");
+    let request =
+        request.header("Keep-Alive", "timeout=5").header("Proxy-Connection", "keep-alive").header("TE", "trailers");
+    let request = request.header("X-Openwork-Timeout", "10").header("X-Stays", "1");
+    let reply = request.send();
+    let got = echo(&reply);
+    for name in ["keep-alive", "proxy-connection", "te", "x-only-here", "x-openwork-timeout", "upgrade"] {
+        assert_eq!(header(&got, name), [""; 0], "{name}");
+    }
+    assert_eq!(header(&got, "x-stays"), ["1"]);
+    assert_eq!(reply.header("connection"), Some("close"));
+}
+
+#[test]
+fn a_body_of_any_size_is_passed_on() {
+    const SIZE: usize = 5_000_000;
+    let (host, ..) = host();
+    let bytes = host.routed("POST", "/w/p/upload").body(vec![b'u'; SIZE]).send().json();
+    assert_eq!(bytes["bytes"], SIZE);
+
+    let mut chunked = Vec::new();
+    for chunk in vec![b'c'; SIZE].chunks(77_777) {
+        write!(chunked, "{:x};extension=\"1\"\r\n", chunk.len()).unwrap();
+        chunked.extend(chunk);
+        chunked.extend(b"\r\n");
+    }
+    chunked.extend(b"0\r\nX-Trailer: 1\r\n\r\n");
+    let head = head(&host, "POST /w/p/upload", "Transfer-Encoding: chunked\r\n");
+    let reply = Reply::parse(&host.send_raw([head.as_bytes(), &chunked].concat())).unwrap();
+    assert_eq!(reply.json()["bytes"], SIZE);
+}
+
+/// The head of a request with credentials.
+fn head(host: &Host, line: &str, headers: &str) -> String {
+    let (port, credentials) = (host.port(), host.credentials());
+    format!("{line} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: {credentials}\r\n{headers}\r\n")
+}
+
+#[test]
+fn a_client_that_waits_to_be_asked_for_its_body_is_asked() {
+    let (host, ..) = host();
+    let mut stream = host.connect();
+    stream
+        .write_all(head(&host, "POST /w/p/echo", "Expect: 100-continue\r\nContent-Length: 4\r\n").as_bytes())
+        .unwrap();
+    let mut interim = [0; 12];
+    stream.read_exact(&mut interim).unwrap();
+    assert_eq!(&interim, b"HTTP/1.1 100");
+    stream.write_all(b"body").unwrap();
+    let rest = read_to_close(&mut stream);
+    let rest = String::from_utf8(rest).unwrap();
+    assert!(rest.contains("HTTP/1.1 200") && rest.contains(r#""body":"body""#), "{rest}");
+}
+
+#[test]
+fn only_the_request_is_passed_on() {
+    let (host, ..) = host();
+    let hidden = head(&host, "POST /w/p/session", "Content-Length: 0\r\n");
+    for request in [
+        head(&host, "GET /w/p/echo", "") + &hidden,
+        head(&host, "POST /w/p/echo", "Content-Length: 4\r\n") + "body" + &hidden,
+        head(&host, "POST /w/p/echo", "Transfer-Encoding: chunked\r\n") + "4\r\nbody\r\n0\r\n\r\n" + &hidden,
+    ] {
+        let reply = Reply::parse(&host.send_raw(&request)).unwrap();
+        let length: usize = reply.header("content-length").unwrap().parse().unwrap();
+        assert_eq!((reply.status, reply.body.len()), (200, length));
+    }
+    let calls = calls(&host);
+    assert!(calls.len() == 3 && calls.iter().all(|call| call["target"] == "/echo"), "{calls:?}");
+}
+
+#[test]
+fn a_request_has_one_idea_of_its_length() {
+    let (host, ..) = host();
+    for headers in [
+        "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
+        "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
+        "Content-Length: 4\r\nContent-Length: 5\r\n",
+        "Content-Length: 4, 5\r\n",
+        "Content-Length: +4\r\n",
+        "Content-Length: 0x4\r\n",
+        "Content-Length : 4\r\n",
+        "Transfer-Encoding: gzip, chunked\r\n",
+        "Transfer-Encoding: chunked, identity\r\n",
+        "Transfer-Encoding: xchunked\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+    ] {
+        let request = head(&host, "POST /w/p/echo", headers) + "0\r\n\r\n";
+        let reply = Reply::parse(&host.send_raw(request)).unwrap();
+        reply.refused(400, "bad_request");
+    }
+    assert_eq!(calls(&host), [Value::Null; 0]);
+}
+
+#[test]
+fn chunks_that_are_none_are_no_body() {
+    let (host, ..) = host();
+    for chunks in ["zz\r\n", "-1\r\n", "4\r\nbodyX", "ffffffffffffffffff\r\n", "4 4\r\nbody\r\n0\r\n\r\n", "\r\n"] {
+        let request = head(&host, "POST /w/p/upload", "Transfer-Encoding: chunked\r\n") + chunks;
+        // Told or dropped, if only it is not taken for a body and not waited for.
+        let reply = Reply::parse(&host.send_raw(request));
+        assert!(reply.is_none_or(|reply| reply.status >= 400), "{chunks:?}");
+    }
+    host.routed("GET", "/w/p/path").send();
+}
+
+#[test]
+fn a_request_that_breaks_off_is_not_waited_for() {
+    let (host, ..) = host();
+    for end in [Shutdown::Write, Shutdown::Both] {
+        let mut stream = host.connect();
+        let head = head(&host, "POST /w/p/upload", "Content-Length: 1000\r\n");
+        stream.write_all((head + "not all of it").as_bytes()).unwrap();
+        stream.shutdown(end).unwrap();
+        let reply = Reply::parse(&read_to_close(&mut stream));
+        assert!(reply.is_none_or(|reply| reply.status >= 400));
+    }
+    wait_for("nothing to be under way", || streams(&host, "p") == 0);
+}
+
+/// How many requests are under way in a workspace.
+fn streams(host: &Host, name: &str) -> u64 {
+    let instances = host.http("GET", "/instances").ok();
+    let instances = instances["instances"].as_array().unwrap().iter();
+    let mut of_name = instances.filter(|instance| instance["workspace"]["name"] == name);
+    of_name.next().unwrap()["openStreams"].as_u64().unwrap()
+}
+
+// --- The reply ---
+
+#[test]
+fn a_reply_is_passed_on_as_it_is() {
+    let (host, ..) = host();
+    let html = host.routed("GET", "/w/p/anything").send();
+    assert_eq!((html.status, html.header("content-type")), (200, Some("text/html")));
+    assert!(html.body.starts_with(b"<!doctype html>"));
+
+    let large = host.routed("GET", "/w/p/download?bytes=5000000").send();
+    assert!(large.body.len() == 5_000_000 && large.body.iter().all(|byte| *byte == b'd'));
+
+    // Chunk by chunk, with its trailers.
+    let chunked = host.send_raw(head(&host, "GET /w/p/chunked", ""));
+    let reply = Reply::parse(&chunked).unwrap();
+    assert_eq!((reply.header("transfer-encoding"), reply.header("trailer")), (Some("chunked"), Some("x-parts")));
+    assert_eq!(String::from_utf8(reply.body).unwrap(), "4\r\none \r\n4\r\ntwo \r\n0\r\nx-parts: 2\r\n\r\n");
+
+    // Of a head there is no more, whatever length it speaks of.
+    let of_head = Reply::parse(&host.send_raw(head(&host, "HEAD /w/p/echo", ""))).unwrap();
+    assert_eq!((of_head.status, of_head.header("content-length"), of_head.body.len()), (200, Some("1000"), 0));
+}
+
+#[test]
+fn an_error_of_opencode_is_passed_on_as_it_is() {
+    let host = Host::new();
+    host.behave("FAKE_FAIL=/path");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(host.project("p"));
+    let reply = host.routed("GET", "/w/p/path").send();
+    assert_eq!((reply.status, &reply.json()["name"]), (500, &json!("UnknownError")));
+    assert_eq!(reply.header("x-openwork-error"), None);
+}
+
+#[test]
+fn events_come_as_they_happen() {
+    let (host, p, _) = host();
+    let mut of_instance = host.routed("GET", "/w/p/event").events();
+    let mut of_all = host.routed("GET", "/w/q/global/event").events();
+    of_instance.find(|event| event["type"] == "server.connected").unwrap();
+    of_all.find(|event| event["payload"]["type"] == "server.connected").unwrap();
+    wait_for("the stream to be counted", || streams(&host, "p") == 1);
+
+    host.routed("POST", "/w/p/session").send();
+    of_instance.find(|event| event["type"] == "session.created").unwrap();
+    let event = of_all.find(|event| event["payload"]["type"] == "session.created").unwrap();
+    assert_eq!(event["directory"], p.to_str().unwrap());
+
+    // With the instance ends its stream, and not that of all.
+    host.routed("POST", "/w/p/instance/dispose").send();
+    assert_eq!(of_instance.find(|event| event["type"] == "no such"), None);
+    of_all.find(|event| event["payload"]["type"] == "server.instance.disposed").unwrap();
+    wait_for("the stream to be done", || streams(&host, "p") == 0);
+}
+
+#[test]
+fn a_client_that_goes_away_is_gone_for_opencode_too() {
+    let (host, ..) = host();
+    let events = host.routed("GET", "/w/p/event").events();
+    assert!(host.recorded("streams").contains(&"open /event".to_owned()));
+    drop(events);
+    wait_for("its end to be passed on", || host.recorded("streams").contains(&"close /event".to_owned()));
+}
+
+#[test]
+fn one_that_dies_before_it_replies_is_an_error() {
+    let (host, ..) = host();
+    let reply = host.routed("POST", "/w/p/die-first").send();
+    reply.refused(502, "opencode_error");
+    assert_eq!(reply.header("x-openwork-error"), Some("opencode_error"));
+    // It may have been carried out: it is not sent again.
+    assert_eq!(calls(&host).iter().filter(|call| call["target"] == "/die-first").count(), 1);
+}
+
+#[test]
+fn one_that_dies_while_it_replies_is_a_broken_connection() {
+    let (host, ..) = host();
+    let reply = Reply::parse(&host.send_raw(head(&host, "GET /w/p/die-mid", ""))).unwrap();
+    assert_eq!((reply.status, reply.header("content-length")), (200, Some("10")));
+    assert_eq!(reply.body, b"half ");
+}
+
+// --- Upgrades ---
+
+/// A tunnel, and what came behind the reply.
+fn upgrade(host: &Host, at_once: &str) -> (TcpStream, Vec<u8>) {
+    let mut stream = host.connect();
+    let headers = "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n";
+    let request = head(host, "GET /w/p/pty/x/connect", headers) + at_once;
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while !bytes.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        bytes.push(byte[0]);
+    }
+    let reply = Reply::parse(&bytes).unwrap();
+    assert_eq!(reply.status, 101);
+    assert!(reply.header("connection").unwrap().eq_ignore_ascii_case("upgrade"), "{reply:?}");
+    assert_eq!((reply.header("upgrade"), reply.header("sec-websocket-accept")), (Some("websocket"), Some("fake")));
+    let mut first = vec![0; at_once.len()];
+    stream.read_exact(&mut first).unwrap();
+    (stream, first)
+}
+
+#[test]
+fn an_upgrade_is_a_tunnel() {
+    let (host, ..) = host();
+    // What is sent before the reply is there belongs to the tunnel.
+    let (mut stream, first) = upgrade(&host, "at once");
+    assert_eq!(first, b"at once");
+    let large = vec![b't'; 1_000_000];
+    thread::scope(|scope| {
+        let mut writer = stream.try_clone().unwrap();
+        let sent = &large;
+        scope.spawn(move || {
+            writer.write_all(sent).unwrap();
+            // The end of one side is not the end of the other.
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        assert!(read_to_close(&mut stream) == large);
+    });
+    wait_for("the tunnel to be done", || streams(&host, "p") == 0);
+}
+
+#[test]
+fn a_tunnel_ends_with_opencode() {
+    let (host, ..) = host();
+    let (mut stream, _) = upgrade(&host, "");
+    kill(host.opencode_pid(), Signal::KILL);
+    assert_eq!(read_to_close(&mut stream), b"");
+}
+
+// --- Who may ---
+
+#[test]
+fn the_credentials_are_those_of_opencode() {
+    let (host, ..) = host();
+    let password = host.password();
+    let encode = |text: &str| format!("Basic {}", crate::support::base64(text));
+    let wrong = [
+        encode(&format!("opencode:{}", "0".repeat(64))),
+        encode(&format!("opencode:{}", &password[..63])),
+        encode(&format!("opencode:{password}0")),
+        encode(&format!("root:{password}")),
+        encode("opencode:"),
+        host.credentials().replace("Basic ", "Bearer "),
+        host.credentials().replace("Basic ", ""),
+        format!("{}=", host.credentials()),
+        "Basic".to_owned(),
+        "".to_owned(),
+    ];
+    for target in ["/w/p/path", "/w/nope/path", "/w/p/global/health", "/w/"] {
+        for credentials in &wrong {
+            let reply = host.http("GET", target).header("Authorization", credentials).send();
+            reply.refused(401, "unauthorized");
+            assert!(reply.header("www-authenticate").unwrap().starts_with("Basic"), "{reply:?}");
+            assert_eq!(reply.header("x-openwork-error"), Some("unauthorized"));
+        }
+        host.http("GET", target).fails(401, "unauthorized");
+    }
+    assert_eq!(calls(&host), [Value::Null; 0]);
+    // What the daemon itself is asked needs none.
+    host.http("GET", "/workspaces").ok();
+}
+
+#[test]
+fn a_page_on_the_list_may_ask() {
+    let (host, ..) = host();
+    let origin = "tauri://localhost";
+    let reply = host.routed("GET", "/w/p/path").header("Origin", origin).send();
+    let values = |name: &str| {
+        let headers = reply.headers.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
+        headers.map(|(_, value)| value.as_str()).collect::<Vec<_>>()
+    };
+    // Ours, and opencode's not beside it.
+    assert_eq!((values("access-control-allow-origin"), values("vary")), (vec![origin], vec!["Origin"]));
+    let preflight = host.http("OPTIONS", "/w/p/session").header("Origin", origin);
+    assert_eq!(preflight.send().status, 204);
+    host.routed("GET", "/w/p/path").header("Origin", "http://evil.example").fails(403, "forbidden_origin");
+    host.routed("GET", "/w/p/path").header("Host", "evil.example").fails(403, "forbidden_host");
+    assert_eq!(calls(&host).len(), 1);
+}
+
+// --- Which workspace ---
+
+#[test]
+fn what_is_no_local_workspace_is_an_error_of_ours() {
+    let (host, p, _) = host();
+    host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
+    for (target, status, code) in [
+        ("/w/nope/path", 404, "workspace_not_found"),
+        ("/w/-/path", 404, "workspace_not_found"),
+        ("/w/h.example/path", 409, "workspace_is_remote"),
+        ("/w/%zz/path", 400, "bad_request"),
+        ("/w/%ff/path", 400, "bad_request"),
+    ] {
+        let reply = host.routed("GET", target).send();
+        reply.refused(status, code);
+        assert_eq!(reply.header("x-openwork-error"), Some(code));
+    }
+    fs::remove_dir(&p).unwrap();
+    host.routed("GET", "/w/p/path").fails(404, "path_not_found");
+    host.openwork(["workspace", "remove", "p"]).ok();
+    host.routed("GET", "/w/p/path").fails(404, "workspace_not_found");
+    host.routed("GET", "/w/@active/path").fails(409, "no_active_workspace");
+    assert_eq!(calls(&host), [Value::Null; 0]);
+}
+
+#[test]
+fn the_active_one_is_followed_by_new_requests() {
+    let (host, p, q) = host();
+    let mut events = host.routed("GET", "/w/@active/event").events();
+    host.openwork(["workspace", "switch", "q"]).ok();
+    let directory = |host: &Host| host.routed("GET", "/w/@active/path").send().json()["directory"].clone();
+    assert_eq!(directory(&host), q.to_str().unwrap());
+    // What is under way stays where it was.
+    host.routed("POST", "/w/p/session").send();
+    events.find(|event| event["type"] == "session.created").unwrap();
+    host.openwork(["workspace", "switch", "-"]).ok();
+    assert_eq!(directory(&host), p.to_str().unwrap());
+}
+
+// --- When opencode is not there ---
+
+#[test]
+fn a_dead_opencode_is_woken() {
+    let (host, p, _) = host();
+    let before = host.opencode_pid();
+    kill(before, Signal::KILL);
+    thread::scope(|scope| {
+        for n in 0..32 {
+            let (host, p) = (&host, &p);
+            scope.spawn(move || match n % 2 {
+                0 => assert_eq!(host.routed("GET", "/w/p/path").send().json()["directory"], p.to_str().unwrap()),
+                // Nothing of it was sent before.
+                _ => assert_eq!(
+                    echo(&host.routed("POST", "/w/p/echo").body("x".repeat(100_000)).send())["length"],
+                    100_000
+                ),
+            });
+        }
+    });
+    assert_eq!(host.starts().len(), 2);
+    assert!(!is_alive(before));
+}
+
+#[test]
+fn one_that_does_not_come_is_an_error_of_ours() {
+    let host = Host::new();
+    host.behave("FAKE_NEVER_LISTEN=1");
+    host.add(host.project("p"));
+    let reply = host.routed("GET", "/w/p/path").header("X-Openwork-Timeout", "1").send();
+    reply.refused(504, "opencode_timeout");
+    assert_eq!(reply.header("x-openwork-error"), Some("opencode_timeout"));
+
+    let host = Host::new();
+    host.behave("FAKE_AUTH=reject");
+    host.add(host.project("p"));
+    host.routed("GET", "/w/p/path").fails(502, "opencode_auth_failed");
+}
+
+#[test]
+fn a_url_outlives_opencode_and_the_daemon() {
+    let (host, p, _) = host();
+    let port = host.port();
+    let still_there = || {
+        assert_eq!(host.routed("GET", "/w/p/path").send().json()["directory"], p.to_str().unwrap());
+        assert_eq!(host.port(), port);
+    };
+    still_there();
+    kill(host.opencode_pid(), Signal::KILL);
+    still_there();
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    still_there();
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    host.openwork(["daemon", "start"]).ok();
+    still_there();
+}
+
+#[test]
+fn a_stop_ends_what_is_under_way() {
+    let (host, ..) = host();
+    let mut events = host.routed("GET", "/w/p/event").events();
+    let (mut tunnel, _) = upgrade(&host, "");
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(events.find(|event| event["type"] == "no such"), None);
+    assert_eq!(read_to_close(&mut tunnel), b"");
+}
+
+#[test]
+fn many_streams_are_in_nobodys_way() {
+    let (host, ..) = host();
+    let mut streams: Vec<_> = (0..200).map(|_| host.routed("GET", "/w/p/event").events()).collect();
+    host.routed("GET", "/w/p/path").send();
+    host.routed("POST", "/w/p/session").send();
+    for events in &mut streams {
+        events.find(|event| event["type"] == "session.created").unwrap();
+    }
+    assert_eq!(self::streams(&host, "p"), 200);
+    drop(streams);
+    wait_for("them to be done", || self::streams(&host, "p") == 0);
+}
+
+#[test]
+fn a_use_is_put_down() {
+    let (host, ..) = host();
+    let used = || {
+        let list = host.http("GET", "/workspaces").ok();
+        list["workspaces"][1]["lastUsedAt"].as_u64().unwrap()
+    };
+    let added = used();
+    wait_for("a later use", || {
+        host.routed("GET", "/w/q/path").send();
+        used() > added
+    });
+}
