@@ -256,6 +256,8 @@ pub struct Invocation {
     pub autostart: bool,
     /// For the whole command.
     pub timeout: Duration,
+    /// It was asked for, and is not only the default.
+    pub timeout_given: bool,
     /// What a daemon that has to be started is told.
     pub daemon: Options,
 }
@@ -294,6 +296,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
         xdg_data_home: env("XDG_DATA_HOME").map(PathBuf::from),
         autostart: autostart && !has("--no-autostart"),
         timeout: timeout.unwrap_or(Duration::from_secs(patience)),
+        timeout_given: timeout.is_some(),
         daemon,
     };
     if has("--version") {
@@ -388,8 +391,12 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     Ok(invocation(command, row.autostart, patience, options))
 }
 
-/// The methods that are known to be mistyped in lower case.
-const METHODS: [&str; 6] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"];
+/// The methods there are: any other word is a workspace.
+const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
+
+/// Headers that a call has already.
+const OWN_HEADERS: [&str; 6] =
+    ["Host", "Connection", "Authorization", "Content-Length", "Transfer-Encoding", "X-Openwork-Timeout"];
 
 /// The arguments of `api`: the path is the last, before it the method and the workspace.
 fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>, include: bool) -> Result<Api> {
@@ -400,7 +407,7 @@ fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>,
             hint: Some("openwork api [<ws>] [METHOD] <path>".to_owned()),
         });
     }
-    let is_method = |word: &OsString| word.as_encoded_bytes().iter().all(u8::is_ascii_uppercase) && !word.is_empty();
+    let is_method = |word: &OsString| METHODS.iter().any(|method| word == method);
     let method = match words.pop() {
         Some(word) if is_method(&word) => Some(text("METHOD", word)?),
         Some(word) if words.is_empty() => {
@@ -428,6 +435,9 @@ fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>,
             !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.!#$%&'*+^`|~".contains(&b))
         };
         match header.split_once(':') {
+            Some((name, _)) if OWN_HEADERS.iter().any(|own| name.eq_ignore_ascii_case(own)) => {
+                Err(Error::usage(format!("--header: {name} is set by openwork itself")))
+            }
             Some((name, value)) if is_name(name) && !value.contains(char::is_control) => {
                 Ok((name.to_owned(), value.trim().to_owned()))
             }

@@ -60,7 +60,7 @@ codes! {
     TooLarge "too_large" 1 [413, 414, 431],
     UnsupportedMediaType "unsupported_media_type" 1 [415],
     Overloaded "overloaded" 1 [503],
-    PortInUse "port_in_use" 1 [],
+    PortInUse "port_in_use" 1 [503],
     StateCorrupt "state_corrupt" 1 [500],
     StateTooNew "state_too_new" 1 [500],
     StateWriteFailed "state_write_failed" 1 [500],
@@ -263,8 +263,6 @@ impl Error {
     pub fn http_status(&self) -> u16 {
         match self {
             Error::TooLarge { status, .. } | Error::Reported { status, .. } => *status,
-            // Only ever as the reason why opencode cannot be had.
-            Error::PortInUse { .. } => 503,
             other => other.code().http().first().copied().unwrap_or(500),
         }
     }

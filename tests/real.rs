@@ -10,6 +10,8 @@ use serde_json::Value;
 #[allow(dead_code)] // What only the tests with the fake opencode need.
 #[path = "it/support.rs"]
 mod support;
+#[path = "real/route.rs"]
+mod route;
 
 use support::{Host, Signal, is_alive, kill, wait_for, wait_gone};
 

@@ -224,7 +224,8 @@ impl Client {
     fn exchange(&self, address: Address, method: &str, target: &str, body: &[u8]) -> Result<Vec<u8>> {
         let length = body.len().to_string();
         let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
-        let response = self.open(address, method, target, &headers, |stream| stream.write_all(body))?;
+        let response =
+            self.open(address, method, target, &headers, Some(self.deadline), |stream| stream.write_all(body))?;
         let status = response.status;
         let reply = response.bytes(REPLY_LIMIT).map_err(|e| self.lost(address, &e))?;
         if (200..300).contains(&status) {
@@ -234,7 +235,7 @@ impl Client {
         Err(Error::reported(failure.error, status))
     }
 
-    /// Sends a request; the reply with its head read, which the deadline is for.
+    /// Sends a request; the reply with its head read, which the deadline is for, if there is one.
     ///
     /// # Errors
     /// `daemon_unresponsive`; `daemon_not_running` when it ends instead.
@@ -244,14 +245,15 @@ impl Client {
         method: &str,
         target: &str,
         headers: &[(&str, &str)],
+        deadline: Option<Instant>,
         write_body: impl FnOnce(&mut Timed<TcpStream>) -> io::Result<()>,
     ) -> Result<Response<Timed<TcpStream>>> {
-        let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let timeout = format!("{:.3}", rest.as_secs_f64());
-        let mut all = vec![(TIMEOUT_HEADER, timeout.as_str())];
-        all.extend_from_slice(headers);
+        let rest = |deadline: Instant| deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let timeout = deadline.map(|deadline| format!("{:.3}", rest(deadline).as_secs_f64()));
+        let mut all = headers.to_vec();
+        all.extend(timeout.as_deref().map(|timeout| (TIMEOUT_HEADER, timeout)));
         let head = Request { method, target, headers: &all }.head(&format!("127.0.0.1:{}", address.port));
-        let mut stream = Timed::new(self.connect(address)?, Some(self.deadline + GRACE));
+        let mut stream = Timed::new(self.connect(address)?, deadline.map(|deadline| deadline + GRACE));
         let written = stream.write_all(&head).and_then(|()| write_body(&mut stream));
         match (written, Response::read(stream, method)) {
             // A body that was refused is answered all the same.

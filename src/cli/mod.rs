@@ -135,7 +135,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             drop(waiting);
             out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
         }
-        Command::Api(call) => passthrough::api(&client, out, call),
+        Command::Api(call) => passthrough::api(&client, out, call, invocation.timeout_given),
         Command::Attach { selector, args } => Err(passthrough::attach(&client, selector, &args)),
         Command::Run { selector, args } => Err(passthrough::run(&client, selector, &args)),
         Command::Env { selector, shell } => passthrough::env(&client, out, selector, shell),
@@ -412,7 +412,7 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
 /// The events of the daemon, a line each, until it ends or nobody reads.
 fn events(client: &Client, out: &mut Output) -> Result<()> {
     let address = client.ensure()?;
-    let mut response = client.open(address, "GET", "/events", &[], |_| Ok(()))?;
+    let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(()))?;
     if response.status != 200 {
         return Err(failure(response)?);
     }

@@ -47,7 +47,7 @@ struct Reply {
 /// # Errors
 /// Those of the daemon; `opencode_error` with the status for one of 400 or more, but with exit
 /// status 1.
-pub fn api(client: &Client, out: &mut Output, call: Api) -> Result<()> {
+pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) -> Result<()> {
     let address = client.ensure()?;
     let target = format!("/w/{}{}", encoded(client, call.selector)?, call.path);
     let auth = credentials(client)?;
@@ -67,7 +67,9 @@ pub fn api(client: &Client, out: &mut Output, call: Api) -> Result<()> {
         headers.push(("Content-Type", "application/json"));
     }
     let waiting = Waiting::new("opencode");
-    let mut response = client.open(address, &call.method, &target, &headers, |stream| match &mut body {
+    // Some calls are answered when a turn of the agent is over, which takes as long as it takes.
+    let deadline = timeout_given.then_some(client.deadline);
+    let mut response = client.open(address, &call.method, &target, &headers, deadline, |stream| match &mut body {
         Some(body) => send_body(&mut body.reader, stream, length.is_none()),
         None => Ok(()),
     })?;

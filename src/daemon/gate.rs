@@ -256,8 +256,9 @@ impl<'env> Gate<'env> {
 
     /// Hands a request to the control plane.
     fn control(&self, connection: &Connection, request: &Head<'_>, rest: &[u8]) -> Result<Answer> {
+        let ours = check_user(connection);
         if request.path() != "/health" {
-            check_user(connection)?;
+            ours.as_ref().map_err(|_| Error::ForbiddenUser)?;
         }
         let body = read_body(&connection.stream, request, rest)?;
         let timeout = request.only(TIMEOUT_HEADER)?;
@@ -266,6 +267,9 @@ impl<'env> Gate<'env> {
         let mut headers = vec![("Content-Length", length.as_str())];
         if let Some(timeout) = timeout {
             headers.push((TIMEOUT_HEADER, timeout));
+        }
+        if ours.is_err() {
+            headers.push((api::STRANGER_HEADER, "yes"));
         }
         let head = http::Request { method: request.method, target: request.target, headers: &headers }.head("openwork");
         // By relative path, since the path of a socket is limited to about 100 bytes: the daemon

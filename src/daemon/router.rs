@@ -265,6 +265,12 @@ impl Flow {
         Ok(())
     }
 
+    /// Adds to what is pending.
+    fn push(&mut self, bytes: &[u8]) {
+        let pending = [self.pending(), bytes].concat();
+        self.replace(pending);
+    }
+
     /// Replaces what is pending.
     fn replace(&mut self, bytes: Vec<u8>) {
         let ended = self.ended;
@@ -295,6 +301,8 @@ struct Exchange<'a> {
     down: Flow,
     /// What is left of the body of the request.
     body: Body,
+    /// What came behind the request: of a tunnel, if it becomes one, and nobody's else.
+    early: &'a [u8],
     reply: Reply,
     is_upgrade: bool,
     /// The end of the client's side was passed on.
@@ -308,7 +316,6 @@ impl<'a> Exchange<'a> {
             Framing::Chunked => Body::chunked(),
         };
         let mut first = head;
-        // What comes before the reply to an upgrade is none of the body's.
         let belonging = body.advance(client.rest).map_err(bad_chunks)?;
         first.extend_from_slice(&client.rest[..belonging]);
         let failed = |e| Error::Internal(format!("cannot pass on: {e}"));
@@ -319,6 +326,7 @@ impl<'a> Exchange<'a> {
             up: Flow::new(first),
             down: Flow::new(Vec::new()),
             body,
+            early: &client.rest[belonging..],
             reply: Reply::Head,
             is_upgrade,
             half_closed: false,
@@ -471,6 +479,7 @@ impl<'a> Exchange<'a> {
             let mut body = reply.body;
             self.reply = if reply.status == 101 && self.is_upgrade {
                 bytes.extend_from_slice(rest);
+                self.up.push(self.early);
                 Reply::Tunnel
             } else {
                 let broken = |e| Error::OpencodeFault(format!("its reply is not HTTP: {e}"));

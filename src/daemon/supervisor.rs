@@ -45,7 +45,11 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_millis(15);
 /// How often a ready one is asked.
 const PROBE_INTERVAL: Duration = Duration::from_secs(10);
-/// How long it may take to answer that.
+/// How long a starting one may take to answer the first time. Short, since what it is asked in the
+/// first moments after it listens (some 0.3 s) it never answers; so it is asked again, and given
+/// more time the longer it takes.
+const FIRST_PROBE_LIMIT: Duration = Duration::from_millis(50);
+/// How long a ready one may take to answer.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// Without an answer for so long it hangs. Long, since a restart costs its users running turns.
 const HANG_LIMIT: Duration = Duration::from_secs(60);
@@ -283,7 +287,15 @@ enum Phase {
     /// A binary is being asked for its version.
     Checking { process: Process, until: Instant, binary: PathBuf, record: BinaryRecord },
     /// A process is there and has not answered yet.
-    Starting { process: Process, until: Instant, look_at: Instant, probing: bool, origin: Origin },
+    Starting {
+        process: Process,
+        until: Instant,
+        look_at: Instant,
+        probing: bool,
+        origin: Origin,
+        /// Since when it is known to listen.
+        listens_since: Option<Instant>,
+    },
     /// A process is there and has answered.
     Ready { process: Process, since: Instant, answered: Instant, probe_at: Instant, probing: bool },
     /// A process is on its way out.
@@ -501,11 +513,13 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
                 );
                 self.end(false, Then::Fail(error));
             }
-            Phase::Starting { process, look_at, probing: probing @ false, .. } if now >= *look_at => {
+            Phase::Starting { process, look_at, probing: probing @ false, listens_since, .. } if now >= *look_at => {
                 let _ = log::bound(&self.data_dir.opencode_log());
                 if process::listens(process, self.port) {
                     *probing = true;
-                    self.probe();
+                    let since = *listens_since.get_or_insert(now);
+                    let patience = FIRST_PROBE_LIMIT + now.duration_since(since) / 4;
+                    self.probe(patience.min(PROBE_LIMIT));
                 } else {
                     *look_at = now + LOOK_INTERVAL;
                 }
@@ -516,7 +530,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
                 for log in [self.data_dir.opencode_log(), self.data_dir.daemon_log()] {
                     let _ = log::bound(&log);
                 }
-                self.probe();
+                self.probe(PROBE_LIMIT);
             }
             Phase::Ending { process, step, .. } => match step {
                 Step::Disposing { until } if now >= *until => {
@@ -573,7 +587,14 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
         let rest = if process::listens(&process, self.port) { ADOPT_LIMIT } else { READY_LIMIT.saturating_sub(age) };
         let until = now + rest.max(ADOPT_LIMIT);
-        self.phase = Phase::Starting { process, until, look_at: now, probing: false, origin: Origin::Adopted };
+        self.phase = Phase::Starting {
+            process,
+            until,
+            look_at: now,
+            probing: false,
+            origin: Origin::Adopted,
+            listens_since: None,
+        };
         true
     }
 
@@ -709,6 +730,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             look_at: now + LOOK_INTERVAL,
             probing: false,
             origin: Origin::Launched,
+            listens_since: None,
         };
         Ok(())
     }
@@ -752,11 +774,11 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     }
 
     /// Has the health of the process asked.
-    fn probe(&self) {
+    fn probe(&self, limit: Duration) {
         let (Phase::Starting { process, .. } | Phase::Ready { process, .. }) = &self.phase else { return };
         let (endpoint, sender, generation) = (self.endpoint(process), self.sender.clone(), self.generation);
         let asked = self.in_background(move || {
-            let result = endpoint.health(Instant::now() + PROBE_LIMIT);
+            let result = endpoint.health(Instant::now() + limit);
             let _ = sender.send(Event::Probed { generation, result });
         });
         if asked.is_err() {

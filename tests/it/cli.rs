@@ -113,7 +113,7 @@ length_required 1 411
 too_large 1 413 414 431
 unsupported_media_type 1 415
 overloaded 1 503
-port_in_use 1
+port_in_use 1 503
 state_corrupt 1 500
 state_too_new 1 500
 state_write_failed 1 500
