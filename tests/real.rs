@@ -7,11 +7,11 @@ use std::thread;
 
 use serde_json::Value;
 
+#[path = "real/route.rs"]
+mod route;
 #[allow(dead_code)] // What only the tests with the fake opencode need.
 #[path = "it/support.rs"]
 mod support;
-#[path = "real/route.rs"]
-mod route;
 
 use support::{Host, Signal, is_alive, kill, wait_for, wait_gone};
 

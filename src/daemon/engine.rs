@@ -181,10 +181,30 @@ pub const TOKEN_PARAMETER: &str = "auth_token";
 /// The header that says which instance is meant; percent-encoded once.
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
-/// The path at which `directory` in the query does not only say which instance is meant, as the
+/// The paths at which `directory` in the query does not only say which instance is meant, as the
 /// header does, but also which sessions are listed: those of that directory, and not all of the
 /// project (which directories outside of git share).
-pub const FILTERED_BY_DIRECTORY: &str = "/session";
+const FILTERED_BY_DIRECTORY: [&str; 3] = ["/session", "/experimental/session", "/api/session"];
+
+/// Whether `directory` in the query is a filter at this path.
+pub fn filters_by_directory(path: &str) -> bool {
+    FILTERED_BY_DIRECTORY.contains(&path)
+}
+
+/// Whether a call to this path loads the instance: all do but those about no instance, and
+/// those of the coming protocol (`/api`), which have their own kind.
+pub fn loads_instance(path: &str) -> bool {
+    !["/global/", "/auth/", "/api/"].iter().any(|prefix| path.starts_with(prefix)) && path != "/doc"
+}
+
+/// Whether a call may have a ticket in its query for credentials: a terminal's, opened by a web
+/// page that can set no header. It was given out to somebody with credentials, works once, and
+/// opencode checks it.
+pub fn takes_ticket(path: &str, query: &str) -> bool {
+    let path = path.strip_prefix("/api").unwrap_or(path);
+    let id = path.strip_prefix("/pty/").and_then(|rest| rest.strip_suffix("/connect"));
+    id.is_some_and(|id| !id.is_empty() && !id.contains('/')) && query.split('&').any(|p| p.starts_with("ticket="))
+}
 
 /// A connection that broke, or an answer that is not HTTP.
 fn lost(e: io::Error) -> CallError {

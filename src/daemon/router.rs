@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Daemon;
 use super::api;
-use super::engine::{CallError, DIRECTORY_HEADER, Endpoint, FILTERED_BY_DIRECTORY, TOKEN_PARAMETER};
+use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, TOKEN_PARAMETER};
 use super::gate::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
@@ -57,10 +57,13 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
         Some(given) => given.to_owned(),
         None => format!("Basic {}", token(request.target).unwrap_or_default()),
     };
-    if !same(given.as_bytes(), daemon.authorization.as_bytes()) {
+    let is_known = same(given.as_bytes(), daemon.authorization.as_bytes());
+    let (selector, path, query) = split(request.target).map_err(|e| if is_known { e } else { Error::Unauthorized })?;
+    // A ticket wakes nobody: it was made by the opencode that runs.
+    let has_ticket = engine::takes_ticket(path, query.unwrap_or_default()) && daemon.supervisor.ready_now().is_some();
+    if !is_known && !has_ticket {
         return Err(Error::Unauthorized);
     }
-    let (selector, path, query) = split(request.target)?;
     let workspace = daemon.store.snapshot().find(&selector)?.clone();
     let directory = workspace.local_path()?;
     // opencode would answer for a directory that is not there.
@@ -79,7 +82,7 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
     let mut tried = false;
     let result = loop {
         let (endpoint, upstream) = connect(daemon, deadline)?;
-        if loads_instance(&target) {
+        if engine::loads_instance(path) {
             entered.loads(endpoint.generation);
         }
         let head = rewrite(request, &target, directory, endpoint.port, is_upgrade);
@@ -133,15 +136,15 @@ fn split(target: &str) -> Result<(String, &str, Option<&str>)> {
 /// with the directory of the workspace. Where one is also a filter, it becomes that directory.
 fn target(path: &str, query: Option<&str>, directory: &Path) -> String {
     let mut target = path.to_owned();
-    let names_directory = |parameter: &str| {
+    let name = |parameter: &str| {
         let name = parameter.split('=').next().unwrap_or_default().replace('+', " ");
-        let name = percent_decode(&name).unwrap_or_default();
-        name == b"directory" || name == b"location[directory]"
+        percent_decode(&name).unwrap_or_default()
     };
     let Some(query) = query else { return target };
-    let (named, mut kept): (Vec<&str>, Vec<&str>) = query.split('&').partition(|parameter| names_directory(parameter));
+    let names_directory = |parameter: &&str| [&b"directory"[..], b"location[directory]"].contains(&&*name(parameter));
+    let (named, mut kept): (Vec<&str>, Vec<&str>) = query.split('&').partition(names_directory);
     let filter = format!("directory={}", percent_encode(directory.as_os_str().as_encoded_bytes()));
-    if !named.is_empty() && path == FILTERED_BY_DIRECTORY {
+    if engine::filters_by_directory(path) && named.iter().any(|parameter| name(parameter) == b"directory") {
         kept.push(&filter);
     }
     if !kept.is_empty() {
@@ -149,12 +152,6 @@ fn target(path: &str, query: Option<&str>, directory: &Path) -> String {
         target.push_str(&kept.join("&"));
     }
     target
-}
-
-/// Whether opencode loads the instance for this: all but what is about no instance.
-fn loads_instance(target: &str) -> bool {
-    let path = target.split('?').next().unwrap_or_default();
-    !(path.starts_with("/global/") || path == "/doc" || path.starts_with("/auth/"))
 }
 
 /// Connects to opencode, which is woken if it is down. Nothing was sent before, so that it may

@@ -15,7 +15,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{ESTABLISHED, Host, Signal, is_alive, kill, read_to_close, sockets, until, wait_for};
+use crate::support::{ESTABLISHED, Host, Signal, is_alive, kill, read_to_close, sockets, until, wait_for, wait_gone};
 use crate::{disposal, path, real};
 
 /// A project that OpenCode takes for one of its own: a repository with a commit.
@@ -107,13 +107,18 @@ fn the_sdk_has_one_url_per_workspace() {
     let (a, b) = (repository(&host, "A"), repository(&host, "B"));
     host.openwork(["daemon", "start"]).ok();
     let urls = [&a, &b].map(|project| format!("http://127.0.0.1:{}/w/{}", host.port(), host.add(project)));
-    let mut script = Script::start(&host, "sdk.mjs", &[], &[
-        ("URL_A", &urls[0]),
-        ("URL_B", &urls[1]),
-        ("DIRECTORY_A", a.to_str().unwrap()),
-        ("DIRECTORY_B", b.to_str().unwrap()),
-        ("CREDENTIALS", &host.credentials()),
-    ]);
+    let mut script = Script::start(
+        &host,
+        "sdk.mjs",
+        &[],
+        &[
+            ("URL_A", &urls[0]),
+            ("URL_B", &urls[1]),
+            ("DIRECTORY_A", a.to_str().unwrap()),
+            ("DIRECTORY_B", b.to_str().unwrap()),
+            ("CREDENTIALS", &host.credentials()),
+        ],
+    );
     assert_eq!(script.line()["step"], "paths");
     assert_eq!(script.line()["step"], "streams");
     let before = host.opencode_pid();
@@ -138,7 +143,9 @@ struct Terminal {
 
 impl Terminal {
     fn open(host: &Host, workspace: &str) -> Terminal {
-        let pty = host.routed("POST", &format!("/w/{workspace}/pty")).json(json!({})).send().json();
+        let pty = host.routed("POST", &format!("/w/{workspace}/pty")).json(json!({})).send();
+        assert_eq!(pty.status, 200, "{pty:?}");
+        let pty = pty.json();
         let target = format!("/w/{workspace}/pty/{}/connect", pty["id"].as_str().unwrap());
         let mut stream = host.connect();
         let head = format!(
@@ -156,7 +163,9 @@ impl Terminal {
         }
         let head = String::from_utf8(head).unwrap().to_lowercase();
         assert!(head.starts_with("http/1.1 101 "), "{head}");
-        for header in ["upgrade: websocket", "connection: upgrade", "sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="] {
+        for header in
+            ["upgrade: websocket", "connection: upgrade", "sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="]
+        {
             assert!(head.contains(header), "{head}");
         }
         Terminal { stream, seen: String::new() }
@@ -223,8 +232,10 @@ fn a_terminal_of_opencode_is_in_its_workspace() {
     terminal.send(8, &1000_u16.to_be_bytes());
     while terminal.receive().0 != 8 {}
     assert_eq!(read_to_close(&mut terminal.stream), b"");
-    kill(host.opencode_pid(), Signal::KILL);
+    let before = host.opencode_pid();
+    kill(before, Signal::KILL);
     read_to_close(&mut other.stream);
+    wait_gone(before);
     let mut again = Terminal::open(&host, "B");
     again.type_line("echo again-$((40+2))");
     again.shows("again-42");
