@@ -24,8 +24,17 @@ use serde_json::{Value, json};
 type Section = (&'static str, fn(&mut Report));
 
 /// One section for each thing that somebody might pay for; a new one is a function and a row.
-const SECTIONS: &[Section] =
-    &[("size", size), ("start", start), ("idle", idle), ("requests", requests), ("many", many), ("restart", restart)];
+const SECTIONS: &[Section] = &[
+    ("size", size),
+    ("start", start),
+    ("idle", idle),
+    ("requests", requests),
+    ("routing", routing),
+    ("streams", streams),
+    ("transfer", transfer),
+    ("many", many),
+    ("restart", restart),
+];
 
 const OPENWORK: &str = env!("CARGO_BIN_EXE_openwork");
 /// Basic credentials of `opencode`, `bench`: known, so that opencode can be asked directly.
@@ -133,6 +142,102 @@ fn requests(report: &mut Report) {
     report.print(
         &Figure::new("resident after 10,000 requests, 8 at a time", Bytes(daemon.memory())).at_most(Bytes(8_000_000)),
     );
+}
+
+/// A call of OpenCode's through the URL of a workspace, against the same asked directly.
+fn routing(report: &mut Report) {
+    report.section("Routing, one connection for each");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let (opencode, directory) = (daemon.opencode().1, host.project("a"));
+    run(host.openwork(["workspace", "add"]).arg(&directory));
+    let headers = opencode_headers(&directory);
+    ask(opencode, "GET", "/path", &headers);
+    let [direct, routed] = in_turns(
+        1000,
+        [&mut || drop(ask(opencode, "GET", "/path", &headers)), &mut || {
+            drop(ask(daemon.port, "GET", "/w/a/path", &headers))
+        }],
+    );
+    report.print(&Figure::new("GET /path, asked directly", Ms(direct)));
+    report.print(&Figure::new("GET /w/a/path", Ms(routed)).against(direct).at_most(Ms(direct + 0.2)));
+
+    // Both streams get each event; each has a reader that notes when.
+    let mut near = stream(opencode, "/event", &headers);
+    let mut far = stream(daemon.port, "/w/a/event", &headers);
+    let mut later = Vec::new();
+    for _ in 0..200 {
+        ask_with_body(opencode, "/session", &headers, "{}");
+        let arrival = |stream: &mut TcpStream| {
+            let mut seen = Vec::new();
+            let mut buffer = [0; 4096];
+            while !String::from_utf8_lossy(&seen).contains("session.created") {
+                let count = stream.read(&mut buffer).expect("an event");
+                seen.extend_from_slice(&buffer[..count]);
+            }
+            Instant::now()
+        };
+        let (first, second) = thread::scope(|scope| {
+            let near = scope.spawn(|| arrival(&mut near));
+            let far = scope.spawn(|| arrival(&mut far));
+            (near.join().expect("an event"), far.join().expect("an event"))
+        });
+        later.push(second.saturating_duration_since(first).as_secs_f64() * 1e3);
+        // What else an event brings with it has come before the next.
+        for stream in [&mut near, &mut far] {
+            drain(stream);
+        }
+    }
+    report.print(&Figure::new("an event arrives later by", Ms(median(later))).at_most(Ms(1.0)));
+}
+
+/// Many streams that stay open, as editors and terminals keep them.
+fn streams(report: &mut Report) {
+    report.section("200 open event streams");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let directory = host.project("a");
+    run(host.openwork(["workspace", "add"]).arg(&directory));
+    let headers = opencode_headers(&directory);
+    let ask_routed = || drop(ask(daemon.port, "GET", "/w/a/path", &headers));
+    let [before] = in_turns(300, [&mut || ask_routed()]);
+    let empty = daemon.memory();
+    let open: Vec<TcpStream> = (0..200).map(|_| stream(daemon.port, "/w/a/event", &headers)).collect();
+    let each = daemon.memory().saturating_sub(empty) / 200;
+    let [after] = in_turns(300, [&mut || ask_routed()]);
+    drop(open);
+    report.print(&Figure::new("resident memory for each", Bytes(each)).at_most(Bytes(80_000)));
+    report.print(&Figure::new("GET /w/a/path without them", Ms(before)));
+    report.print(&Figure::new("GET /w/a/path beside them", Ms(after)).against(before));
+}
+
+/// Large bodies, against a stand-in for opencode that does nothing else: the real one has no
+/// call for so much.
+fn transfer(report: &mut Report) {
+    report.section("1 GB");
+    let host = Host::with_opencode(stand_in());
+    let daemon = Daemon::start(&host);
+    let (opencode, directory) = (daemon.opencode().1, host.project("a"));
+    run(host.openwork(["workspace", "add"]).arg(&directory));
+    let headers = opencode_headers(&directory);
+    let before = daemon.memory();
+    let down = |port, target: &str| download(port, &format!("{target}?bytes={GIGABYTE}"), &headers);
+    let up = |port, target: &str| upload(port, target, &headers);
+    let [direct_down, routed_down, direct_up, routed_up] = in_turns(
+        5,
+        [
+            &mut || down(opencode, "/download"),
+            &mut || down(daemon.port, "/w/a/download"),
+            &mut || up(opencode, "/upload"),
+            &mut || up(daemon.port, "/w/a/upload"),
+        ],
+    );
+    // At least 70 % of the speed is at most 1 / 0.7 of the time.
+    report.print(&Figure::new("down, directly", Ms(direct_down)));
+    report.print(&Figure::new("down, through /w/", Ms(routed_down)).against(direct_down).at_most(Times(1.43)));
+    report.print(&Figure::new("up, directly", Ms(direct_up)));
+    report.print(&Figure::new("up, through /w/", Ms(routed_up)).against(direct_up).at_most(Times(1.43)));
+    report.print(&Figure::new("resident memory, more than before", Bytes(daemon.memory().saturating_sub(before))));
 }
 
 /// A registry that is larger than anybody's.
@@ -378,11 +483,30 @@ fn opencode_binary() -> PathBuf {
     path.expect("OPENWORK_TEST_OPENCODE is to name an opencode; `just bench` installs one")
 }
 
+/// Bytes.
+const GIGABYTE: u64 = 1_000_000_000;
+
+/// The tests' imitation of opencode, compiled.
+fn stand_in() -> PathBuf {
+    let binary = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench-opencode");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/fake_opencode.rs");
+    let compiler = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    run(Command::new(compiler).args(["-O", "--edition", "2021", "-o"]).args([&binary, &source]));
+    binary
+}
+
 /// A home, a data directory and projects, removed in the end.
-struct Host(PathBuf);
+struct Host {
+    root: PathBuf,
+    opencode: PathBuf,
+}
 
 impl Host {
     fn new() -> Host {
+        Host::with_opencode(opencode_binary())
+    }
+
+    fn with_opencode(opencode: PathBuf) -> Host {
         // Below target/, hence on the disk that is worked on: /tmp may be in memory, and then
         // what is durable costs nothing. Of a run that was interrupted something may be left.
         let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
@@ -391,14 +515,14 @@ impl Host {
         for name in ["home", "projects", "data"] {
             make(root.join(name)).expect("a directory");
         }
-        let host = Host(root.canonicalize().expect("a path"));
+        let host = Host { root: root.canonicalize().expect("a path"), opencode };
         let auth = json!({"opencodeUsername": "opencode", "opencodePassword": PASSWORD});
         fs::write(host.path("data/openwork-orchestrator-auth.json"), auth.to_string()).expect("a file");
         host
     }
 
     fn path(&self, name: impl AsRef<Path>) -> PathBuf {
-        self.0.join(name)
+        self.root.join(name)
     }
 
     fn project(&self, name: &str) -> PathBuf {
@@ -418,7 +542,7 @@ impl Host {
 
     fn openwork<const N: usize>(&self, arguments: [&str; N]) -> Command {
         let mut command = self.command(OPENWORK);
-        command.env("OPENWORK_DATA_DIR", self.path("data")).env("OPENWORK_OPENCODE_BIN", opencode_binary());
+        command.env("OPENWORK_DATA_DIR", self.path("data")).env("OPENWORK_OPENCODE_BIN", &self.opencode);
         command.args(arguments);
         command
     }
@@ -426,7 +550,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_dir_all(&self.root);
     }
 }
 
@@ -568,4 +692,61 @@ fn ask(port: u16, method: &str, target: &str, headers: &str) -> Vec<u8> {
             return bytes.split_off(end + 4);
         }
     }
+}
+
+/// The same with a body of JSON; the answer is not looked at.
+fn ask_with_body(port: u16, target: &str, headers: &str, body: &str) {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    let head = format!(
+        "POST {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n{headers}\r\n{body}",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).expect("to be heard");
+    assert!(stream.read(&mut [0; 4096]).expect("an answer") > 0);
+}
+
+/// A stream of events whose first has come.
+fn stream(port: u16, target: &str, headers: &str) -> TcpStream {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    send(&mut stream, port, "GET", target, headers).expect("to be heard");
+    let mut seen = Vec::new();
+    let mut buffer = [0; 4096];
+    while !String::from_utf8_lossy(&seen).contains("data:") {
+        let count = stream.read(&mut buffer).expect("an event");
+        assert!(count > 0, "{target}: the stream has ended");
+        seen.extend_from_slice(&buffer[..count]);
+    }
+    stream
+}
+
+/// Reads what is there, until nothing comes for a moment.
+fn drain(stream: &mut TcpStream) {
+    stream.set_read_timeout(Some(Duration::from_millis(20))).expect("a socket");
+    while matches!(stream.read(&mut [0; 4096]), Ok(1..)) {}
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+}
+
+/// Reads a gigabyte and more: the head is small beside it.
+fn download(port: u16, target: &str, headers: &str) {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
+    send(&mut stream, port, "GET", target, headers).expect("to be heard");
+    let (mut seen, mut buffer) = (0, vec![0; 256 * 1024]);
+    while seen < GIGABYTE {
+        let count = stream.read(&mut buffer).expect("a body");
+        assert!(count > 0, "{target}: the body is cut short");
+        seen += count as u64;
+    }
+}
+
+/// Sends a gigabyte, until it is answered.
+fn upload(port: u16, target: &str, headers: &str) {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
+    let head =
+        format!("POST {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {GIGABYTE}\r\n{headers}\r\n");
+    stream.write_all(head.as_bytes()).expect("to be heard");
+    io::copy(&mut io::repeat(b'u').take(GIGABYTE), &mut stream).expect("to be heard");
+    assert!(stream.read(&mut [0; 4096]).expect("an answer") > 0);
 }

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 openwork=$(cargo build --release --locked --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
 # The user's own settings are no business of the demo's, and their data even less.
-# shellcheck disable=SC2086 # names of variables
+# shellcheck disable=SC2086 # names of variables, which have no spaces
 unset ${!OPENWORK_@} ${!OPENCODE_@} ${!XDG_@}
 export OPENCODE_DISABLE_AUTOUPDATE=1 OPENCODE_DISABLE_MODELS_FETCH=1
 
@@ -39,6 +39,7 @@ die() {
 
 openwork() { HOME=$home OPENWORK_DATA_DIR=$work/data OPENWORK_OPENCODE_BIN=$opencode "$openwork" "$@"; }
 
+opencode='' # until it is found
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -56,13 +57,14 @@ if [[ -t 1 && ${TERM:-dumb} != dumb ]]; then
     if [[ -z ${NO_COLOR:-} ]]; then dim=$'\e[2m' new=$'\e[33m' plain=$'\e[0m'; fi
 fi
 
-engine=-    # opencode's pid, once it is known
-mark=$dim   # how it is shown: dim, but for one that is new
-expected='' # what it has to be from then on
+engine=-    # opencode's pid, where there is one
+expected='' # what it has to be, once it is known
+restarts=0
+mark=$dim # how it is shown: dim, but for one that is new
 
-row() { printf "$dim%8s$plain  %-32s  $mark%8s$plain  %s\n" "$1" "$2" "$3" "$4"; }
+row() { printf "$dim%8s$plain  %-32s  $mark%8s$plain  %s\n" "$@"; }
 
-# Runs a command of openwork and shows what it took and answered: `step [ARGUMENT …]`.
+# Runs a command of openwork and shows what it took and answered: `step ARGUMENT …`.
 step() {
     local command="openwork $*" start ms
     # What is under way, until its row replaces it.
@@ -78,26 +80,25 @@ step() {
 # Looks which opencode there is, and that it is the expected one.
 look() {
     local health
-    health=$(openwork status --json) || [[ $health == *'"ok":false'* ]] || return 0
-    [[ $health =~ \"opencode\":\{[^}]*\"pid\":([0-9]+) ]] || return 0
-    engine=${BASH_REMATCH[1]}
-    [[ $health =~ \"restarts\":([0-9]+) ]] && restarts=${BASH_REMATCH[1]}
-    if [[ $expected && $engine != "$expected" ]]; then die "opencode was $expected, and is $engine now"; fi
+    engine=-
+    health=$(openwork status --json) || true # after `daemon stop` there is none
+    if [[ $health =~ \"opencode\":\{\"pid\":([0-9]+) ]]; then engine=${BASH_REMATCH[1]}; fi
+    if [[ $health =~ \"restarts\":([0-9]+) ]]; then restarts=${BASH_REMATCH[1]}; fi
+    [[ -z $expected || $engine == "$expected" ]] || die "opencode was $expected, and is $engine now"
 }
 
 # Asks opencode, through openwork, in which directory it works: `path PROJECT [WORKSPACE]`.
 path() {
     step workspace path "${@:2}"
     [[ $answer == "$work/$1" ]] || die "the directory of $1 is $work/$1, not $answer"
-    if [[ -z $expected ]]; then expected=$engine; fi
-    [[ $engine == "$expected" ]] || die "no opencode has a process id"
-    mark=$dim
+    [[ $engine != - ]] || die "opencode has answered, and has no process id"
+    expected=$engine mark=$dim
 }
 
 mkdir "$work/shop" "$work/blog"
 printf '%s, opencode %s: two projects, one server\n' \
     "$("$openwork" --version)" "$(HOME=$home "$opencode" --version)"
-printf '%s\n\n' "${dim}A first start in a new home, as here, takes opencode some ten seconds.$plain"
+printf '%s\n\n' "${dim}In a new home, as here, the first start of opencode takes some ten seconds.$plain"
 row ms command opencode answer
 cd "$work"
 
@@ -109,11 +110,11 @@ path blog blog
 step workspace switch blog
 path blog
 
-[[ " $(ours | tr '\n' ' ')" == *" $engine "* ]] || die "process $engine is none of ours"
-kill -9 "$engine"
-row '' "kill -9 $engine" '' ''
-expected='' mark=$new
 killed=$engine
+ours | grep -qx "$killed" || die "process $killed is none of ours"
+kill -9 "$killed"
+printf '%8s  %s\n' '' "kill -9 $killed"
+expected='' mark=$new
 path blog
 [[ $engine != "$killed" ]] || die "opencode was killed, and is still $killed"
 [[ $restarts == 1 ]] || die "opencode was restarted $restarts times, not once"

@@ -163,12 +163,12 @@ impl AsFd for Flag {
     }
 }
 
-/// Waits until one of two descriptors is readable; whether the first is.
-pub fn wait_readable(first: impl AsFd, second: impl AsFd) -> io::Result<bool> {
-    let mut fds = [PollFd::new(&first, PollFlags::IN), PollFd::new(&second, PollFlags::IN)];
+/// Waits until a descriptor is readable, or a flag is raised: then false.
+pub fn wait_readable(fd: impl AsFd, flag: &Flag) -> io::Result<bool> {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(flag, PollFlags::IN)];
     loop {
         match poll(&mut fds, None) {
-            Ok(_) => return Ok(!fds[0].revents().is_empty()),
+            Ok(_) => return Ok(fds[1].revents().is_empty()),
             Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }

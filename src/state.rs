@@ -527,14 +527,25 @@ impl Store {
 
     /// Notes that a workspace was used; written within a second. Never waits for the disk.
     pub fn touch(&self, id: &str) {
-        lock(&self.behind).pending.used.insert(id.to_owned(), now_ms());
-        self.changed.notify_all();
+        self.note(|pending| {
+            pending.used.insert(id.to_owned(), now_ms());
+        });
     }
 
     /// Notes which instances are loaded; written within a second. Never waits for the disk.
     pub fn note_instances(&self, instances: Vec<String>) {
-        lock(&self.behind).pending.instances = Some(instances);
-        self.changed.notify_all();
+        self.note(|pending| pending.instances = Some(instances));
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Pending)) {
+        let mut behind = lock(&self.behind);
+        let is_first = behind.pending.is_empty();
+        change(&mut behind.pending);
+        drop(behind);
+        // For the others the writing thread waits already.
+        if is_first {
+            self.changed.notify_all();
+        }
     }
 
     /// The state with what is still to be written in it.

@@ -13,7 +13,7 @@ mod route;
 #[path = "it/support.rs"]
 mod support;
 
-use support::{Host, Signal, is_alive, kill, wait_for, wait_gone};
+use support::{Host, Signal, is_alive, kill, wait_gone};
 
 /// A host with a real opencode that fetches nothing it can do without.
 fn real() -> Host {
@@ -136,7 +136,5 @@ fn a_stop_leaves_nothing() {
     assert_eq!(host.processes(), [0; 0]);
     // It starts again on the same port at once.
     host.openwork(["daemon", "start"]).ok();
-    wait_for("opencode on the port of before", || {
-        host.health()["opencode"]["port"].to_string() == host.get("OPENWORK_OPENCODE_PORT")
-    });
+    assert_eq!(host.health()["opencode"]["port"].to_string(), host.get("OPENWORK_OPENCODE_PORT"));
 }

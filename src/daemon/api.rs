@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{Builder, Scope};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -17,6 +17,7 @@ use tiny_http::{Header, Request, Server};
 
 use super::engine::CallError;
 use super::events::EventKind;
+use super::workers::Workers;
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
 use crate::http::percent_decode;
@@ -70,8 +71,9 @@ impl ControlPlane {
 
     /// Serves until the flag is raised and [`ControlPlane::wake`] is called.
     pub fn serve<'scope, 'env>(
-        &'env self,
-        scope: &'scope Scope<'scope, 'env>,
+        &self,
+        scope: &'scope Scope<'scope, '_>,
+        workers: &'scope Workers<'env>,
         daemon: &'env Daemon<'env>,
         stop: &Flag,
     ) {
@@ -79,7 +81,7 @@ impl ControlPlane {
             match self.current().recv() {
                 Ok(request) => {
                     // Without a thread the request is dropped, and the gate says so.
-                    if let Err(e) = Builder::new().spawn_scoped(scope, || handle(daemon, request)) {
+                    if let Err(e) = workers.run(scope, move || handle(daemon, request)) {
                         crate::log!("cannot start a thread: {e}");
                     }
                 }

@@ -17,14 +17,14 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, Scope};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use super::router;
+use super::workers::Workers;
 use super::{CONTROL_SOCKET, Daemon, api};
 use crate::error::{Error, Result};
 use crate::http::{self, Response, Timed, is_json};
@@ -92,6 +92,20 @@ struct Connection {
     reading: AtomicBool,
 }
 
+/// Ends a connection, also when serving it panics.
+struct Ended<'a> {
+    connections: &'a Connections,
+    id: u64,
+    stream: &'a TcpStream,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+        self.connections.release(self.id);
+    }
+}
+
 impl Connections {
     fn lock(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
@@ -147,13 +161,15 @@ impl<'env> Gate<'env> {
     }
 
     /// Serves until the flag is raised and every request is answered.
-    pub fn serve<'scope>(&'env self, scope: &'scope Scope<'scope, 'env>, daemon: &'env Daemon<'env>) {
+    pub fn serve<'scope>(
+        &'env self,
+        scope: &'scope Scope<'scope, '_>,
+        workers: &'scope Workers<'env>,
+        daemon: &'env Daemon<'env>,
+    ) {
         while let Ok(true) = process::wait_readable(&self.listener, self.stop) {
-            if self.stop.is_raised() {
-                break;
-            }
             match self.listener.accept() {
-                Ok((stream, peer)) => self.admit(scope, daemon, stream, peer),
+                Ok((stream, peer)) => self.admit(scope, workers, daemon, stream, peer),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) => {
@@ -167,7 +183,8 @@ impl<'env> Gate<'env> {
 
     fn admit<'scope>(
         &'env self,
-        scope: &'scope Scope<'scope, 'env>,
+        scope: &'scope Scope<'scope, '_>,
+        workers: &'scope Workers<'env>,
         daemon: &'env Daemon<'env>,
         stream: TcpStream,
         peer: SocketAddr,
@@ -177,12 +194,10 @@ impl<'env> Gate<'env> {
             return refuse(&connection.stream, &Error::Overloaded("connections"));
         };
         let serving = connection.clone();
-        let thread = Builder::new().spawn_scoped(scope, move || {
-            if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, &serving))).is_err() {
-                crate::log!("a connection failed (see above)");
-            }
-            let _ = serving.stream.shutdown(Shutdown::Both);
-            self.connections.release(id);
+        let thread = workers.run(scope, move || {
+            let ended = Ended { connections: &self.connections, id, stream: &serving.stream };
+            self.connection(daemon, &serving);
+            drop(ended);
         });
         if thread.is_err() {
             self.connections.release(id);

@@ -14,6 +14,7 @@ mod gate;
 mod instances;
 mod router;
 mod supervisor;
+mod workers;
 
 use std::fs::{DirBuilder, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -34,6 +35,7 @@ use self::events::{EventKind, Events};
 use self::gate::Gate;
 use self::instances::Instances;
 use self::supervisor::{Context, Handle, Supervisor};
+use self::workers::Workers;
 use crate::error::{Error, Result};
 use crate::http::basic;
 use crate::lock::{self, Lock};
@@ -233,6 +235,8 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let supervisor = Handle::new(sender);
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
     let daemon = Daemon { info, authorization, store: &store, supervisor, instances: &instances, events: &events };
+    let (gate, control, daemon) = (&gate, &control, &daemon);
+    let workers = Workers::default();
     let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
     let kept = thread::scope(|scope| {
         let context = Context {
@@ -248,10 +252,10 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         let handle = &daemon.supervisor;
         let started = (|| {
             Builder::new().spawn_scoped(scope, || store.write_behind())?;
-            Builder::new().spawn_scoped(scope, || gate.serve(scope, &daemon))?;
+            Builder::new().spawn_scoped(scope, || gate.serve(scope, &workers, daemon))?;
             Builder::new().spawn_scoped(scope, || instances.evict(handle, &events))?;
             Builder::new().spawn_scoped(scope, || instances.listen(handle))?;
-            Builder::new().spawn_scoped(scope, || control.serve(scope, &daemon, &stop))?;
+            Builder::new().spawn_scoped(scope, || control.serve(scope, &workers, daemon, &stop))?;
             Builder::new().spawn_scoped(scope, || {
                 for signal in signal_source.forever() {
                     // A closed terminal is no reason to end.
@@ -272,6 +276,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         events.close();
         instances.close();
         stop.raise();
+        workers.close();
         control.wake();
         signals.close();
         store.close();

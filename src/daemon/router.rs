@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -31,6 +31,9 @@ const SMALL_BUFFER: usize = 8 * 1024;
 const LARGE_BUFFER: usize = 128 * 1024;
 /// The largest head of a reply. Bytes.
 const REPLY_HEAD_LIMIT: usize = 64 * 1024;
+
+/// What takes longer has an end worth noting, beside its beginning.
+const LONG: Duration = Duration::from_secs(1);
 
 /// The path prefix of routed requests.
 pub const PREFIX: &str = "/w/";
@@ -72,7 +75,8 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
     }
     let target = target(path, query, directory);
     let timeout = request.only(TIMEOUT_HEADER)?;
-    let deadline = Instant::now() + api::timeout(timeout)?;
+    let begun = Instant::now();
+    let deadline = begun + api::timeout(timeout)?;
     let entered = daemon.instances.enter(&workspace.path);
     daemon.store.touch(&workspace.id);
     let is_upgrade = request.has_token("connection", "upgrade") && request.only("upgrade")?.is_some();
@@ -96,7 +100,9 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
         }
     };
     // The end of a stream is use of the workspace as much as its beginning.
-    daemon.store.touch(&workspace.id);
+    if begun.elapsed() > LONG {
+        daemon.store.touch(&workspace.id);
+    }
     result
 }
 
@@ -332,6 +338,8 @@ impl<'a> Exchange<'a> {
 
     /// Passes everything on until the end.
     fn run(mut self, deadline: Option<Instant>, stop: &Flag) -> Result<()> {
+        // A new connection takes a head at once; what else happens is seen below.
+        let _ = self.up.write(self.upstream);
         loop {
             let result = self.step(deadline, stop);
             match (result, &self.reply) {

@@ -764,7 +764,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         };
         self.release = Some(release.clone());
         let watching = self.in_background(move || {
-            if let Ok(true) = process::wait_readable(&pidfd, &*release) {
+            if let Ok(true) = process::wait_readable(&pidfd, &release) {
                 let _ = sender.send(Event::Exited { generation });
             }
         });

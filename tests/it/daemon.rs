@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, getsid};
@@ -185,7 +185,7 @@ fn in_the_background_it_has_a_session_of_its_own() {
     assert_ne!(sessions[0], sessions[1]);
     // Not even the working directory is held.
     let cwd = fs::read_link(format!("/proc/{}/cwd", host.daemon_pid())).unwrap();
-    assert!(cwd == PathBuf::from("/") || cwd == host.data(), "{cwd:?}");
+    assert!(cwd == Path::new("/") || cwd == host.data(), "{cwd:?}");
 }
 
 #[test]

@@ -528,6 +528,8 @@ fn a_dead_opencode_is_woken() {
     let (host, p, _) = host();
     let before = host.opencode_pid();
     kill(before, Signal::KILL);
+    // What it has been sent while it died, it may have begun to do.
+    wait_gone(before);
     thread::scope(|scope| {
         for n in 0..32 {
             let (host, p) = (&host, &p);

@@ -806,6 +806,10 @@ impl Events {
     pub fn find(&mut self, holds: impl Fn(&Value) -> bool) -> Option<Value> {
         let mut line = String::new();
         while self.reader.read_line(&mut line).expect("an event before the deadline") > 0 {
+            // Cut off in the middle of a line, it has ended as well.
+            if !line.ends_with('\n') {
+                return None;
+            }
             let event = line.strip_prefix("data: ").map(|data| serde_json::from_str(data).unwrap());
             if let Some(event) = event.filter(&holds) {
                 return Some(event);

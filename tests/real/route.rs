@@ -12,10 +12,11 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::{ESTABLISHED, Host, Signal, is_alive, kill, read_to_close, sockets, until, wait_for, wait_gone};
+use crate::support::{ESTABLISHED, Host, Signal, kill, poll, read_to_close, sockets, until, wait_for, wait_gone};
 use crate::{disposal, path, real};
 
 /// A project that OpenCode takes for one of its own: a repository with a commit.
@@ -259,4 +260,253 @@ fn a_client_that_goes_away_is_gone_for_opencode() {
     wait_for("opencode to be rid of them", || connections() <= before);
     const CLOSE_WAIT: &str = "08";
     wait_for("it to have closed its side", || sockets(port, CLOSE_WAIT).is_empty());
+}
+
+// --- Sessions that run ---
+
+/// A host whose opencode has a stand-in for a provider of models.
+struct Provided {
+    // Dropped in this order: the program first, then what it works in.
+    _provider: Script,
+    host: Host,
+}
+
+impl Provided {
+    fn new() -> Provided {
+        let host = real();
+        let mut provider = Script::start(&host, "provider.mjs", &[&host.path("fake")], &[]);
+        let port = provider.line();
+        let config = json!({
+            "provider": {"stand-in": {
+                "npm": "@ai-sdk/openai-compatible", // opencode has it in itself
+                "name": "Stand-in",
+                "options": {"baseURL": format!("http://127.0.0.1:{port}/v1"), "apiKey": "none"},
+                "models": {"one": {"name": "One"}},
+            }},
+            "model": "stand-in/one",
+            "small_model": "stand-in/one",
+        });
+        let place = host.home().join(".config/opencode");
+        fs::create_dir_all(&place).unwrap();
+        fs::write(place.join("opencode.json"), config.to_string()).unwrap();
+        Provided { _provider: provider, host }
+    }
+
+    /// Starts the daemon, and opencode in an environment with a way to the provider.
+    fn start(&self, options: &[&str]) {
+        let start = self.host.openwork(["daemon", "start"].iter().chain(options));
+        start.env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1").ok();
+    }
+
+    /// Begins a turn that lasts until [`Provided::release`]; the session.
+    fn hold(&self, workspace: &str) -> String {
+        let session = self.host.openwork(["api", workspace, "/session", "-d", "{}"]).ok();
+        let session = serde_json::from_str::<Value>(&session.stdout).unwrap()["id"].as_str().unwrap().to_owned();
+        let prompt = json!({"parts": [{"type": "text", "text": "hold it"}]}).to_string();
+        let target = format!("/session/{session}/prompt_async");
+        self.host.openwork(["api", workspace, &target, "-d", &prompt]).ok();
+        let is_held = |line: &String| serde_json::from_str::<Value>(line).unwrap()["holds"] == true;
+        wait_for("the turn to begin", || self.host.recorded("completions").iter().any(is_held));
+        session
+    }
+
+    fn release(&self) {
+        fs::write(self.host.path("fake/release"), "").unwrap();
+    }
+
+    /// The directories of which opencode has ever loaded an instance. It may take a moment to
+    /// write that down.
+    fn loaded(&self) -> BTreeSet<PathBuf> {
+        let log = fs::read_to_string(self.host.home().join(".local/share/opencode/log/opencode.log")).unwrap();
+        let loads = log.lines().filter_map(|line| line.split_once("message=\"creating instance\" directory="));
+        loads.map(|(_, directory)| PathBuf::from(directory)).collect()
+    }
+}
+
+#[test]
+fn the_idle_one_is_disposed_and_the_running_one_is_not() {
+    let provided = Provided::new();
+    let host = &provided.host;
+    provided.start(&["--idle-ttl", "5s"]);
+    let (a, b, c) = (repository(host, "A"), repository(host, "B"), repository(host, "C"));
+    for project in [&a, &b, &c] {
+        host.add(project);
+    }
+    let disposed = RefCell::new(Vec::new());
+    let mut events = host.opencode("GET", "/global/event").events();
+    let mut wait_for_disposal = |project: &Path| {
+        events.find(|event| {
+            if event["payload"]["type"] == "server.instance.disposed" {
+                disposed.borrow_mut().push(PathBuf::from(event["directory"].as_str().unwrap()));
+            }
+            disposed.borrow().last().is_some_and(|last| last == project)
+        })
+    };
+
+    let session = provided.hold("A");
+    assert_eq!(state(host, "A"), "busy");
+    host.openwork(["instance", "dispose", "A"]).fails(1, "instance_busy");
+    // It comes after A's last use: when it is disposed, A was due.
+    path(host, &["B"]);
+    assert_eq!([state(host, "B"), state(host, "C")], ["warm", "cold"]);
+    wait_for_disposal(&b).expect("the stream to stay open");
+    assert_eq!(*disposed.borrow(), [b.clone()]);
+    wait_for("it to be said", || state(host, "B") == "cold");
+    assert_eq!([state(host, "A"), state(host, "C")], ["busy", "cold"]);
+
+    // The turn ends well, and A's turn comes.
+    provided.release();
+    wait_for_disposal(&a).expect("the stream to stay open");
+    assert_eq!(*disposed.borrow(), [b.clone(), a.clone()]);
+    wait_for("it to be said", || state(host, "A") == "cold");
+    wait_for("opencode to have logged it", || provided.loaded().len() >= 2);
+    let messages = host.openwork(["api", "A", &format!("/session/{session}/message")]).ok();
+    assert!(messages.stdout.contains("you said: hold it"), "{messages:?}");
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(provided.loaded(), BTreeSet::from([a, b]));
+}
+
+#[test]
+fn a_busy_instance_is_disposed_by_force() {
+    let provided = Provided::new();
+    let host = &provided.host;
+    provided.start(&[]);
+    let project = host.project("p");
+    host.add(&project);
+    let mut events = host.opencode("GET", "/global/event").events();
+    provided.hold("p");
+    host.openwork(["instance", "dispose", "p"]).fails(1, "instance_busy");
+    assert_eq!(host.openwork(["instance", "dispose", "p", "--force"]).json()["disposed"], true);
+    disposal(&mut events, &project);
+    assert_eq!(state(host, "p"), "cold");
+}
+
+#[test]
+fn an_answer_comes_through_when_its_turn_has_ended() {
+    let provided = Provided::new();
+    let host = &provided.host;
+    provided.start(&[]);
+    host.add(host.project("p"));
+    let session = host.routed("POST", "/w/p/session").json(json!({})).send().json();
+    let prompt = json!({"parts": [{"type": "text", "text": "hold on"}]});
+    let target = format!("/w/p/session/{}/message", session["id"].as_str().unwrap());
+    thread::scope(|scope| {
+        let turn = scope.spawn(|| host.routed("POST", &target).json(prompt).send());
+        wait_for("the turn to begin", || state(host, "p") == "busy");
+        assert!(!turn.is_finished());
+        provided.release();
+        let reply = turn.join().unwrap();
+        assert!(reply.status == 200 && String::from_utf8_lossy(&reply.body).contains("you said: hold on"), "{reply:?}");
+    });
+}
+
+#[test]
+fn run_is_opencode_run_in_the_workspace() {
+    let provided = Provided::new();
+    let host = &provided.host;
+    provided.start(&[]);
+    let (a, b) = (repository(host, "A"), repository(host, "B"));
+    host.add(&a);
+    host.add(&b);
+    let pid = host.opencode_pid();
+    // It colours what it says of its progress, with or without a terminal.
+    let run = |words: &[&str]| host.openwork(["run", "B", "--"].iter().chain(words)).after("exec 2>\"$HOME/progress\"");
+    let output = run(&["hello", "there"]).ok();
+    assert_eq!(output.stdout.trim(), "you said: hello there");
+    let sessions = host.openwork(["api", "B", "/session"]).ok();
+    let sessions: Value = serde_json::from_str(&sessions.stdout).unwrap();
+    assert_eq!((sessions.as_array().unwrap().len(), &sessions[0]["directory"]), (1, &json!(b)));
+    // Its own exit status.
+    run(&["--model", "no/such", "hello"]).exits(1);
+    assert_eq!(host.opencode_pid(), pid);
+}
+
+/// A terminal 200 columns wide, which is closed when this is dropped.
+struct Tmux {
+    socket: PathBuf,
+}
+
+impl Tmux {
+    /// Runs `openwork` with these arguments in it.
+    fn run(host: &Host, args: &[&str]) -> Tmux {
+        let tmux = Tmux { socket: host.path("tmux") };
+        let start = format!(
+            "exec tmux -S '{}' -f /dev/null new-session -d -x 200 -y 50 -- \"$0\" \"$@\"",
+            tmux.socket.display()
+        );
+        host.openwork(args).after(&start).ok();
+        tmux
+    }
+
+    fn command(&self, args: &[&str]) -> String {
+        let output = Command::new("tmux").arg("-S").arg(&self.socket).args(args).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn screen(&self) -> String {
+        self.command(&["capture-pane", "-p"])
+    }
+
+    /// Waits until the screen shows this.
+    fn shows(&self, text: &str) {
+        if poll(Duration::from_secs(60), || self.screen().contains(text).then_some(())).is_none() {
+            panic!("{text:?} is not on the screen:\n{}", self.screen());
+        }
+    }
+}
+
+impl Drop for Tmux {
+    fn drop(&mut self) {
+        self.command(&["kill-server"]);
+    }
+}
+
+#[test]
+fn attach_is_the_tui_in_the_workspace() {
+    if Command::new("tmux").arg("-V").output().is_err() {
+        eprintln!("skipped: there is no tmux");
+        return;
+    }
+    let provided = Provided::new();
+    let host = &provided.host;
+    provided.start(&[]);
+    let (a, b) = (repository(host, "A"), repository(host, "B"));
+    host.add(&a);
+    host.add(&b);
+    let tmux = Tmux::run(host, &["attach", "B"]);
+    tmux.shows("Ask anything");
+    tmux.shows("projects/B");
+    // A command of a shell in the TUI, before and after opencode had to be started again.
+    for (word, kills) in [("first", true), ("second", false)] {
+        // The prompt takes a moment to become that of a shell.
+        until("the prompt of a shell", || {
+            tmux.command(&["send-keys", "!"]);
+            poll(Duration::from_secs(2), || tmux.screen().contains("exit shell mode").then_some(()))
+        });
+        tmux.command(&["send-keys", "-l", &format!("echo {word}-$((40+2)) in $(basename $PWD)")]);
+        tmux.command(&["send-keys", "Enter"]);
+        tmux.shows(&format!("{word}-42 in B"));
+        if kills {
+            let before = host.opencode_pid();
+            kill(before, Signal::KILL);
+            wait_gone(before);
+            host.opencode_pid();
+        }
+    }
+}
+
+#[test]
+fn what_env_says_is_all_that_curl_needs() {
+    let host = real();
+    let (a, b) = (host.project("A"), host.project("it's B"));
+    host.add(&a);
+    host.add(&b);
+    host.openwork(["daemon", "start"]).ok();
+    let curl = "eval \"$(\"$0\" \"$@\")\"\n\
+                exec curl -sS --fail -u \"$OPENCODE_SERVER_USERNAME:$OPENCODE_SERVER_PASSWORD\" \"$OPENCODE_BASE_URL/path\"";
+    for project in [&a, &b] {
+        let output = host.openwork(["env", project.to_str().unwrap()]).after(curl).ok();
+        let path: Value = serde_json::from_str(&output.stdout).unwrap();
+        assert_eq!(path["directory"], project.to_str().unwrap());
+    }
 }
