@@ -98,7 +98,7 @@ path() {
 mkdir "$work/shop" "$work/blog"
 printf '%s, opencode %s: two projects, one server\n' \
     "$("$openwork" --version)" "$(HOME=$home "$opencode" --version)"
-printf '%s\n\n' "${dim}In a new home, as here, the first start of opencode takes some ten seconds.$plain"
+printf '%s\n\n' "${dim}In a new home, as here, the first start of opencode takes some seconds longer.$plain"
 row ms command opencode answer
 cd "$work"
 

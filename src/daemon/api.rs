@@ -35,6 +35,8 @@ pub const STRANGER_HEADER: &str = "X-Openwork-Stranger";
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest that can be asked for; a day is for ever.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
+/// How long opencode may take to say which sessions are running, for all instances together.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
 /// The pause before the control plane listens anew, when the server has ended for want of
 /// descriptors.
 const RELISTEN_PAUSE: Duration = Duration::from_millis(100);
@@ -256,6 +258,8 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
 /// How the instances of the local workspaces are; only loaded ones are asked about.
 fn instances(daemon: &Daemon<'_>, deadline: Instant) -> InstanceList {
     let (state, endpoint) = (daemon.store.latest(), daemon.supervisor.ready_now());
+    // One that hangs is not waited for: it is shown as it was known.
+    let deadline = deadline.min(Instant::now() + ASK_LIMIT);
     let describe = |workspace: &Arc<Workspace>| {
         let usage = daemon.instances.usage(&workspace.path);
         let running = endpoint

@@ -10,11 +10,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
 use super::Daemon;
 use super::api;
@@ -24,11 +26,14 @@ use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
 use crate::process::Flag;
 use crate::wire::TIMEOUT_HEADER;
+use crate::workspace::Workspace;
 
 /// What a direction begins with: an event is smaller, and many streams are open for days. Bytes.
 const SMALL_BUFFER: usize = 8 * 1024;
 /// What it grows to when that is filled: fewer system calls for a large body. Bytes.
 const LARGE_BUFFER: usize = 128 * 1024;
+/// What the kernel may move at once of a large body. Bytes; the default limit of Linux.
+const PIPE_SIZE: usize = 1024 * 1024;
 /// The largest head of a reply. Bytes.
 const REPLY_HEAD_LIMIT: usize = 64 * 1024;
 
@@ -67,18 +72,17 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
     if !is_known && !has_ticket {
         return Err(Error::Unauthorized);
     }
-    let workspace = daemon.store.snapshot().find(&selector)?.clone();
+    // Who has only a ticket is told nothing that opencode does not tell.
+    let workspace = find(daemon, &selector).map_err(|e| if is_known { e } else { Error::Unauthorized })?;
     let directory = workspace.local_path()?;
-    // opencode would answer for a directory that is not there.
-    if !directory.is_dir() {
-        return Err(Error::PathNotFound(directory.to_owned()));
-    }
     let target = target(path, query, directory);
     let timeout = request.only(TIMEOUT_HEADER)?;
     let begun = Instant::now();
     let deadline = begun + api::timeout(timeout)?;
     let entered = daemon.instances.enter(&workspace.path);
-    daemon.store.touch(&workspace.id);
+    if is_known {
+        daemon.store.touch(&workspace.id);
+    }
     let is_upgrade = request.has_token("connection", "upgrade") && request.only("upgrade")?.is_some();
     // Without a limit of the client's own, an answer may take as long as a turn of the agent;
     // should opencode hang, the supervisor ends it, and that ends the wait.
@@ -86,7 +90,7 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
     let mut tried = false;
     let result = loop {
         let (endpoint, upstream) = connect(daemon, deadline)?;
-        if engine::loads_instance(path) {
+        if is_known && engine::loads_instance(path) {
             entered.loads(endpoint.generation);
         }
         let head = rewrite(request, &target, directory, endpoint.port, is_upgrade);
@@ -109,6 +113,17 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
 /// Whether a request changes nothing, so that it may be sent twice.
 fn is_safe(request: &Head<'_>) -> bool {
     matches!(request.method, "GET" | "HEAD") && request.framing == Framing::Length(0)
+}
+
+/// The local workspace that is meant, if its directory is there: opencode would answer for one
+/// that is not.
+fn find(daemon: &Daemon<'_>, selector: &str) -> Result<Arc<Workspace>> {
+    let workspace = daemon.store.snapshot().find(selector)?.clone();
+    let directory = workspace.local_path()?;
+    match directory.is_dir() {
+        true => Ok(workspace),
+        false => Err(Error::PathNotFound(directory.to_owned())),
+    }
 }
 
 /// The credentials in the query, where a web page cannot send a header.
@@ -202,13 +217,30 @@ fn push_header(head: &mut Vec<u8>, header: &httparse::Header<'_>) {
     }
 }
 
-/// Bytes on their way in one direction.
+/// Bytes on their way in one direction: in the buffer, or, of a large body, in a pipe.
 struct Flow {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    pipe: Option<Pipe>,
     /// The reader's side has ended.
     ended: bool,
+}
+
+/// Bytes that the kernel moves from one socket to the other without copying them to us and back.
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+    filled: usize,
+}
+
+impl Pipe {
+    fn new() -> io::Result<Pipe> {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // Users may have a limit for it; then it is smaller.
+        let _ = fcntl_setpipe_size(&write, PIPE_SIZE);
+        Ok(Pipe { read, write, filled: 0 })
+    }
 }
 
 impl Flow {
@@ -216,20 +248,50 @@ impl Flow {
         let end = first.len();
         let mut buffer = first;
         buffer.resize(end.max(SMALL_BUFFER), 0);
-        Flow { buffer, start: 0, end, ended: false }
+        Flow { buffer, start: 0, end, pipe: None, ended: false }
     }
 
     fn pending(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }
 
+    fn piped(&self) -> usize {
+        self.pipe.as_ref().map_or(0, |pipe| pipe.filled)
+    }
+
     fn is_empty(&self) -> bool {
-        self.start == self.end
+        self.start == self.end && self.piped() == 0
     }
 
     /// Whether there is, or can be made, room to read into.
     fn has_room(&self) -> bool {
-        !self.ended && (self.is_empty() || self.end < self.buffer.len())
+        !self.ended && (self.is_empty() || (self.piped() == 0 && self.end < self.buffer.len()))
+    }
+
+    /// Moves what is there into the pipe, if so much content comes next that it is worth it; how
+    /// many bytes. `None` when the buffer is to be used.
+    fn pipe_in(&mut self, stream: &TcpStream, content_ahead: u64) -> io::Result<Option<u64>> {
+        // The buffer has grown: it was filled at once before.
+        if content_ahead < LARGE_BUFFER as u64 || self.buffer.len() < LARGE_BUFFER || !self.is_empty() {
+            return Ok(None);
+        }
+        let pipe = match &mut self.pipe {
+            Some(pipe) => pipe,
+            none => none.insert(Pipe::new()?),
+        };
+        let length = usize::try_from(content_ahead).unwrap_or(usize::MAX).min(PIPE_SIZE);
+        match splice(stream, None, &pipe.write, None, length, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
+            Ok(0) => {
+                self.ended = true;
+                Ok(Some(0))
+            }
+            Ok(count) => {
+                pipe.filled = count;
+                Ok(Some(count as u64))
+            }
+            Err(e) if is_later(&e.into()) => Ok(Some(0)),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Reads what is there; how many bytes. Nothing with `ended` set is the end.
@@ -258,9 +320,20 @@ impl Flow {
     /// Writes what can be written.
     fn write(&mut self, mut stream: &TcpStream) -> io::Result<()> {
         while !self.is_empty() {
-            match stream.write(self.pending()) {
+            let written = match &mut self.pipe {
+                Some(pipe) if pipe.filled > 0 => {
+                    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+                    let moved = splice(&pipe.read, None, stream, None, pipe.filled, flags).map_err(io::Error::from);
+                    moved.inspect(|count| pipe.filled -= count)
+                }
+                Some(_) | None => {
+                    let written = stream.write(&self.buffer[self.start..self.end]);
+                    written.inspect(|count| self.start += count)
+                }
+            };
+            match written {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => self.start += count,
+                Ok(_) => {}
                 Err(e) if is_later(&e) => return Ok(()),
                 Err(e) => return Err(e),
             }
@@ -284,6 +357,15 @@ impl Flow {
 
 fn is_later(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// What is said of the connection of an event stream. One request is all it serves, as always; but
+/// of a stream that breaks off, node's client says that it has ended well if `close` was said, and
+/// OpenCode's SDK then does not connect again.
+const STAYS_OPEN: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
+
+fn is_event_stream(header: &httparse::Header<'_>) -> bool {
+    header.name.eq_ignore_ascii_case("content-type") && header.value.starts_with(b"text/event-stream")
 }
 
 /// How far the reply has come.
@@ -404,7 +486,8 @@ impl<'a> Exchange<'a> {
             if self.down.ended {
                 return Err(broken(&e));
             }
-            (self.up.start, self.up.end, self.up.ended) = (0, 0, true);
+            self.up = Flow::new(Vec::new());
+            self.up.ended = true;
             self.body = Body::length(0);
             self.half_closed = true;
         }
@@ -420,6 +503,18 @@ impl<'a> Exchange<'a> {
 
     /// Reads of the request what belongs to it.
     fn read_client(&mut self) -> Result<()> {
+        let content_ahead = if matches!(self.reply, Reply::Tunnel) { 0 } else { self.body.content_ahead() };
+        match self.up.pipe_in(self.client.stream, content_ahead) {
+            Ok(None) => {}
+            Ok(Some(count)) => {
+                self.body.skip(count);
+                return Ok(());
+            }
+            Err(_) => {
+                self.up.ended = true;
+                return Ok(());
+            }
+        }
         let before = self.up.end - self.up.start;
         // A client that broke off is one that has ended.
         let count = self.up.read(self.client.stream).unwrap_or_else(|_| {
@@ -436,6 +531,16 @@ impl<'a> Exchange<'a> {
 
     /// Reads of the reply; false when it broke off and nothing can be said any more.
     fn read_upstream(&mut self) -> Result<bool> {
+        if let Reply::Body(body) = &mut self.reply {
+            match self.down.pipe_in(self.upstream, body.content_ahead()) {
+                Ok(None) => {}
+                Ok(Some(count)) => {
+                    body.skip(count);
+                    return Ok(true);
+                }
+                Err(_) => return Ok(false),
+            }
+        }
         let before = self.down.end - self.down.start;
         match (self.down.read(self.upstream), &mut self.reply) {
             (Err(e), Reply::Head) => return Err(broken(&e)),
@@ -514,7 +619,9 @@ impl<'a> Exchange<'a> {
             }
         }
         if !is_tunnel && status >= 200 {
-            bytes.extend_from_slice(b"Connection: close\r\n");
+            let is_stream = parsed.headers.iter().any(is_event_stream);
+            let asked_to_close = self.client.request.has_token("connection", "close");
+            bytes.extend_from_slice(if is_stream && !asked_to_close { STAYS_OPEN } else { b"Connection: close\r\n" });
         }
         bytes.extend_from_slice(cors_headers(self.client.origin).as_bytes());
         bytes.extend_from_slice(b"\r\n");

@@ -249,15 +249,13 @@ fn a_client_that_goes_away_is_gone_for_opencode() {
     path(&host, &["p"]);
     let port = host.get("OPENWORK_OPENCODE_PORT").parse().unwrap();
     let connections = || sockets(port, ESTABLISHED).len();
-    // Health probes come and go.
-    let before = until("a quiet moment", || Some(connections()).filter(|_| state(&host, "p") == "warm"));
     let mut streams: Vec<_> = (0..10).map(|_| host.routed("GET", "/w/p/event").events()).collect();
     for stream in &mut streams {
         stream.find(|event| event["type"] == "server.connected").unwrap();
     }
-    assert!(connections() >= before + 2 * 10, "both ends of each are in the table");
+    assert!(connections() > streams.len(), "the daemon itself listens, too");
     drop(streams);
-    wait_for("opencode to be rid of them", || connections() <= before);
+    wait_for("opencode to be rid of them", || connections() == 1);
     const CLOSE_WAIT: &str = "08";
     wait_for("it to have closed its side", || sockets(port, CLOSE_WAIT).is_empty());
 }
@@ -378,7 +376,8 @@ fn a_busy_instance_is_disposed_by_force() {
     host.openwork(["instance", "dispose", "p"]).fails(1, "instance_busy");
     assert_eq!(host.openwork(["instance", "dispose", "p", "--force"]).json()["disposed"], true);
     disposal(&mut events, &project);
-    assert_eq!(state(host, "p"), "cold");
+    // What the turn did last is told on the way to that.
+    wait_for("it to be said", || state(host, "p") == "cold");
 }
 
 #[test]
