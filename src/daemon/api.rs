@@ -166,6 +166,9 @@ impl Answer {
 }
 
 fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
+    // For the test that a panic is the matter of one request.
+    #[cfg(debug_assertions)]
+    assert!(!request.url().ends_with("?panic"), "asked to panic");
     let method = request.method().to_string();
     let (route, selector) = find_route(&method, request.url().split('?').next().unwrap_or_default())?;
     let header = request.headers().iter().find(|header| header.field.equiv(TIMEOUT_HEADER));
