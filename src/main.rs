@@ -11,11 +11,14 @@
 //!   output     one value, printed for people or as JSON
 //! daemon/      the background process
 //!   gate       the public port: limits and policy, one request per connection
+//!   head       the head of a request, understood or refused
+//!   router     /w/<ws>/…: rewrites the head, then copies bytes both ways
 //!   api        the control plane behind it: one handler per route
 //!   supervisor the one thread that owns opencode
 //!   engine     opencode itself: command line and protocol
 //!   instances  what opencode has loaded
 //!   events     who is told what happened
+//!   workers    threads for short jobs
 //! state        the state file, and the credentials
 //! repair       saving what can be read of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs

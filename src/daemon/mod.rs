@@ -11,6 +11,7 @@ mod api;
 pub mod engine;
 mod events;
 mod gate;
+mod head;
 mod instances;
 mod router;
 mod supervisor;

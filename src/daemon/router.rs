@@ -21,7 +21,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 use super::Daemon;
 use super::api;
 use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, TOKEN_PARAMETER};
-use super::gate::{Framing, Head, cors_headers};
+use super::head::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
 use crate::process::Flag;
