@@ -36,7 +36,7 @@ use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
 const HEAD_LIMIT: usize = 16 * 1024;
 /// How long a head may take: it is one packet.
 const HEAD_TIME: Duration = Duration::from_secs(2);
-/// How long it may take.
+/// How long the body of a control request may take.
 const BODY_TIME: Duration = Duration::from_secs(5);
 /// How many connections at once: each is a thread, and up to two descriptors.
 const CONNECTION_LIMIT: usize = 1024;
