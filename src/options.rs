@@ -6,6 +6,15 @@ use std::time::Duration;
 /// The environment variable by which everything that opencode starts is known to be its.
 pub const MARKER: &str = "OPENWORK_ENGINE";
 
+/// What a daemon in the background has in its environment for glibc's allocator, unless its user has
+/// said something: one pool for all threads, given back to the system when it is free. Else a
+/// burst of large requests would stay resident, in each thread's own pool, for weeks.
+pub const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
+
+/// The environment variable that names those of [`ALLOCATOR`] that are ours, separated by commas:
+/// they are not passed on to opencode.
+pub const ALLOCATOR_MARK: &str = "OPENWORK_ALLOCATOR";
+
 /// How long an instance may be unused, if nothing is said.
 pub const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);
 

@@ -16,7 +16,7 @@ use super::DETACHED_COMMAND;
 use super::output::Waiting;
 use crate::error::{Error, Result};
 use crate::http::{Request, Response, Timed};
-use crate::options::{MARKER, Options};
+use crate::options::{ALLOCATOR, ALLOCATOR_MARK, MARKER, Options};
 use crate::paths::DataDir;
 use crate::wire::{Failure, TIMEOUT_HEADER};
 use crate::{lock, log, process};
@@ -145,6 +145,10 @@ impl Client {
         // Started from a shell of the agent's, it would carry the marker of the opencode that it
         // is going to end.
         command.env_remove(MARKER).env_remove("NOTIFY_SOCKET");
+        let unset = |(name, _): &(&str, &str)| std::env::var_os(name).is_none();
+        let ours: Vec<(&str, &str)> = ALLOCATOR.into_iter().filter(unset).collect();
+        let names: Vec<&str> = ours.iter().map(|(name, _)| *name).collect();
+        command.env(ALLOCATOR_MARK, names.join(",")).envs(ours);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().map_err(|e| failed(format!("cannot run {}: {e}", program.display())))?;
         let stdout = child.stdout.take().ok_or_else(|| failed("no pipe to it".to_owned()))?;

@@ -22,6 +22,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::http::{Request, Response, Timed, percent_encode};
+use crate::options::ALLOCATOR_MARK;
 use crate::paths;
 use crate::process::{self, Process};
 use crate::state::{Auth, BinaryRecord};
@@ -297,7 +298,8 @@ pub fn launch_command(binary: &Path, port: u16, auth: &Auth) -> Command {
         .env("OPENCODE_SERVER_USERNAME", &auth.opencode_username)
         .env("OPENCODE_SERVER_PASSWORD", &auth.opencode_password)
         .stdin(Stdio::piped());
-    for name in NOT_PASSED_ON {
+    let ours = std::env::var(ALLOCATOR_MARK).unwrap_or_default();
+    for name in ours.split(',').chain(NOT_PASSED_ON).filter(|name| !name.is_empty()) {
         command.env_remove(name);
     }
     command
@@ -305,7 +307,8 @@ pub fn launch_command(binary: &Path, port: u16, auth: &Auth) -> Command {
 
 /// What is not passed on: where a service manager is told that *we* are ready, and what
 /// `openwork env` says of one workspace, which the agent's shells of all would believe.
-const NOT_PASSED_ON: [&str; 4] = ["NOTIFY_SOCKET", "OPENWORK_WORKSPACE", "OPENWORK_DIRECTORY", "OPENCODE_BASE_URL"];
+const NOT_PASSED_ON: [&str; 5] =
+    ["NOTIFY_SOCKET", ALLOCATOR_MARK, "OPENWORK_WORKSPACE", "OPENWORK_DIRECTORY", "OPENCODE_BASE_URL"];
 
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";
