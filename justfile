@@ -29,6 +29,13 @@ bench *sections:
     opencode=$(scripts/opencode.sh {{ opencode }}) && \
         OPENWORK_TEST_OPENCODE="$opencode" cargo bench --locked --bench bench -- {{ sections }}
 
+# Run commands of every kind while both processes are killed at random; `just soak 2 real`: two minutes, the real opencode
+soak minutes="10" real="":
+    if [ "{{ real }}" = real ]; then \
+        opencode=$(scripts/opencode.sh {{ opencode }}) || exit; export OPENWORK_TEST_OPENCODE="$opencode"; \
+    else unset OPENWORK_TEST_OPENCODE; fi; \
+    OPENWORK_SOAK_MINUTES={{ minutes }} cargo test --release --locked --test soak -- --nocapture --test-threads=1
+
 # Install the binary where cargo does
 install:
     cargo install --locked --path .

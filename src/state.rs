@@ -22,6 +22,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::paths::{self, DataDir, open_private};
+use crate::process::Identity;
 use crate::workspace::{self, Place, Workspace, WorkspaceId, check_name};
 
 /// The version of the file that we read and write.
@@ -77,6 +78,18 @@ pub struct EngineRecord {
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
+}
+
+impl EngineRecord {
+    /// What proves a process to be this one.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            pid: self.pid,
+            start_ticks: self.start_ticks,
+            boot_id: self.boot_id.clone(),
+            engine_id: self.engine_id.clone(),
+        }
+    }
 }
 
 /// A binary and its version, remembered with size and time: asking costs half a second.

@@ -42,6 +42,13 @@ pub struct Address {
     pub port: u16,
 }
 
+/// Who holds the lock.
+enum Holder {
+    /// One that does not listen yet.
+    Starting,
+    Listening(Address),
+}
+
 /// How a command sees the daemon.
 pub struct Client {
     /// Where its files are.
@@ -58,23 +65,41 @@ impl Client {
     /// # Errors
     /// `daemon_unresponsive` when it does not come to listen before the deadline.
     pub fn find(&self) -> Result<Option<Address>> {
-        let path = self.data_dir.daemon_lock();
         loop {
-            let Some(mut file) = lock::if_held(&path)? else { return Ok(None) };
-            let mut text = String::new();
-            file.read_to_string(&mut text).map_err(|e| Error::io("read", &path, e))?;
-            // `<pid> <port>`; empty until it listens.
-            let mut numbers = text.split_whitespace();
-            let pid = numbers.next().and_then(|pid| pid.parse().ok());
-            let port = numbers.next().and_then(|port| port.parse().ok());
-            if let (Some(pid), Some(port), true) = (pid, port, text.ends_with('\n')) {
-                return Ok(Some(Address { pid, port }));
+            match self.holder()? {
+                None => return Ok(None),
+                Some(Holder::Listening(address)) => return Ok(Some(address)),
+                Some(Holder::Starting) if Instant::now() < self.deadline => std::thread::sleep(LOOK_INTERVAL),
+                Some(Holder::Starting) => {
+                    return Err(Error::DaemonUnresponsive("it is starting, and does not listen yet".to_owned()));
+                }
             }
-            if Instant::now() >= self.deadline {
-                return Err(Error::DaemonUnresponsive("it is starting, and does not listen yet".to_owned()));
-            }
-            std::thread::sleep(LOOK_INTERVAL);
         }
+    }
+
+    /// Who holds `daemon.lock` now.
+    fn holder(&self) -> Result<Option<Holder>> {
+        let path = self.data_dir.daemon_lock();
+        let Some(mut file) = lock::if_held(&path)? else { return Ok(None) };
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(|e| Error::io("read", &path, e))?;
+        // `<pid> <port>`; empty until it listens.
+        let mut numbers = text.split_whitespace();
+        let pid = numbers.next().and_then(|pid| pid.parse().ok());
+        let port = numbers.next().and_then(|port| port.parse().ok());
+        Ok(Some(match (pid, port, text.ends_with('\n')) {
+            (Some(pid), Some(port), true) => Holder::Listening(Address { pid, port }),
+            _ => Holder::Starting,
+        }))
+    }
+
+    /// A daemon that takes connections, started if there is none and that is allowed: for what
+    /// cannot be asked twice.
+    ///
+    /// # Errors
+    /// As for [`Client::ensure`].
+    pub fn reach(&self) -> Result<Address> {
+        self.with_daemon(|address| self.connect(address).map(|_| address))
     }
 
     /// The daemon, started if there is none and that is allowed.
@@ -268,7 +293,7 @@ impl Client {
 
     /// What a broken connection means.
     pub fn lost(&self, address: Address, e: &io::Error) -> Error {
-        match e.kind() != io::ErrorKind::TimedOut && self.is_leaving() {
+        match e.kind() != io::ErrorKind::TimedOut && self.is_leaving(address) {
             true => Error::DaemonNotRunning,
             false => Error::DaemonUnresponsive(format!("port {}: {e}", address.port)),
         }
@@ -283,16 +308,20 @@ impl Client {
         Ok(stream)
     }
 
-    /// Whether a daemon that holds the lock and no longer answers is on its way out: then the
-    /// lock is free within a moment.
-    fn is_leaving(&self) -> bool {
+    /// Whether a daemon that no longer answers is on its way out: then its lock is free within a
+    /// moment, or another's already.
+    fn is_leaving(&self, address: Address) -> bool {
         let patience = self.deadline.min(Instant::now() + LEAVING);
         loop {
-            match lock::if_held(&self.data_dir.daemon_lock()) {
-                Ok(None) => return true,
-                Ok(Some(_)) if Instant::now() < patience => std::thread::sleep(LOOK_INTERVAL),
-                Ok(Some(_)) | Err(_) => return false,
+            match self.holder() {
+                Ok(Some(Holder::Listening(holder))) if holder.pid == address.pid => {}
+                Ok(_) => return true,
+                Err(_) => return false,
             }
+            if Instant::now() >= patience {
+                return false;
+            }
+            std::thread::sleep(LOOK_INTERVAL);
         }
     }
 

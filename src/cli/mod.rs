@@ -26,7 +26,7 @@ use crate::lock;
 use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
-use crate::process;
+use crate::process::{self, Process};
 use crate::state::State;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, Health, InstanceList, Listed, PathReply, Phase, Rename,
@@ -212,7 +212,12 @@ fn stop(client: &Client, out: &mut Output, keep_opencode: bool) -> Result<()> {
 
 /// Stops the daemon; whether one was running.
 fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
-    let Some(address) = client.find()? else { return Ok(false) };
+    let address = match client.find()? {
+        Some(address) => address,
+        // A daemon takes over what another has left, and then ends it in good order.
+        None if !keep_opencode && has_orphan(client) => client.start(&Options::default())?,
+        None => return Ok(false),
+    };
     let daemon = process::open(address.pid);
     match client.ask_at::<Done>(address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
         Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
@@ -222,6 +227,12 @@ fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
         client.wait_until_gone(&daemon)?;
     }
     Ok(true)
+}
+
+/// Whether an opencode lives whose daemon was killed.
+fn has_orphan(client: &Client) -> bool {
+    let engine = State::read(&client.data_dir.state()).ok().and_then(|state| state.opencode);
+    engine.is_some_and(|engine| Process::adopt(&engine.identity()).is_some())
 }
 
 fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
@@ -411,7 +422,7 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
 
 /// The events of the daemon, a line each, until it ends or nobody reads.
 fn events(client: &Client, out: &mut Output) -> Result<()> {
-    let address = client.ensure()?;
+    let address = client.reach()?;
     let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(()))?;
     if response.status != 200 {
         return Err(failure(response)?);

@@ -48,7 +48,7 @@ struct Reply {
 /// Those of the daemon; `opencode_error` with the status for one of 400 or more, but with exit
 /// status 1.
 pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) -> Result<()> {
-    let address = client.ensure()?;
+    let address = client.reach()?;
     let target = format!("/w/{}{}", encoded(client, call.selector)?, call.path);
     let auth = credentials(client)?;
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);

@@ -562,13 +562,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     /// What it left behind when it does not live is ended.
     fn adopt(&mut self) -> bool {
         let Some(record) = self.store.snapshot().opencode.clone() else { return false };
-        let identity = Identity {
-            pid: record.pid,
-            start_ticks: record.start_ticks,
-            boot_id: record.boot_id.clone(),
-            engine_id: record.engine_id.clone(),
-        };
-        let Some(process) = Process::adopt(&identity) else {
+        let Some(process) = Process::adopt(&record.identity()) else {
             if !record.engine_id.is_empty() {
                 process::sweep(&record.engine_id);
             }
