@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DETACHED_COMMAND;
 use super::output::Waiting;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::http::{Request, Response, Timed};
 use crate::options::{ALLOCATOR, ALLOCATOR_MARK, MARKER, Options};
 use crate::paths::DataDir;
@@ -228,8 +228,13 @@ impl Client {
     /// # Errors
     /// Those of [`Client::ensure`] and of what is done.
     pub fn with_daemon<T>(&self, ask: impl Fn(Address) -> Result<T>) -> Result<T> {
-        match ask(self.ensure()?) {
+        let address = self.ensure()?;
+        match ask(address) {
             Err(Error::DaemonNotRunning) if self.autostart.is_some() => ask(self.ensure()?),
+            // Its opencode was not to be had since it was stopping: the next one's is.
+            Err(e) if e.code() == Code::OpencodeUnavailable && self.autostart.is_some() && self.is_leaving(address) => {
+                ask(self.ensure()?)
+            }
             other => other,
         }
     }

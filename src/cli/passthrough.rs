@@ -48,7 +48,7 @@ struct Reply {
 /// Those of the daemon; `opencode_error` with the status for one of 400 or more, but with exit
 /// status 1.
 pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) -> Result<()> {
-    let address = client.reach()?;
+    client.ensure()?;
     let target = format!("/w/{}{}", encoded(client, call.selector)?, call.path);
     let auth = credentials(client)?;
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
@@ -69,10 +69,16 @@ pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) ->
     let waiting = Waiting::new("opencode");
     // Some calls are answered when a turn of the agent is over, which takes as long as it takes.
     let deadline = timeout_given.then_some(client.deadline);
-    let mut response = client.open(address, &call.method, &target, &headers, deadline, |stream| match &mut body {
-        Some(body) => send_body(&mut body.reader, stream, length.is_none()),
-        None => Ok(()),
-    })?;
+    let mut response = match &mut body {
+        // What only reads may be asked again, if the daemon was just ending.
+        None if matches!(call.method.as_str(), "GET" | "HEAD") => {
+            client.with_daemon(|address| client.open(address, &call.method, &target, &headers, deadline, |_| Ok(())))?
+        }
+        None => client.open(client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(()))?,
+        Some(body) => client.open(client.reach()?, &call.method, &target, &headers, deadline, |stream| {
+            send_body(&mut body.reader, stream, length.is_none())
+        })?,
+    };
     drop(waiting);
     // From here on it is a stream, which takes as long as it takes.
     response.socket_mut().deadline = None;

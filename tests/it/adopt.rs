@@ -46,6 +46,19 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
 }
 
 #[test]
+fn a_stop_ends_what_a_killed_daemon_has_left() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill_daemon(&host);
+    assert!(is_alive(opencode));
+    assert_eq!(host.openwork(["daemon", "stop"]).json()["stopped"], true);
+    wait_gone(opencode);
+    assert_eq!(host.starts().len(), 1, "none was started to be stopped");
+    assert_eq!(host.openwork(["daemon", "stop"]).json()["stopped"], false);
+}
+
+#[test]
 fn an_adopted_one_is_watched_like_one_of_its_own() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();

@@ -6,12 +6,15 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, ESTABLISHED, Host, Signal, fake_opencode, is_alive, kill, sockets, wait_for, wait_gone};
+use crate::support::{
+    AUTH, ESTABLISHED, Host, Signal, copy_program, fake_opencode, is_alive, kill, sockets, wait_for, wait_gone,
+};
 
 // --- Several workspaces, one process ---
 
@@ -223,7 +226,7 @@ fn only_the_process_that_was_started_gets_the_password() {
 fn the_version_is_asked_once_per_binary() {
     let host = Host::new();
     let binary = host.path("opencode");
-    fs::copy(fake_opencode(), &binary).unwrap();
+    copy_program(fake_opencode(), &binary);
     let asked_by_a_start = || {
         host.openwork(["daemon", "start"]).env("OPENWORK_OPENCODE_BIN", &binary).ok();
         let version = host.health()["engine"]["version"].as_str().unwrap().to_owned();
@@ -234,7 +237,7 @@ fn the_version_is_asked_once_per_binary() {
     assert_eq!(asked_by_a_start(), (1, "1.18.33".to_owned()));
 
     // An upgrade in place.
-    fs::File::options().write(true).open(&binary).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    assert!(Command::new("touch").args(["-d", "@0"]).arg(&binary).status().unwrap().success());
     host.behave("FAKE_VERSION=1.99.0");
     assert_eq!(asked_by_a_start(), (2, "1.99.0".to_owned()));
 }

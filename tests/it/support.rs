@@ -89,7 +89,7 @@ impl Host {
         // The account need not be able to read where the build has put them.
         let binaries = [("openwork", host.openwork.clone()), ("opencode", fake_opencode().to_owned())];
         for (name, from) in binaries {
-            fs::copy(from, host.path(name)).unwrap();
+            copy_program(&from, &host.path(name));
         }
         host.openwork = host.path("openwork");
         host.set("OPENWORK_OPENCODE_BIN", host.path("opencode"));
@@ -981,6 +981,12 @@ fn temp_dir() -> PathBuf {
             return dir;
         }
     }
+}
+
+/// Copies a program. Not in this process: what a thread has open for writing, the children of
+/// the others have too until they run, and then it cannot be run itself.
+pub fn copy_program(from: &Path, to: &Path) {
+    assert!(Command::new("cp").args([from, to]).status().unwrap().success());
 }
 
 /// Compiles the fake opencode, if that has not been done.
