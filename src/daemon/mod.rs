@@ -210,7 +210,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let port = listener.local_addr().map_err(no_socket)?.port();
     let signals = |e| Error::Internal(format!("cannot handle signals: {e}"));
     let mut signal_source = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(signals)?;
-    let stop = process::Flag::new().map_err(no_socket)?;
+    let (stop, control_stop) = (process::Flag::new().map_err(no_socket)?, process::Flag::new().map_err(no_socket)?);
     let gate = Gate::new(listener, &options.origins, &stop).map_err(no_socket)?;
     let control = api::ControlPlane::listen()?;
     let info = ProcessInfo {
@@ -251,12 +251,13 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         let supervision = Supervisor::new(scope, &daemon.supervisor, receiver, context);
         let signals = signal_source.handle();
         let handle = &daemon.supervisor;
+        let mut gate_thread = None;
         let started = (|| {
             Builder::new().spawn_scoped(scope, || store.write_behind())?;
-            Builder::new().spawn_scoped(scope, || gate.serve(scope, &workers, daemon))?;
+            gate_thread = Some(Builder::new().spawn_scoped(scope, || gate.serve(scope, &workers, daemon))?);
             Builder::new().spawn_scoped(scope, || instances.evict(handle, &events))?;
             Builder::new().spawn_scoped(scope, || instances.listen(handle))?;
-            Builder::new().spawn_scoped(scope, || control.serve(scope, &workers, daemon, &stop))?;
+            Builder::new().spawn_scoped(scope, || control.serve(scope, &workers, daemon, &control_stop))?;
             Builder::new().spawn_scoped(scope, || {
                 for signal in signal_source.forever() {
                     // A closed terminal is no reason to end.
@@ -277,8 +278,13 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         events.close();
         instances.close();
         stop.raise();
-        workers.close();
+        // The gate first: what it has passed on is still to be answered behind it.
+        if gate_thread.is_some_and(|gate| gate.join().is_err()) {
+            crate::log!("the gate failed (see above)");
+        }
+        control_stop.raise();
         control.wake();
+        workers.close();
         signals.close();
         store.close();
         ended
