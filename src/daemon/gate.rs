@@ -175,6 +175,8 @@ impl<'env> Gate<'env> {
                 }
             }
         }
+        // Who comes late is refused at once, and not left waiting until the process has ended.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Read);
         self.connections.drain();
     }
 
