@@ -8,6 +8,7 @@
 //!
 //! `cargo bench --bench bench -- start restart` runs only these sections of [`SECTIONS`].
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -84,8 +85,9 @@ fn idle(report: &mut Report) {
     let before = daemon.context_switches();
     thread::sleep(Duration::from_secs(30));
     // What it does in that time is to ask for opencode's health, three times: wake for it, hand
-    // it to a thread (which is gone before we look, and not counted), hear of the answer.
-    let switches = daemon.context_switches() - before;
+    // it to a thread, hear of the answer. Of threads that are gone by now nothing is counted.
+    let after = daemon.context_switches();
+    let switches = after.iter().map(|(thread, count)| count - before.get(thread).unwrap_or(&0)).sum();
     report.print(&Figure::new("context switches in 30 s", Count(switches)).at_most(Count(12)));
 }
 
@@ -611,16 +613,15 @@ impl Daemon<'_> {
         1024 * field(&status, "VmRSS:")
     }
 
-    /// Of all threads that are there, since they began.
-    fn context_switches(&self) -> u64 {
+    /// Of each thread that is there, since it began.
+    fn context_switches(&self) -> BTreeMap<PathBuf, u64> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.process.0.id())).expect("a process");
         let switches =
             |status: &str| field(status, "\nvoluntary_ctxt_switches:") + field(status, "\nnonvoluntary_ctxt_switches:");
         tasks
             .flatten()
-            .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
-            .map(|s| switches(&s))
-            .sum()
+            .filter_map(|task| Some((task.path(), switches(&fs::read_to_string(task.path().join("status")).ok()?))))
+            .collect()
     }
 }
 

@@ -14,7 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
@@ -23,6 +23,9 @@ use rustix::process::{
 };
 
 use crate::options::MARKER;
+
+/// How long a process may take to end, once its memory is gone: files and sockets follow.
+const ENDING_LIMIT: Duration = Duration::from_secs(5);
 
 /// What proves that a process is the one that was written down.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,9 +72,16 @@ impl Process {
         }
         // Held first, identified after: what is proved below is true of what is held.
         let pidfd = open(identity.pid)?;
-        let proved = start_ticks(identity.pid).ok()? == identity.start_ticks
-            && carries_marker(identity.pid, &identity.engine_id)
-            && !has_ended(&pidfd);
+        if start_ticks(identity.pid).ok()? != identity.start_ticks {
+            return None;
+        }
+        // One that is just ending has lost its environment, and may hold its port for a moment
+        // more. To wait for its end harms nobody.
+        if fs::read(format!("/proc/{}/environ", identity.pid)).is_ok_and(|environ| environ.is_empty()) {
+            wait_until_readable(&pidfd, Instant::now() + ENDING_LIMIT);
+            return None;
+        }
+        let proved = carries_marker(identity.pid, &identity.engine_id) && !has_ended(&pidfd);
         proved.then(|| Process { identity: identity.clone(), pidfd: Arc::new(pidfd), child: None })
     }
 

@@ -231,10 +231,12 @@ impl Client {
         let address = self.ensure()?;
         match ask(address) {
             Err(Error::DaemonNotRunning) if self.autostart.is_some() => ask(self.ensure()?),
-            // Its opencode was not to be had since it was stopping: the next one's is.
-            Err(e) if e.code() == Code::OpencodeUnavailable && self.autostart.is_some() && self.is_leaving(address) => {
-                ask(self.ensure()?)
-            }
+            // Its opencode was not to be had since it was stopping. If another has taken its place
+            // (a restart), that one's is; but nobody who only waits undoes a stop.
+            Err(e) if e.code() == Code::OpencodeUnavailable && self.is_leaving(address) => match self.find()? {
+                Some(next) => ask(next),
+                None => Err(e),
+            },
             other => other,
         }
     }
