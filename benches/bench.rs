@@ -497,11 +497,24 @@ fn stand_in() -> PathBuf {
     binary
 }
 
-/// A home, a data directory and projects, removed in the end.
+/// A home, a data directory and projects.
 struct Host {
     root: PathBuf,
     opencode: PathBuf,
+    guard: Child,
 }
+
+/// What is left to a shell, which outlives us however we end, an interrupt included: when its
+/// standard input closes it ends what runs in this home, and removes everything.
+const GUARD: &str = r#"
+    trap "" INT TERM HUP
+    cat
+    HOME="$1/home" "$2" daemon stop --data-dir "$1/data"
+    for process in $(grep -lsxzF "HOME=$1/home" /proc/[0-9]*/environ | cut -d/ -f3); do
+        kill -9 "$process"
+    done
+    rm -rf "$1"
+"#;
 
 impl Host {
     fn new() -> Host {
@@ -510,14 +523,17 @@ impl Host {
 
     fn with_opencode(opencode: PathBuf) -> Host {
         // Below target/, hence on the disk that is worked on: /tmp may be in memory, and then
-        // what is durable costs nothing. Of a run that was interrupted something may be left.
-        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
-        let _ = fs::remove_dir_all(&root);
+        // what is durable costs nothing.
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-{}", std::process::id()));
         let make = |path: PathBuf| DirBuilder::new().recursive(true).mode(0o700).create(path);
         for name in ["home", "projects", "data"] {
             make(root.join(name)).expect("a directory");
         }
-        let host = Host { root: root.canonicalize().expect("a path"), opencode };
+        let root = root.canonicalize().expect("a path");
+        let mut guard = Command::new("/bin/sh");
+        guard.args(["-c", GUARD, "sh"]).arg(&root).arg(OPENWORK);
+        let guard = silent(&mut guard).stdin(Stdio::piped()).spawn().expect("a shell");
+        let host = Host { root, opencode, guard };
         let auth = json!({"opencodeUsername": "opencode", "opencodePassword": PASSWORD});
         fs::write(host.path("data/openwork-orchestrator-auth.json"), auth.to_string()).expect("a file");
         host
@@ -552,7 +568,8 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.root);
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
     }
 }
 
@@ -569,27 +586,17 @@ impl Drop for Running {
 /// A running daemon with a ready opencode.
 struct Daemon<'host> {
     host: &'host Host,
-    process: Running,
+    pid: u32,
     port: u16,
 }
 
 impl Daemon<'_> {
-    /// In the foreground: so an interrupt from the terminal reaches it too, and it stops opencode.
+    /// In the background, as its users have it.
     fn start(host: &Host) -> Daemon<'_> {
-        let process = Running(silent(&mut host.openwork(["daemon"])).spawn().expect("openwork"));
-        let start = Instant::now();
-        let port = loop {
-            let text = fs::read_to_string(host.path("data/daemon.lock")).unwrap_or_default();
-            let pid_and_port = text.strip_suffix('\n').and_then(|text| text.split_once(' '));
-            match pid_and_port {
-                Some((pid, port)) if pid == process.0.id().to_string() => break port.parse().expect("a port"),
-                _ => assert!(start.elapsed() < PATIENCE, "the daemon does not listen"),
-            }
-            thread::sleep(Duration::from_millis(5));
-        };
-        let daemon = Daemon { host, process, port };
-        run(&mut host.openwork(["daemon", "start"])); // returns when opencode is ready
-        daemon
+        run(&mut host.openwork(["daemon", "start"]));
+        let lock = fs::read_to_string(host.path("data/daemon.lock")).expect("a lock file");
+        let (pid, port) = lock.trim_end().split_once(' ').expect("a process id and a port");
+        Daemon { host, pid: pid.parse().expect("a process id"), port: port.parse().expect("a port") }
     }
 
     fn get(&self, target: &str) {
@@ -609,13 +616,13 @@ impl Daemon<'_> {
 
     /// Resident memory in bytes.
     fn memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).expect("a process");
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("a process");
         1024 * field(&status, "VmRSS:")
     }
 
     /// Of each thread that is there, since it began.
     fn context_switches(&self) -> BTreeMap<PathBuf, u64> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.process.0.id())).expect("a process");
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).expect("a process");
         let switches =
             |status: &str| field(status, "\nvoluntary_ctxt_switches:") + field(status, "\nnonvoluntary_ctxt_switches:");
         tasks
@@ -627,19 +634,9 @@ impl Daemon<'_> {
 
 impl Drop for Daemon<'_> {
     fn drop(&mut self) {
-        let opencode = field_of_record(&self.host.path("data/openwork-orchestrator-state.json"));
-        let stopped = silent(&mut self.host.openwork(["daemon", "stop"])).status();
-        if !stopped.is_ok_and(|status| status.success()) {
-            // It cannot be trusted to have stopped opencode either.
-            opencode.into_iter().for_each(|pid| kill(self.host, pid));
-        }
+        // If it cannot, the guard of the host ends it.
+        let _ = silent(&mut self.host.openwork(["daemon", "stop"])).status();
     }
-}
-
-/// The process id of the opencode in a state file.
-fn field_of_record(state: &Path) -> Option<u32> {
-    let state: Value = serde_json::from_slice(&fs::read(state).ok()?).ok()?;
-    state["opencode"]["pid"].as_u64().map(|pid| pid as u32)
 }
 
 /// A number in a file of /proc.

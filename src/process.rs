@@ -27,6 +27,9 @@ use crate::options::MARKER;
 /// How long a process may take to end, once its memory is gone: files and sockets follow.
 const ENDING_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long it is waited for what was swept to be gone: a killed process mostly is within 0.1 s.
+const SWEEP_LIMIT: Duration = Duration::from_secs(2);
+
 /// What proves that a process is the one that was written down.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -77,11 +80,12 @@ impl Process {
         }
         // One that is just ending has lost its environment, and may hold its port for a moment
         // more. To wait for its end harms nobody.
-        if fs::read(format!("/proc/{}/environ", identity.pid)).is_ok_and(|environ| environ.is_empty()) {
+        let environ = fs::read(format!("/proc/{}/environ", identity.pid)).unwrap_or_default();
+        if environ.is_empty() {
             wait_until_readable(&pidfd, Instant::now() + ENDING_LIMIT);
             return None;
         }
-        let proved = carries_marker(identity.pid, &identity.engine_id) && !has_ended(&pidfd);
+        let proved = has_marker(&environ, &identity.engine_id) && !has_ended(&pidfd);
         proved.then(|| Process { identity: identity.clone(), pidfd: Arc::new(pidfd), child: None })
     }
 
@@ -202,20 +206,26 @@ pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {
 /// Ends everything of our user that carries the marker of this engine, whatever group, session
 /// or parent it has by now. What has emptied its own environment is not found.
 pub fn sweep(engine_id: &str) {
+    let deadline = Instant::now() + SWEEP_LIMIT;
     // What is being swept may be forking; a few rounds catch up with anything that is not
     // made to outrun us, and the bound keeps such a thing from holding us up.
     for _ in 0..20 {
-        if !sweep_once(engine_id) {
+        let swept = sweep_once(engine_id);
+        if swept.is_empty() {
             return;
+        }
+        // Gone, with its sockets, before another is started.
+        for pidfd in swept {
+            wait_until_readable(&pidfd, deadline);
         }
     }
 }
 
-/// One round; whether anything was found.
-fn sweep_once(engine_id: &str) -> bool {
-    let Ok(entries) = fs::read_dir("/proc") else { return false };
+/// One round: what was signalled.
+fn sweep_once(engine_id: &str) -> Vec<OwnedFd> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let ourselves = std::process::id();
-    let mut found = false;
+    let mut swept = Vec::new();
     for entry in entries.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         // The environment of another user's process cannot be read, but by root: then it is
@@ -226,17 +236,20 @@ fn sweep_once(engine_id: &str) -> bool {
         let Some(pidfd) = open(pid) else { continue };
         // Looked at again, now that it cannot become another.
         if carries_marker(pid, engine_id) && pidfd_send_signal(&pidfd, Signal::KILL).is_ok() {
-            found = true;
+            swept.push(pidfd);
         }
     }
-    found
+    swept
 }
 
 /// Whether the environment of a process has our marker. A zombie's is empty.
 fn carries_marker(pid: u32, engine_id: &str) -> bool {
+    fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environ| has_marker(&environ, engine_id))
+}
+
+fn has_marker(environ: &[u8], engine_id: &str) -> bool {
     let wanted = format!("{MARKER}={engine_id}");
-    fs::read(format!("/proc/{pid}/environ"))
-        .is_ok_and(|environ| environ.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes()))
+    environ.split(|byte| *byte == 0).any(|entry| entry == wanted.as_bytes())
 }
 
 /// When a process started, in clock ticks since boot: field 22 of `/proc/<pid>/stat` (proc(5)).

@@ -119,6 +119,14 @@ impl Client {
     /// # Errors
     /// Why it did not start, in its own words; `daemon_start_failed` when it has none.
     pub fn start(&self, options: &Options) -> Result<Address> {
+        self.start_without(options, &[])
+    }
+
+    /// The same, without these variables of the environment.
+    ///
+    /// # Errors
+    /// As for [`Client::start`].
+    pub fn start_without(&self, options: &Options, variables: &[&str]) -> Result<Address> {
         let _waiting = Waiting::new("the daemon to start");
         self.data_dir.create()?;
         let path = self.data_dir.start_lock();
@@ -128,7 +136,7 @@ impl Client {
                 return Ok(address);
             }
             if lock.is_some() {
-                self.spawn(options)?;
+                self.spawn(options, variables)?;
                 // A daemon that lost a race tells nothing worse than that there is another.
                 return self.find()?.ok_or_else(|| Error::DaemonStartFailed("it has ended again".to_owned()));
             }
@@ -140,7 +148,7 @@ impl Client {
     }
 
     /// Starts the process and waits for its word.
-    fn spawn(&self, options: &Options) -> Result<()> {
+    fn spawn(&self, options: &Options, without: &[&str]) -> Result<()> {
         let failed = |why: String| Error::DaemonStartFailed(why);
         let program = std::env::current_exe().map_err(|e| failed(format!("cannot find this program: {e}")))?;
         let log_path = self.data_dir.daemon_log();
@@ -170,6 +178,9 @@ impl Client {
         // Started from a shell of the agent's, it would carry the marker of the opencode that it
         // is going to end.
         command.env_remove(MARKER).env_remove("NOTIFY_SOCKET");
+        for variable in without {
+            command.env_remove(variable);
+        }
         let unset = |(name, _): &(&str, &str)| std::env::var_os(name).is_none();
         let ours: Vec<(&str, &str)> = ALLOCATOR.into_iter().filter(unset).collect();
         let names: Vec<&str> = ours.iter().map(|(name, _)| *name).collect();

@@ -215,7 +215,10 @@ fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
     let address = match client.find()? {
         Some(address) => address,
         // A daemon takes over what another has left, and then ends it in good order.
-        None if !keep_opencode && has_orphan(client) => client.start(&Options::default())?,
+        // Where it listens meanwhile does not matter.
+        None if !keep_opencode && has_orphan(client) => {
+            client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+        }
         None => return Ok(false),
     };
     let daemon = process::open(address.pid);
