@@ -368,6 +368,10 @@ fn is_event_stream(header: &httparse::Header<'_>) -> bool {
     header.name.eq_ignore_ascii_case("content-type") && header.value.starts_with(b"text/event-stream")
 }
 
+fn is_chunked(header: &httparse::Header<'_>) -> bool {
+    header.name.eq_ignore_ascii_case("transfer-encoding") && header.value.eq_ignore_ascii_case(b"chunked")
+}
+
 /// How far the reply has come.
 enum Reply {
     /// Its head is not whole yet.
@@ -619,7 +623,8 @@ impl<'a> Exchange<'a> {
             }
         }
         if !is_tunnel && status >= 200 {
-            let is_stream = parsed.headers.iter().any(is_event_stream);
+            // One that ends with the connection has to say so.
+            let is_stream = parsed.headers.iter().any(is_event_stream) && parsed.headers.iter().any(is_chunked);
             let asked_to_close = self.client.request.has_token("connection", "close");
             bytes.extend_from_slice(if is_stream && !asked_to_close { STAYS_OPEN } else { b"Connection: close\r\n" });
         }
