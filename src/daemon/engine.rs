@@ -182,14 +182,18 @@ pub const TOKEN_PARAMETER: &str = "auth_token";
 /// The header that says which instance is meant; percent-encoded once.
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
-/// The paths at which `directory` in the query does not only say which instance is meant, as the
-/// header does, but also which sessions are listed: those of that directory, and not all of the
-/// project (which directories outside of git share).
-const FILTERED_BY_DIRECTORY: [&str; 3] = ["/session", "/experimental/session", "/api/session"];
-
-/// Whether `directory` in the query is a filter at this path.
-pub fn filters_by_directory(path: &str) -> bool {
-    FILTERED_BY_DIRECTORY.contains(&path)
+/// The parameter that `directory` in the query becomes at paths at which it does not only say which
+/// instance is meant, as the header does, but also which sessions are listed: those of that
+/// directory, and not all of the project (which directories outside of git share). opencode decodes
+/// it once more than usual, but for the coming protocol (`/api`).
+pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
+    let once = percent_encode(directory.as_os_str().as_encoded_bytes());
+    let value = match path {
+        "/session" | "/experimental/session" => percent_encode(once.as_bytes()),
+        "/api/session" => once,
+        _ => return None,
+    };
+    Some(format!("directory={value}"))
 }
 
 /// Whether a call to this path loads the instance: all do but those about no instance, and

@@ -164,9 +164,9 @@ fn target(path: &str, query: Option<&str>, directory: &Path) -> String {
     let Some(query) = query else { return target };
     let names_directory = |parameter: &&str| [&b"directory"[..], b"location[directory]"].contains(&&*name(parameter));
     let (named, mut kept): (Vec<&str>, Vec<&str>) = query.split('&').partition(names_directory);
-    let filter = format!("directory={}", percent_encode(directory.as_os_str().as_encoded_bytes()));
-    if engine::filters_by_directory(path) && named.iter().any(|parameter| name(parameter) == b"directory") {
-        kept.push(&filter);
+    let filter = engine::directory_filter(path, directory);
+    if named.iter().any(|parameter| name(parameter) == b"directory") {
+        kept.extend(filter.as_deref());
     }
     if !kept.is_empty() {
         target.push('?');
@@ -694,7 +694,7 @@ mod tests {
             ("/w/a/s?directory=/x", "a", "/s"),
             ("/w/a/s?a=%20&directory=%2Fx&b", "a", "/s?a=%20&b"),
             ("/w/a/s?%64irectory=/x&location%5Bdirectory%5D=/y&q=directory", "a", "/s?q=directory"),
-            ("/w/a/session?directory=/x&limit=2", "a", "/session?limit=2&directory=%2Fhome%2Fme"),
+            ("/w/a/session?directory=/x&limit=2", "a", "/session?limit=2&directory=%252Fhome%252Fme"),
             ("/w/a/../b//c/%2e%2e", "a", "/../b//c/%2e%2e"),
             ("/w/%2Fhome%2Fme/x", "/home/me", "/x"),
             ("/w//x", "", "/x"),
