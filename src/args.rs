@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options};
+use crate::wire::TIMEOUT_HEADER;
 
 /// A row of the table of commands.
 #[derive(Debug)]
@@ -302,11 +303,13 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     if has("--version") {
         return Ok(invocation(Command::Version, false, 30, Options::default()));
     }
-    if has("--help") || row.is_none() {
-        let topic = row.map(|row| row.name.to_owned()).or_else(|| group_of(&words));
-        return Ok(invocation(Command::Help { topic }, false, 30, Options::default()));
-    }
-    let Some(row) = row else { return Err(Error::usage("no command")) };
+    let row = match row {
+        Some(row) if !has("--help") => row,
+        _ => {
+            let topic = row.map(|row| row.name.to_owned()).or_else(|| group_of(&words));
+            return Ok(invocation(Command::Help { topic }, false, 30, Options::default()));
+        }
+    };
     for (option, _) in &given {
         if !option.is_for(row.name) {
             return Err(Error::Usage {
@@ -396,7 +399,7 @@ const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OP
 
 /// Headers that a call has already.
 const OWN_HEADERS: [&str; 6] =
-    ["Host", "Connection", "Authorization", "Content-Length", "Transfer-Encoding", "X-Openwork-Timeout"];
+    ["Host", "Connection", "Authorization", "Content-Length", "Transfer-Encoding", TIMEOUT_HEADER];
 
 /// The arguments of `api`: the path is the last, before it the method and the workspace.
 fn api(mut words: Vec<OsString>, data: Option<OsString>, headers: Vec<OsString>, include: bool) -> Result<Api> {

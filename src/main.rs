@@ -6,7 +6,7 @@
 //! ```text
 //! main         parse, run, report, exit status
 //! args         tables of commands and options; argv and environment to a Command
-//! cli/         one function per command; never writes state
+//! cli/         one function per command; never writes state, but to repair it
 //!   client     finds, starts and asks the daemon
 //!   output     one value, printed for people or as JSON
 //! daemon/      the background process

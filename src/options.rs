@@ -6,6 +6,9 @@ use std::time::Duration;
 /// The environment variable by which everything that opencode starts is known to be its.
 pub const MARKER: &str = "OPENWORK_ENGINE";
 
+/// Where a service manager is told that *we* are ready: no business of what we start.
+pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+
 /// What a daemon in the background has in its environment for glibc's allocator, unless its user has
 /// said something: one pool for all threads, given back to the system when it is free. Else a
 /// burst of large requests would stay resident, in each thread's own pool, for weeks.

@@ -16,7 +16,7 @@ use super::DETACHED_COMMAND;
 use super::output::Waiting;
 use crate::error::{Code, Error, Result};
 use crate::http::{Request, Response, Timed};
-use crate::options::{ALLOCATOR, ALLOCATOR_MARK, MARKER, Options};
+use crate::options::{ALLOCATOR, ALLOCATOR_MARK, MARKER, NOTIFY_SOCKET, Options};
 use crate::paths::DataDir;
 use crate::wire::{Failure, TIMEOUT_HEADER};
 use crate::{lock, log, process};
@@ -177,7 +177,7 @@ impl Client {
         }
         // Started from a shell of the agent's, it would carry the marker of the opencode that it
         // is going to end.
-        command.env_remove(MARKER).env_remove("NOTIFY_SOCKET");
+        command.env_remove(MARKER).env_remove(NOTIFY_SOCKET);
         for variable in without {
             command.env_remove(variable);
         }
@@ -278,8 +278,7 @@ impl Client {
         if (200..300).contains(&status) {
             return Ok(reply);
         }
-        let failure: Failure = decode(&reply)?;
-        Err(Error::reported(failure.error, status))
+        Err(failure(status, &reply))
     }
 
     /// Sends a request; the reply with its head read, which the deadline is for, if there is one.
@@ -360,6 +359,14 @@ impl Client {
 pub fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
     serde_json::from_slice(reply)
         .map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
+}
+
+/// The error that a reply of the daemon's is.
+pub fn failure(status: u16, reply: &[u8]) -> Error {
+    match decode::<Failure>(reply) {
+        Ok(failure) => Error::reported(failure.error, status),
+        Err(e) => e,
+    }
 }
 
 /// A value as it is sent.

@@ -9,19 +9,18 @@ mod passthrough;
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
-use std::net::TcpStream;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use self::client::{Client, decode, to_json};
+use self::client::{Client, decode, failure, to_json};
 use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
 use crate::args::{self, Command, Invocation};
 use crate::daemon;
 use crate::error::{Error, Result};
-use crate::http::{Response, Timed, percent_encode};
+use crate::http::percent_encode;
 use crate::lock;
 use crate::log::{now_ms, timestamp};
 use crate::options::Options;
@@ -29,8 +28,8 @@ use crate::paths::{self, DataDir};
 use crate::process::{self, Process};
 use crate::state::State;
 use crate::wire::{
-    AddLocal, AddRemote, Dispose, DisposeReply, Done, Failure, Health, InstanceList, Listed, PathReply, Phase, Rename,
-    Shutdown, WorkspaceList, WorkspaceReply,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename, Shutdown,
+    WorkspaceList, WorkspaceReply,
 };
 use crate::workspace::{Workspace, location, looks_like_path};
 
@@ -428,7 +427,9 @@ fn events(client: &Client, out: &mut Output) -> Result<()> {
     let address = client.reach()?;
     let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(()))?;
     if response.status != 200 {
-        return Err(failure(response)?);
+        let status = response.status;
+        let reply = response.bytes(FAILURE_LIMIT).map_err(|e| client.lost(address, &e))?;
+        return Err(failure(status, &reply));
     }
     response.socket_mut().deadline = None;
     let mut lines = BufReader::new(response);
@@ -444,14 +445,6 @@ fn events(client: &Client, out: &mut Output) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// What the daemon says is wrong.
-fn failure(response: Response<Timed<TcpStream>>) -> Result<Error> {
-    let status = response.status;
-    let body = response.bytes(FAILURE_LIMIT).map_err(|e| Error::DaemonUnresponsive(e.to_string()))?;
-    let failure: Failure = serde_json::from_slice(&body).map_err(|e| Error::DaemonUnresponsive(e.to_string()))?;
-    Ok(Error::reported(failure.error, status))
 }
 
 /// Reads about one workspace: from the daemon, or without one from the state file.

@@ -13,14 +13,14 @@ use std::process::Command;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::client::{Address, Client};
+use super::client::{Address, Client, failure};
 use super::output::{Output, Waiting};
 use super::{WORKSPACE_VARIABLE, encoded, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, Result};
 use crate::http::basic;
 use crate::state::{Auth, State};
-use crate::wire::{ERROR_HEADER, Failure, Health, WorkspaceReply};
+use crate::wire::{ERROR_HEADER, Health, WorkspaceReply};
 use crate::workspace::Workspace;
 
 /// How much of a body is passed on at once. Bytes.
@@ -45,8 +45,7 @@ struct Reply {
 /// Makes a call; the body of the reply goes to standard output as it comes.
 ///
 /// # Errors
-/// Those of the daemon; `opencode_error` with the status for one of 400 or more, but with exit
-/// status 1.
+/// Those of the daemon; [`Error::Refused`], with exit status 1, for a status of 400 or more.
 pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) -> Result<()> {
     client.ensure()?;
     let target = format!("/w/{}{}", encoded(client, call.selector)?, call.path);
@@ -87,8 +86,7 @@ pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) ->
     if out.is_json() || ours {
         let bytes = response.bytes(JSON_BODY_LIMIT).map_err(lost)?;
         if ours {
-            let failure: Failure = serde_json::from_slice(&bytes).map_err(|e| Error::Internal(e.to_string()))?;
-            return Err(Error::reported(failure.error, status));
+            return Err(failure(status, &bytes));
         }
         let body =
             serde_json::from_slice(&bytes).unwrap_or_else(|_| String::from_utf8_lossy(&bytes).into_owned().into());

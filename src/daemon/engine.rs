@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::http::{Request, Response, Timed, percent_encode};
-use crate::options::ALLOCATOR_MARK;
+use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
 use crate::paths;
 use crate::process::{self, Process};
 use crate::state::{Auth, BinaryRecord};
@@ -261,7 +261,7 @@ pub fn version_command(binary: &Path, cwd: &Path) -> Command {
     let mut command = Command::new(binary);
     command
         .arg("--version")
-        .env_remove(NOT_PASSED_ON[0])
+        .env_remove(NOTIFY_SOCKET)
         .current_dir(cwd)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -309,10 +309,10 @@ pub fn launch_command(binary: &Path, port: u16, auth: &Auth) -> Command {
     command
 }
 
-/// What is not passed on: where a service manager is told that *we* are ready, and what
-/// `openwork env` says of one workspace, which the agent's shells of all would believe.
+/// What is not passed on: what is about the daemon alone, and what `openwork env` says of one
+/// workspace, which the agent's shells of all would believe.
 const NOT_PASSED_ON: [&str; 5] =
-    ["NOTIFY_SOCKET", ALLOCATOR_MARK, "OPENWORK_WORKSPACE", "OPENWORK_DIRECTORY", "OPENCODE_BASE_URL"];
+    [NOTIFY_SOCKET, ALLOCATOR_MARK, "OPENWORK_WORKSPACE", "OPENWORK_DIRECTORY", "OPENCODE_BASE_URL"];
 
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";

@@ -527,9 +527,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             Phase::Ready { probe_at, probing: probing @ false, .. } if now >= *probe_at => {
                 *probing = true;
                 // Once per probe is often enough for logs that grow by lines.
-                for log in [self.data_dir.opencode_log(), self.data_dir.daemon_log()] {
-                    let _ = log::bound(&log);
-                }
+                self.bound_logs();
                 self.probe(PROBE_LIMIT);
             }
             Phase::Ending { process, step, .. } => match step {
@@ -595,8 +593,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     /// Begins a start: finds the binary and its version.
     fn start(&mut self) {
         self.release = None;
-        let given = self.options.binary.clone();
-        let (binary, metadata) = match engine::find_binary(given.as_deref()) {
+        let (binary, metadata) = match engine::find_binary(self.options.binary.as_deref()) {
             Ok(found) => found,
             Err(e) => return self.failed(e),
         };
@@ -746,6 +743,13 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             .map_err(|e| Error::OpencodeStartFailed(format!("no free port: {e}")))
     }
 
+    /// Keeps the logs from growing without end.
+    fn bound_logs(&self) {
+        for log in [self.data_dir.opencode_log(), self.data_dir.daemon_log()] {
+            let _ = log::bound(&log);
+        }
+    }
+
     /// Has the end of the process reported.
     fn watch(&mut self, process: &Process) {
         let (pidfd, sender, generation) = (process.pidfd(), self.sender.clone(), self.generation);
@@ -850,9 +854,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         self.taken_ports = 0;
         self.phase =
             Phase::Ready { process, since: now, answered: now, probe_at: now + PROBE_INTERVAL, probing: false };
-        for log in [self.data_dir.opencode_log(), self.data_dir.daemon_log()] {
-            let _ = log::bound(&log);
-        }
+        self.bound_logs();
         self.events.publish(EventKind::EngineReady { generation: self.generation, pid });
     }
 
