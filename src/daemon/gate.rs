@@ -313,9 +313,11 @@ fn check_user(connection: &Connection) -> Result<()> {
 /// client has gone.
 fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option<(usize, usize)>> {
     let deadline = Instant::now() + HEAD_TIME;
-    let mut length = 0;
+    let mut length: usize = 0;
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
+        // The end may stand across what came before and what comes now.
+        let from = length.saturating_sub(3);
         let read = match rest.is_zero() {
             true => Err(io::ErrorKind::WouldBlock.into()),
             false => stream.set_read_timeout(Some(rest)).and_then(|()| (&*stream).read(&mut buffer[length..])),
@@ -323,8 +325,6 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option
         match read {
             Ok(0) => return Ok(None),
             Ok(count) => {
-                // The end may stand across what came before and what came now.
-                let from = length.saturating_sub(3);
                 length += count;
                 if let Some(at) = buffer[from..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
                     return Ok(Some((from + at + 4, length)));
@@ -341,7 +341,7 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option
             return Err(Error::TooLarge { what: "head", limit: HEAD_LIMIT, status });
         }
         // An end of the head with bare line feeds would never be found.
-        if buffer[..length].windows(2).any(|pair| pair == b"\n\n") {
+        if buffer[from..length].windows(2).any(|pair| pair == b"\n\n") {
             return Err(Error::BadRequest("lines must end with CR LF".to_owned()));
         }
     }

@@ -56,6 +56,15 @@ struct Inner {
     closed: bool,
 }
 
+impl Inner {
+    /// Of what is neither loaded nor in use there is nothing to be known.
+    fn forget_unused(&mut self, directory: &str) {
+        if self.by_directory.get(directory).is_some_and(|instance| !instance.loaded && instance.streams == 0) {
+            self.by_directory.remove(directory);
+        }
+    }
+}
+
 struct Instance {
     loaded: bool,
     /// Requests under way, streams among them.
@@ -106,7 +115,8 @@ impl Drop for Use<'_, '_> {
             instance.streams -= 1;
             instance.touch();
         }
-        self.instances.schedule(&mut inner);
+        inner.forget_unused(self.directory);
+        self.instances.schedule(&inner);
     }
 }
 
@@ -131,7 +141,7 @@ impl<'env> Instances<'env> {
         for directory in directories {
             inner.by_directory.entry(directory).or_insert_with(Instance::new).loaded = true;
         }
-        self.schedule(&mut inner);
+        self.schedule(&inner);
     }
 
     /// A request for an instance begins.
@@ -188,15 +198,13 @@ impl<'env> Instances<'env> {
         let instance = inner.by_directory.entry(directory.to_owned()).or_insert_with(Instance::new);
         let before = instance.loaded;
         change(instance);
-        let (after, unused) = (instance.loaded, !instance.loaded && instance.streams == 0);
-        if unused {
-            inner.by_directory.remove(directory);
-        }
+        let after = instance.loaded;
+        inner.forget_unused(directory);
         if before != after {
             let loaded = inner.by_directory.iter().filter(|(_, instance)| instance.loaded);
             self.store.note_instances(loaded.map(|(directory, _)| directory.clone()).collect());
         }
-        self.schedule(&mut inner);
+        self.schedule(&inner);
     }
 
     /// When the instance that is due first is due.
@@ -209,7 +217,7 @@ impl<'env> Instances<'env> {
 
     /// Wakes the evicting thread only if it would otherwise look too late: use makes due times
     /// later, so that it mostly need not be woken.
-    fn schedule(&self, inner: &mut Inner) {
+    fn schedule(&self, inner: &Inner) {
         let too_late = match (inner.next_look, self.idle_ttl) {
             (None, Some(_)) => self.first_due(inner).is_some(),
             (Some(_), _) | (_, None) => false,
