@@ -412,8 +412,8 @@ fn a_terminal_that_wants_no_colour_gets_none() {
     let typescript = host.path("typescript");
     for (variable, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
         let openwork = host.binary().display();
-        let command = format!("{openwork} workspace list; {openwork} status; {openwork} nonsense");
-        let on_a_terminal = format!("exec script -qec '{command}' {} >/dev/null", typescript.display());
+        let command = format!("\"{openwork}\" workspace list; \"{openwork}\" status; \"{openwork}\" nonsense");
+        let on_a_terminal = format!("exec script -qec '{command}' '{}' >/dev/null", typescript.display());
         let run = host.openwork([""; 0]).after(&on_a_terminal);
         run.env("TERM", "xterm-256color").env(variable, value).output();
         let text = fs::read_to_string(&typescript).unwrap();

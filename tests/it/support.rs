@@ -330,6 +330,15 @@ impl Host {
         pids.filter(|pid| is_alive(*pid) && self.owns(*pid)).collect()
     }
 
+    /// That the daemon and its opencode run, and nothing else.
+    pub fn runs_one_of_each(&self) {
+        let mut expected = [self.daemon_pid(), self.opencode_pid()];
+        expected.sort_unstable();
+        let mut running = self.processes();
+        running.sort_unstable();
+        assert_eq!(running, expected);
+    }
+
     fn owns(&self, pid: u32) -> bool {
         let mine = format!("HOME={}", self.home().display());
         let environ = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
