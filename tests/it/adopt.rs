@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, Host, STATE, Signal, is_alive, kill, wait_for, wait_gone};
+use crate::support::{AUTH, Host, START_TIME, STATE, Signal, is_alive, kill, stat_field, wait_for, wait_gone};
 
 fn kill_daemon(host: &Host) {
     let daemon = host.daemon_pid();
@@ -235,12 +235,6 @@ fn check_left_alone(change: impl FnOnce(&mut Value, u32)) {
     assert!(is_alive(stranger.0.id()));
 }
 
-/// Field 22 of stat(5): when the process was started.
-fn start_ticks(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    stat.rsplit_once(") ").unwrap().1.split(' ').nth(19).unwrap().parse().unwrap()
-}
-
 #[test]
 fn a_process_that_got_its_pid_is_not_signalled() {
     check_left_alone(|opencode, stranger| opencode["pid"] = stranger.into());
@@ -250,7 +244,7 @@ fn a_process_that_got_its_pid_is_not_signalled() {
 fn a_process_without_its_engine_id_is_not_signalled() {
     check_left_alone(|opencode, stranger| {
         opencode["pid"] = stranger.into();
-        opencode["startTicks"] = start_ticks(stranger).into();
+        opencode["startTicks"] = stat_field(stranger, START_TIME).into();
     });
 }
 
@@ -258,7 +252,7 @@ fn a_process_without_its_engine_id_is_not_signalled() {
 fn an_empty_engine_id_proves_nothing() {
     check_left_alone(|opencode, stranger| {
         opencode["pid"] = stranger.into();
-        opencode["startTicks"] = start_ticks(stranger).into();
+        opencode["startTicks"] = stat_field(stranger, START_TIME).into();
         opencode["engineId"] = "".into();
     });
 }

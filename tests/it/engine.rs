@@ -13,7 +13,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::support::{
-    AUTH, ESTABLISHED, Host, Signal, copy_program, fake_opencode, is_alive, kill, sockets, wait_for, wait_gone,
+    AUTH, ESTABLISHED, Host, START_TIME, Signal, copy_program, fake_opencode, is_alive, kill, sockets, stat_field,
+    wait_for, wait_gone,
 };
 
 // --- Several workspaces, one process ---
@@ -163,10 +164,7 @@ fn it_is_put_down_so_that_it_can_be_proved_ours() {
     assert_eq!(opencode["baseUrl"], format!("http://127.0.0.1:{}", opencode["port"]));
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     assert_eq!(opencode["bootId"], boot_id.trim());
-    // Field 22 of stat(5), the 20th after the name.
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-    assert_eq!(opencode["startTicks"].to_string(), fields[19]);
+    assert_eq!(opencode["startTicks"], stat_field(pid, START_TIME));
 
     host.openwork(["daemon", "stop"]).ok();
     assert!(host.state()["opencode"].is_null());

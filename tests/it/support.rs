@@ -917,6 +917,16 @@ pub fn wait_gone(pid: u32) {
     wait_for(&format!("process {pid} to end"), || !is_alive(pid));
 }
 
+/// Fields of `/proc/<pid>/stat`: the session, and the start in clock ticks since boot.
+pub const SESSION: usize = 6;
+pub const START_TIME: usize = 22;
+
+/// A numeric field of `/proc/<pid>/stat`, counted from 1 as in proc(5); 4 and above.
+pub fn stat_field(pid: u32, field: usize) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.split(' ').nth(field - 3).unwrap().parse().unwrap()
+}
+
 /// Whether it runs, and is not only waiting to be reaped.
 pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
