@@ -54,6 +54,8 @@ const DEADLINE: Duration = Duration::from_secs(90);
 const OPENCODE_SLACK: Duration = Duration::from_secs(2);
 /// Who needs opencode waits for its start; nothing else takes long.
 const SLOWEST: Duration = Duration::from_secs(25);
+/// How long after its client has gone a request may still be carried out.
+const LATE: Duration = Duration::from_secs(5);
 /// A stop takes 10 s at worst.
 const LONGEST_STOP: Duration = Duration::from_secs(11);
 /// After so many violations it is not worth going on.
@@ -594,31 +596,53 @@ struct Entry {
     id: String,
     /// What it may be: absent, or present with a name. One, when it is known.
     may_be: Vec<Option<String>>,
+    /// What it may yet become, by a request that nobody waits for any more, and since when.
+    late: Vec<(Option<String>, Instant)>,
 }
 
 impl Entry {
     fn new(place: String, is_local: bool) -> Entry {
         let digest = sha1_smol::Sha1::from(&place).digest().to_string();
-        Entry { id: format!("ws-{}", &digest[..12]), place, is_local, may_be: vec![None] }
+        Entry { id: format!("ws-{}", &digest[..12]), place, is_local, may_be: vec![None], late: Vec::new() }
     }
 
     fn is_present(&self) -> bool {
         !self.may_be.contains(&None)
     }
 
+    fn is_absent(&self) -> bool {
+        self.may_be == [None]
+    }
+
+    /// A change was asked for, and there was no reply.
     fn also(&mut self, other: Option<String>) {
+        self.late.push((other.clone(), Instant::now()));
         if !self.may_be.contains(&other) {
             self.may_be.push(other);
         }
     }
 
+    /// A change was acknowledged, or it is seen to be so.
+    fn is_now(&mut self, state: Option<String>) {
+        self.late.retain(|(late, since)| *late != state && since.elapsed() < LATE);
+        self.may_be = vec![state];
+        self.may_be.extend(self.late.iter().map(|(late, _)| late.clone()));
+    }
+
+    /// It is seen to be there, by whatever name.
+    fn is_some(&mut self) {
+        let is_late = self.late.iter().any(|(late, since)| late.is_none() && since.elapsed() < LATE);
+        self.may_be.retain(|state| state.is_some() || is_late);
+    }
+
     /// It is seen to be so.
     fn seen(&mut self, found: Option<&str>) -> Result<(), String> {
         let found = found.map(str::to_owned);
-        let may_be = std::mem::replace(&mut self.may_be, vec![found.clone()]);
-        match may_be.contains(&found) {
+        let before = self.may_be.clone();
+        self.is_now(found.clone());
+        match before.contains(&found) {
             true => Ok(()),
-            false => Err(format!("{} {} is {found:?}; acknowledged is {may_be:?}", self.id, self.place)),
+            false => Err(format!("{} {} is {found:?}; acknowledged is {before:?}", self.id, self.place)),
         }
     }
 }
@@ -745,7 +769,7 @@ impl<'a, 'b> Worker<'a, 'b> {
                 if was_present && added["created"] == true {
                     self.soak.violation(format!("w{number} an acknowledged add was lost: {place} is created again"));
                 }
-                self.entries[at].may_be = vec![Some(name)];
+                self.entries[at].is_now(Some(name));
             }
             Outcome::Nobody => {}
             Outcome::Refused { .. } | Outcome::Lost(_) => self.entries[at].also(Some(name)),
@@ -765,7 +789,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         self.soak.note(&format!("w{} killed add {place} {name}", self.number));
         *lock(&self.soak.figures).done.entry("kill -9 of a command").or_default() += 1;
         match outcome {
-            Outcome::Done(_) => self.entries[at].may_be = vec![Some(name)],
+            Outcome::Done(_) => self.entries[at].is_now(Some(name)),
             _ => self.entries[at].also(Some(name)),
         }
     }
@@ -781,13 +805,13 @@ impl<'a, 'b> Worker<'a, 'b> {
         };
         match outcome {
             Outcome::Done(_) => {
-                if self.entries[at].may_be == [None] {
+                if self.entries[at].is_absent() {
                     self.soak.violation(format!(
                         "w{} an acknowledged remove was lost: {}",
                         self.number, self.entries[at].place
                     ));
                 }
-                self.entries[at].may_be = vec![None];
+                self.entries[at].is_now(None);
             }
             // Asked again after it was cut off, and done the first time.
             Outcome::Refused { code, .. }
@@ -799,7 +823,7 @@ impl<'a, 'b> Worker<'a, 'b> {
                         .entry(("remove", "done, and said not to be there".to_owned()))
                         .or_default() += 1;
                 }
-                self.entries[at].may_be = vec![None];
+                self.entries[at].is_now(None);
             }
             Outcome::Refused { code, .. } if code == "workspace_not_found" => self.saw(at, None, "remove"),
             Outcome::Nobody => {}
@@ -818,11 +842,11 @@ impl<'a, 'b> Worker<'a, 'b> {
         };
         match outcome {
             Outcome::Done(_) => {
-                if self.entries[at].may_be == [None] {
+                if self.entries[at].is_absent() {
                     self.soak
                         .violation(format!("w{} what was removed is renamed: {}", self.number, self.entries[at].place));
                 }
-                self.entries[at].may_be = vec![Some(name)];
+                self.entries[at].is_now(Some(name));
             }
             Outcome::Refused { code, .. } if code == "workspace_not_found" => self.saw(at, None, "rename"),
             Outcome::Nobody => {}
@@ -928,11 +952,11 @@ impl<'a, 'b> Worker<'a, 'b> {
             Outcome::Done(reply) => {
                 // The command says the status too.
                 self.is_directory(at, if over_http { &reply } else { &reply["body"] });
-                if self.entries[at].may_be == [None] {
+                if self.entries[at].is_absent() {
                     self.soak
                         .violation(format!("w{} what was removed is routed: {}", self.number, self.entries[at].place));
                 }
-                self.entries[at].may_be.retain(Option::is_some);
+                self.entries[at].is_some();
             }
             Outcome::Refused { code, .. } if code == "workspace_not_found" => self.saw(at, None, "a call"),
             Outcome::Refused { .. } | Outcome::Lost(_) | Outcome::Nobody => {}
@@ -1217,11 +1241,12 @@ impl Soak<'_> {
         self.note("CHECKPOINT");
         self.run("daemon start", &["daemon", "start"])?;
         if let Some(list) = self.run("list", &["workspace", "list"]) {
+            let listed = listed(&list);
             for worker in workers {
-                lock(worker).compare(&listed(&list), "checkpoint");
+                lock(worker).compare(&listed, "checkpoint");
             }
-            let ours =
-                workers.iter().map(|worker| lock(worker).entries.iter().filter(|entry| entry.is_present()).count());
+            let is_listed = |entry: &&Entry| listed.contains_key(&entry.id);
+            let ours = workers.iter().map(|worker| lock(worker).entries.iter().filter(is_listed).count());
             let problem = check_registry(&self.machine, &list, ours.sum());
             problem.into_iter().for_each(|problem| self.violation(problem));
         }
