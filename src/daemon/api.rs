@@ -3,12 +3,13 @@
 //! Every request has a thread, since a handler may wait for opencode; every handler has a
 //! deadline and returns a value or a typed error, which become JSON in one place.
 
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::Scope;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -17,7 +18,7 @@ use tiny_http::{Header, Request, Server};
 
 use super::engine::CallError;
 use super::events::EventKind;
-use super::workers::Workers;
+use super::workers::{Service, Taken};
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
 use crate::http::percent_decode;
@@ -54,58 +55,103 @@ pub fn timeout(header: Option<&str>) -> Result<Duration> {
 }
 
 /// The server behind the gate.
-pub struct ControlPlane {
+pub struct ControlPlane<'env> {
     server: Mutex<Arc<Server>>,
+    stop: &'env Flag,
+    waiting: AtomicUsize,
 }
 
-impl ControlPlane {
+impl<'env> ControlPlane<'env> {
     /// Listens in the data directory, which is the working directory.
     ///
     /// # Errors
     /// When the socket cannot be made.
-    pub fn listen() -> Result<ControlPlane> {
-        Ok(ControlPlane { server: Mutex::new(Arc::new(listen()?)) })
+    pub fn listen(stop: &'env Flag) -> Result<ControlPlane<'env>> {
+        Ok(ControlPlane { server: Mutex::new(Arc::new(listen()?)), stop, waiting: AtomicUsize::new(0) })
     }
 
-    fn current(&self) -> Arc<Server> {
-        self.server.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn lock(&self) -> MutexGuard<'_, Arc<Server>> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves until the flag is raised and [`ControlPlane::wake`] is called.
-    pub fn serve<'scope, 'env>(
-        &self,
-        scope: &'scope Scope<'scope, '_>,
-        workers: &'scope Workers<'env>,
-        daemon: &'env Daemon<'env>,
-        stop: &Flag,
-    ) {
-        while !stop.is_raised() {
-            match self.current().recv() {
-                Ok(request) => {
-                    // Without a thread the request is dropped, and the gate says so.
-                    if let Err(e) = workers.run(scope, move || handle(daemon, request)) {
-                        crate::log!("cannot start a thread: {e}");
-                    }
+    /// Ends serving, after the flag was raised.
+    pub fn close(&self) {
+        self.lock().unblock();
+    }
+
+    /// Puts another server in the place of one that has ended for want of descriptors, once there
+    /// are some.
+    fn replace(&self, ended: &Arc<Server>, e: &io::Error) {
+        let mut server = self.lock();
+        if !Arc::ptr_eq(&server, ended) {
+            return;
+        }
+        crate::log!("the control plane listens anew: {e}");
+        while !self.stop.is_raised() {
+            std::thread::sleep(RELISTEN_PAUSE);
+            match listen() {
+                Ok(another) => {
+                    *server = Arc::new(another);
+                    return;
                 }
-                Err(_) if stop.is_raised() => {}
-                Err(e) => {
-                    // Its accept loop ends at the first error for good.
-                    crate::log!("the control plane listens anew: {e}");
-                    std::thread::sleep(RELISTEN_PAUSE);
-                    match listen() {
-                        Ok(server) => {
-                            *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(server);
-                        }
-                        Err(e) => crate::log!("{e}"),
-                    }
-                }
+                Err(e) => crate::log!("{e}"),
             }
         }
     }
+}
 
-    /// Lets [`ControlPlane::serve`] look at its flag.
-    pub fn wake(&self) {
-        self.current().unblock();
+/// Serves the control plane, until its flag is raised.
+pub struct Serving<'env> {
+    /// Where.
+    pub control: &'env ControlPlane<'env>,
+    /// What with.
+    pub daemon: &'env Daemon<'env>,
+}
+
+impl Service for Serving<'_> {
+    type Request = Request;
+
+    fn waiting(&self) -> &AtomicUsize {
+        &self.control.waiting
+    }
+
+    fn take(&self, limit: Option<Duration>) -> Taken<Request> {
+        while !self.control.stop.is_raised() {
+            let server = self.control.lock().clone();
+            let taken = match limit {
+                // Its time limit may pass over what has come at the very end: hence another look.
+                Some(limit) => match server.recv_timeout(limit) {
+                    Ok(None) => server.try_recv(),
+                    other => other,
+                },
+                None => server.recv().map(Some),
+            };
+            match taken {
+                Ok(Some(request)) => return Taken::Request(request),
+                Ok(None) if !self.control.stop.is_raised() && Arc::ptr_eq(&server, &self.control.lock()) => {
+                    return Taken::Nothing;
+                }
+                // Only one of those who wait is woken: each wakes the next.
+                Ok(None) => server.unblock(),
+                Err(e) => {
+                    if !self.control.stop.is_raised() {
+                        self.control.replace(&server, &e);
+                    }
+                    server.unblock();
+                }
+            }
+        }
+        Taken::Closed
+    }
+
+    fn serve(&self, request: Request) {
+        handle(self.daemon, request);
+    }
+
+    fn refuse(&self, request: Request) {
+        // Dropped, it is answered by the library; the gate makes an error of that.
+        drop(request);
+        crate::log!("cannot start a thread for a request");
     }
 }
 

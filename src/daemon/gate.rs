@@ -17,15 +17,16 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::Scope;
 use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::head::{BODY_LIMIT, Framing, HEADER_LIMIT, Head, cors_headers};
 use super::router;
-use super::workers::Workers;
+use super::workers::{Service, Taken};
 use super::{CONTROL_SOCKET, Daemon, api};
 use crate::error::{Error, Result};
 use crate::http::{self, Response, Timed, is_json};
@@ -66,6 +67,7 @@ pub struct Gate<'env> {
     origins: Vec<String>,
     stop: &'env Flag,
     connections: Connections,
+    waiting: AtomicUsize,
 }
 
 /// The open connections, so that they can be counted and ended.
@@ -79,10 +81,12 @@ struct Connections {
 struct Open {
     last: u64,
     by_id: HashMap<u64, Arc<Connection>>,
+    /// No more are taken in.
+    closed: bool,
 }
 
 /// One connection.
-struct Connection {
+pub struct Connection {
     stream: TcpStream,
     peer: SocketAddr,
     /// Its head has not come yet: it may be ended without loss.
@@ -109,15 +113,15 @@ impl Connections {
     }
 
     /// Takes a connection in, unless there are too many.
-    fn admit(&self, connection: Arc<Connection>) -> Option<u64> {
+    fn admit(&self, connection: &Arc<Connection>) -> Result<u64> {
         let mut open = self.lock();
-        if open.by_id.len() >= CONNECTION_LIMIT {
-            return None;
+        if open.closed || open.by_id.len() >= CONNECTION_LIMIT {
+            return Err(Error::Overloaded("connections"));
         }
         open.last += 1;
         let id = open.last;
-        open.by_id.insert(id, connection);
-        Some(id)
+        open.by_id.insert(id, connection.clone());
+        Ok(id)
     }
 
     fn release(&self, id: u64) {
@@ -130,6 +134,7 @@ impl Connections {
     fn drain(&self) {
         let deadline = Instant::now() + DRAIN_TIME;
         let mut open = self.lock();
+        open.closed = true;
         while !open.by_id.is_empty() {
             let rest = deadline.saturating_duration_since(Instant::now());
             for connection in open.by_id.values() {
@@ -148,60 +153,20 @@ impl Connections {
 impl<'env> Gate<'env> {
     /// A gate at a listening socket on 127.0.0.1; `origins` are allowed beside the usual ones.
     pub fn new(listener: TcpListener, origins: &[String], stop: &'env Flag) -> io::Result<Gate<'env>> {
-        // The kernel may take back a connection between poll and accept.
-        listener.set_nonblocking(true)?;
         // The library asks for 128; beyond that a client waits a second to try again.
         rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
-        Ok(Gate { listener, port, origins, stop, connections: Connections::default() })
+        let connections = Connections::default();
+        Ok(Gate { listener, port, origins, stop, connections, waiting: AtomicUsize::new(0) })
     }
 
-    /// Serves until the flag is raised and every request is answered.
-    pub fn serve<'scope>(
-        &'env self,
-        scope: &'scope Scope<'scope, '_>,
-        workers: &'scope Workers<'env>,
-        daemon: &'env Daemon<'env>,
-    ) {
-        while let Ok(true) = process::wait_readable(&self.listener, self.stop) {
-            match self.listener.accept() {
-                Ok((stream, peer)) => self.admit(scope, workers, daemon, stream, peer),
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(e) => {
-                    crate::log!("cannot accept a connection: {e}");
-                    std::thread::sleep(EXHAUSTED_PAUSE);
-                }
-            }
-        }
-        // Who comes late is refused at once, and not left waiting until the process has ended.
+    /// Ends serving, after the flag was raised: returns when every request is answered.
+    pub fn close(&self) {
+        // Nobody waits any more for a connection; and who comes late is refused at once, and not
+        // left waiting until the process has ended.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Read);
         self.connections.drain();
-    }
-
-    fn admit<'scope>(
-        &'env self,
-        scope: &'scope Scope<'scope, '_>,
-        workers: &'scope Workers<'env>,
-        daemon: &'env Daemon<'env>,
-        stream: TcpStream,
-        peer: SocketAddr,
-    ) {
-        let connection = Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) });
-        let Some(id) = self.connections.admit(connection.clone()) else {
-            return refuse(&connection.stream, &Error::Overloaded("connections"));
-        };
-        let serving = connection.clone();
-        let thread = workers.run(scope, move || {
-            let ended = Ended { connections: &self.connections, id, stream: &serving.stream };
-            self.connection(daemon, &serving);
-            drop(ended);
-        });
-        if thread.is_err() {
-            self.connections.release(id);
-            refuse(&connection.stream, &Error::Overloaded("threads"));
-        }
     }
 
     /// Serves the one request of a connection.
@@ -235,7 +200,10 @@ impl<'env> Gate<'env> {
                 let routed =
                     router::route(daemon, &router::Client { stream, request: &request, rest, origin }, self.stop);
                 let _ = stream.set_nonblocking(false);
-                routed.map(|()| finish(stream))
+                routed.map(|upstream| {
+                    finish(stream);
+                    drop(upstream);
+                })
             }
             "/events" if request.method == "GET" => {
                 check_user(connection).map(|()| stream_events(stream, &daemon.events.subscribe(), origin))
@@ -297,6 +265,58 @@ impl<'env> Gate<'env> {
         let passed = ["Allow", ERROR_HEADER].into_iter();
         let headers = passed.filter_map(|name| Some(format!("{name}: {}\r\n", response.header(name)?))).collect();
         Ok(Answer { status, headers, body: response.bytes(usize::MAX - 1).map_err(lost)? })
+    }
+}
+
+/// Serves at a gate, until its flag is raised.
+pub struct Serving<'env> {
+    /// Where.
+    pub gate: &'env Gate<'env>,
+    /// What with.
+    pub daemon: &'env Daemon<'env>,
+}
+
+impl Service for Serving<'_> {
+    type Request = Arc<Connection>;
+
+    fn waiting(&self) -> &AtomicUsize {
+        &self.gate.waiting
+    }
+
+    fn take(&self, limit: Option<Duration>) -> Taken<Arc<Connection>> {
+        // It holds for the calls that begin after it; another thread may have set it since, and
+        // then this one looks again at another time.
+        let _ = set_socket_timeout(&self.gate.listener, Timeout::Recv, limit);
+        while !self.gate.stop.is_raised() {
+            match self.gate.listener.accept() {
+                Ok((stream, peer)) => {
+                    return Taken::Request(Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) }));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Taken::Nothing,
+                Err(_) if self.gate.stop.is_raised() => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(e) => {
+                    crate::log!("cannot accept a connection: {e}");
+                    std::thread::sleep(EXHAUSTED_PAUSE);
+                }
+            }
+        }
+        Taken::Closed
+    }
+
+    fn serve(&self, connection: Arc<Connection>) {
+        let connections = &self.gate.connections;
+        match connections.admit(&connection) {
+            Ok(id) => {
+                let _ended = Ended { connections, id, stream: &connection.stream };
+                self.gate.connection(self.daemon, &connection);
+            }
+            Err(e) => refuse(&connection.stream, &e),
+        }
+    }
+
+    fn refuse(&self, connection: Arc<Connection>) {
+        refuse(&connection.stream, &Error::Overloaded("threads"));
     }
 }
 

@@ -36,7 +36,6 @@ use self::events::{EventKind, Events};
 use self::gate::Gate;
 use self::instances::Instances;
 use self::supervisor::{Context, Handle, Supervisor};
-use self::workers::Workers;
 use crate::error::{Error, Result};
 use crate::http::basic;
 use crate::lock::{self, Lock};
@@ -212,7 +211,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let mut signal_source = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(signals)?;
     let (stop, control_stop) = (process::Flag::new().map_err(no_socket)?, process::Flag::new().map_err(no_socket)?);
     let gate = Gate::new(listener, &options.origins, &stop).map_err(no_socket)?;
-    let control = api::ControlPlane::listen()?;
+    let control = api::ControlPlane::listen(&control_stop)?;
     let info = ProcessInfo {
         pid: std::process::id(),
         port,
@@ -237,7 +236,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
     let daemon = Daemon { info, authorization, store: &store, supervisor, instances: &instances, events: &events };
     let (gate, control, daemon) = (&gate, &control, &daemon);
-    let workers = Workers::default();
+    let (at_gate, at_control) = (gate::Serving { gate, daemon }, api::Serving { control, daemon });
     let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
     let kept = thread::scope(|scope| {
         let context = Context {
@@ -251,13 +250,12 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         let supervision = Supervisor::new(scope, &daemon.supervisor, receiver, context);
         let signals = signal_source.handle();
         let handle = &daemon.supervisor;
-        let mut gate_thread = None;
         let started = (|| {
             Builder::new().spawn_scoped(scope, || store.write_behind())?;
-            gate_thread = Some(Builder::new().spawn_scoped(scope, || gate.serve(scope, &workers, daemon))?);
+            workers::start(&at_gate, scope)?;
             Builder::new().spawn_scoped(scope, || instances.evict(handle, &events))?;
             Builder::new().spawn_scoped(scope, || instances.listen(handle))?;
-            Builder::new().spawn_scoped(scope, || control.serve(scope, &workers, daemon, &control_stop))?;
+            workers::start(&at_control, scope)?;
             Builder::new().spawn_scoped(scope, || {
                 for signal in signal_source.forever() {
                     // A closed terminal is no reason to end.
@@ -279,12 +277,9 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         instances.close();
         stop.raise();
         // The gate first: what it has passed on is still to be answered behind it.
-        if gate_thread.is_some_and(|gate| gate.join().is_err()) {
-            crate::log!("the gate failed (see above)");
-        }
+        gate.close();
         control_stop.raise();
-        control.wake();
-        workers.close();
+        control.close();
         signals.close();
         store.close();
         ended

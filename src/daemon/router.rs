@@ -55,11 +55,12 @@ pub struct Client<'a> {
     pub origin: Option<&'a str>,
 }
 
-/// Routes a request. Ends when the reply, or the stream, has ended.
+/// Routes a request. Ends when the reply, or the stream, has ended. The connection to opencode is
+/// handed back, to be closed when the client has been told of the end: that comes first.
 ///
 /// # Errors
 /// While nothing was answered yet: what is to be answered. After that the connection just ends.
-pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()> {
+pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
     let request = client.request;
     let given = match request.only("authorization")? {
         Some(given) => given.to_owned(),
@@ -100,7 +101,7 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<()
                 tried = true;
                 daemon.supervisor.successor(&endpoint, deadline)?;
             }
-            other => break other,
+            other => break other.map(|()| upstream),
         }
     };
     // The end of a stream is use of the workspace as much as its beginning.

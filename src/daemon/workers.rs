@@ -1,86 +1,83 @@
-//! Threads for short jobs: one that is idle takes the next, else another is started.
+//! Threads that each take the next request themselves and serve it, with one always waiting.
 //!
-//! To start a thread costs about as much as to answer a small request. An idle one leaves after
-//! a moment, so that a burst leaves no threads behind and an idle daemon is not woken.
+//! A request that is handed from a thread that takes it to one that serves it waits once more
+//! for a processor, which takes longer than all that is done for a small one. Nor is a thread
+//! started for each: those that have served wait for the next for a moment. The last one waits
+//! without a limit, so that a burst leaves no threads behind and an idle daemon is not woken.
 
-use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{Builder, Scope};
 use std::time::Duration;
 
-/// How long a thread waits for the next job: requests of one client come closer together.
+/// How long a thread waits that is not the last: requests of one client come closer together.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
-type Job<'job> = Box<dyn FnOnce() + Send + 'job>;
-
-/// The threads and what they are to do. Jobs may borrow what outlives the workers.
-#[derive(Default)]
-pub struct Workers<'job> {
-    inner: Mutex<Inner<'job>>,
-    changed: Condvar,
+/// What waiting for a request has brought.
+pub enum Taken<R> {
+    /// One.
+    Request(R),
+    /// None in that time.
+    Nothing,
+    /// There will be no more; so it is for each thread that asks.
+    Closed,
 }
 
-#[derive(Default)]
-struct Inner<'job> {
-    /// Never more than there are idle threads.
-    jobs: VecDeque<Job<'job>>,
-    idle: usize,
-    closed: bool,
+/// What threads are for.
+pub trait Service: Sync {
+    /// What is taken and served.
+    type Request;
+
+    /// How many threads wait, or are about to.
+    fn waiting(&self) -> &AtomicUsize;
+
+    /// Waits for a request; not much longer than the limit, if there is one.
+    fn take(&self, limit: Option<Duration>) -> Taken<Self::Request>;
+
+    /// Serves it, however long that takes. A panic is the end of this request only.
+    fn serve(&self, request: Self::Request);
+
+    /// Does not serve it, for want of a thread that would wait for the next.
+    fn refuse(&self, request: Self::Request);
 }
 
-impl<'job> Workers<'job> {
-    fn lock(&self) -> MutexGuard<'_, Inner<'job>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+/// Starts the first thread, or one more.
+///
+/// # Errors
+/// When there is no thread to be had.
+pub fn start<'scope, S: Service>(service: &'scope S, scope: &'scope Scope<'scope, '_>) -> io::Result<()> {
+    service.waiting().fetch_add(1, Ordering::Relaxed);
+    if let Err(e) = Builder::new().spawn_scoped(scope, || work(service, scope)) {
+        service.waiting().fetch_sub(1, Ordering::Relaxed);
+        return Err(e);
     }
+    Ok(())
+}
 
-    /// Has a job done.
-    ///
-    /// # Errors
-    /// When no thread is idle and none can be started; the job is dropped.
-    pub fn run<'scope>(
-        &'scope self,
-        scope: &'scope Scope<'scope, '_>,
-        job: impl FnOnce() + Send + 'job,
-    ) -> io::Result<()> {
-        let mut inner = self.lock();
-        if inner.idle > inner.jobs.len() {
-            inner.jobs.push_back(Box::new(job));
-            self.changed.notify_one();
-            return Ok(());
-        }
-        drop(inner);
-        let work = move || {
-            do_one(job);
-            while let Some(job) = self.next() {
-                do_one(job);
+/// What each thread does.
+fn work<'scope, S: Service>(service: &'scope S, scope: &'scope Scope<'scope, '_>) {
+    let waiting = service.waiting();
+    loop {
+        let is_last = waiting.load(Ordering::Relaxed) == 1;
+        match service.take((!is_last).then_some(IDLE_LIMIT)) {
+            Taken::Closed => return,
+            Taken::Nothing => {
+                let others = |waiting: usize| (waiting > 1).then(|| waiting - 1);
+                if waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, others).is_ok() {
+                    return;
+                }
             }
-        };
-        Builder::new().spawn_scoped(scope, work).map(|_| ())
-    }
-
-    /// The next job for an idle thread; `None` when it is to leave.
-    fn next(&self) -> Option<Job<'job>> {
-        let mut inner = self.lock();
-        inner.idle += 1;
-        if inner.jobs.is_empty() && !inner.closed {
-            inner = self.changed.wait_timeout(inner, IDLE_LIMIT).unwrap_or_else(PoisonError::into_inner).0;
+            Taken::Request(request) => {
+                let was_last = waiting.fetch_sub(1, Ordering::Relaxed) == 1;
+                if was_last && start(service, scope).is_err() {
+                    service.refuse(request);
+                } else if catch_unwind(AssertUnwindSafe(|| service.serve(request))).is_err() {
+                    // It has said so on standard error.
+                    crate::log!("a request failed (see above)");
+                }
+                waiting.fetch_add(1, Ordering::Relaxed);
+            }
         }
-        inner.idle -= 1;
-        inner.jobs.pop_front()
-    }
-
-    /// Lets idle threads leave at once.
-    pub fn close(&self) {
-        self.lock().closed = true;
-        self.changed.notify_all();
-    }
-}
-
-/// A job that panics has said so on standard error, and takes nothing with it.
-fn do_one(job: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(job)).is_err() {
-        crate::log!("a request failed (see above)");
     }
 }
