@@ -44,7 +44,7 @@ const AUTHORIZATION: &str = "Basic b3BlbmNvZGU6YmVuY2g=";
 /// Longer than the first start of opencode in a new home takes, so that only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// After so many requests of one kind opencode answers as fast as it ever will.
-const WARM_UP: usize = 5000;
+const WARM_UP: usize = 10_000;
 
 fn main() {
     let mut report = Report::default();

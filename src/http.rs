@@ -193,23 +193,6 @@ impl Body {
         matches!(self.0, Framed::ToEnd) || self.is_done()
     }
 
-    /// How many bytes come next that are content, whatever they are.
-    pub fn content_ahead(&self) -> u64 {
-        match &self.0 {
-            Framed::Length(missing) | Framed::Chunked(Chunks { at: Chunk::Data(missing), .. }) => *missing,
-            Framed::Chunked(_) => 0,
-            Framed::ToEnd => u64::MAX,
-        }
-    }
-
-    /// So many of them have come; no more than [`Body::content_ahead`].
-    pub fn skip(&mut self, count: u64) {
-        match &mut self.0 {
-            Framed::Length(missing) | Framed::Chunked(Chunks { at: Chunk::Data(missing), .. }) => *missing -= count,
-            Framed::Chunked(_) | Framed::ToEnd => {}
-        }
-    }
-
     /// How many of these bytes, the next that came, belong to the body.
     ///
     /// # Errors

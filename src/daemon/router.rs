@@ -10,13 +10,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 
 use super::Daemon;
 use super::api;
@@ -32,8 +32,10 @@ use crate::workspace::Workspace;
 const SMALL_BUFFER: usize = 8 * 1024;
 /// What it grows to when that is filled: fewer system calls for a large body. Bytes.
 const LARGE_BUFFER: usize = 128 * 1024;
-/// What the kernel may move at once of a large body. Bytes; the default limit of Linux.
-const PIPE_SIZE: usize = 1024 * 1024;
+/// What the kernel keeps on the way between two sockets. Left to itself it goes up to megabytes for
+/// a large body, and those have left the processor's cache when the other side reads them: it takes
+/// almost twice as long. Bytes.
+const SOCKET_BUFFER: usize = 128 * 1024;
 /// The largest head of a reply. Bytes.
 const REPLY_HEAD_LIMIT: usize = 64 * 1024;
 
@@ -218,30 +220,13 @@ fn push_header(head: &mut Vec<u8>, header: &httparse::Header<'_>) {
     }
 }
 
-/// Bytes on their way in one direction: in the buffer, or, of a large body, in a pipe.
+/// Bytes on their way in one direction.
 struct Flow {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
-    pipe: Option<Pipe>,
     /// The reader's side has ended.
     ended: bool,
-}
-
-/// Bytes that the kernel moves from one socket to the other without copying them to us and back.
-struct Pipe {
-    read: OwnedFd,
-    write: OwnedFd,
-    filled: usize,
-}
-
-impl Pipe {
-    fn new() -> io::Result<Pipe> {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // Users may have a limit for it; then it is smaller.
-        let _ = fcntl_setpipe_size(&write, PIPE_SIZE);
-        Ok(Pipe { read, write, filled: 0 })
-    }
 }
 
 impl Flow {
@@ -249,50 +234,20 @@ impl Flow {
         let end = first.len();
         let mut buffer = first;
         buffer.resize(end.max(SMALL_BUFFER), 0);
-        Flow { buffer, start: 0, end, pipe: None, ended: false }
+        Flow { buffer, start: 0, end, ended: false }
     }
 
     fn pending(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }
 
-    fn piped(&self) -> usize {
-        self.pipe.as_ref().map_or(0, |pipe| pipe.filled)
-    }
-
     fn is_empty(&self) -> bool {
-        self.start == self.end && self.piped() == 0
+        self.start == self.end
     }
 
     /// Whether there is, or can be made, room to read into.
     fn has_room(&self) -> bool {
-        !self.ended && (self.is_empty() || (self.piped() == 0 && self.end < self.buffer.len()))
-    }
-
-    /// Moves what is there into the pipe, if so much content comes next that it is worth it; how
-    /// many bytes. `None` when the buffer is to be used.
-    fn pipe_in(&mut self, stream: &TcpStream, content_ahead: u64) -> io::Result<Option<u64>> {
-        // The buffer has grown: it was filled at once before.
-        if content_ahead < LARGE_BUFFER as u64 || self.buffer.len() < LARGE_BUFFER || !self.is_empty() {
-            return Ok(None);
-        }
-        let pipe = match &mut self.pipe {
-            Some(pipe) => pipe,
-            none => none.insert(Pipe::new()?),
-        };
-        let length = usize::try_from(content_ahead).unwrap_or(usize::MAX).min(PIPE_SIZE);
-        match splice(stream, None, &pipe.write, None, length, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
-            Ok(0) => {
-                self.ended = true;
-                Ok(Some(0))
-            }
-            Ok(count) => {
-                pipe.filled = count;
-                Ok(Some(count as u64))
-            }
-            Err(e) if is_later(&e.into()) => Ok(Some(0)),
-            Err(e) => Err(e.into()),
-        }
+        !self.ended && (self.is_empty() || self.end < self.buffer.len())
     }
 
     /// Reads what is there; how many bytes. Nothing with `ended` set is the end.
@@ -321,20 +276,9 @@ impl Flow {
     /// Writes what can be written.
     fn write(&mut self, mut stream: &TcpStream) -> io::Result<()> {
         while !self.is_empty() {
-            let written = match &mut self.pipe {
-                Some(pipe) if pipe.filled > 0 => {
-                    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-                    let moved = splice(&pipe.read, None, stream, None, pipe.filled, flags).map_err(io::Error::from);
-                    moved.inspect(|count| pipe.filled -= count)
-                }
-                Some(_) | None => {
-                    let written = stream.write(&self.buffer[self.start..self.end]);
-                    written.inspect(|count| self.start += count)
-                }
-            };
-            match written {
+            match stream.write(&self.buffer[self.start..self.end]) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(_) => {}
+                Ok(count) => self.start += count,
                 Err(e) if is_later(&e) => return Ok(()),
                 Err(e) => return Err(e),
             }
@@ -410,6 +354,11 @@ impl<'a> Exchange<'a> {
         first.extend_from_slice(&client.rest[..belonging]);
         let failed = |e| Error::Internal(format!("cannot pass on: {e}"));
         client.stream.set_nonblocking(true).map_err(failed)?;
+        for socket in [client.stream, upstream] {
+            // Without it they work as well, only more slowly.
+            let _ = set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
+            let _ = set_socket_send_buffer_size(socket, SOCKET_BUFFER);
+        }
         Ok(Exchange {
             client,
             upstream,
@@ -508,18 +457,6 @@ impl<'a> Exchange<'a> {
 
     /// Reads of the request what belongs to it.
     fn read_client(&mut self) -> Result<()> {
-        let content_ahead = if matches!(self.reply, Reply::Tunnel) { 0 } else { self.body.content_ahead() };
-        match self.up.pipe_in(self.client.stream, content_ahead) {
-            Ok(None) => {}
-            Ok(Some(count)) => {
-                self.body.skip(count);
-                return Ok(());
-            }
-            Err(_) => {
-                self.up.ended = true;
-                return Ok(());
-            }
-        }
         let before = self.up.end - self.up.start;
         // A client that broke off is one that has ended.
         let count = self.up.read(self.client.stream).unwrap_or_else(|_| {
@@ -536,16 +473,6 @@ impl<'a> Exchange<'a> {
 
     /// Reads of the reply; false when it broke off and nothing can be said any more.
     fn read_upstream(&mut self) -> Result<bool> {
-        if let Reply::Body(body) = &mut self.reply {
-            match self.down.pipe_in(self.upstream, body.content_ahead()) {
-                Ok(None) => {}
-                Ok(Some(count)) => {
-                    body.skip(count);
-                    return Ok(true);
-                }
-                Err(_) => return Ok(false),
-            }
-        }
         let before = self.down.end - self.down.start;
         match (self.down.read(self.upstream), &mut self.reply) {
             (Err(e), Reply::Head) => return Err(broken(&e)),
