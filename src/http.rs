@@ -260,6 +260,9 @@ impl Chunks {
     }
 }
 
+/// The most memory that is taken for a body before it has come. Bytes.
+const PROMISE_LIMIT: u64 = 4 * 1024 * 1024;
+
 /// A reply whose head has come; the body is read from it.
 pub struct Response<S: Read> {
     /// 200 to 599, or 101.
@@ -308,7 +311,8 @@ impl<S: Read> Response<S> {
     /// # Errors
     /// `UnexpectedEof` when it is cut short, `InvalidData` when it is longer.
     pub fn bytes(mut self, limit: usize) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
+        let expected = if let Framed::Length(length) = self.body.0 { length.min(PROMISE_LIMIT) } else { 0 };
+        let mut bytes = Vec::with_capacity(expected as usize);
         self.by_ref().take(limit as u64 + 1).read_to_end(&mut bytes)?;
         if bytes.len() > limit { Err(invalid("a body over the limit")) } else { Ok(bytes) }
     }
@@ -317,6 +321,13 @@ impl<S: Read> Response<S> {
 /// The content of the body, without its framing.
 impl<S: Read> Read for Response<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // Into its place at once: a long body is read in large pieces.
+        if let Framed::Length(missing) = &mut self.body.0 {
+            let wanted = usize::try_from(*missing).unwrap_or(usize::MAX).min(buffer.len());
+            let count = self.reader.read(&mut buffer[..wanted])?;
+            *missing -= count as u64;
+            return if count < wanted.min(1) { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(count) };
+        }
         while !self.body.is_done() && !buffer.is_empty() {
             let available = self.reader.fill_buf()?;
             if available.is_empty() {

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::paths::{self, DataDir, open_private};
 use crate::process::Identity;
+use crate::wire::from_json;
 use crate::workspace::{self, Place, Workspace, WorkspaceId, check_name};
 
 /// The version of the file that we read and write.
@@ -202,22 +203,15 @@ impl State {
     /// `state_corrupt`, `state_too_new`; nothing is touched.
     pub fn read(path: &Path) -> Result<State> {
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
-        let mut file = match open_private(path, OpenOptions::new().read(true)) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),
-            Err(e) => return Err(corrupt(format!("cannot be opened: {e}"))),
-        };
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(|e| corrupt(format!("cannot be read: {e}")))?;
-        match serde_json::from_slice::<State>(&bytes) {
+        let Some(bytes) = read_whole(path)? else { return Ok(State::default()) };
+        match from_json::<State>(&bytes) {
             Ok(state) if state.version == VERSION => Ok(state),
             Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
             Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
             Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
             Err(e) => {
                 // A newer file may have another shape: its version says so before our shape fails.
-                let version = serde_json::from_slice::<Value>(&bytes).ok().and_then(|v| v.get("version")?.as_u64());
+                let version = from_json::<Value>(&bytes).ok().and_then(|v| v.get("version")?.as_u64());
                 Err(match version {
                     Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
                     _ => corrupt(format!("not a state file: {e}")),
@@ -406,13 +400,8 @@ impl Auth {
     /// `state_corrupt`, as for [`Auth::load_or_create`].
     pub fn read(path: &Path) -> Result<Option<Auth>> {
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
-        let file = match open_private(path, OpenOptions::new().read(true)) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),
-            Err(e) => return Err(corrupt(format!("cannot be opened: {e}"))),
-        };
-        let auth: Auth = serde_json::from_reader(file).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
+        let Some(bytes) = read_whole(path)? else { return Ok(None) };
+        let auth: Auth = from_json(&bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
         // Whoever can be called without a password can be made to run anything.
         if auth.opencode_password.is_empty() || auth.opencode_username.is_empty() {
             return Err(corrupt("the user name or the password is empty".to_owned()));
@@ -604,6 +593,20 @@ impl Store {
         lock(&self.behind).closed = true;
         self.changed.notify_all();
     }
+}
+
+/// The content of a file of ours; `None` when there is none.
+fn read_whole(path: &Path) -> Result<Option<Vec<u8>>> {
+    let corrupt = |what: &str, e: io::Error| Error::StateCorrupt { path: path.to_owned(), why: format!("{what}: {e}") };
+    let mut file = match open_private(path, OpenOptions::new().read(true)) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),
+        Err(e) => return Err(corrupt("cannot be opened", e)),
+    };
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(|e| corrupt("cannot be read", e))?;
+    Ok(Some(bytes))
 }
 
 fn temporary(path: &Path) -> PathBuf {

@@ -5,9 +5,11 @@
 
 use std::num::NonZero;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, Builder, available_parallelism};
 
+use rustix::fs::{Access, AtFlags, Mode, OFlags, accessat, open};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
@@ -22,6 +24,15 @@ pub const TIMEOUT_HEADER: &str = "X-Openwork-Timeout";
 
 /// The header with the code of an error that is ours and not opencode's.
 pub const ERROR_HEADER: &str = "X-Openwork-Error";
+
+/// A value from its JSON.
+///
+/// # Errors
+/// When it is not JSON, or not of that shape.
+pub fn from_json<'j, T: Deserialize<'j>>(json: &'j [u8]) -> serde_json::Result<T> {
+    // Whether it is UTF-8 is seen once for all of it, and not for each string in it.
+    serde_json::from_str(std::str::from_utf8(json).map_err(serde::de::Error::custom)?)
+}
 
 /// A route of the control plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,23 +202,52 @@ impl Listed {
         Listed { workspace: workspace.clone(), missing }
     }
 
+    /// Looks for those in the order they were added; a directory that follows one beside it is
+    /// looked for from the one above them, and not from the root.
+    fn some(workspaces: &[Arc<Workspace>]) -> Vec<Listed> {
+        let mut listed = Vec::with_capacity(workspaces.len());
+        let (mut above, mut opened, mut place) = ("", None, String::new());
+        for workspace in workspaces {
+            let (parent, name) = workspace.path.rsplit_once('/').unwrap_or_default();
+            if parent != above {
+                (above, opened) = (parent, None);
+            } else if opened.is_none() && !parent.is_empty() {
+                opened = open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok();
+            }
+            listed.push(match &opened {
+                Some(above) => {
+                    // With the slash it is a directory, or an error.
+                    place.clear();
+                    place.extend([name, "/"]);
+                    let missing = accessat(above, &*place, Access::EXISTS, AtFlags::empty()).is_err();
+                    Listed { workspace: workspace.clone(), missing }
+                }
+                None => Listed::new(workspace),
+            });
+        }
+        listed
+    }
+
     /// Looks for many; on several processors when it is worth it.
     pub fn all(workspaces: &[Arc<Workspace>]) -> Vec<Listed> {
-        // A look takes about a microsecond, and to start a thread some tens.
-        let helpers = if workspaces.len() < 1000 { 1 } else { available_parallelism().map_or(1, NonZero::get).min(8) };
-        let share = workspaces.len().div_ceil(helpers).max(1);
-        let look = |part: &[Arc<Workspace>]| part.iter().map(Listed::new).collect::<Vec<_>>();
-        let (ours, theirs) = workspaces.split_at(share.min(workspaces.len()));
-        thread::scope(|scope| {
-            let parts = theirs.chunks(share).map(|part| (part, Builder::new().spawn_scoped(scope, move || look(part))));
-            let parts: Vec<_> = parts.collect();
-            let mut listed = look(ours);
-            for (part, helper) in parts {
-                let found = helper.ok().and_then(|helper| helper.join().ok());
-                listed.extend(found.unwrap_or_else(|| look(part)));
+        // A look takes about a microsecond, to start a thread some tens, and it may be late: hence
+        // small parts, which are for whoever comes first.
+        const PART: usize = 500;
+        let parts: Vec<_> = workspaces.chunks(PART).map(|part| (part, OnceLock::new())).collect();
+        let threads = if parts.len() < 3 { 1 } else { available_parallelism().map_or(1, NonZero::get).min(8) };
+        let next = AtomicUsize::new(0);
+        let work = || {
+            while let Some((part, listed)) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let _ = listed.set(Listed::some(part));
             }
-            listed
-        })
+        };
+        thread::scope(|scope| {
+            for _ in 1..threads {
+                let _ = Builder::new().spawn_scoped(scope, work);
+            }
+            work();
+        });
+        parts.into_iter().filter_map(|(_, listed)| listed.into_inner()).flatten().collect()
     }
 }
 

@@ -101,16 +101,16 @@ impl Workspace {
 
     /// Where it is, for people.
     pub fn location(&self) -> String {
-        location(Cow::from(&self.path), self.base_url.as_deref(), self.directory.as_deref()).into_owned()
+        location(&self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()
     }
 }
 
 /// Where a workspace is, for people: its path, or its URL and the directory there.
-pub fn location<'a>(path: Cow<'a, str>, base_url: Option<&str>, directory: Option<&str>) -> Cow<'a, str> {
+pub fn location<'a>(path: &'a str, base_url: Option<&'a str>, directory: Option<&str>) -> Cow<'a, str> {
     match (base_url, directory) {
-        (Some(url), None | Some("")) if !url.is_empty() => url.to_owned().into(),
+        (Some(url), None | Some("")) if !url.is_empty() => url.into(),
         (Some(url), Some(directory)) if !url.is_empty() => format!("{url} {directory}").into(),
-        _ => path,
+        _ => path.into(),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::error::{Code, Error, Result};
 use crate::http::{Request, Response, Timed};
 use crate::options::{ALLOCATOR, ALLOCATOR_MARK, MARKER, NOTIFY_SOCKET, Options};
 use crate::paths::DataDir;
-use crate::wire::{Failure, TIMEOUT_HEADER};
+use crate::wire::{Done, Failure, TIMEOUT_HEADER, from_json};
 use crate::{lock, log, process};
 
 /// How often a lock is looked at while somebody else is about to change it.
@@ -193,13 +193,10 @@ impl Client {
         }
         let mut line = String::new();
         let _ = BufReader::new(stdout).read_line(&mut line);
-        match serde_json::from_str::<serde_json::Value>(&line) {
-            Ok(word) if word["ok"] == true => Ok(()),
-            Ok(word) => match serde_json::from_value::<Failure>(word) {
-                Ok(failure) => Err(Error::reported(failure.error, 500)),
-                Err(_) => Err(failed("it said something that is not understood".to_owned())),
-            },
-            Err(_) => {
+        match (decode::<Done>(line.as_bytes()), decode::<Failure>(line.as_bytes())) {
+            (Ok(Done { ok: true }), _) => Ok(()),
+            (_, Ok(failure)) => Err(Error::reported(failure.error, 500)),
+            _ => {
                 let lines = log::tail(&log_path, log_start, LAST_LINES).unwrap_or_default();
                 Err(failed(format!("it ended without a word; its log:\n{}", lines.join("\n"))))
             }
@@ -357,8 +354,7 @@ impl Client {
 
 /// What a daemon of ours says.
 pub fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
-    serde_json::from_slice(reply)
-        .map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
+    from_json(reply).map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
 }
 
 /// The error that a reply of the daemon's is.

@@ -9,6 +9,7 @@ mod passthrough;
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
+use std::iter::once;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
@@ -259,20 +260,20 @@ fn status(client: &Client, out: &mut Output) -> Result<()> {
 
 fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
     let process = |name: &str, state: &str, info: Option<&crate::wire::ProcessInfo>, version: &str| {
-        let mut row = vec![name.to_owned(), state.to_owned()];
-        if let Some(info) = info {
-            row.extend([
+        let about = info.map(|info| {
+            [
                 info.base_url.clone(),
                 format!("pid {}", info.pid),
                 format!("up {}", duration(now_ms().saturating_sub(info.started_at))),
                 info.memory.map_or_else(String::new, megabytes),
                 format!("version {version}"),
-            ]);
-        }
-        row.into_iter().map(Cow::from).collect()
+            ]
+        });
+        let [url, pid, up, memory, version] = about.unwrap_or_default();
+        [name.to_owned(), state.to_owned(), url, pid, up, memory, version].map(Cow::from)
     };
     let version = health.engine.version.as_deref().unwrap_or("unknown");
-    let mut text = table(&[
+    let mut text = table([
         process("daemon", "running", Some(&health.daemon), &health.cli_version),
         process("opencode", health.engine.phase.name(), health.opencode.as_ref(), version),
     ]);
@@ -341,16 +342,15 @@ fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
         note("no workspaces yet: add one with `openwork workspace add <path>`\n");
         return Ok(());
     }
-    let mut rows = vec![["", "NAME", "ID", "WHERE"].map(Cow::from).to_vec()];
-    rows.extend(workspaces.into_iter().map(|row| {
+    let rows = workspaces.iter().map(|row| {
         let mark = if row.id == active_id { "*" } else { "" };
-        let mut place = location(row.path, row.base_url.as_deref(), row.directory.as_deref());
+        let mut place = location(&row.path, row.base_url.as_deref(), row.directory.as_deref());
         if row.missing {
             place += " (missing)";
         }
-        vec![mark.into(), row.name, row.id, place]
-    }));
-    out.write(table(&rows).as_bytes())
+        [mark.into(), Cow::from(&*row.name), Cow::from(&*row.id), place]
+    });
+    out.write(table(once(["", "NAME", "ID", "WHERE"].map(Cow::from)).chain(rows)).as_bytes())
 }
 
 fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result<()> {
@@ -358,10 +358,10 @@ fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result
     out.print(&reply, |reply| {
         let workspace = &reply.workspace.workspace;
         let date = |ms: Option<u64>| ms.filter(|ms| *ms > 0).map_or_else(|| "unknown".to_owned(), timestamp);
-        let row = |name: &'static str, value: String| vec![Cow::from(name), value.into()];
+        let row = |name: &'static str, value: String| [Cow::from(name), value.into()];
         let is_active = reply.active_id == workspace.id;
         let missing = if reply.workspace.missing { " (missing)" } else { "" };
-        table(&[
+        table([
             row("id", workspace.id.clone()),
             row("name", workspace.name.clone()),
             row("type", if workspace.is_local() { "local".to_owned() } else { "remote".to_owned() }),
@@ -377,10 +377,10 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
     let list: InstanceList = client.ask("GET", "/instances", &())?;
     out.print(&list, |list| {
         let now = now_ms();
-        let mut rows = vec![["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(Cow::from).to_vec()];
-        rows.extend(list.instances.iter().map(|instance| {
+        let titles = ["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(Cow::from);
+        let rows = list.instances.iter().map(|instance| {
             let ago = |at: u64| format!("{} ago", duration(now.saturating_sub(at)));
-            vec![
+            [
                 Cow::from(&instance.workspace.name),
                 instance.state.name().into(),
                 instance.open_streams.to_string().into(),
@@ -390,9 +390,9 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
                     .map_or_else(String::new, |at| format!("in {}", duration(at.saturating_sub(now))))
                     .into(),
             ]
-        }));
+        });
         let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);
-        format!("{}opencode and what it has started: {memory}\n", table(&rows))
+        format!("{}opencode and what it has started: {memory}\n", table(once(titles).chain(rows)))
     })
 }
 

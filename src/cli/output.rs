@@ -101,7 +101,7 @@ fn colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && !set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Text without control characters, for one line.
+/// Text without control characters, for one line; as it is when it is plain ASCII.
 pub fn clean(text: &str) -> Cow<'_, str> {
     // Mostly there is nothing to do, and lists are long.
     if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
@@ -116,28 +116,28 @@ pub fn clean_lines(text: &str) -> String {
 }
 
 /// Rows with their columns aligned, each cell cleaned; without spaces at the ends of lines.
-pub fn table(rows: &[Vec<Cow<'_, str>>]) -> String {
-    let cell = |cell| {
-        let cell = clean(cell);
-        let width = if cell.is_ascii() { cell.len() } else { cell.chars().count() };
-        (cell, width)
+pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N]> + Clone) -> String {
+    let width = |cell: &Cow<'_, str>| match cell {
+        Cow::Borrowed(plain) => plain.len(),
+        Cow::Owned(cleaned) => cleaned.chars().count(),
     };
-    let rows: Vec<Vec<(Cow<'_, str>, usize)>> =
-        rows.iter().map(|row| row.iter().map(|text| cell(text.as_ref())).collect()).collect();
-    let mut widths = Vec::new();
-    for row in &rows {
-        widths.resize(row.len().max(widths.len()), 0);
-        for ((_, width), widest) in row.iter().zip(&mut widths) {
-            *widest = (*widest).max(*width);
+    let mut widths = [0; N];
+    let mut count = 0;
+    for row in rows.clone() {
+        count += 1;
+        for (cell, widest) in row.iter().zip(&mut widths) {
+            *widest = (*widest).max(width(&clean(cell)));
         }
     }
-    let mut text = String::new();
-    for row in &rows {
-        for ((cell, width), widest) in row.iter().zip(&widths) {
-            text.push_str(cell);
-            text.extend(std::iter::repeat_n(' ', widest - width + 2));
+    let spaces = " ".repeat(widths.iter().max().unwrap_or(&0) + 2);
+    let mut text = String::with_capacity(count * widths.iter().map(|width| width + 2).sum::<usize>());
+    for row in rows {
+        for (cell, widest) in row.iter().zip(&widths) {
+            let cell = clean(cell);
+            text.push_str(&cell);
+            text.push_str(&spaces[..widest - width(&cell) + 2]);
         }
-        text.truncate(text.trim_end_matches(' ').len());
+        text.truncate(text.bytes().rposition(|byte| byte != b' ').map_or(0, |last| last + 1));
         text.push('\n');
     }
     text
@@ -195,8 +195,8 @@ mod tests {
 
     #[test]
     fn tables_are_aligned_and_clean() {
-        let rows = [vec!["a".into(), "é\x1b[31m".into(), "".into()], vec!["long".into(), "b".into()]];
-        assert_eq!(table(&rows), "a     é\u{fffd}[31m\nlong  b\n");
+        let rows = [["a".into(), "é\x1b[31m".into(), "".into()], ["long".into(), "b".into(), "".into()]];
+        assert_eq!(table(rows), "a     é\u{fffd}[31m\nlong  b\n");
     }
 
     #[test]

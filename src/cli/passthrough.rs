@@ -20,7 +20,7 @@ use crate::args::{Api, Data, Shell};
 use crate::error::{Error, Result};
 use crate::http::basic;
 use crate::state::{Auth, State};
-use crate::wire::{ERROR_HEADER, Health, WorkspaceReply};
+use crate::wire::{ERROR_HEADER, Health, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
 
 /// How much of a body is passed on at once. Bytes.
@@ -88,8 +88,7 @@ pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) ->
         if ours {
             return Err(failure(status, &bytes));
         }
-        let body =
-            serde_json::from_slice(&bytes).unwrap_or_else(|_| String::from_utf8_lossy(&bytes).into_owned().into());
+        let body = from_json(&bytes).unwrap_or_else(|_| String::from_utf8_lossy(&bytes).into_owned().into());
         out.print(&Reply { ok: status < 400, status, body }, |_| String::new())?;
     } else {
         if call.include {

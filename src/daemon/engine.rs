@@ -17,7 +17,6 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -26,6 +25,7 @@ use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
 use crate::paths;
 use crate::process::{self, Process};
 use crate::state::{Auth, BinaryRecord};
+use crate::wire::from_json;
 
 /// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.
 const ANSWER_LIMIT: usize = 8 * 1024 * 1024;
@@ -128,19 +128,14 @@ impl Endpoint {
         if !is_json {
             return Err(unexpected("the answer is not JSON".to_owned()));
         }
-        serde_json::from_slice(&body).map_err(|e| unexpected(format!("the answer is not JSON: {e}")))
+        from_json(&body).map_err(|e| unexpected(format!("the answer is not JSON: {e}")))
     }
 
     /// `GET /global/health`: its version.
     pub fn health(&self, deadline: Instant) -> std::result::Result<String, CallError> {
-        #[derive(Deserialize)]
-        struct Health {
-            healthy: bool,
-            version: String,
-        }
         let answer = self.ask("GET", "/global/health", None, deadline)?;
-        match serde_json::from_value(answer) {
-            Ok(Health { healthy: true, version }) => Ok(version),
+        match (&answer["healthy"], &answer["version"]) {
+            (Value::Bool(true), Value::String(version)) => Ok(version.clone()),
             _ => Err(CallError::Failed(Error::OpencodeFault("it says that it is not healthy".to_owned()))),
         }
     }

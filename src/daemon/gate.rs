@@ -41,6 +41,8 @@ const HEAD_TIME: Duration = Duration::from_secs(2);
 const BODY_TIME: Duration = Duration::from_secs(5);
 /// How many connections at once: each is a thread, and up to two descriptors.
 const CONNECTION_LIMIT: usize = 1024;
+/// How much of an answer is passed on at once. Bytes.
+const PIECE: usize = 64 * 1024;
 /// How long a client may take to read a reply.
 const REPLY_TIME: Duration = Duration::from_secs(10);
 /// How much longer than the request's own deadline the control plane may take to say so.
@@ -208,9 +210,7 @@ impl<'env> Gate<'env> {
             "/events" if request.method == "GET" => {
                 check_user(connection).map(|()| stream_events(stream, &daemon.events.subscribe(), origin))
             }
-            _ => self.control(connection, &request, rest).map(|Answer { status, headers, body }| {
-                send(stream, head_of(status, origin) + &headers, Some(&body), request.method == "HEAD");
-            }),
+            _ => self.control(connection, &request, rest, origin),
         };
         if let Err(e) = result {
             reply_error(stream, &e, request.method, origin);
@@ -236,8 +236,8 @@ impl<'env> Gate<'env> {
         }
     }
 
-    /// Hands a request to the control plane.
-    fn control(&self, connection: &Connection, request: &Head<'_>, rest: &[u8]) -> Result<Answer> {
+    /// Hands a request to the control plane, and its answer to the client.
+    fn control(&self, connection: &Connection, request: &Head<'_>, rest: &[u8], origin: Option<&str>) -> Result<()> {
         let ours = check_user(connection);
         if request.path() != "/health" {
             ours.as_ref().map_err(|_| Error::ForbiddenUser)?;
@@ -260,11 +260,27 @@ impl<'env> Gate<'env> {
         let mut upstream = Timed::new(connect.map_err(|_| Error::Overloaded("requests"))?, Some(deadline));
         let lost = |e: io::Error| Error::Internal(format!("the control plane does not answer: {e}"));
         upstream.write_all(&head).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
-        let response = Response::read(upstream, request.method).map_err(lost)?;
-        let status = response.status;
-        let passed = ["Allow", ERROR_HEADER].into_iter();
-        let headers = passed.filter_map(|name| Some(format!("{name}: {}\r\n", response.header(name)?))).collect();
-        Ok(Answer { status, headers, body: response.bytes(usize::MAX - 1).map_err(lost)? })
+        let mut response = Response::read(upstream, request.method).map_err(lost)?;
+        let mut head = head_of(response.status, origin);
+        for name in ["Allow", ERROR_HEADER] {
+            if let Some(value) = response.header(name) {
+                head.push_str(&format!("{name}: {value}\r\n"));
+            }
+        }
+        push_json_headers(&mut head, response.header("Content-Length").unwrap_or("0"));
+        // The whole answer, or as much of it as goes at once.
+        let mut buffer = head.into_bytes();
+        let mut client = Timed::new(&connection.stream, Some(Instant::now() + REPLY_TIME));
+        loop {
+            let more = response.by_ref().take(PIECE as u64).read_to_end(&mut buffer).map_err(lost);
+            // What is written cannot be taken back: the end of the connection says the rest.
+            if buffer.is_empty() || more.is_err() || client.write_all(&buffer).is_err() {
+                break;
+            }
+            buffer.clear();
+        }
+        finish(&connection.stream);
+        Ok(())
     }
 }
 
@@ -396,14 +412,6 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
     }
 }
 
-/// What the control plane answers.
-struct Answer {
-    status: u16,
-    /// Lines of the head that are passed on.
-    headers: String,
-    body: Vec<u8>,
-}
-
 fn reply_error(stream: &TcpStream, error: &Error, method: &str, origin: Option<&str>) {
     let body = serde_json::to_vec(&Failure::from(error)).unwrap_or_default();
     let mut head = head_of(error.http_status(), origin);
@@ -422,11 +430,10 @@ fn head_of(status: u16, origin: Option<&str>) -> String {
 
 /// Answers, and reads on a little, so that the answer is not lost.
 fn send(stream: &TcpStream, mut head: String, body: Option<&[u8]>, head_only: bool) {
-    if let Some(body) = body {
-        head.push_str("Content-Type: application/json\r\nCache-Control: no-store\r\n");
-        head.push_str(&format!("X-Content-Type-Options: nosniff\r\nContent-Length: {}\r\n", body.len()));
+    match body {
+        Some(body) => push_json_headers(&mut head, &body.len().to_string()),
+        None => head.push_str("\r\n"),
     }
-    head.push_str("\r\n");
     let mut bytes = head.into_bytes();
     if let (Some(body), false) = (body, head_only) {
         bytes.extend_from_slice(body);
@@ -435,6 +442,12 @@ fn send(stream: &TcpStream, mut head: String, body: Option<&[u8]>, head_only: bo
     if timed.write_all(&bytes).is_ok() {
         finish(stream);
     }
+}
+
+/// The rest of a head, about a body of JSON.
+fn push_json_headers(head: &mut String, length: &str) {
+    head.push_str("Content-Type: application/json\r\nCache-Control: no-store\r\n");
+    head.push_str(&format!("X-Content-Type-Options: nosniff\r\nContent-Length: {length}\r\n\r\n"));
 }
 
 /// Ends a connection after the last byte was written.

@@ -23,6 +23,7 @@ use super::events::{EventKind, Events};
 use super::supervisor::Handle;
 use crate::log::now_ms;
 use crate::state::Store;
+use crate::wire::from_json;
 
 /// How long an eviction may take; then it is tried again later.
 const EVICTION_LIMIT: Duration = Duration::from_secs(10);
@@ -330,7 +331,7 @@ impl<'env> Instances<'env> {
                 return Ok(());
             }
             if let Some(data) = line.strip_prefix(b"data:") {
-                if let Ok(event) = serde_json::from_slice(data) {
+                if let Ok(event) = from_json(data) {
                     self.observe(endpoint.generation, event);
                 }
             }
