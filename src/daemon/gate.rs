@@ -327,6 +327,8 @@ impl Service for Serving<'_> {
                 let _ended = Ended { connections, id, stream: &connection.stream };
                 self.gate.connection(self.daemon, &connection);
             }
+            // Too late, as those that the listening socket does not take any more.
+            Err(_) if self.gate.stop.is_raised() => {}
             Err(e) => refuse(&connection.stream, &e),
         }
     }
