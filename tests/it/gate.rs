@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
-use crate::support::{Host, LISTEN, NOBODY, Reply, connect, is_root, read_to_close, sockets, wait_for};
+use crate::support::{Host, LISTEN, NOBODY, Reply, Signal, connect, is_root, kill, read_to_close, sockets, wait_for};
 
 /// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
 /// with the same workspaces.
@@ -283,6 +283,35 @@ fn another_user_is_told_how_it_is_and_no_more() {
     let shutdown = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
     let shutdown = as_another_user(gate.host.port(), &gate.request("POST /shutdown", shutdown)).unwrap();
     shutdown.refused(403, "forbidden_user");
+}
+
+#[test]
+fn another_user_who_does_not_wait_for_the_answer_changes_nothing() {
+    if !is_root() {
+        return;
+    }
+    let gate = Gate::new();
+    gate.host.health();
+    let (descriptors, _) = resources(gate.pid);
+    // Of what is closed when the daemon looks, the kernel says that it is root's.
+    let script = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3"#;
+    let request = gate.request("DELETE /workspaces/p", "\r\n");
+    let mut bash = Command::new("bash");
+    bash.args(["-c", script, &gate.host.port().to_string(), &request]).uid(NOBODY).current_dir("/");
+    kill(gate.pid, Signal::STOP);
+    let status = bash.status();
+    let (port, user) = (format!(":{:04X}", gate.host.port()), NOBODY.to_string());
+    wait_for("the kernel to forget whose it was", || {
+        let table = fs::read_to_string("/proc/net/tcp").unwrap();
+        let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        !rows.any(|row| row[2].ends_with(&port) && row[7] == user)
+    });
+    kill(gate.pid, Signal::CONT);
+    assert!(status.unwrap().success());
+    // Who comes later is accepted later.
+    gate.host.health();
+    wait_for("it to be dealt with", || resources(gate.pid).0 <= descriptors);
+    gate.host.http("GET", "/workspaces/p").ok();
 }
 
 #[test]
