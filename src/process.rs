@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
@@ -183,7 +184,7 @@ pub fn wait_readable(fd: impl AsFd, flag: &Flag) -> io::Result<bool> {
     loop {
         match poll(&mut fds, None) {
             Ok(_) => return Ok(fds[1].revents().is_empty()),
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
     }
@@ -196,7 +197,7 @@ pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {
         let rest = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Ok(0) | Err(_) => return false,
             Ok(_) => return true,
         }
@@ -324,10 +325,19 @@ struct TcpSocket {
 /// Asked by sock_diag(7) and not by reading `/proc/net/tcp`: that walks the kernel's whole table,
 /// which takes 100 times as long (2 ms), and every control request asks. Where there is no
 /// sock_diag (it is a module), the table is read after all.
-fn tcp_socket(local: SocketAddrV4, remote: SocketAddrV4) -> Option<TcpSocket> {
-    let found = diagnosed(local, remote).unwrap_or_else(|_| listed(local, remote));
+///
+/// # Errors
+/// When there is no descriptor to ask through.
+fn tcp_socket(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<TcpSocket>> {
+    let found = match diagnosed(local, remote) {
+        Err(e) if [Errno::MFILE, Errno::NFILE].iter().any(|none| e.raw_os_error() == Some(none.raw_os_error())) => {
+            return Err(e);
+        }
+        Err(_) => listed(local, remote),
+        Ok(found) => found,
+    };
     // What its owner has closed has no inode, and says that it is root's.
-    found.filter(|socket| socket.inode != 0)
+    Ok(found.filter(|socket| socket.inode != 0))
 }
 
 /// `inet_diag_req_v2` out, `inet_diag_msg` back (linux/inet_diag.h), each behind an `nlmsghdr`
@@ -336,7 +346,7 @@ fn diagnosed(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<Tcp
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const NLM_F_REQUEST: u16 = 1;
     const NLMSG_ERROR: u16 = 2;
-    const NO_SUCH_SOCKET: i32 = -(rustix::io::Errno::NOENT.raw_os_error());
+    const NO_SUCH_SOCKET: i32 = -(Errno::NOENT.raw_os_error());
     const AF_INET: u8 = 2;
     const IPPROTO_TCP: u8 = 6;
     let mut request = Vec::with_capacity(72);
@@ -390,14 +400,17 @@ fn listed(local: SocketAddrV4, remote: SocketAddrV4) -> Option<TcpSocket> {
 
 fn listening_inode(port: u16) -> Option<u32> {
     let nobody = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
-    tcp_socket(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), nobody).map(|socket| socket.inode)
+    tcp_socket(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), nobody).ok()?.map(|socket| socket.inode)
 }
 
 /// The user at the other end of a connection that was accepted on `ours` from `theirs`, both on
 /// loopback. `None` when it is already closed.
-pub fn user_of_connection(ours: SocketAddr, theirs: SocketAddr) -> Option<u32> {
-    let (SocketAddr::V4(ours), SocketAddr::V4(theirs)) = (ours, theirs) else { return None };
-    tcp_socket(theirs, ours).map(|socket| socket.user)
+///
+/// # Errors
+/// When there is no descriptor to ask the kernel through.
+pub fn user_of_connection(ours: SocketAddr, theirs: SocketAddr) -> io::Result<Option<u32>> {
+    let (SocketAddr::V4(ours), SocketAddr::V4(theirs)) = (ours, theirs) else { return Ok(None) };
+    Ok(tcp_socket(theirs, ours)?.map(|socket| socket.user))
 }
 
 /// Closes every descriptor above standard error. A daemon inherits whatever the shell had open:
@@ -434,14 +447,14 @@ mod tests {
         for address in [ours, SocketAddr::new("::ffff:127.0.0.1".parse().unwrap(), ours.port())] {
             let client = TcpStream::connect(address).unwrap();
             let (accepted, theirs) = listener.accept().unwrap();
-            assert_eq!(user_of_connection(ours, theirs), Some(me), "{address}");
+            assert_eq!(user_of_connection(ours, theirs).unwrap(), Some(me), "{address}");
             let (SocketAddr::V4(local), SocketAddr::V4(remote)) = (theirs, ours) else { panic!("{theirs} {ours}") };
             let found = listed(local, remote).unwrap();
             if let Ok(asked) = diagnosed(local, remote) {
                 assert_eq!(asked.map(|socket| (socket.user, socket.inode)), Some((me, found.inode)));
             }
             drop((client, accepted));
-            assert_eq!(user_of_connection(ours, theirs), None, "closed");
+            assert_eq!(user_of_connection(ours, theirs).unwrap(), None, "closed");
         }
         assert!(listening_inode(ours.port()).is_some());
         drop(listener);

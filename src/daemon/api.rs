@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
@@ -39,10 +39,6 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const LONGEST_TIMEOUT: f64 = 86_400.0;
 /// How long opencode may take to say which sessions are running, for all instances together.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
-/// The pause before the control plane listens anew, when the server has ended for want of
-/// descriptors.
-const RELISTEN_PAUSE: Duration = Duration::from_millis(100);
-
 /// What a client says about its patience; 30 s when it says nothing.
 ///
 /// # Errors
@@ -80,24 +76,31 @@ impl<'env> ControlPlane<'env> {
         self.lock().unblock();
     }
 
-    /// Puts another server in the place of one that has ended for want of descriptors, once there
-    /// are some.
-    fn replace(&self, ended: &Arc<Server>, e: &io::Error) {
-        let mut server = self.lock();
-        if !Arc::ptr_eq(&server, ended) {
-            return;
-        }
-        crate::log!("the control plane listens anew: {e}");
-        while !self.stop.is_raised() {
-            std::thread::sleep(RELISTEN_PAUSE);
-            match listen() {
-                Ok(another) => {
-                    *server = Arc::new(another);
-                    return;
-                }
-                Err(e) => crate::log!("{e}"),
+    /// Connects to it. A server that has ended is replaced first: the library's accepts no more after
+    /// an error, and does not outlive a want of descriptors or threads in the middle of accepting.
+    ///
+    /// # Errors
+    /// `overloaded`, when there are no descriptors for it.
+    pub fn connect(&self) -> Result<UnixStream> {
+        let connect = || UnixStream::connect(CONTROL_SOCKET);
+        let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+        let connected = connect().or_else(|e| {
+            if !is_gone(&e) {
+                return Err(e);
             }
-        }
+            let mut server = self.lock();
+            connect().or_else(|_| {
+                let another = listen().map_err(|e| io::Error::other(e.to_string()))?;
+                crate::log!("the control plane had ended, and listens again");
+                let ended = std::mem::replace(&mut *server, Arc::new(another));
+                // Who waits at it is to wait at the other.
+                ended.unblock();
+                // Dropped, it would remove the other's socket.
+                std::mem::forget(ended);
+                connect()
+            })
+        });
+        connected.map_err(|_| Error::Overloaded("requests"))
     }
 }
 
@@ -129,17 +132,12 @@ impl Service for Serving<'_> {
             };
             match taken {
                 Ok(Some(request)) => return Taken::Request(request),
-                Ok(None) if !self.control.stop.is_raised() && Arc::ptr_eq(&server, &self.control.lock()) => {
-                    return Taken::Nothing;
-                }
-                // Only one of those who wait is woken: each wakes the next.
-                Ok(None) => server.unblock(),
-                Err(e) => {
-                    if !self.control.stop.is_raised() {
-                        self.control.replace(&server, &e);
-                    }
-                    server.unblock();
-                }
+                // Only one of those who wait is woken, to leave or to go to another server: each
+                // wakes the next.
+                _ if self.control.stop.is_raised() || !Arc::ptr_eq(&server, &self.control.lock()) => server.unblock(),
+                Ok(None) => return Taken::Nothing,
+                // It has ended. There will be another when there is a request.
+                Err(e) => crate::log!("the control plane has ended: {e}"),
             }
         }
         Taken::Closed

@@ -16,18 +16,20 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::process::{Resource, getrlimit};
 
 use super::head::{BODY_LIMIT, Framing, HEADER_LIMIT, Head, cors_headers};
 use super::router;
 use super::workers::{Service, Taken};
-use super::{CONTROL_SOCKET, Daemon, api};
+use super::{Daemon, api};
 use crate::error::{Error, Result};
 use crate::http::{self, Response, Timed, is_json};
 use crate::process::{self, Flag};
@@ -43,6 +45,9 @@ const BODY_TIME: Duration = Duration::from_secs(5);
 const CONNECTION_LIMIT: usize = 1024;
 /// How much of an answer is passed on at once. Bytes.
 const PIECE: usize = 64 * 1024;
+/// How many descriptors are kept for the requests of the connections that are taken: the library
+/// behind the gate does not survive it when there is none.
+const RESERVE: u64 = 32;
 /// How long a client may take to read a reply.
 const REPLY_TIME: Duration = Duration::from_secs(10);
 /// How much longer than the request's own deadline the control plane may take to say so.
@@ -116,8 +121,9 @@ impl Connections {
 
     /// Takes a connection in, unless there are too many.
     fn admit(&self, connection: &Arc<Connection>) -> Result<u64> {
+        let has_descriptors = has_descriptors(&connection.stream);
         let mut open = self.lock();
-        if open.closed || open.by_id.len() >= CONNECTION_LIMIT {
+        if !has_descriptors || open.closed || open.by_id.len() >= CONNECTION_LIMIT {
             return Err(Error::Overloaded("connections"));
         }
         open.last += 1;
@@ -150,6 +156,15 @@ impl Connections {
             open = self.closed.wait_timeout(open, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+}
+
+/// Whether more descriptors are free than are kept.
+fn has_descriptors(any: &TcpStream) -> bool {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    // The kernel gives the lowest that is free. (Not so that of a connection: it was taken when
+    // its thread began to wait.)
+    let lowest = fcntl_dupfd_cloexec(any, 0).map(|free| free.as_raw_fd() as u64);
+    lowest.is_ok_and(|lowest| lowest < limit - RESERVE.min(limit / 4))
 }
 
 impl<'env> Gate<'env> {
@@ -210,7 +225,7 @@ impl<'env> Gate<'env> {
             "/events" if request.method == "GET" => {
                 check_user(connection).map(|()| stream_events(stream, &daemon.events.subscribe(), origin))
             }
-            _ => self.control(connection, &request, rest, origin),
+            _ => self.control(daemon, connection, &request, rest, origin),
         };
         if let Err(e) = result {
             reply_error(stream, &e, request.method, origin);
@@ -237,11 +252,18 @@ impl<'env> Gate<'env> {
     }
 
     /// Hands a request to the control plane, and its answer to the client.
-    fn control(&self, connection: &Connection, request: &Head<'_>, rest: &[u8], origin: Option<&str>) -> Result<()> {
-        let ours = check_user(connection);
-        if request.path() != "/health" {
-            ours.as_ref().map_err(|_| Error::ForbiddenUser)?;
-        }
+    fn control(
+        &self,
+        daemon: &Daemon<'_>,
+        connection: &Connection,
+        request: &Head<'_>,
+        rest: &[u8],
+        origin: Option<&str>,
+    ) -> Result<()> {
+        let ours = match check_user(connection) {
+            Err(Error::ForbiddenUser) if request.path() == "/health" => false,
+            other => other.map(|()| true)?,
+        };
         let body = read_body(&connection.stream, request, rest)?;
         let timeout = request.only(TIMEOUT_HEADER)?;
         let deadline = Instant::now() + api::timeout(timeout)? + CONTROL_GRACE;
@@ -250,14 +272,11 @@ impl<'env> Gate<'env> {
         if let Some(timeout) = timeout {
             headers.push((TIMEOUT_HEADER, timeout));
         }
-        if ours.is_err() {
+        if !ours {
             headers.push((api::STRANGER_HEADER, "yes"));
         }
         let head = http::Request { method: request.method, target: request.target, headers: &headers }.head("openwork");
-        // By relative path, since the path of a socket is limited to about 100 bytes: the daemon
-        // works in the data directory.
-        let connect = UnixStream::connect(CONTROL_SOCKET);
-        let mut upstream = Timed::new(connect.map_err(|_| Error::Overloaded("requests"))?, Some(deadline));
+        let mut upstream = Timed::new(daemon.control.connect()?, Some(deadline));
         let lost = |e: io::Error| Error::Internal(format!("the control plane does not answer: {e}"));
         upstream.write_all(&head).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
         let mut response = Response::read(upstream, request.method).map_err(lost)?;
@@ -342,8 +361,9 @@ impl Service for Serving<'_> {
 fn check_user(connection: &Connection) -> Result<()> {
     let ours = connection.stream.local_addr().map_err(|_| Error::ForbiddenUser)?;
     match process::user_of_connection(ours, connection.peer) {
-        Some(user) if user == 0 || user == rustix::process::geteuid().as_raw() => Ok(()),
-        Some(_) | None => Err(Error::ForbiddenUser),
+        Ok(Some(user)) if user == 0 || user == rustix::process::geteuid().as_raw() => Ok(()),
+        Ok(Some(_) | None) => Err(Error::ForbiddenUser),
+        Err(_) => Err(Error::Overloaded("connections")),
     }
 }
 

@@ -63,6 +63,7 @@ struct Daemon<'env> {
     authorization: String,
     store: &'env Store,
     supervisor: Handle,
+    control: &'env api::ControlPlane<'env>,
     instances: &'env Instances<'env>,
     events: &'env Events,
 }
@@ -234,8 +235,8 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
-    let daemon = Daemon { info, authorization, store: &store, supervisor, instances: &instances, events: &events };
-    let (gate, control, daemon) = (&gate, &control, &daemon);
+    let (gate, control, instances, events) = (&gate, &control, &instances, &events);
+    let daemon = &Daemon { info, authorization, store: &store, supervisor, control, instances, events };
     let (at_gate, at_control) = (gate::Serving { gate, daemon }, api::Serving { control, daemon });
     let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
     let kept = thread::scope(|scope| {
@@ -244,8 +245,8 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
             options: options.engine.clone(),
             auth,
             store: &store,
-            instances: &instances,
-            events: &events,
+            instances,
+            events,
         };
         let supervision = Supervisor::new(scope, &daemon.supervisor, receiver, context);
         let signals = signal_source.handle();
@@ -253,7 +254,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         let started = (|| {
             Builder::new().spawn_scoped(scope, || store.write_behind())?;
             workers::start(&at_gate, scope)?;
-            Builder::new().spawn_scoped(scope, || instances.evict(handle, &events))?;
+            Builder::new().spawn_scoped(scope, || instances.evict(handle, events))?;
             Builder::new().spawn_scoped(scope, || instances.listen(handle))?;
             workers::start(&at_control, scope)?;
             Builder::new().spawn_scoped(scope, || {

@@ -14,6 +14,9 @@ use std::time::Duration;
 /// How long a thread waits that is not the last: requests of one client come closer together.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
+/// How many threads wait at most: one that waits for a connection has a descriptor for it already.
+const WAITING_LIMIT: usize = 8;
+
 /// What waiting for a request has brought.
 pub enum Taken<R> {
     /// One.
@@ -75,6 +78,9 @@ fn work<'scope, S: Service>(service: &'scope S, scope: &'scope Scope<'scope, '_>
                 } else if catch_unwind(AssertUnwindSafe(|| service.serve(request))).is_err() {
                     // It has said so on standard error.
                     crate::log!("a request failed (see above)");
+                }
+                if waiting.load(Ordering::Relaxed) >= WAITING_LIMIT {
+                    return;
                 }
                 waiting.fetch_add(1, Ordering::Relaxed);
             }

@@ -733,15 +733,59 @@ fn above_the_limit_it_says_so_and_closes() {
 }
 
 #[test]
-fn without_descriptors_it_waits_for_some() {
+fn without_descriptors_it_says_so_and_comes_back() {
     let gate = Gate::with(&[], "ulimit -n 64");
+    gate.host.health();
+    let before = resources(gate.pid);
     let mut streams = open_many(&gate, 200, "");
     // Held until the daemon lets go of them; those it could not take yet come after.
     for stream in &mut streams {
         read_to_close(stream);
     }
-    gate.host.health();
+    // The last ones are told of their end before their descriptors are back.
+    wait_for("descriptors to be back", || resources(gate.pid).0 <= before.0);
     gate.host.openwork(["workspace", "path", "p"]).ok();
+}
+
+#[test]
+fn the_last_descriptors_are_for_requests() {
+    let gate = Gate::with(&[], "ulimit -n 64");
+    gate.host.health();
+    let before = resources(gate.pid);
+    let ask = |request: &str, rest: &str| {
+        let mut stream = gate.host.connect();
+        stream.write_all(gate.request(request, rest).as_bytes()).unwrap();
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).expect("an answer");
+        (String::from_utf8_lossy(&status[9..]).into_owned(), stream)
+    };
+    let half = "Content-Type: application/json\r\nContent-Length: 10\r\nExpect: 100-continue\r\n\r\n";
+    let mut held = Vec::new();
+    loop {
+        match ask("POST /workspaces", half) {
+            (status, stream) if status == "100" => held.push(stream),
+            (status, _) => break assert_eq!(status, "503"),
+        }
+        let (status, _) = ask("GET /health", "\r\n");
+        assert!(status == "200" || status == "503", "{status}");
+    }
+    assert!(held.len() > 10, "{}", held.len());
+    drop(held);
+    wait_for("descriptors to be back", || resources(gate.pid).0 <= before.0);
+    gate.host.health();
+}
+
+#[test]
+fn a_control_plane_that_has_ended_is_back_for_the_next_request() {
+    let gate = Gate::new();
+    for _ in 0..3 {
+        fs::remove_file(gate.host.file("control.sock")).unwrap();
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| gate.host.health());
+            }
+        });
+    }
 }
 
 #[test]
