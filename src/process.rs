@@ -178,6 +178,21 @@ impl AsFd for Flag {
     }
 }
 
+/// Waits until a descriptor is ready for this, but no longer than the limit, if there is one.
+///
+/// # Errors
+/// `WouldBlock` at the limit, as of a socket with one; `ConnectionAborted` when the flag is raised.
+pub fn wait_ready(fd: impl AsFd, events: PollFlags, limit: Option<Duration>, flag: &Flag) -> io::Result<()> {
+    let mut fds = [PollFd::new(&fd, events), PollFd::new(flag, PollFlags::IN)];
+    let limit = limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
+    match poll(&mut fds, limit.as_ref()) {
+        Ok(0) => Err(io::ErrorKind::WouldBlock.into()),
+        Ok(_) if !fds[1].revents().is_empty() => Err(io::ErrorKind::ConnectionAborted.into()),
+        Ok(_) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// Waits until a descriptor is readable, or a flag is raised: then false.
 pub fn wait_readable(fd: impl AsFd, flag: &Flag) -> io::Result<bool> {
     let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(flag, PollFlags::IN)];

@@ -6,6 +6,7 @@
 //! the process lives nobody else can listen there; so one look at the process *after* connecting
 //! proves whom we are connected to.
 
+use std::cell::Cell;
 use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -15,15 +16,16 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::http::{Request, Response, Timed, percent_encode};
+use crate::http::{Request, Response, Socket, Timed, percent_encode};
 use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
 use crate::paths;
-use crate::process::{self, Process};
+use crate::process::{self, Flag, Process};
 use crate::state::{Auth, BinaryRecord};
 use crate::wire::from_json;
 
@@ -41,6 +43,40 @@ pub struct Endpoint {
     pub authorization: Arc<str>,
     /// Of the process that listens there.
     pub pidfd: Arc<OwnedFd>,
+    /// Raised when the daemon ends: nobody waits for an answer any more.
+    pub stop: Arc<Flag>,
+}
+
+/// A connection over which opencode is asked, until the daemon ends.
+pub struct Asking {
+    stream: TcpStream,
+    stop: Arc<Flag>,
+    limit: Cell<Option<Duration>>,
+}
+
+impl Socket for Asking {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.limit.set(limit);
+        Ok(())
+    }
+}
+
+impl Read for Asking {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        process::wait_ready(&self.stream, PollFlags::IN, self.limit.get(), &self.stop)?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Asking {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        process::wait_ready(&self.stream, PollFlags::OUT, self.limit.get(), &self.stop)?;
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
 }
 
 /// Why a call brought no answer.
@@ -91,7 +127,7 @@ impl Endpoint {
         target: &str,
         directory: Option<&Path>,
         deadline: Instant,
-    ) -> std::result::Result<Response<Timed<TcpStream>>, CallError> {
+    ) -> std::result::Result<Response<Timed<Asking>>, CallError> {
         let encoded = directory.map(|directory| percent_encode(directory.as_os_str().as_encoded_bytes()));
         let mut headers = vec![("Authorization", &*self.authorization), ("Accept", "*/*")];
         if let Some(directory) = &encoded {
@@ -101,7 +137,8 @@ impl Endpoint {
             headers.push(("Content-Length", "0"));
         }
         let head = Request { method, target, headers: &headers }.head(&format!("127.0.0.1:{}", self.port));
-        let mut stream = Timed::new(self.connect(deadline)?, Some(deadline));
+        let asking = Asking { stream: self.connect(deadline)?, stop: self.stop.clone(), limit: Cell::new(None) };
+        let mut stream = Timed::new(asking, Some(deadline));
         stream.write_all(&head).and_then(|()| Response::read(stream, method)).map_err(lost)
     }
 
@@ -210,6 +247,7 @@ pub fn takes_ticket(path: &str, query: &str) -> bool {
 fn lost(e: io::Error) -> CallError {
     match e.kind() {
         io::ErrorKind::TimedOut => CallError::TimedOut,
+        io::ErrorKind::ConnectionAborted => CallError::Gone("the daemon is stopping".to_owned()),
         io::ErrorKind::InvalidData => CallError::Failed(Error::OpencodeFault(format!("not an answer: {e}"))),
         _ => CallError::Gone(format!("the connection broke: {e}")),
     }

@@ -11,7 +11,6 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read};
-use std::net::{Shutdown, TcpStream};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,8 +51,6 @@ struct Inner {
     by_directory: HashMap<String, Instance>,
     /// When the evicting thread looks next; `None`: when it is woken.
     next_look: Option<Instant>,
-    /// Where events are listened to.
-    listening: Option<TcpStream>,
     closed: bool,
 }
 
@@ -228,14 +225,9 @@ impl<'env> Instances<'env> {
         }
     }
 
-    /// Ends [`Instances::evict`] and [`Instances::listen`].
+    /// Ends [`Instances::evict`].
     pub fn close(&self) {
-        let mut inner = self.lock();
-        inner.closed = true;
-        if let Some(stream) = inner.listening.take() {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        drop(inner);
+        self.lock().closed = true;
         self.changed.notify_all();
     }
 
@@ -297,11 +289,14 @@ impl<'env> Instances<'env> {
         true
     }
 
-    /// Listens to opencode's own events until the supervisor stops and [`Instances::close`].
+    /// Listens to opencode's own events until the supervisor stops and the daemon ends.
     pub fn listen(&self, supervisor: &Handle) {
         while let Some(endpoint) = supervisor.wait_ready() {
-            if let Err(e) = self.listen_once(&endpoint) {
-                crate::log!("the events of opencode ended: {e}");
+            match self.listen_once(&endpoint) {
+                Err(e) if e.kind() != io::ErrorKind::ConnectionAborted => {
+                    crate::log!("the events of opencode ended: {e}");
+                }
+                _ => {}
             }
             // When opencode has ended, the next one is waited for without a pause.
             supervisor.wait_while(endpoint.generation, LISTEN_PAUSE);
@@ -314,15 +309,7 @@ impl<'env> Instances<'env> {
         if response.status != 200 {
             return Err(io::Error::other(format!("status {}", response.status)));
         }
-        {
-            let socket = response.socket_mut();
-            socket.deadline = None;
-            let mut inner = self.lock();
-            if inner.closed {
-                return Ok(());
-            }
-            inner.listening = Some(socket.socket.try_clone()?);
-        }
+        response.socket_mut().deadline = None;
         let mut reader = BufReader::new(response);
         let mut line = Vec::new();
         loop {

@@ -210,7 +210,8 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let port = listener.local_addr().map_err(no_socket)?.port();
     let signals = |e| Error::Internal(format!("cannot handle signals: {e}"));
     let mut signal_source = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(signals)?;
-    let (stop, control_stop) = (process::Flag::new().map_err(no_socket)?, process::Flag::new().map_err(no_socket)?);
+    let flag = || process::Flag::new().map(Arc::new).map_err(no_socket);
+    let (stop, control_stop) = (flag()?, flag()?);
     let gate = Gate::new(listener, &options.origins, &stop).map_err(no_socket)?;
     let control = api::ControlPlane::listen(&control_stop)?;
     let info = ProcessInfo {
@@ -247,6 +248,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
             store: &store,
             instances,
             events,
+            ended: stop.clone(),
         };
         let supervision = Supervisor::new(scope, &daemon.supervisor, receiver, context);
         let signals = signal_source.handle();

@@ -351,6 +351,7 @@ pub struct Supervisor<'scope, 'env> {
     store: &'env Store,
     instances: &'env Instances<'env>,
     events: &'env Events,
+    ended: Arc<Flag>,
     phase: Phase,
     want: Want,
     generation: u64,
@@ -390,6 +391,8 @@ pub struct Context<'env> {
     pub instances: &'env Instances<'env>,
     /// Who is told.
     pub events: &'env Events,
+    /// Raised when the daemon ends, after the supervisor has.
+    pub ended: Arc<Flag>,
 }
 
 impl<'scope, 'env> Supervisor<'scope, 'env> {
@@ -400,7 +403,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         receiver: Receiver<Event>,
         context: Context<'env>,
     ) -> Supervisor<'scope, 'env> {
-        let Context { data_dir, options, auth, store, instances, events } = context;
+        let Context { data_dir, options, auth, store, instances, events, ended } = context;
         Supervisor {
             scope,
             shared: handle.shared.clone(),
@@ -413,6 +416,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             store,
             instances,
             events,
+            ended,
             phase: Phase::Failed,
             want: Want::Run,
             generation: 0,
@@ -790,6 +794,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             generation: self.generation,
             authorization: self.authorization.clone(),
             pidfd: process.pidfd(),
+            stop: self.ended.clone(),
         }
     }
 

@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, Host, START_TIME, STATE, Signal, is_alive, kill, stat_field, wait_for, wait_gone};
+use crate::support::{
+    AUTH, ESTABLISHED, Host, START_TIME, STATE, Signal, is_alive, kill, sockets, stat_field, wait_for, wait_gone,
+};
 
 fn kill_daemon(host: &Host) {
     let daemon = host.daemon_pid();
@@ -135,6 +139,27 @@ fn a_stop_that_keeps_opencode_leaves_it_to_the_next() {
     assert!(is_alive(opencode));
     host.openwork(["daemon", "start"]).ok();
     assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+}
+
+#[test]
+fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).ok();
+    let port = host.get("OPENWORK_OPENCODE_PORT").parse().unwrap();
+    let connections = || sockets(port, ESTABLISHED).len();
+    let before = connections();
+    host.hang(true);
+    thread::scope(|scope| {
+        let path = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "60");
+        let waiting = scope.spawn(|| path.send());
+        wait_for("opencode to be asked", || connections() > before);
+        let start = Instant::now();
+        host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        waiting.join().unwrap().refused(503, "opencode_unavailable");
+    });
+    host.hang(false);
 }
 
 #[test]
