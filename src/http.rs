@@ -321,14 +321,14 @@ impl<S: Read> Response<S> {
 /// The content of the body, without its framing.
 impl<S: Read> Read for Response<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // Into its place at once: a long body is read in large pieces.
-        if let Framed::Length(missing) = &mut self.body.0 {
-            let wanted = usize::try_from(*missing).unwrap_or(usize::MAX).min(buffer.len());
-            let count = self.reader.read(&mut buffer[..wanted])?;
-            *missing -= count as u64;
-            return if count < wanted.min(1) { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(count) };
-        }
         while !self.body.is_done() && !buffer.is_empty() {
+            // Into its place at once: a long body is read in large pieces.
+            if let Framed::Length(missing) = &mut self.body.0 {
+                let wanted = usize::try_from(*missing).unwrap_or(usize::MAX).min(buffer.len());
+                let count = self.reader.read(&mut buffer[..wanted])?;
+                *missing -= count as u64;
+                return if count == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(count) };
+            }
             let available = self.reader.fill_buf()?;
             if available.is_empty() {
                 return if self.body.may_end_here() { Ok(0) } else { Err(io::ErrorKind::UnexpectedEof.into()) };

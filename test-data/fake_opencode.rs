@@ -448,7 +448,8 @@ impl Server {
                 true => self.route(&request, &mut reader, &stream)?,
                 false => self.unauthorized(&stream)?,
             };
-            if matches!(next, Next::Close) || request.is("connection", "close") {
+            // As the real one, it leaves the connection open whatever it is told.
+            if matches!(next, Next::Close) {
                 break;
             }
         }

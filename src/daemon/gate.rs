@@ -289,14 +289,14 @@ impl<'env> Gate<'env> {
         push_json_headers(&mut head, response.header("Content-Length").unwrap_or("0"));
         // The whole answer, or as much of it as goes at once.
         let mut buffer = head.into_bytes();
+        response.by_ref().take(PIECE as u64).read_to_end(&mut buffer).map_err(lost)?;
         let mut client = Timed::new(&connection.stream, Some(Instant::now() + REPLY_TIME));
-        loop {
-            let more = response.by_ref().take(PIECE as u64).read_to_end(&mut buffer).map_err(lost);
+        while !buffer.is_empty() && client.write_all(&buffer).is_ok() {
+            buffer.clear();
             // What is written cannot be taken back: the end of the connection says the rest.
-            if buffer.is_empty() || more.is_err() || client.write_all(&buffer).is_err() {
+            if response.by_ref().take(PIECE as u64).read_to_end(&mut buffer).is_err() {
                 break;
             }
-            buffer.clear();
         }
         finish(&connection.stream);
         Ok(())

@@ -53,7 +53,8 @@ const DEFAULT_PORT: u16 = 6174;
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 /// How often the lock is tried in that time.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// The socket behind the gate, in the data directory, which is the daemon's working directory.
+/// The socket behind the gate, in the data directory, which is the daemon's working directory: the
+/// path of a socket is limited to about 100 bytes.
 const CONTROL_SOCKET: &str = "control.sock";
 
 /// What the handlers of requests work with.
