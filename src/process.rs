@@ -178,14 +178,18 @@ impl AsFd for Flag {
     }
 }
 
+/// A duration as the kernel takes it.
+pub fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
+}
+
 /// Waits until a descriptor is ready for this, but no longer than the limit, if there is one.
 ///
 /// # Errors
 /// `WouldBlock` at the limit, as of a socket with one; `ConnectionAborted` when the flag is raised.
 pub fn wait_ready(fd: impl AsFd, events: PollFlags, limit: Option<Duration>, flag: &Flag) -> io::Result<()> {
     let mut fds = [PollFd::new(&fd, events), PollFd::new(flag, PollFlags::IN)];
-    let limit = limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
-    match poll(&mut fds, limit.as_ref()) {
+    match poll(&mut fds, limit.map(timespec).as_ref()) {
         Ok(0) => Err(io::ErrorKind::WouldBlock.into()),
         Ok(_) if !fds[1].revents().is_empty() => Err(io::ErrorKind::ConnectionAborted.into()),
         Ok(_) => Ok(()),
@@ -210,8 +214,7 @@ pub fn wait_readable(fd: impl AsFd, flag: &Flag) -> io::Result<bool> {
 pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timespec(rest))) {
             Err(Errno::INTR) => {}
             Ok(0) | Err(_) => return false,
             Ok(_) => return true,

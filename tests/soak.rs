@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 #[path = "it/support.rs"]
 mod support;
 
-use support::{AUTH, Host, Reply, STATE, Signal, is_alive, poll, wait_gone};
+use support::{FILES, Host, Reply, STATE, Signal, is_alive, poll, wait_gone};
 
 // --- How much of it ---
 
@@ -1315,20 +1315,9 @@ fn check_processes(machine: &Machine, is_fake: bool) -> Option<String> {
 
 /// Only what belongs there, for nobody else's eyes.
 fn check_directory(host: &Host) -> Option<String> {
-    const FILES: [&str; 9] = [
-        STATE,
-        AUTH,
-        "daemon.lock",
-        "start.lock",
-        "control.sock",
-        "daemon.log",
-        "daemon.log.1",
-        "opencode.log",
-        "opencode.log.1",
-    ];
     let mode = |path: &Path| fs::symlink_metadata(path).map_or(0, |metadata| metadata.permissions().mode() & 0o7777);
     let wrong = |path: &Path| {
-        let is_file = FILES.iter().any(|name| path == host.file(name)) && mode(path) == 0o600;
+        let is_file = FILES.iter().chain(&["daemon.log.1"]).any(|name| path == host.file(name)) && mode(path) == 0o600;
         let is_cwd = path == host.file("opencode") && mode(path) == 0o700;
         !is_file && !is_cwd
     };

@@ -39,6 +39,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const LONGEST_TIMEOUT: f64 = 86_400.0;
 /// How long opencode may take to say which sessions are running, for all instances together.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
+
 /// What a client says about its patience; 30 s when it says nothing.
 ///
 /// # Errors
@@ -104,24 +105,20 @@ impl<'env> ControlPlane<'env> {
     }
 }
 
-/// Serves the control plane, until its flag is raised.
-pub struct Serving<'env> {
-    /// Where.
-    pub control: &'env ControlPlane<'env>,
-    /// What with.
-    pub daemon: &'env Daemon<'env>,
-}
+/// Serves the control plane of a daemon, until its flag is raised.
+pub struct Serving<'env>(pub &'env Daemon<'env>);
 
 impl Service for Serving<'_> {
     type Request = Request;
 
     fn waiting(&self) -> &AtomicUsize {
-        &self.control.waiting
+        &self.0.control.waiting
     }
 
     fn take(&self, limit: Option<Duration>) -> Taken<Request> {
-        while !self.control.stop.is_raised() {
-            let server = self.control.lock().clone();
+        let control = self.0.control;
+        while !control.stop.is_raised() {
+            let server = control.lock().clone();
             let taken = match limit {
                 // Its time limit may pass over what has come at the very end: hence another look.
                 Some(limit) => match server.recv_timeout(limit) {
@@ -134,7 +131,7 @@ impl Service for Serving<'_> {
                 Ok(Some(request)) => return Taken::Request(request),
                 // Only one of those who wait is woken, to leave or to go to another server: each
                 // wakes the next.
-                _ if self.control.stop.is_raised() || !Arc::ptr_eq(&server, &self.control.lock()) => server.unblock(),
+                _ if control.stop.is_raised() || !Arc::ptr_eq(&server, &control.lock()) => server.unblock(),
                 Ok(None) => return Taken::Nothing,
                 // It has ended. There will be another when there is a request.
                 Err(e) => crate::log!("the control plane has ended: {e}"),
@@ -144,7 +141,7 @@ impl Service for Serving<'_> {
     }
 
     fn serve(&self, request: Request) {
-        handle(self.daemon, request);
+        handle(self.0, request);
     }
 
     fn refuse(&self, request: Request) {

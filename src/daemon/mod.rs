@@ -239,7 +239,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
     let (gate, control, instances, events) = (&gate, &control, &instances, &events);
     let daemon = &Daemon { info, authorization, store: &store, supervisor, control, instances, events };
-    let (at_gate, at_control) = (gate::Serving { gate, daemon }, api::Serving { control, daemon });
+    let (at_gate, at_control) = (gate::Serving { gate, daemon }, api::Serving(daemon));
     let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
     let kept = thread::scope(|scope| {
         let context = Context {

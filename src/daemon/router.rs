@@ -24,7 +24,7 @@ use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, TOKEN_PARAMETER
 use super::head::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
-use crate::process::Flag;
+use crate::process::{Flag, timespec};
 use crate::wire::TIMEOUT_HEADER;
 use crate::workspace::Workspace;
 
@@ -596,7 +596,7 @@ fn remaining(deadline: Instant) -> Result<Timespec> {
     if rest.is_zero() {
         return Err(Error::OpencodeTimeout("did not answer"));
     }
-    Ok(Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() })
+    Ok(timespec(rest))
 }
 
 fn broken(e: &io::Error) -> Error {

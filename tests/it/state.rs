@@ -10,24 +10,11 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, Host, NOBODY, STATE, Signal, is_root, kill, wait_for, wait_gone};
-
-/// All there may ever be in a data directory.
-const FILES: [&str; 9] = [
-    STATE,
-    AUTH,
-    "daemon.lock",
-    "start.lock",
-    "control.sock",
-    "daemon.log",
-    "opencode.log",
-    "opencode.log.1",
-    "opencode",
-];
+use crate::support::{AUTH, FILES, Host, NOBODY, STATE, Signal, is_root, kill, wait_for, wait_gone};
 
 fn litter(host: &Host) -> Vec<String> {
     let names = fs::read_dir(host.data()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.filter(|name| !FILES.contains(&name.as_str())).collect()
+    names.filter(|name| !FILES.contains(&name.as_str()) && name != "opencode").collect()
 }
 
 fn mode(path: &Path) -> u32 {

@@ -26,6 +26,9 @@ use serde_json::Value;
 
 pub const STATE: &str = "openwork-orchestrator-state.json";
 pub const AUTH: &str = "openwork-orchestrator-auth.json";
+/// The files there may be in a data directory, but for an earlier log of a daemon that has run for long.
+pub const FILES: [&str; 8] =
+    [STATE, AUTH, "daemon.lock", "start.lock", "control.sock", "daemon.log", "opencode.log", "opencode.log.1"];
 
 /// Far beyond what anything here takes, so that only a hang reaches it.
 const DEADLINE: Duration = Duration::from_secs(90);
