@@ -41,6 +41,9 @@ fn check_refused(content: &[u8], code: &str) {
         let message = error["message"].as_str().unwrap();
         assert!(message.contains(host.file(STATE).to_str().unwrap()), "{message}");
     }
+    // For people it is read in another way.
+    let list = host.openwork(["workspace", "list"]).exits(1);
+    assert!(list.stdout.is_empty() && list.stderr.contains(host.file(STATE).to_str().unwrap()), "{list:?}");
     assert_eq!(fs::read(host.file(STATE)).unwrap(), content);
     assert_eq!(litter(&host), [""; 0]);
     wait_for("those that were refused to end", || host.processes().is_empty());
@@ -75,6 +78,11 @@ fn what_has_another_shape_is_refused_untouched() {
         json!({"version": 1, "workspaces": [{"name": "without an id", "path": "/p"}]}),
         json!({"version": 1, "workspaces": [{"id": 1, "name": "a", "path": "/p"}]}),
         json!({"version": 1, "workspaces": [{"id": "ws-a", "name": ["a"], "path": "/p"}]}),
+        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "createdAt": "today"}]}),
+        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "lastUsedAt": -1}]}),
+        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "workspaceType": "distant"}]}),
+        json!({"version": 1, "workspaces": [], "daemon": 5}),
+        json!({"version": 1, "workspaces": [], "opencode": {"pid": "1"}}),
         json!({"version": 1, "workspaces": [], "activeId": 7}),
         json!({"version": "1", "workspaces": []}),
         json!({"version": -1, "workspaces": []}),
