@@ -56,6 +56,9 @@ enum CommandKind {
     InstanceDispose,
     Logs,
     StateRepair,
+    Completions,
+    Man,
+    ServicePrint,
     Help,
 }
 
@@ -98,6 +101,9 @@ pub const COMMANDS: &[CommandRow] = &[
     row(CommandKind::InstanceDispose, "instance dispose", "[<ws>]", (0, 1), true, "Have OpenCode dispose the instance of a workspace"),
     row(CommandKind::Logs, "logs", "[opencode|daemon]", (0, 1), false, "Print a log (opencode's, if not said)"),
     row(CommandKind::StateRepair, "state repair", "", (0, 0), false, "Save what can be read of a broken state file; the original is kept"),
+    row(CommandKind::Completions, "completions", "bash|zsh|fish", (1, 1), false, "Print what completes command lines in a shell"),
+    row(CommandKind::Man, "man", "", (0, 0), false, "Print the manual page"),
+    row(CommandKind::ServicePrint, "service print", "", (0, 0), false, "Print a unit with which systemd runs the daemon, with these options"),
     row(CommandKind::Help, "help", "[<command>]", (0, 2), false, "Show help"),
 ];
 
@@ -121,7 +127,7 @@ pub struct OptionRow {
     pub help: &'static str,
 }
 
-const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart"];
+const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart", "service print"];
 
 #[rustfmt::skip]
 /// Every option, in the order of the help.
@@ -154,7 +160,8 @@ pub const OPTIONS: &[OptionRow] = &[
 ];
 
 impl OptionRow {
-    fn is_for(&self, command: &str) -> bool {
+    /// Whether a command takes it.
+    pub fn is_for(&self, command: &str) -> bool {
         self.commands.is_empty() || self.commands.contains(&command)
     }
 }
@@ -196,6 +203,9 @@ pub enum Command {
     InstanceDispose { selector: Option<OsString>, force: bool },
     Logs { log: Log, follow: bool, lines: Option<usize> },
     StateRepair,
+    Completions { shell: CompletedShell },
+    Man,
+    ServicePrint,
 }
 
 /// A call of OpenCode's.
@@ -232,6 +242,15 @@ pub enum Shell {
     /// sh, bash, zsh and their kind.
     Sh,
     /// fish.
+    Fish,
+}
+
+/// A shell that command lines are completed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // their names
+pub enum CompletedShell {
+    Bash,
+    Zsh,
     Fish,
 }
 
@@ -328,7 +347,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     }
     let origins = given.iter().filter(|(row, _)| row.name == "--cors").filter_map(|(_, value)| value.clone());
     // Without a daemon to be started, nobody's environment has to be right.
-    let options = match row.autostart || row.kind == CommandKind::DaemonRun {
+    let options = match row.autostart || matches!(row.kind, CommandKind::DaemonRun | CommandKind::ServicePrint) {
         true => daemon_options(&value, origins.collect())?,
         false => Options::default(),
     };
@@ -381,6 +400,16 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
         CommandKind::InstanceList => Command::InstanceList,
         CommandKind::InstanceDispose => Command::InstanceDispose { selector: optional, force: has("--force") },
         CommandKind::StateRepair => Command::StateRepair,
+        CommandKind::Completions => Command::Completions {
+            shell: match &*shown(&next()) {
+                "bash" => CompletedShell::Bash,
+                "zsh" => CompletedShell::Zsh,
+                "fish" => CompletedShell::Fish,
+                other => return Err(not_one_of("shell", other, "bash, zsh or fish")),
+            },
+        },
+        CommandKind::Man => Command::Man,
+        CommandKind::ServicePrint => Command::ServicePrint,
         CommandKind::Logs => Command::Logs {
             log: match optional.as_ref().map(|log| log.to_string_lossy()).as_deref() {
                 None | Some("opencode") => Log::Opencode,
@@ -395,7 +424,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
 }
 
 /// The methods there are: any other word is a workspace.
-const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
+pub const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
 
 /// Headers that a call has already.
 const OWN_HEADERS: [&str; 6] =
@@ -520,7 +549,10 @@ fn canonical(word: &OsStr) -> &str {
 
 /// The row of a command, and its arguments. No row: nothing, or only the first word of several
 /// commands, was given.
-fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static CommandRow>, Vec<&'w OsString>)> {
+///
+/// # Errors
+/// `usage`, with the nearest known word.
+pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static CommandRow>, Vec<&'w OsString>)> {
     let Some(first) = words.first() else { return Ok((None, Vec::new())) };
     let first = canonical(first);
     let second = words.get(1).map(|word| canonical(word));

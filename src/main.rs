@@ -9,6 +9,7 @@
 //! cli/         one function per command; never writes state, but to repair it
 //!   client     finds, starts and asks the daemon
 //!   output     one value, printed for people or as JSON
+//!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
 //!   gate       the public port: limits and policy, one request per connection
 //!   head       the head of a request, understood or refused
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
     let mut argv: Vec<OsString> = std::env::args_os().skip(1).collect();
     match argv.first().and_then(|first| first.to_str()) {
         Some(daemon::engine::LAUNCH_COMMAND) => return daemon::engine::become_when_told(&argv[1..]).into(),
+        Some(cli::COMPLETE_COMMAND) => return cli::complete(&argv[1..]).into(),
         Some(cli::DETACHED_COMMAND) => argv[0] = "daemon".into(),
         _ => return cli::main(&argv, false).into(),
     }

@@ -1,5 +1,6 @@
 //! What a daemon can be told: plain data, from the command line to the daemon.
 
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,6 +43,31 @@ impl Options {
             && binary.is_none()
             && self.origins.is_empty()
             && self.idle_ttl == Some(DEFAULT_IDLE_TTL)
+    }
+
+    /// The same as arguments of `openwork daemon`.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = Vec::new();
+        let mut option = |name: &str, value: &OsStr| {
+            let mut argument = OsString::from(format!("{name}="));
+            argument.push(value);
+            arguments.push(argument);
+        };
+        if let Some(port) = self.port {
+            option("--daemon-port", port.to_string().as_ref());
+        }
+        if let Some(port) = self.engine.port {
+            option("--opencode-port", port.to_string().as_ref());
+        }
+        if let Some(binary) = &self.engine.binary {
+            option("--opencode-bin", binary.as_ref());
+        }
+        // Also when it is never: said by the environment, it would hold for the daemon only.
+        option("--idle-ttl", format!("{}s", self.idle_ttl.unwrap_or_default().as_secs()).as_ref());
+        for origin in &self.origins {
+            option("--cors", origin.as_ref());
+        }
+        arguments
     }
 }
 

@@ -156,25 +156,7 @@ impl Client {
         let log_start = log.metadata().map_or(0, |metadata| metadata.len());
         let mut command = Command::new(&program);
         command.arg(DETACHED_COMMAND).arg("--data-dir").arg(self.data_dir.path());
-        let mut option = |name: &str, value: &std::ffi::OsStr| {
-            let mut option = std::ffi::OsString::from(format!("{name}="));
-            option.push(value);
-            command.arg(option);
-        };
-        if let Some(port) = options.port {
-            option("--daemon-port", port.to_string().as_ref());
-        }
-        if let Some(port) = options.engine.port {
-            option("--opencode-port", port.to_string().as_ref());
-        }
-        if let Some(binary) = &options.engine.binary {
-            option("--opencode-bin", binary.as_ref());
-        }
-        // Also when it is never: said by the environment, it would hold for the daemon only.
-        option("--idle-ttl", format!("{}s", options.idle_ttl.unwrap_or_default().as_secs()).as_ref());
-        for origin in &options.origins {
-            option("--cors", origin.as_ref());
-        }
+        command.args(options.arguments());
         // Started from a shell of the agent's, it would carry the marker of the opencode that it
         // is going to end.
         command.env_remove(MARKER).env_remove(NOTIFY_SOCKET);

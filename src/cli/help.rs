@@ -143,11 +143,16 @@ fn command_help(row: &CommandRow) -> String {
     text
 }
 
-fn described(row: &OptionRow) -> (String, String) {
+/// An option as it is written: `-q, --quiet`, `--name NAME`.
+pub fn spelled(row: &OptionRow) -> String {
     let short = row.short.map_or_else(String::new, |short| format!("{short}, "));
     let value = row.value.map_or_else(String::new, |value| format!(" {value}"));
+    format!("{short}{}{value}", row.name)
+}
+
+fn described(row: &OptionRow) -> (String, String) {
     let env = row.env.map_or_else(String::new, |env| format!(" [{env}]"));
-    (format!("{short}{}{value}", row.name), format!("{}{env}", row.help))
+    (spelled(row), format!("{}{env}", row.help))
 }
 
 fn rows(text: &mut String, rows: impl Iterator<Item = (String, String)>) {

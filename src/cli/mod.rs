@@ -1,10 +1,13 @@
 //! The commands: one function each. They ask the daemon, or read; they never write the state.
 
 mod client;
+mod complete;
 mod help;
 mod logs;
+mod manual;
 mod output;
 mod passthrough;
+mod service;
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
@@ -36,6 +39,8 @@ use crate::workspace::{Kind, Workspace, location, looks_like_path, missing};
 
 /// The hidden command by which a client starts a daemon in the background.
 pub const DETACHED_COMMAND: &str = "__daemon";
+/// The hidden command by which a shell asks what could stand where the cursor is.
+pub const COMPLETE_COMMAND: &str = "__complete";
 /// The largest error object. Bytes.
 const FAILURE_LIMIT: usize = 1024 * 1024;
 /// The environment variable that names a workspace where none is given.
@@ -82,6 +87,9 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             return out.print(&version, |version| format!("openwork {}\n", version.version));
         }
         Command::DaemonRun => return run_daemon(&invocation, false),
+        Command::Completions { shell } => return print_text(out, complete::script(*shell)),
+        Command::Man => return print_text(out, &manual::page()),
+        Command::ServicePrint => return print_text(out, &service(&invocation)?),
         _ => {}
     }
     let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
@@ -92,7 +100,12 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         autostart: invocation.autostart.then_some(options),
     };
     match invocation.command {
-        Command::Help { .. } | Command::Version | Command::DaemonRun => Ok(()),
+        Command::Help { .. }
+        | Command::Version
+        | Command::DaemonRun
+        | Command::Completions { .. }
+        | Command::Man
+        | Command::ServicePrint => Ok(()),
         Command::DaemonStart => start(&client, out),
         Command::DaemonStop { keep_opencode } => stop(&client, out, keep_opencode),
         Command::DaemonRestart { all } => restart(&client, out, all),
@@ -152,6 +165,29 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         Command::StateRepair => repair(&client, out),
         Command::Logs { log, follow, lines } => logs::print(&client, out, log, follow, lines),
     }
+}
+
+/// Prints what is a file of another program's.
+fn print_text(out: &mut Output, text: &str) -> Result<()> {
+    #[derive(Serialize)]
+    struct Text<'a> {
+        ok: bool,
+        text: &'a str,
+    }
+    out.print(&Text { ok: true, text }, |printed| printed.text.to_owned())
+}
+
+fn service(invocation: &Invocation) -> Result<String> {
+    let program = std::env::current_exe().map_err(|e| Error::Internal(format!("cannot find this program: {e}")))?;
+    let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
+    let is_named = invocation.data_dir.is_some() || invocation.xdg_data_home.is_some();
+    service::unit(&program, is_named.then_some(data_dir.path()), &absolute_options(&invocation.daemon)?)
+}
+
+/// What could stand where the last of these words is, for a shell.
+pub fn complete(words: &[OsString]) -> u8 {
+    complete::print(words);
+    0
 }
 
 /// The daemon works in another directory.

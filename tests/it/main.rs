@@ -9,6 +9,7 @@ mod engine;
 mod events;
 mod evict;
 mod gate;
+mod packages;
 mod panic;
 mod passthrough;
 mod registry;

@@ -1,0 +1,58 @@
+//! The manual page, for man(1): what stands in the tables of `args` and `error` comes from there,
+//! so that it cannot be forgotten, and the rest is in `assets/manual.man`.
+
+use std::fmt::Write;
+
+use super::help::spelled;
+use crate::args::{COMMANDS, OPTIONS};
+use crate::error::Code;
+
+/// The page as roff, with the macros of man(7).
+pub fn page() -> String {
+    let mut page = format!(".TH OPENWORK 1 \"\" \"openwork {}\" \"User Commands\"\n", env!("CARGO_PKG_VERSION"));
+    let [before, between, after] = PARTS;
+    page.push_str(before);
+    for row in COMMANDS {
+        entry(&mut page, &format!("{} {}", bold(row.name), plain(row.args)), row.summary);
+        let own: Vec<String> = row.options().map(|option| bold(option.name)).collect();
+        if !own.is_empty() {
+            let _ = writeln!(page, ".br\nOptions: {}.", own.join(", "));
+        }
+    }
+    page.push_str(between);
+    for row in OPTIONS {
+        entry(&mut page, &bold(&spelled(row)), row.help);
+        if let Some(env) = row.env {
+            let _ = writeln!(page, ".br\nEnvironment: {}.", bold(env));
+        }
+    }
+    page.push_str(after);
+    page.push_str(
+        ".SH ERRORS\nWith \\fB\\-\\-json\\fR a failure has one of these codes; the number is the exit status.\n",
+    );
+    for code in Code::ALL {
+        let _ = writeln!(page, ".br\n{} {}", plain(code.name()), code.exit_status());
+    }
+    page
+}
+
+/// The prose: before the commands, between them and the options, behind those.
+const PARTS: [&str; 3] = [
+    include_str!("../assets/manual-1.man"),
+    include_str!("../assets/manual-2.man"),
+    include_str!("../assets/manual-3.man"),
+];
+
+fn entry(page: &mut String, what: &str, about: &str) {
+    let _ = writeln!(page, ".TP\n{}\n{}.", what.trim_end(), plain(about));
+}
+
+fn bold(text: &str) -> String {
+    format!("\\fB{}\\fR", plain(text))
+}
+
+/// Text that roff prints as it is.
+fn plain(text: &str) -> String {
+    let text = text.replace('\\', "\\e").replace('-', "\\-");
+    if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
+}

@@ -1,0 +1,49 @@
+//! A unit with which systemd keeps the daemon for a user.
+//!
+//! systemd knows nothing of the shell's environment, so what that says about the daemon stands in
+//! the unit, as arguments.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::options::{ALLOCATOR, ALLOCATOR_MARK, Options};
+
+/// The unit: `program` is run as `openwork daemon`, in this data directory if one was named, with
+/// these options.
+///
+/// # Errors
+/// `usage` for what a unit cannot hold: it is UTF-8 without control characters.
+pub fn unit(program: &Path, data_dir: Option<&Path>, options: &Options) -> Result<String> {
+    let mut arguments = vec![program.as_os_str().to_owned(), "daemon".into()];
+    if let Some(data_dir) = data_dir {
+        let mut argument = OsString::from("--data-dir=");
+        argument.push(data_dir);
+        arguments.push(argument);
+    }
+    if !options.is_default() {
+        arguments.extend(options.arguments());
+    }
+    let mut command = arguments.iter().map(|argument| word(argument)).collect::<Result<Vec<_>>>()?;
+    // Variables are put in for all but the program.
+    command.iter_mut().skip(1).for_each(|word| *word = word.replace('$', "$$"));
+    // As of a daemon that is started in the background.
+    let names: Vec<&str> = ALLOCATOR.iter().map(|(name, _)| *name).collect();
+    let variables = ALLOCATOR.iter().map(|(name, value)| format!("{name}={value} "));
+    let variables = variables.chain([format!("{ALLOCATOR_MARK}={}", names.join(","))]).collect::<String>();
+    let unit = include_str!("../assets/openwork.service");
+    Ok(unit.replace("@VARIABLES@", &variables).replace("@COMMAND@", &command.join(" ")))
+}
+
+/// A word as it stands in `ExecStart=`, systemd.service(5), "Command lines".
+fn word(word: &OsStr) -> Result<String> {
+    let text = word.to_str().filter(|text| !text.contains(char::is_control));
+    let text = text
+        .ok_or_else(|| Error::usage(format!("a unit cannot hold {:?}: name another path", word.to_string_lossy())))?;
+    let plain = text.replace('%', "%%");
+    let is_simple = |c: char| c.is_alphanumeric() || "/-_.=:,%$@+".contains(c);
+    match text.chars().all(is_simple) {
+        true => Ok(plain),
+        false => Ok(format!("\"{}\"", plain.replace('\\', "\\\\").replace('"', "\\\""))),
+    }
+}

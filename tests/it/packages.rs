@@ -1,0 +1,245 @@
+//! What packages ship: completions, the manual page, the unit for systemd.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, wait_for};
+
+fn tables(host: &Host) -> Value {
+    host.openwork(["help"]).json()
+}
+
+fn rows<'a>(tables: &'a Value, table: &str) -> impl Iterator<Item = &'a Value> {
+    tables[table].as_array().unwrap().iter()
+}
+
+fn field<'a>(row: &'a Value, name: &str) -> &'a str {
+    row[name].as_str().unwrap_or_else(|| panic!("no {name} in {row}"))
+}
+
+// --- Completions ---
+
+/// The words that could stand after these.
+fn completions(host: &Host, words: &[&str]) -> Vec<String> {
+    let words = ["__complete"].iter().chain(words);
+    let lines = host.openwork(words).ok().stdout;
+    lines.lines().map(|line| line.split('\t').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn every_command_is_completed() {
+    let host = Host::new();
+    for row in rows(&tables(&host), "commands") {
+        let words: Vec<&str> = field(row, "name").split(' ').collect();
+        for count in 0..words.len() {
+            let mut before = words[..count].to_vec();
+            before.push("");
+            let found = completions(&host, &before);
+            assert!(found.contains(&words[count].to_owned()), "{words:?}: {found:?}");
+            before.insert(0, "help");
+            assert!(completions(&host, &before).contains(&words[count].to_owned()), "help {words:?}");
+        }
+    }
+    assert_eq!(completions(&host, &["ws", ""]), completions(&host, &["workspace", ""]));
+    for nothing in [&["no-such-command", ""][..], &["status", ""], &["workspace", "no-such-command", ""], &[]] {
+        assert_eq!(completions(&host, nothing), [""; 0], "{nothing:?}");
+    }
+}
+
+#[test]
+fn every_option_is_completed_where_it_is_taken() {
+    let host = Host::new();
+    let tables = tables(&host);
+    for row in rows(&tables, "commands") {
+        let mut words: Vec<&str> = field(row, "name").split(' ').collect();
+        words.push("-");
+        let found = completions(&host, &words);
+        for option in rows(&tables, "options") {
+            let is_for_all = option["commands"].as_array().unwrap().is_empty();
+            let is_taken = is_for_all || row["options"].as_array().unwrap().contains(&option["name"]);
+            assert_eq!(found.contains(&field(option, "name").to_owned()), is_taken, "{option} of {row}");
+        }
+    }
+    // One that was given is not offered again, unless it can be.
+    let found = completions(&host, &["daemon", "--cors", "http://a", "--idle-ttl=1h", "--"]);
+    assert!(found.contains(&"--cors".to_owned()) && !found.contains(&"--idle-ttl".to_owned()), "{found:?}");
+}
+
+#[test]
+fn values_and_arguments_are_completed() {
+    let host = Host::new();
+    for (words, found) in [
+        (&["env", "--shell", ""][..], &["sh", "fish"][..]),
+        (&["logs", "-f", ""], &["opencode", "daemon"]),
+        (&["completions", ""], &["bash", "zsh", "fish"]),
+        (&["--data-dir", ""], &[":directories"]),
+        (&["workspace", "add", ""], &[":directories"]),
+        (&["daemon", "start", "--opencode-bin", ""], &[":files"]),
+        (&["daemon", "start", "--opencode-bin", "=", "/o"], &[":files"]),
+        (&["run", "web", "--", ""], &[":files"]),
+        (&["workspace", "add", "--name", ""], &[]),
+    ] {
+        assert_eq!(completions(&host, words), found, "{words:?}");
+    }
+    let found = completions(&host, &["api", "web", ""]);
+    assert!(found.contains(&"DELETE".to_owned()), "{found:?}");
+}
+
+#[test]
+fn workspaces_are_completed_without_a_daemon() {
+    let host = Host::new();
+    host.write_state(
+        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "my web", "path": "/w"}, {"id": "ws-b", "name": "b\nc"}]})
+            .to_string(),
+    );
+    for command in [&["switch"][..], &["info"], &["path"], &["rm"], &["rename"]] {
+        let words: Vec<&str> = ["ws"].iter().chain(command).chain(&[""]).copied().collect();
+        assert_eq!(completions(&host, &words), ["my web", "b\u{fffd}c"]);
+    }
+    for command in [&["attach", ""][..], &["run", ""], &["env", ""], &["instance", "dispose", ""]] {
+        assert_eq!(completions(&host, command), ["my web", "b\u{fffd}c"], "{command:?}");
+    }
+    assert!(completions(&host, &["api", ""]).contains(&"my web".to_owned()));
+    // The second argument is no workspace.
+    assert_eq!(completions(&host, &["ws", "rename", "my web", ""]), [""; 0]);
+    let elsewhere = host.path("elsewhere");
+    assert_eq!(completions(&host, &["--data-dir", elsewhere.to_str().unwrap(), "env", ""]), [""; 0]);
+    assert!(host.lock_text().is_none());
+
+    // A file that cannot be read is no reason to disturb somebody who types.
+    host.write_state("{");
+    assert_eq!(completions(&host, &["env", ""]), [""; 0]);
+}
+
+#[test]
+fn each_shell_has_its_script() {
+    let host = Host::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = host.openwork(["completions", shell]).ok().stdout;
+        assert!(script.contains("openwork __complete"), "{script}");
+        assert_eq!(host.openwork(["completions", shell]).json(), json!({"ok": true, "text": script}));
+    }
+    host.openwork(["completions"]).fails(2, "usage");
+    host.openwork(["completions", "tcsh"]).fails(2, "usage");
+}
+
+/// What bash would put on the command line, by the script as it is.
+#[test]
+fn bash_completes() {
+    let host = Host::new();
+    host.write_state(
+        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "my web", "path": "/w"}, {"id": "ws-b", "name": "it's"}]})
+            .to_string(),
+    );
+    let script = host.openwork(["completions", "bash"]).ok().stdout;
+    let driver = r#"
+        compopt() { :; } # there is no completion under way
+        COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        _openwork openwork "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+        printf '%s\n' "${COMPREPLY[@]}""#;
+    let complete = |words: &[&str]| {
+        let mut path = host.binary().parent().unwrap().as_os_str().to_owned();
+        path.push(":/usr/bin:/bin");
+        let mut bash = Command::new("bash");
+        bash.args(["-c", &format!("{script}{driver}"), "bash", "openwork"]).args(words).env_clear();
+        bash.env("PATH", path).env("OPENWORK_DATA_DIR", host.data()).env("HOME", host.home());
+        let output = bash.output().expect("bash, which this test needs");
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(complete(&["workspace", "sw"]), ["switch"]);
+    assert_eq!(complete(&["workspace", "switch", ""]), ["my\\ web", "it\\'s"]);
+    assert_eq!(complete(&["workspace", "switch", "my\\ w"]), ["my\\ web"]);
+    assert_eq!(complete(&["workspace", "switch", "'my"]), ["my web"]);
+    assert_eq!(complete(&["workspace", "add", "/us"]), ["/usr"]);
+    assert_eq!(complete(&["daemon", "stop", "--k"]), ["--keep-opencode"]);
+}
+
+// --- The manual page ---
+
+#[test]
+fn the_manual_has_everything_of_the_tables() {
+    let host = Host::new();
+    let tables = tables(&host);
+    let page = host.openwork(["man"]).ok().stdout;
+    assert_eq!(host.openwork(["man"]).json()["text"], page.as_str());
+    assert!(page.starts_with(".TH OPENWORK 1 "), "{page}");
+    let has = |text: &str| page.contains(&text.replace('-', "\\-"));
+    for row in rows(&tables, "commands") {
+        assert!(has(&format!("\n\\fB{}\\fR", field(row, "name"))) && has(field(row, "summary")), "{row}");
+    }
+    for row in rows(&tables, "options") {
+        assert!(has(field(row, "name")) && has(field(row, "help")), "{row}");
+        assert!(row["env"].as_str().is_none_or(|env| has(&format!("Environment: \\fB{env}\\fR"))), "{row}");
+    }
+    for row in rows(&tables, "errors") {
+        assert!(has(&format!("\n{} {}\n", field(row, "code"), row["exit"])), "{row}");
+    }
+    // No line is a request of roff's by accident.
+    let known = [".TH", ".SH", ".TP", ".B", ".BR", ".I", ".IR", ".RI", ".PP", ".br", ".nf", ".fi"];
+    for line in page.lines().filter(|line| line.starts_with(['.', '\''])) {
+        assert!(known.contains(&line.split(' ').next().unwrap()), "{line}");
+    }
+}
+
+// --- The unit for systemd ---
+
+/// The words of `ExecStart=`, by the rules of systemd.service(5).
+fn exec_start(unit: &str) -> Vec<String> {
+    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap_or_else(|| panic!("{unit}"));
+    let (mut words, mut word, mut is_quoted) = (Vec::new(), String::new(), false);
+    let mut rest = line.chars();
+    while let Some(c) = rest.next() {
+        match c {
+            '"' => is_quoted = !is_quoted,
+            ' ' if !is_quoted => words.push(std::mem::take(&mut word)),
+            '\\' => word.push(rest.next().unwrap()),
+            '%' | '$' => {
+                assert_eq!(rest.next(), Some(c), "{line}");
+                word.push(c);
+            }
+            _ => word.push(c),
+        }
+    }
+    words.push(word);
+    words
+}
+
+#[test]
+fn what_the_unit_says_runs_the_daemon() {
+    let mut host = Host::new();
+    let awkward = host.path("a \"b\" 100% $HOME \\");
+    host.set("OPENWORK_DATA_DIR", &awkward);
+    host.data_is(awkward);
+    let unit = host.openwork(["service", "print", "--idle-ttl", "2h"]).ok().stdout;
+    assert_eq!(host.openwork(["service", "print", "--idle-ttl", "2h"]).json()["text"], unit.as_str());
+    assert!(host.lock_text().is_none());
+    let words = exec_start(&unit);
+    assert_eq!((Path::new(&words[0]), &*words[1]), (host.binary(), "daemon"), "{unit}");
+    // What a shell's environment says, systemd does not know: it has to be among the arguments.
+    let mut daemon = host.openwork(&words[1..]);
+    for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
+        daemon = daemon.env(variable, "");
+    }
+    let daemon = daemon.spawn();
+    wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
+    assert_eq!(host.daemon_pid(), daemon.pid());
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(daemon.wait().status.success());
+}
+
+#[test]
+fn the_unit_of_a_package_names_nothing_of_its_builder() {
+    let mut host = Host::new();
+    for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
+        host.unset(variable);
+    }
+    let unit = host.openwork(["service", "print"]).ok().stdout;
+    assert_eq!(exec_start(&unit), [host.binary().to_str().unwrap(), "daemon"]);
+    assert!(!unit.contains(host.home().to_str().unwrap()), "{unit}");
+    host.openwork(["service", "print", "--data-dir", "/a\nb"]).fails(2, "usage");
+    host.openwork(["service", "print", "--idle-ttl", "soon"]).fails(2, "usage");
+    host.openwork(["service"]).ok();
+}
