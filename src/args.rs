@@ -47,6 +47,7 @@ enum CommandKind {
     WorkspacePath,
     WorkspaceRemove,
     WorkspaceRename,
+    WorkspaceImport,
     Api,
     Attach,
     Run,
@@ -92,6 +93,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row(CommandKind::WorkspacePath, "workspace path", "[<ws>]", (0, 1), true, "Ask OpenCode for the directory of a workspace (warms its instance)"),
     row(CommandKind::WorkspaceRemove, "workspace remove", "<ws>", (1, 1), true, "Take a workspace out of the registry; its files stay"),
     row(CommandKind::WorkspaceRename, "workspace rename", "<ws> <name>", (2, 2), true, "Give a workspace another name"),
+    row(CommandKind::WorkspaceImport, "workspace import", "<file>", (1, 1), true, "Add the workspaces of another orchestrator's state file, or of OpenWork desktop's"),
     row(CommandKind::Api, "api", "[<ws>] [METHOD] <path>", (1, 3), true, "Make any OpenCode call in a workspace; prints the body as it comes"),
     row(CommandKind::Attach, "attach", "[<ws>] [-- ARGS]", (0, 1), true, "Open OpenCode's terminal interface in a workspace"),
     row(CommandKind::Run, "run", "[<ws>] -- ARGS", (0, 1), true, "Run `opencode run` in a workspace, against the warm server"),
@@ -194,6 +196,7 @@ pub enum Command {
     WorkspacePath { selector: Option<OsString> },
     WorkspaceRemove { selector: OsString },
     WorkspaceRename { selector: OsString, name: String },
+    WorkspaceImport { file: PathBuf },
     Api(Api),
     Attach { selector: Option<OsString>, args: Vec<OsString> },
     Run { selector: Option<OsString>, args: Vec<OsString> },
@@ -381,6 +384,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
             let selector = next();
             Command::WorkspaceRename { selector, name: name(Some(next()))?.unwrap_or_default() }
         }
+        CommandKind::WorkspaceImport => Command::WorkspaceImport { file: next().into() },
         CommandKind::Api => {
             let headers = given.iter().filter(|(row, _)| row.name == "--header").filter_map(|(_, value)| value.clone());
             let words: Vec<OsString> = std::iter::repeat_with(&mut next).take(count).collect();

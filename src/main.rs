@@ -9,6 +9,7 @@
 //! cli/         one function per command; never writes state, but to repair it
 //!   client     finds, starts and asks the daemon
 //!   output     one value, printed for people or as JSON
+//!   import     takes over the workspaces of another program
 //!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
 //!   gate       the public port: limits and policy, one request per connection

@@ -3,6 +3,7 @@
 mod client;
 mod complete;
 mod help;
+mod import;
 mod logs;
 mod manual;
 mod output;
@@ -140,6 +141,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             let reply: WorkspaceReply = client.ask("PATCH", &target(&client, Some(selector), "")?, &Rename { name })?;
             out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace)))
         }
+        Command::WorkspaceImport { file } => import(&client, out, &file),
         Command::WorkspacePath { selector } => {
             let target = target(&client, selector, "/path")?;
             client.ensure()?;
@@ -428,6 +430,21 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
         });
         let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);
         format!("{}opencode and what it has started: {memory}\n", table(once(titles).chain(rows)))
+    })
+}
+
+fn import(client: &Client, out: &mut Output, file: &Path) -> Result<()> {
+    let import = import::import(client, file)?;
+    out.print(&import, |import| {
+        let line = |one: &import::Imported| {
+            let what = match (&one.workspace, &one.error) {
+                (Some(workspace), _) => format!("{} ({})", clean(&workspace.name), clean(&workspace.location())),
+                (None, Some(error)) => clean(&error.message).into_owned(),
+                (None, None) => String::new(),
+            };
+            format!("{} {what}\n", one.outcome.name())
+        };
+        import.workspaces.iter().map(line).collect()
     })
 }
 

@@ -9,6 +9,7 @@ mod engine;
 mod events;
 mod evict;
 mod gate;
+mod import;
 mod packages;
 mod panic;
 mod passthrough;

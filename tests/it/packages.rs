@@ -76,6 +76,7 @@ fn values_and_arguments_are_completed() {
         (&["completions", ""], &["bash", "zsh", "fish"]),
         (&["--data-dir", ""], &[":directories"]),
         (&["workspace", "add", ""], &[":directories"]),
+        (&["workspace", "import", ""], &[":files"]),
         (&["daemon", "start", "--opencode-bin", ""], &[":files"]),
         (&["daemon", "start", "--opencode-bin", "=", "/o"], &[":files"]),
         (&["run", "web", "--", ""], &[":files"]),

@@ -1,0 +1,161 @@
+//! Taking over the workspaces of another program: of a state file like ours, which is that of
+//! OpenWork's own orchestrator, or of the `openwork-workspaces.json` of OpenWork's desktop program.
+//!
+//! Both are an object with a list `workspaces`; an entry of the desktop's has a `displayName` too,
+//! may lack any field or have null in it, and may hold tokens, which are neither taken nor printed.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::client::Client;
+use crate::error::{Code, Error, ErrorBody, Result};
+use crate::wire::{AddLocal, AddRemote, WorkspaceList, WorkspaceReply, from_json};
+use crate::workspace::{Place, Workspace};
+
+#[derive(Deserialize)]
+struct Registry {
+    workspaces: Vec<Value>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Entry {
+    name: Option<String>,
+    display_name: Option<String>,
+    path: Option<String>,
+    workspace_type: Option<String>,
+    base_url: Option<String>,
+    directory: Option<String>,
+}
+
+/// What has become of the entries, in their order.
+#[derive(Serialize)]
+pub struct Import {
+    ok: bool,
+    /// Of each entry.
+    pub workspaces: Vec<Imported>,
+}
+
+/// What has become of an entry.
+#[derive(Serialize)]
+pub struct Imported {
+    /// See [`Outcome`].
+    pub outcome: Outcome,
+    /// The path or URL in the file; empty when there is none.
+    pub source: String,
+    /// The entry of our registry, unless it was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<Arc<Workspace>>,
+    /// Why it was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorBody>,
+}
+
+/// What was done with an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It is in the registry now.
+    Added,
+    /// It was there, and is as it was.
+    Kept,
+    /// It cannot be.
+    Refused,
+}
+
+impl Outcome {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Added => "added",
+            Outcome::Kept => "kept",
+            Outcome::Refused => "refused",
+        }
+    }
+}
+
+/// Adds the workspaces of a file; what is there already stays as it is, and an entry that cannot be
+/// added does not keep the others from it.
+///
+/// # Errors
+/// When the file cannot be read or has no such list; when the daemon cannot be asked or cannot
+/// write, and then what was added before stays.
+pub fn import(client: &Client, file: &Path) -> Result<Import> {
+    let bytes = fs::read(file).map_err(|e| match e.kind() {
+        io::ErrorKind::PermissionDenied => Error::io("read", file, e),
+        _ => Error::BadRequest(format!("cannot read {}: {e}", file.display())),
+    })?;
+    let registry: Registry = from_json(&bytes)
+        .map_err(|e| Error::BadRequest(format!("{} is no list of workspaces: {e}", file.display())))?;
+    let list: WorkspaceList = client.ask("GET", "/workspaces", &())?;
+    let there = list.workspaces.into_iter().map(|listed| (listed.workspace.id.clone(), listed.workspace));
+    let there: HashMap<String, Arc<Workspace>> = there.collect();
+    let import_one = |entry: Value| {
+        let entry = serde_json::from_value(entry)
+            .map_err(|e| (String::new(), Error::BadRequest(format!("not a workspace: {e}"))));
+        let (source, added) = match entry {
+            Ok(entry) => (source(&entry), add(client, &there, entry)),
+            Err((source, e)) => (source, Err(e)),
+        };
+        match added {
+            Ok((outcome, workspace)) => Ok(Imported { outcome, source, workspace: Some(workspace), error: None }),
+            Err(e) if is_of_the_entry(&e) => {
+                Ok(Imported { outcome: Outcome::Refused, source, workspace: None, error: Some(e.body()) })
+            }
+            Err(e) => Err(e),
+        }
+    };
+    let workspaces = registry.workspaces.into_iter().map(import_one).collect::<Result<_>>()?;
+    Ok(Import { ok: true, workspaces })
+}
+
+fn is_remote(entry: &Entry) -> bool {
+    entry.workspace_type.as_deref() == Some("remote")
+}
+
+fn source(entry: &Entry) -> String {
+    if is_remote(entry) { entry.base_url.clone() } else { entry.path.clone() }.unwrap_or_default()
+}
+
+fn add(client: &Client, there: &HashMap<String, Arc<Workspace>>, entry: Entry) -> Result<(Outcome, Arc<Workspace>)> {
+    let source = source(&entry);
+    let place = match is_remote(&entry) {
+        true => Place::remote(&source, entry.directory.as_deref())?,
+        false => Place::local(Path::new(&source))?,
+    };
+    if let Some(workspace) = there.get(&place.id()) {
+        return Ok((Outcome::Kept, workspace.clone()));
+    }
+    let ask = |name: Option<String>| -> Result<WorkspaceReply> {
+        match is_remote(&entry) {
+            true => {
+                let body = AddRemote { base_url: source.clone(), directory: entry.directory.clone(), name };
+                client.ask("POST", "/workspaces/remote", &body)
+            }
+            false => client.ask("POST", "/workspaces", &AddLocal { path: source.clone(), name }),
+        }
+    };
+    let name = [&entry.display_name, &entry.name].into_iter().flatten().find(|name| !name.trim().is_empty());
+    let reply = match ask(name.cloned()) {
+        // Another has the name, or it is none for us: it gets one made from where it is.
+        Err(e) if matches!(e.code(), Code::NameTaken | Code::InvalidName) => ask(None),
+        other => other,
+    }?;
+    let outcome = if reply.created == Some(true) { Outcome::Added } else { Outcome::Kept };
+    Ok((outcome, reply.workspace.workspace))
+}
+
+/// Whether it is the entry that is wrong, and not what it was asked of.
+fn is_of_the_entry(e: &Error) -> bool {
+    use Code::*;
+    matches!(
+        e.code(),
+        BadRequest | InvalidUrl | InvalidName | PathNotUtf8 | PathNotDirectory | PathNotFound | PermissionDenied
+    )
+}
