@@ -140,11 +140,9 @@ pub struct Ports {
 }
 
 /// The whole file. The shape is that of OpenWork's own orchestrator, with fields added.
-///
-/// `W` is a workspace, or for a reader in a hurry the part of it that is needed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", bound(serialize = "W: AsRef<Workspace>"))]
-pub struct State<W = Arc<Workspace>> {
+#[serde(rename_all = "camelCase")]
+pub struct State {
     /// Of the shape.
     pub version: u64,
     /// Null when none runs.
@@ -170,22 +168,19 @@ pub struct State<W = Arc<Workspace>> {
     pub previous_id: String,
     /// In the order they were added.
     #[serde(serialize_with = "as_json")]
-    pub workspaces: Vec<W>,
+    pub workspaces: Vec<Arc<Workspace>>,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
 
 /// Each workspace by the JSON it keeps.
-fn as_json<W: AsRef<Workspace>, S: Serializer>(
-    workspaces: &[W],
-    serializer: S,
-) -> std::result::Result<S::Ok, S::Error> {
-    serializer.collect_seq(workspaces.iter().map(|workspace| workspace.as_ref().json()))
+fn as_json<S: Serializer>(workspaces: &[Arc<Workspace>], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(workspaces.iter().map(|workspace| workspace.json()))
 }
 
-impl<W> Default for State<W> {
-    fn default() -> State<W> {
+impl Default for State {
+    fn default() -> State {
         State {
             version: VERSION,
             daemon: None,
@@ -201,38 +196,28 @@ impl<W> Default for State<W> {
     }
 }
 
-impl<'j, W: Deserialize<'j>> State<W> {
-    /// What a state file says; one that is not there is an empty registry.
-    ///
-    /// # Errors
-    /// `state_corrupt`, `state_too_new`.
-    pub fn parse(path: &Path, json: Option<&'j [u8]>) -> Result<State<W>> {
-        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
-        let Some(json) = json else { return Ok(State::default()) };
-        match from_json::<State<W>>(json) {
-            Ok(state) if state.version == VERSION => Ok(state),
-            Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
-            Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
-            Err(_) if json.is_empty() => Err(corrupt("the file is empty".to_owned())),
-            Err(e) => {
-                // A newer file may have another shape: its version says so before our shape fails.
-                let version = from_json::<Value>(json).ok().and_then(|v| v.get("version")?.as_u64());
-                Err(match version {
-                    Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
-                    _ => corrupt(format!("not a state file: {e}")),
-                })
-            }
-        }
-    }
-}
-
 impl State {
     /// Reads the state file; one that is not there is an empty registry.
     ///
     /// # Errors
     /// `state_corrupt`, `state_too_new`; nothing is touched.
     pub fn read(path: &Path) -> Result<State> {
-        State::parse(path, read_whole(path)?.as_deref())
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
+        let Some(bytes) = read_whole(path)? else { return Ok(State::default()) };
+        match from_json::<State>(&bytes) {
+            Ok(state) if state.version == VERSION => Ok(state),
+            Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
+            Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
+            Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
+            Err(e) => {
+                // A newer file may have another shape: its version says so before our shape fails.
+                let version = from_json::<Value>(&bytes).ok().and_then(|v| v.get("version")?.as_u64());
+                Err(match version {
+                    Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
+                    _ => corrupt(format!("not a state file: {e}")),
+                })
+            }
+        }
     }
 
     /// The workspace with this id.
@@ -611,10 +596,7 @@ impl Store {
 }
 
 /// The content of a file of ours; `None` when there is none.
-///
-/// # Errors
-/// `state_corrupt` when it cannot be opened or read.
-pub fn read_whole(path: &Path) -> Result<Option<Vec<u8>>> {
+fn read_whole(path: &Path) -> Result<Option<Vec<u8>>> {
     let corrupt = |what: &str, e: io::Error| Error::StateCorrupt { path: path.to_owned(), why: format!("{what}: {e}") };
     let mut file = match open_private(path, OpenOptions::new().read(true)) {
         Ok(file) => file,

@@ -7,13 +7,9 @@ use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::net::Ipv6Addr;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, Builder, available_parallelism};
 
-use rustix::fs::{Access, AtFlags, Mode, OFlags, accessat, open};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
@@ -116,54 +112,6 @@ pub fn location<'a>(path: &'a str, base_url: Option<&'a str>, directory: Option<
         (Some(url), Some(directory)) if !url.is_empty() => format!("{url} {directory}").into(),
         _ => path.into(),
     }
-}
-
-/// Of each of these whether its directory has gone; `directory` says where it is, if it has one.
-/// Looked for on several processors when it is worth it.
-pub fn missing<W: Sync>(workspaces: &[W], directory: impl Fn(&W) -> Option<&str> + Sync) -> Vec<bool> {
-    // A look takes about a microsecond, to start a thread some tens, and it may be late: hence
-    // small parts, which are for whoever comes first.
-    const PART: usize = 500;
-    let parts: Vec<_> = workspaces.chunks(PART).map(|part| (part, OnceLock::new())).collect();
-    let threads = if parts.len() < 3 { 1 } else { available_parallelism().map_or(1, NonZero::get).min(8) };
-    let next = AtomicUsize::new(0);
-    let work = || {
-        while let Some((part, missing)) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let _ = missing.set(missing_of(part.iter().map(&directory)));
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            let _ = Builder::new().spawn_scoped(scope, work);
-        }
-        work();
-    });
-    parts.into_iter().filter_map(|(_, missing)| missing.into_inner()).flatten().collect()
-}
-
-/// Looks for them one after the other; a directory that follows one beside it is looked for from
-/// the one above them, and not from the root.
-fn missing_of<'a>(directories: impl ExactSizeIterator<Item = Option<&'a str>>) -> Vec<bool> {
-    let (mut above, mut opened, mut place) = ("", None, String::new());
-    let is_missing = |directory: Option<&'a str>| {
-        let Some(directory) = directory else { return false };
-        let (parent, name) = directory.rsplit_once('/').unwrap_or_default();
-        if parent != above {
-            (above, opened) = (parent, None);
-        } else if opened.is_none() && !parent.is_empty() {
-            opened = open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok();
-        }
-        match &opened {
-            Some(above) => {
-                // With the slash it is a directory, or an error.
-                place.clear();
-                place.extend([name, "/"]);
-                accessat(above, &*place, Access::EXISTS, AtFlags::empty()).is_err()
-            }
-            None => !Path::new(directory).is_dir(),
-        }
-    };
-    directories.map(is_missing).collect()
 }
 
 /// What is to be added, checked.

@@ -335,7 +335,7 @@ impl Client {
 }
 
 /// What a daemon of ours says.
-fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
+pub fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
     from_json(reply).map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
 }
 

@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use self::client::{Client, failure, to_json};
+use self::client::{Client, decode, failure, to_json};
 use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
 use crate::args::{self, Command, Invocation};
 use crate::daemon;
@@ -31,12 +31,12 @@ use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
 use crate::process::{self, Process};
-use crate::state::{self, State};
+use crate::state::State;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename, Shutdown,
     WorkspaceList, WorkspaceReply,
 };
-use crate::workspace::{Kind, Workspace, location, looks_like_path, missing};
+use crate::workspace::{Workspace, location, looks_like_path};
 
 /// The hidden command by which a client starts a daemon in the background.
 pub const DETACHED_COMMAND: &str = "__daemon";
@@ -334,42 +334,44 @@ fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> 
     print_added(out, &reply)
 }
 
-/// A workspace in a list for people, all of it borrowed from the file: there may be ten thousand.
+/// What is shown of a workspace in a list: there may be ten thousand.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[expect(dead_code, reason = "what is not shown has to be of its shape all the same")]
 struct Row<'a> {
     #[serde(borrow)]
     id: Cow<'a, str>,
-    #[serde(borrow, default)]
+    #[serde(borrow)]
     name: Cow<'a, str>,
-    #[serde(borrow, default)]
+    #[serde(borrow)]
     path: Cow<'a, str>,
-    #[serde(default)]
-    workspace_type: Kind,
     base_url: Option<String>,
     directory: Option<String>,
-    created_at: Option<u64>,
-    last_used_at: Option<u64>,
+    #[serde(default)]
+    missing: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Rows<'a> {
+    active_id: String,
+    #[serde(borrow)]
+    workspaces: Vec<Row<'a>>,
 }
 
 fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
-    let path = client.data_dir.state();
+    let list = match client.read_bytes("/workspaces")? {
+        Some(list) => list,
+        None => {
+            let state = State::read(&client.data_dir.state())?;
+            let workspaces = Listed::all(&state.workspaces);
+            to_json(&WorkspaceList { ok: true, active_id: state.active_id, workspaces })?
+        }
+    };
     if out.is_json() {
-        let list = match client.read_bytes("/workspaces")? {
-            Some(list) => list,
-            None => {
-                let state = State::read(&path)?;
-                let workspaces = Listed::all(&state.workspaces);
-                to_json(&WorkspaceList { ok: true, active_id: state.active_id, workspaces })?
-            }
-        };
         out.write(&list)?;
         return out.write(b"\n");
     }
-    // What is shown here is in the file before the daemon says that it is done.
-    let file = state::read_whole(&path)?;
-    let State { active_id, workspaces, .. } = State::<Row>::parse(&path, file.as_deref())?;
+    let Rows { active_id, workspaces } = decode(&list)?;
     if quiet {
         let ids: String = workspaces.iter().map(|row| format!("{}\n", clean(&row.id))).collect();
         return out.write(ids.as_bytes());
@@ -378,11 +380,10 @@ fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
         note("no workspaces yet: add one with `openwork workspace add <path>`\n");
         return Ok(());
     }
-    let missing = missing(&workspaces, |row| (row.workspace_type == Kind::Local).then_some(&*row.path));
-    let rows = workspaces.iter().zip(missing.iter()).map(|(row, &missing)| {
+    let rows = workspaces.iter().map(|row| {
         let mark = if row.id == active_id { "*" } else { "" };
         let mut place = location(&row.path, row.base_url.as_deref(), row.directory.as_deref());
-        if missing {
+        if row.missing {
             place += " (missing)";
         }
         [mark.into(), Cow::from(&*row.name), Cow::from(&*row.id), place]
