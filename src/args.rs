@@ -295,13 +295,13 @@ pub fn wants_json(argv: &[OsString]) -> bool {
 /// # Errors
 /// `usage`, with the nearest known word.
 pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Result<Invocation> {
-    let Tokens { given, mut words, trailing } = tokens(argv)?;
+    let Tokens { given, mut words, mut trailing } = tokens(argv)?;
     let has = |name: &str| given.iter().any(|(row, _)| row.name == name);
     // Where arguments are for opencode, they are behind `--`; elsewhere those are like others.
     let passes_on =
         matches!(find_command(&words), Ok((Some(CommandRow { kind: CommandKind::Attach | CommandKind::Run, .. }), _)));
     if !passes_on {
-        words.extend(&trailing);
+        words.append(&mut trailing);
     }
     let (row, args) = find_command(&words)?;
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
@@ -512,11 +512,26 @@ fn tokens(argv: &[OsString]) -> Result<Tokens<'_>> {
             continue;
         }
         let lossy = arg.to_string_lossy();
-        let (name, attached) = match lossy.split_once('=') {
+        let (name, mut attached) = match lossy.split_once('=') {
             Some((name, _)) if name.starts_with("--") => (name, Some(after(arg, b'='))),
             _ => (&*lossy, None),
         };
-        let row = OPTIONS.iter().find(|row| row.name == name || row.short == Some(name));
+        let find = |name: &str| OPTIONS.iter().find(|row| row.name == name || row.short == Some(name));
+        let mut row = find(name);
+        // Short ones together, the last perhaps with its value: `-fn5`.
+        if row.is_none() && !bytes.starts_with(b"--") {
+            for (at, letter) in bytes.iter().enumerate().skip(1) {
+                let behind = &bytes[at + 1..];
+                row = find(&format!("-{}", char::from(*letter)));
+                match row {
+                    Some(short) if short.value.is_none() && !behind.is_empty() => tokens.given.push((short, None)),
+                    _ => {
+                        attached = Some(OsString::from_vec(behind.to_vec())).filter(|value| !value.is_empty());
+                        break;
+                    }
+                }
+            }
+        }
         let row = row.ok_or_else(|| unknown("option", name, OPTIONS.iter().map(|row| row.name)))?;
         let value = match (row.value, attached) {
             (None, None) => None,
@@ -574,6 +589,14 @@ pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static Comma
         }
         (None, false, _) => {
             let given = words[0].to_string_lossy();
+            // The second word of a command alone: `ls`, `add`.
+            let is_meant = |row: &&CommandRow| row.name.split_once(' ').is_some_and(|(_, second)| second == first);
+            if let Some(row) = COMMANDS.iter().find(is_meant) {
+                return Err(Error::Usage {
+                    message: format!("unknown command `{given}`"),
+                    hint: Some(format!("did you mean `{}`?", row.name)),
+                });
+            }
             let names = COMMANDS.iter().flat_map(|row| [row.name, row.name.split(' ').next().unwrap_or_default()]);
             Err(unknown("command", &given, names))
         }
@@ -610,6 +633,9 @@ fn daemon_options(value: &impl Fn(&str) -> Option<OsString>, origins: Vec<OsStri
     }
     let port = |name| value(name).map(|port| self::port(name, &port)).transpose();
     let binary = value("--opencode-bin").map(PathBuf::from);
+    if binary.as_ref().is_some_and(|binary| binary.as_os_str().is_empty()) {
+        return Err(Error::usage("--opencode-bin needs a value (FILE)"));
+    }
     let origins = origins.into_iter().map(origin).collect::<Result<_>>()?;
     let engine = EngineOptions { binary, port: port("--opencode-port")? };
     let idle_ttl = match value("--idle-ttl") {
@@ -645,7 +671,7 @@ fn seconds(value: &OsStr) -> Result<Duration> {
     let seconds = value.to_str().and_then(|text| text.parse::<f64>().ok()).filter(|s| *s > 0.0 && *s <= 86_400.0);
     seconds
         .map(Duration::from_secs_f64)
-        .ok_or_else(|| Error::usage(format!("--timeout: {} is not a number of seconds above 0", shown(value))))
+        .ok_or_else(|| Error::usage(format!("--timeout: {} is not a number of seconds, up to a day", shown(value))))
 }
 
 /// `90s`, `30m`, `2h`, `1d`; `0` is nothing.
@@ -664,7 +690,8 @@ fn duration(option: &str, value: &OsStr) -> Result<Duration> {
     // Ten years are for ever, and a time so far away still can be reckoned with.
     let seconds = seconds.filter(|seconds| *seconds <= 10 * 365 * 86_400);
     seconds.map(Duration::from_secs).ok_or_else(|| {
-        Error::usage(format!("{}: {} is not a duration (90s, 30m, 2h; 0 is never)", spelled(option), shown(value)))
+        let (option, value) = (spelled(option), shown(value));
+        Error::usage(format!("{option}: {value} is not a duration (90s, 30m, 2h, 1d; at most ten years; 0 is never)"))
     })
 }
 
@@ -698,10 +725,13 @@ fn not_one_of(what: &str, given: &str, known: &str) -> Error {
 
 /// An unknown word, with the nearest known one if it is near.
 fn unknown<'k>(what: &str, given: &str, known: impl Iterator<Item = &'k str>) -> Error {
-    // Of two equally near, the one of the same length: letters are swapped more often than left out.
-    let nearest = known.map(|word| (distance(given, word), given.len().abs_diff(word.len()), word)).min();
+    // Of two equally near, the one that was only begun, then the one of the same length: letters are
+    // swapped more often than left out.
+    let rank =
+        |word: &'k str| (distance(given, word), !word.starts_with(given), given.len().abs_diff(word.len()), word);
+    let nearest = known.map(rank).min();
     // Further away than a third of the word is another word.
-    let near = nearest.filter(|(distance, _, word)| *distance <= word.chars().count().div_ceil(3));
+    let near = nearest.filter(|(distance, .., word)| *distance <= word.chars().count().div_ceil(3));
     Error::Usage {
         message: format!("unknown {what} `{given}`"),
         hint: Some(match near {

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::paths::AUTH_FILE;
+
 macro_rules! codes {
     ($($variant:ident $name:literal $exit:literal [$($http:literal),*],)*) => {
         /// The stable name of a kind of failure.
@@ -255,6 +257,7 @@ impl Error {
             Error::Refused { .. } => Code::BadRequest,
             Error::Reported { code, .. } => *code,
             Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Code::PermissionDenied,
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory => Code::PathNotDirectory,
             Error::Io { .. } => Code::Internal,
         }
     }
@@ -276,6 +279,9 @@ impl Error {
             Error::NameTaken { .. } => "choose another name, or rename that workspace first",
             Error::InstanceBusy { .. } => "wait for the session to end, or use --force",
             Error::PortInUse { .. } => "choose another port, or leave the option out to have a free one taken",
+            Error::StateCorrupt { path, .. } if path.ends_with(AUTH_FILE) => {
+                "nothing was changed; put the file back, or end opencode and remove it: another password is made then"
+            }
             Error::StateCorrupt { .. } => {
                 "nothing was changed; `openwork state repair` saves what can be read of a state file"
             }
@@ -316,10 +322,10 @@ impl fmt::Display for Error {
             Error::BadRequest(why) => write!(f, "{why}"),
             Error::InvalidUrl { url, why } => write!(f, "not a base URL: {url:?}: {why}"),
             Error::InvalidName { name, why } => write!(f, "not a name for a workspace: {name:?}: {why}"),
-            Error::PathNotUtf8(path) => write!(f, "the path is not UTF-8 without NUL: {}", path.display()),
-            Error::PathNotDirectory(path) => write!(f, "not a directory: {}", path.display()),
-            Error::PathNotFound(path) => write!(f, "no such directory: {}", path.display()),
-            Error::PermissionDenied { what, path } => write!(f, "{what}: {}", path.display()),
+            Error::PathNotUtf8(path) => write!(f, "the path is not UTF-8 without NUL: {}", shown(path)),
+            Error::PathNotDirectory(path) => write!(f, "not a directory: {}", shown(path)),
+            Error::PathNotFound(path) => write!(f, "no such directory: {}", shown(path)),
+            Error::PermissionDenied { what, path } => write!(f, "{what}: {}", shown(path)),
             Error::ForbiddenHost(host) => write!(f, "requests for host {host:?} are not answered here"),
             Error::ForbiddenOrigin(origin) => write!(f, "requests from the web page {origin:?} are not answered"),
             Error::ForbiddenUser => write!(f, "only the user whose daemon this is may ask it"),
@@ -340,12 +346,12 @@ impl fmt::Display for Error {
             Error::UnsupportedMediaType(found) => write!(f, "the body must be application/json, not {found:?}"),
             Error::Overloaded(what) => write!(f, "too many {what} at once"),
             Error::PortInUse { port, option } => write!(f, "port {port} ({option}) is in use"),
-            Error::StateCorrupt { path, why } => write!(f, "{}: {why}", path.display()),
+            Error::StateCorrupt { path, why } => write!(f, "{}: {why}", shown(path)),
             Error::StateTooNew { path, version } => {
-                write!(f, "{}: version {version} is newer than this openwork", path.display())
+                write!(f, "{}: version {version} is newer than this openwork", shown(path))
             }
             Error::StateWriteFailed { what, path, source } | Error::Io { what, path, source } => {
-                write!(f, "cannot {what} {}: {source}", path.display())
+                write!(f, "cannot {what} {}: {source}", shown(path))
             }
             Error::DaemonStartFailed(why) => write!(f, "the daemon did not start: {why}"),
             Error::DaemonUnresponsive(why) => write!(f, "the daemon does not answer: {why}"),
@@ -358,7 +364,7 @@ impl fmt::Display for Error {
             Error::NoActiveWorkspace => write!(f, "no workspace is active"),
             Error::OpencodeNotFound(why) => write!(f, "no opencode to start: {why}"),
             Error::OpencodeUnsupported { path, version } => {
-                write!(f, "{} is version {version:?}, and only 1.x is supported", path.display())
+                write!(f, "{} is version {version:?}, and only 1.x is supported", shown(path))
             }
             Error::OpencodeStartFailed(why) => write!(f, "opencode did not start: {why}"),
             Error::OpencodeAuthFailed(port) => {
@@ -371,6 +377,11 @@ impl fmt::Display for Error {
             Error::Reported { body, .. } => write!(f, "{}", body.message),
         }
     }
+}
+
+/// A path without the control characters that a name can have, which would make other lines of it.
+fn shown(path: &Path) -> String {
+    path.to_string_lossy().replace(char::is_control, "\u{fffd}")
 }
 
 impl std::error::Error for Error {

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::paths::open_private;
 use crate::state::{EngineRecord, State, write_whole};
-use crate::workspace::{Place, Workspace};
+use crate::workspace::{Place, Workspace, is_id};
 
 /// What was done.
 #[derive(Debug, Serialize)]
@@ -27,7 +27,7 @@ pub struct Repair {
     /// False when there was nothing to do.
     pub repaired: bool,
     /// Where the original is now.
-    pub original: Option<PathBuf>,
+    pub original: Option<String>,
     /// What was wrong with it.
     pub problem: Option<String>,
     /// The workspaces that were saved.
@@ -57,18 +57,22 @@ pub fn repair(path: &Path) -> Result<Repair> {
         Err(Error::StateCorrupt { why, .. }) => why,
         Err(other) => return Err(other),
     };
+    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink()) {
+        let what = "a link is not followed, put the file itself here".to_owned();
+        return Err(Error::PermissionDenied { what, path: path.to_owned() });
+    }
     let mut bytes = Vec::new();
     let read = open_private(path, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut bytes));
     let (state, refused) = match read {
         Ok(_) => salvage(&bytes),
-        // A directory, a link, a device: there is nothing in it to save.
+        // A directory, a device: there is nothing in it to save.
         Err(e) if e.kind() != io::ErrorKind::PermissionDenied => (State::default(), Vec::new()),
         Err(e) => return Err(Error::io("read", path, e)),
     };
-    let original = keep(path)?;
+    let original = Some(keep(path)?.to_string_lossy().into_owned());
     write_whole(path, &state)?;
     let workspaces = state.workspaces;
-    Ok(Repair { ok: true, repaired: true, original: Some(original), problem: Some(problem), workspaces, refused })
+    Ok(Repair { ok: true, repaired: true, original, problem: Some(problem), workspaces, refused })
 }
 
 /// Gives the original another name; until the new file is there it keeps the old one too, if
@@ -93,7 +97,7 @@ fn salvage(bytes: &[u8]) -> (State, Vec<String>) {
         let mut values = serde_json::Deserializer::from_slice(&bytes[at..]).into_iter::<Map<String, Value>>();
         let length = match values.next() {
             Some(Ok(object)) if is_workspace(&object) => {
-                match workspace(object) {
+                match workspace(object, |name| state.free_name(name)) {
                     Ok(found) if state.get(&found.id).is_none() => state.workspaces.push(Arc::new(found)),
                     Ok(found) => refused.push(format!("{}: there twice", found.id)),
                     Err(why) => refused.push(why),
@@ -109,6 +113,20 @@ fn salvage(bytes: &[u8]) -> (State, Vec<String>) {
             _ => 1,
         };
         at += length;
+    }
+    // A file that is JSON has its other fields where they belong.
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(mut whole)) => {
+            state.binaries = whole.remove("binaries").and_then(|binaries| serde_json::from_value(binaries).ok());
+            state.extra = whole.into_iter().filter(|(name, _)| !FIELDS.contains(&&**name)).collect();
+        }
+        Ok(_) => {}
+        Err(_) => refused.push("fields beside the workspaces: they are in the original only".to_owned()),
+    }
+    for id in ids(bytes) {
+        if state.get(&id).is_none() && !refused.iter().any(|refused| refused.contains(&id)) {
+            refused.push(format!("{id}: what is said of it cannot be read"));
+        }
     }
     // So that addresses stay the same.
     state.ports = value_after(bytes, "ports").unwrap_or_default();
@@ -128,7 +146,10 @@ fn is_workspace(object: &Map<String, Value>) -> bool {
 
 /// The workspace that an object is; of fields that are not as they should be, those are taken out
 /// that it can be without.
-fn workspace(mut object: Map<String, Value>) -> std::result::Result<Workspace, String> {
+fn workspace(
+    mut object: Map<String, Value>,
+    free_name: impl FnOnce(String) -> String,
+) -> std::result::Result<Workspace, String> {
     let text = |object: &Map<String, Value>, name: &str| object.get(name).and_then(Value::as_str).map(str::to_owned);
     for time in ["createdAt", "lastUsedAt"] {
         if object.get(time).is_some_and(|value| !value.is_u64()) {
@@ -149,17 +170,36 @@ fn workspace(mut object: Map<String, Value>) -> std::result::Result<Workspace, S
     };
     let (id, name) = (text(&object, "id"), text(&object, "name"));
     object.insert("id".to_owned(), id.filter(|id| !id.is_empty()).unwrap_or_else(|| place.id()).into());
-    object.insert("name".to_owned(), name.unwrap_or_else(|| place.derived_name()).into());
+    object.insert("name".to_owned(), name.unwrap_or_else(|| free_name(place.derived_name())).into());
     let described = object.get("id").cloned().unwrap_or_default();
     serde_json::from_value(object.into()).map_err(|e| format!("{described}: {e}"))
 }
 
+/// The fields of a state file that are looked for by themselves.
+const FIELDS: [&str; 9] =
+    ["version", "daemon", "opencode", "binaries", "cliVersion", "ports", "activeId", "previousId", "workspaces"];
+
+/// The values behind the fields of this name.
+fn values_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> impl Iterator<Item = T> {
+    let field = format!("\"{name}\"");
+    let fields = (0..bytes.len()).filter(move |at| bytes[*at..].starts_with(field.as_bytes())).map({
+        let length = name.len() + 2;
+        move |at| at + length
+    });
+    fields.filter_map(|at| {
+        let rest = bytes[at..].trim_ascii_start().strip_prefix(b":")?;
+        serde_json::Deserializer::from_slice(rest).into_iter::<T>().next()?.ok()
+    })
+}
+
 /// The value behind the first field of this name.
 fn value_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> Option<T> {
-    let field = format!("\"{name}\"");
-    let at = bytes.windows(field.len()).position(|window| window == field.as_bytes())? + field.len();
-    let rest = bytes[at..].trim_ascii_start().strip_prefix(b":")?;
-    serde_json::Deserializer::from_slice(rest).into_iter::<T>().next()?.ok()
+    values_after(bytes, name).next()
+}
+
+/// The ids of workspaces in the bytes, whatever stands around them.
+fn ids(bytes: &[u8]) -> impl Iterator<Item = String> {
+    values_after::<String>(bytes, "id").filter(|id| is_id(id))
 }
 
 #[cfg(test)]
@@ -177,7 +217,8 @@ mod tests {
         for cut in 0..WHOLE.len() {
             let (state, refused) = salvage(&WHOLE.as_bytes()[..cut]);
             let ends = WHOLE.match_indices("}\n").chain(WHOLE.match_indices("},\n")).count();
-            assert!(ends > 0 && refused.is_empty(), "cut at {cut}: {refused:?}");
+            assert!(ends > 0, "the text has another form now");
+            assert!(refused.len() == 1 && refused[0].starts_with("fields beside"), "cut at {cut}: {refused:?}");
             for (id, last) in [("ws-1", "\"other\":{\"x\":[1]}}"), ("ws-2", "\"https://b\"}")] {
                 let end = WHOLE.find(last).unwrap() + last.len();
                 assert_eq!(state.get(id).is_some(), cut >= end, "{id}, cut at {cut}");
@@ -193,6 +234,33 @@ mod tests {
         assert_eq!(state.active_id, "ws-2");
         assert_eq!(state.opencode.unwrap().engine_id, "e");
         assert_eq!(state.workspaces[0].extra["other"]["x"][0], 1);
+    }
+
+    #[test]
+    fn what_is_lost_is_named() {
+        let entry = r#"{"id":"ws-0123456789ab","name":"a","path":"/a"}"#;
+        for broken in [
+            entry.replace("\"a\",", "\"a\""),
+            entry.replace("\"a\"", "\"\\ud83d\""),
+            entry.replace(",\"path", ""),
+            entry[..40].to_owned(),
+        ] {
+            let (state, refused) = salvage(format!("{{\"workspaces\":[{broken}").as_bytes());
+            assert!(state.workspaces.is_empty(), "{broken}");
+            assert!(refused.iter().any(|refused| refused.starts_with("ws-0123456789ab: ")), "{broken}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_beside_the_workspaces_stays() {
+        let (state, refused) = salvage(
+            br#"{"version":1,"activeId":null,"future":{"a":1},"binaries":{"opencode":{"path":"/o","x":2}},"workspaces":[
+                {"id":"ws-1","name":null,"path":"/x/b"},{"id":"ws-2","name":null,"path":"/y/b"}]}"#,
+        );
+        assert_eq!(refused, [""; 0]);
+        assert_eq!(state.extra["future"]["a"], 1);
+        assert_eq!(state.binaries.unwrap().opencode.unwrap().extra["x"], 2);
+        assert_eq!((&*state.workspaces[0].name, &*state.workspaces[1].name), ("b", "b-2"));
     }
 
     #[test]

@@ -129,7 +129,7 @@ pub struct Binaries {
 }
 
 /// The ports last used, so that addresses stay the same; 0 is none yet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Ports {
     /// The daemon's.
     #[serde(default)]
@@ -137,6 +137,9 @@ pub struct Ports {
     /// opencode's.
     #[serde(default)]
     pub opencode: u16,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
 }
 
 /// The whole file. The shape is that of OpenWork's own orchestrator, with fields added.
@@ -245,14 +248,19 @@ impl State {
             "" => return Err(not_found()),
             _ => {}
         }
-        let exact = |test: fn(&Workspace) -> &str| self.workspaces.iter().find(|w| test(w) == selector);
-        if let Some(found) = exact(|w| &w.id).or_else(|| exact(|w| &w.name)) {
+        if let Some(found) = self.get(selector) {
             return Ok(found);
         }
+        // Names are unique here, but perhaps not in the file of another program.
+        let named: Vec<_> = self.workspaces.iter().filter(|w| w.name == selector).collect();
+        match named[..] {
+            [] => {}
+            [one] => return Ok(one),
+            _ => return Err(ambiguous(selector, &named)),
+        }
         if workspace::looks_like_path(selector) {
-            let path = workspace::resolve_as_far_as_possible(Path::new(selector));
-            let containing = self.workspaces.iter().filter(|w| w.is_local() && path.starts_with(&w.path));
-            return containing.max_by_key(|w| w.path.len()).ok_or_else(not_found);
+            let path = Path::new(selector);
+            return path.is_absolute().then(|| self.containing(path)).flatten().ok_or_else(not_found);
         }
         // Every id begins with `ws-`: that much of it says nothing.
         let is_prefix = |w: &&Arc<Workspace>| {
@@ -262,15 +270,22 @@ impl State {
         match candidates[..] {
             [] => Err(not_found()),
             [one] => Ok(one),
-            _ => {
-                let mut shown: Vec<String> =
-                    candidates.iter().take(SHOWN_CANDIDATES).map(|w| format!("{} ({})", w.name, w.id)).collect();
-                if candidates.len() > SHOWN_CANDIDATES {
-                    shown.push(format!("and {} more", candidates.len() - SHOWN_CANDIDATES));
-                }
-                Err(Error::WorkspaceAmbiguous { selector: selector.to_owned(), candidates: shown })
-            }
+            _ => Err(ambiguous(selector, &candidates)),
         }
+    }
+
+    /// The workspace that is this directory or contains it, the deepest first.
+    fn containing(&self, path: &Path) -> Option<&Arc<Workspace>> {
+        let path = workspace::resolve_as_far_as_possible(path);
+        let local = || self.workspaces.iter().filter(|w| w.is_local() && !w.path.is_empty());
+        let depth = |path: &Path| path.components().count();
+        let stored = local().filter(|w| path.starts_with(&w.path)).max_by_key(|w| depth(Path::new(&w.path)));
+        // Another program may have stored a path with a link in it, or a link has come since.
+        stored.or_else(|| {
+            let resolved = local().filter_map(|w| Some((fs::canonicalize(&w.path).ok()?, w)));
+            let containing = resolved.filter(|(at, _)| path.starts_with(at));
+            containing.max_by_key(|(at, _)| depth(at)).map(|(_, w)| w)
+        })
     }
 
     /// Adds what is not there; what is there only gets the name, if one was given.
@@ -279,13 +294,13 @@ impl State {
     /// # Errors
     /// `invalid_name`, `name_taken`.
     pub fn add(&mut self, place: Place, name: Option<&str>) -> Result<(Arc<Workspace>, bool)> {
-        let id = place.id();
-        if let Some(existing) = self.get(&id).cloned() {
+        if let Some(existing) = place.entry(&self.workspaces).cloned() {
+            let id = existing.id.clone();
             return Ok((name.map_or(Ok(existing), |name| self.rename(&id, name))?, false));
         }
         let name = match name {
             Some(name) => {
-                self.check_free_name(name, &id)?;
+                self.check_free_name(name, &place.id())?;
                 name.to_owned()
             }
             None => self.free_name(place.derived_name()),
@@ -350,7 +365,7 @@ impl State {
     }
 
     /// The name itself, or with `-2`, `-3`, … when it is taken.
-    fn free_name(&self, name: String) -> String {
+    pub fn free_name(&self, name: String) -> String {
         let taken: std::collections::HashSet<&str> = self.workspaces.iter().map(|w| w.name.as_str()).collect();
         if !taken.contains(name.as_str()) {
             return name;
@@ -362,6 +377,14 @@ impl State {
         };
         (2..).map(numbered).find(|name| !taken.contains(name.as_str())).unwrap_or(name)
     }
+}
+
+/// The selector could mean any of these.
+fn ambiguous(selector: &str, candidates: &[&Arc<Workspace>]) -> Error {
+    let shown = candidates.iter().take(SHOWN_CANDIDATES).map(|w| format!("{} ({})", w.name, w.id));
+    let rest = candidates.len().checked_sub(SHOWN_CANDIDATES).filter(|rest| *rest > 0);
+    let candidates = shown.chain(rest.map(|rest| format!("and {rest} more"))).collect();
+    Error::WorkspaceAmbiguous { selector: selector.to_owned(), candidates }
 }
 
 /// The credentials of opencode: made once, kept.

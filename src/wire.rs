@@ -182,15 +182,18 @@ pub struct Listed {
 
 impl Serialize for Listed {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(Serialize)]
-        struct Missing<'a> {
-            #[serde(flatten)]
-            workspace: &'a Workspace,
-            missing: bool,
-        }
-        match self.missing {
-            false => self.workspace.json().serialize(serializer),
-            true => Missing { workspace: &self.workspace, missing: true }.serialize(serializer),
+        const FIELD: &str = "missing";
+        match (self.missing, self.workspace.extra.contains_key(FIELD)) {
+            (false, false) => self.workspace.json().serialize(serializer),
+            (missing, _) => {
+                // A field of this name in the file would be there twice, and say something else.
+                let mut workspace = Workspace::clone(&self.workspace);
+                workspace.extra.remove(FIELD);
+                if missing {
+                    workspace.extra.insert(FIELD.to_owned(), true.into());
+                }
+                workspace.serialize(serializer)
+            }
         }
     }
 }

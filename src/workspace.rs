@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::net::Ipv6Addr;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
@@ -101,16 +101,16 @@ impl Workspace {
 
     /// Where it is, for people.
     pub fn location(&self) -> String {
-        location(&self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()
+        location(self.workspace_type, &self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()
     }
 }
 
 /// Where a workspace is, for people: its path, or its URL and the directory there.
-pub fn location<'a>(path: &'a str, base_url: Option<&'a str>, directory: Option<&str>) -> Cow<'a, str> {
-    match (base_url, directory) {
-        (Some(url), None | Some("")) if !url.is_empty() => url.into(),
-        (Some(url), Some(directory)) if !url.is_empty() => format!("{url} {directory}").into(),
-        _ => path.into(),
+pub fn location<'a>(kind: Kind, path: &'a str, base_url: Option<&'a str>, directory: Option<&str>) -> Cow<'a, str> {
+    match (kind, base_url, directory) {
+        (Kind::Remote, Some(url), None | Some("")) => url.into(),
+        (Kind::Remote, Some(url), Some(directory)) => format!("{url} {directory}").into(),
+        (Kind::Remote, None, _) | (Kind::Local, ..) => path.into(),
     }
 }
 
@@ -163,6 +163,26 @@ impl Place {
         let mut hex = hash.digest().to_string();
         hex.truncate(12);
         format!("ws-{hex}")
+    }
+
+    /// The entry of this place, if there is one: by its id, or, when another program has made the
+    /// entry, by where it is, perhaps through a link.
+    pub fn entry<'w>(&self, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
+        let id = self.id();
+        let is_it = |w: &&Arc<Workspace>| match self {
+            Place::Local(path) => w.is_local() && w.path == *path,
+            Place::Remote { base_url, directory } => {
+                !w.is_local()
+                    && w.base_url.as_ref() == Some(base_url)
+                    && w.directory.as_deref().unwrap_or_default() == directory.as_deref().unwrap_or_default()
+            }
+        };
+        let leads_there = |w: &&Arc<Workspace>| match self {
+            Place::Local(path) => w.is_local() && fs::canonicalize(&w.path).is_ok_and(|at| at == Path::new(path)),
+            Place::Remote { .. } => false,
+        };
+        let find = |is: &dyn Fn(&&'w Arc<Workspace>) -> bool| workspaces.iter().find(is);
+        find(&|w| w.id == id).or_else(|| find(&is_it)).or_else(|| find(&leads_there))
     }
 
     /// The name it has when none is given: the last part of the path, or the host; what a name
@@ -246,7 +266,7 @@ pub fn is_unprintable(c: char) -> bool {
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-fn is_id(name: &str) -> bool {
+pub fn is_id(name: &str) -> bool {
     name.strip_prefix("ws-")
         .is_some_and(|hex| hex.len() == 12 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
@@ -331,17 +351,19 @@ pub fn looks_like_path(selector: &str) -> bool {
 }
 
 /// The path with links resolved as far as it exists: a workspace whose directory has gone can
-/// still be named by it.
+/// still be named by it. Where nothing exists there are no links, and `..` is the part above.
 pub fn resolve_as_far_as_possible(path: &Path) -> PathBuf {
-    for ancestor in path.ancestors() {
-        if let Ok(resolved) = fs::canonicalize(ancestor) {
-            return match path.strip_prefix(ancestor) {
-                Ok(rest) if !rest.as_os_str().is_empty() => resolved.join(rest),
-                _ => resolved,
-            };
+    let resolved = path.ancestors().find_map(|ancestor| Some((fs::canonicalize(ancestor).ok()?, ancestor)));
+    let Some((mut resolved, ancestor)) = resolved else { return path.to_owned() };
+    for component in path.strip_prefix(ancestor).into_iter().flat_map(Path::components) {
+        match component {
+            Component::ParentDir => {
+                resolved.pop();
+            }
+            component => resolved.push(component),
         }
     }
-    path.to_owned()
+    resolved
 }
 
 #[cfg(test)]

@@ -251,7 +251,7 @@ impl Client {
         let length = body.len().to_string();
         let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
         let response =
-            self.open(address, method, target, &headers, Some(self.deadline), |stream| stream.write_all(body))?;
+            self.open(address, method, target, &headers, Some(self.deadline), |stream| Ok(stream.write_all(body)))?;
         let status = response.status;
         let reply = response.bytes(REPLY_LIMIT).map_err(|e| self.lost(address, &e))?;
         if (200..300).contains(&status) {
@@ -263,7 +263,8 @@ impl Client {
     /// Sends a request; the reply with its head read, which the deadline is for, if there is one.
     ///
     /// # Errors
-    /// `daemon_unresponsive`; `daemon_not_running` when it ends instead.
+    /// `daemon_unresponsive`; `daemon_not_running` when it ends instead; those of `write_body`,
+    /// which keep a request from being whole.
     pub fn open(
         &self,
         address: Address,
@@ -271,7 +272,7 @@ impl Client {
         target: &str,
         headers: &[(&str, &str)],
         deadline: Option<Instant>,
-        write_body: impl FnOnce(&mut Timed<TcpStream>) -> io::Result<()>,
+        write_body: impl FnOnce(&mut Timed<TcpStream>) -> Result<io::Result<()>>,
     ) -> Result<Response<Timed<TcpStream>>> {
         let rest = |deadline: Instant| deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let timeout = deadline.map(|deadline| format!("{:.3}", rest(deadline).as_secs_f64()));
@@ -279,7 +280,10 @@ impl Client {
         all.extend(timeout.as_deref().map(|timeout| (TIMEOUT_HEADER, timeout)));
         let head = Request { method, target, headers: &all }.head(&format!("127.0.0.1:{}", address.port));
         let mut stream = Timed::new(self.connect(address)?, deadline.map(|deadline| deadline + GRACE));
-        let written = stream.write_all(&head).and_then(|()| write_body(&mut stream));
+        let written = match stream.write_all(&head) {
+            Ok(()) => write_body(&mut stream)?,
+            other => other,
+        };
         match (written, Response::read(stream, method)) {
             // A body that was refused is answered all the same.
             (_, Ok(response)) => Ok(response),

@@ -4,7 +4,6 @@
 //! Both are an object with a list `workspaces`; an entry of the desktop's has a `displayName` too,
 //! may lack any field or have null in it, and may hold tokens, which are neither taken nor printed.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -94,8 +93,7 @@ pub fn import(client: &Client, file: &Path) -> Result<Import> {
     let registry: Registry = from_json(&bytes)
         .map_err(|e| Error::BadRequest(format!("{} is no list of workspaces: {e}", file.display())))?;
     let list: WorkspaceList = client.ask("GET", "/workspaces", &())?;
-    let there = list.workspaces.into_iter().map(|listed| (listed.workspace.id.clone(), listed.workspace));
-    let there: HashMap<String, Arc<Workspace>> = there.collect();
+    let there: Vec<_> = list.workspaces.into_iter().map(|listed| listed.workspace).collect();
     let import_one = |entry: Value| {
         let entry = serde_json::from_value(entry)
             .map_err(|e| (String::new(), Error::BadRequest(format!("not a workspace: {e}"))));
@@ -123,13 +121,13 @@ fn source(entry: &Entry) -> String {
     if is_remote(entry) { entry.base_url.clone() } else { entry.path.clone() }.unwrap_or_default()
 }
 
-fn add(client: &Client, there: &HashMap<String, Arc<Workspace>>, entry: Entry) -> Result<(Outcome, Arc<Workspace>)> {
+fn add(client: &Client, there: &[Arc<Workspace>], entry: Entry) -> Result<(Outcome, Arc<Workspace>)> {
     let source = source(&entry);
     let place = match is_remote(&entry) {
         true => Place::remote(&source, entry.directory.as_deref())?,
         false => Place::local(Path::new(&source))?,
     };
-    if let Some(workspace) = there.get(&place.id()) {
+    if let Some(workspace) = place.entry(there) {
         return Ok((Outcome::Kept, workspace.clone()));
     }
     let ask = |name: Option<String>| -> Result<WorkspaceReply> {

@@ -38,7 +38,7 @@ pub fn print(client: &Client, out: &mut Output, log: Log, follow: bool, last: Op
     let mut position = 0;
     let mut lines = Vec::new();
     match open_private(&path, OpenOptions::new().read(true)) {
-        Ok(file) => position = read_lines(BufReader::new(file), &mut lines).map_err(failed)?,
+        Ok(file) => position = read_lines(BufReader::new(file), follow, &mut lines).map_err(failed)?,
         // No log yet is an empty log.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(failed(e)),
@@ -60,7 +60,7 @@ pub fn print(client: &Client, out: &mut Output, log: Log, follow: bool, last: Op
         }
         file.seek(SeekFrom::Start(position)).map_err(failed)?;
         let mut lines = Vec::new();
-        position += read_lines(BufReader::new(file), &mut lines).map_err(failed)?;
+        position += read_lines(BufReader::new(file), follow, &mut lines).map_err(failed)?;
         if !lines.is_empty() {
             out.write(text(&lines).as_bytes())?;
         }
@@ -68,13 +68,14 @@ pub fn print(client: &Client, out: &mut Output, log: Log, follow: bool, last: Op
     Ok(())
 }
 
-/// Reads lines to the end; how many bytes that were. Bytes that are not UTF-8 are replaced.
-fn read_lines(mut reader: impl BufRead, lines: &mut Vec<String>) -> io::Result<u64> {
+/// Reads lines to the end; how many bytes that were. Bytes that are not UTF-8 are replaced. A line
+/// that is not at its end yet is left where only `whole` ones are wanted.
+fn read_lines(mut reader: impl BufRead, whole: bool, lines: &mut Vec<String>) -> io::Result<u64> {
     let mut length = 0;
     loop {
         let mut line = Vec::new();
         let count = reader.read_until(b'\n', &mut line)?;
-        if count == 0 {
+        if count == 0 || (whole && !line.ends_with(b"\n")) {
             return Ok(length);
         }
         length += count as u64;

@@ -24,7 +24,7 @@ use self::client::{Client, decode, failure, to_json};
 use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
 use crate::args::{self, Command, Invocation};
 use crate::daemon;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::http::percent_encode;
 use crate::lock;
 use crate::log::{now_ms, timestamp};
@@ -36,7 +36,7 @@ use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename, Shutdown,
     WorkspaceList, WorkspaceReply,
 };
-use crate::workspace::{Workspace, location, looks_like_path};
+use crate::workspace::{Kind, Workspace, location, looks_like_path};
 
 /// The hidden command by which a client starts a daemon in the background.
 pub const DETACHED_COMMAND: &str = "__daemon";
@@ -250,30 +250,36 @@ fn stop(client: &Client, out: &mut Output, keep_opencode: bool) -> Result<()> {
 
 /// Stops the daemon; whether one was running.
 fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
-    let address = match client.find()? {
-        Some(address) => address,
-        // A daemon takes over what another has left, and then ends it in good order.
-        // Where it listens meanwhile does not matter.
-        None if !keep_opencode && has_orphan(client) => {
-            client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+    let mut stopped = false;
+    loop {
+        let address = match client.find()? {
+            // Somebody has started another since.
+            Some(_) if stopped => return Ok(true),
+            Some(address) => address,
+            // A daemon takes over what another has left, and then ends it in good order. That other
+            // may have been killed just now, while it was asked to stop.
+            // Where it listens meanwhile does not matter.
+            None if !keep_opencode && has_orphan(client)? => {
+                client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+            }
+            None => return Ok(stopped),
+        };
+        let daemon = process::open(address.pid);
+        match client.ask_at::<Done>(address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
+            Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
+            Err(e) => return Err(e),
         }
-        None => return Ok(false),
-    };
-    let daemon = process::open(address.pid);
-    match client.ask_at::<Done>(address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
-        Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
-        Err(e) => return Err(e),
+        if let Some(daemon) = daemon {
+            client.wait_until_gone(&daemon)?;
+        }
+        stopped = true;
     }
-    if let Some(daemon) = daemon {
-        client.wait_until_gone(&daemon)?;
-    }
-    Ok(true)
 }
 
 /// Whether an opencode lives whose daemon was killed.
-fn has_orphan(client: &Client) -> bool {
-    let engine = State::read(&client.data_dir.state()).ok().and_then(|state| state.opencode);
-    engine.is_some_and(|engine| Process::adopt(&engine.identity()).is_some())
+fn has_orphan(client: &Client) -> Result<bool> {
+    let engine = State::read(&client.data_dir.state())?.opencode;
+    Ok(engine.is_some_and(|engine| Process::adopt(&engine.identity()).is_some()))
 }
 
 fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
@@ -291,7 +297,11 @@ fn status(client: &Client, out: &mut Output) -> Result<()> {
     }
     let active = match health.active_id.as_str() {
         "" => None,
-        _ => client.read::<WorkspaceReply>("/workspaces/@active")?,
+        // It may have been removed since, or be missing in the file of another program.
+        _ => match client.read::<WorkspaceReply>("/workspaces/@active") {
+            Err(e) if e.code().exit_status() == Code::NoActiveWorkspace.exit_status() => None,
+            other => other?,
+        },
     };
     out.print(&health, |health| human_status(health, active.as_ref()))
 }
@@ -344,6 +354,7 @@ struct Row<'a> {
     name: Cow<'a, str>,
     #[serde(borrow)]
     path: Cow<'a, str>,
+    workspace_type: Kind,
     base_url: Option<String>,
     directory: Option<String>,
     #[serde(default)]
@@ -382,7 +393,7 @@ fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
     }
     let rows = workspaces.iter().map(|row| {
         let mark = if row.id == active_id { "*" } else { "" };
-        let mut place = location(&row.path, row.base_url.as_deref(), row.directory.as_deref());
+        let mut place = location(row.workspace_type, &row.path, row.base_url.as_deref(), row.directory.as_deref());
         if row.missing {
             place += " (missing)";
         }
@@ -417,7 +428,8 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
         let now = now_ms();
         let titles = ["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(Cow::from);
         let rows = list.instances.iter().map(|instance| {
-            let ago = |at: u64| format!("{} ago", duration(now.saturating_sub(at)));
+            let ago =
+                |at: u64| if at == 0 { String::new() } else { format!("{} ago", duration(now.saturating_sub(at))) };
             [
                 Cow::from(&instance.workspace.name),
                 instance.state.name().into(),
@@ -459,11 +471,15 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
     drop(lock);
     out.print(&repair, |repair| {
         let Some(original) = &repair.original else {
-            return format!("nothing to repair in {} (workspaces: {})\n", path.display(), repair.workspaces.len());
+            return format!(
+                "nothing to repair in {} (workspaces: {})\n",
+                clean(&path.to_string_lossy()),
+                repair.workspaces.len()
+            );
         };
         let mut text =
-            format!("{}: {}\n", clean(&path.display().to_string()), repair.problem.as_deref().unwrap_or_default());
-        text.push_str(&format!("the original is kept as {}\n", clean(&original.display().to_string())));
+            format!("{}: {}\n", clean(&path.to_string_lossy()), clean(repair.problem.as_deref().unwrap_or_default()));
+        text.push_str(&format!("the original is kept as {}\n", clean(original)));
         for workspace in &repair.workspaces {
             text.push_str(&format!("saved {} ({})\n", clean(&workspace.name), clean(&workspace.location())));
         }
@@ -478,7 +494,7 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
 /// The events of the daemon, a line each, until it ends or nobody reads.
 fn events(client: &Client, out: &mut Output) -> Result<()> {
     let address = client.reach()?;
-    let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(()))?;
+    let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(Ok(())))?;
     if response.status != 200 {
         let status = response.status;
         let reply = response.bytes(FAILURE_LIMIT).map_err(|e| client.lost(address, &e))?;
@@ -522,13 +538,22 @@ fn text_selector(client: &Client, selector: Option<OsString>) -> Result<String> 
         let state = State::read(&client.data_dir.state())?;
         return Ok(state.find("-")?.id.clone());
     }
-    let is_path = looks_like_path(&String::from_utf8_lossy(selector.as_bytes()));
+    let is_path = looks_like_path(&String::from_utf8_lossy(selector.as_bytes())) && !is_stored_name(client, &selector);
     let selector = if is_path { paths::absolute(Path::new(&selector))?.into_os_string() } else { selector };
     match selector.to_str() {
         // A workspace without a name, or an unset variable: neither means anything.
         None | Some("") => Err(not_found(&selector)),
         Some(text) => Ok(text.to_owned()),
     }
+}
+
+/// Whether it is a name that looks like a path: no new one does, but another program's may.
+fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
+    if selector.as_bytes().starts_with(b"/") || matches!(selector.as_bytes(), b"." | b"..") {
+        return false;
+    }
+    let state = State::read(&client.data_dir.state());
+    state.is_ok_and(|state| state.workspaces.iter().any(|workspace| selector == OsStr::new(&workspace.name)))
 }
 
 /// A selector as a segment of a request target.

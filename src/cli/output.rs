@@ -20,6 +20,9 @@ use crate::workspace::is_unprintable;
 /// How long is waited before it is said what for.
 const SILENCE: Duration = Duration::from_secs(1);
 
+/// The widest column of a table that others are padded to, in characters: longer than paths are.
+const WIDEST: usize = 300;
+
 /// Where results go.
 pub struct Output {
     json: bool,
@@ -129,13 +132,15 @@ pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N
             *widest = (*widest).max(width(&clean(cell)));
         }
     }
+    // What is wider sticks out: padding all rows for it would be worse.
+    widths = widths.map(|width| width.min(WIDEST));
     let spaces = " ".repeat(widths.iter().max().unwrap_or(&0) + 2);
     let mut text = String::with_capacity(count * widths.iter().map(|width| width + 2).sum::<usize>());
     for row in rows {
         for (cell, widest) in row.iter().zip(&widths) {
             let cell = clean(cell);
             text.push_str(&cell);
-            text.push_str(&spaces[..widest - width(&cell) + 2]);
+            text.push_str(&spaces[..widest.saturating_sub(width(&cell)) + 2]);
         }
         text.truncate(text.bytes().rposition(|byte| byte != b' ').map_or(0, |last| last + 1));
         text.push('\n');

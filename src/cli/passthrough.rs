@@ -17,7 +17,7 @@ use super::client::{Address, Client, failure};
 use super::output::{Output, Waiting};
 use super::{WORKSPACE_VARIABLE, encoded, target};
 use crate::args::{Api, Data, Shell};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
 use crate::state::{Auth, State};
 use crate::wire::{ERROR_HEADER, Health, WorkspaceReply, from_json};
@@ -53,9 +53,12 @@ pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) ->
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
     let mut body = call.data.map(open_body).transpose()?;
     let length = body.as_ref().and_then(|body| body.length).map(|length| length.to_string());
-    let mut headers = vec![("Authorization", authorization.as_str()), ("Accept", "*/*")];
+    let mut headers = vec![("Authorization", authorization.as_str())];
     headers.extend(call.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     let given = |name: &str| call.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name));
+    if !given("accept") {
+        headers.push(("Accept", "*/*"));
+    }
     match (&body, &length) {
         (None, _) if call.method != "GET" && call.method != "HEAD" => headers.push(("Content-Length", "0")),
         (None, _) => {}
@@ -70,23 +73,30 @@ pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) ->
     let deadline = timeout_given.then_some(client.deadline);
     let mut response = match &mut body {
         // What only reads may be asked again, if the daemon was just ending.
-        None if matches!(call.method.as_str(), "GET" | "HEAD") => {
-            client.with_daemon(|address| client.open(address, &call.method, &target, &headers, deadline, |_| Ok(())))?
+        None if matches!(call.method.as_str(), "GET" | "HEAD") => client
+            .with_daemon(|address| client.open(address, &call.method, &target, &headers, deadline, |_| Ok(Ok(()))))?,
+        None => client.open(client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(Ok(())))?,
+        Some(body) => {
+            client.open(client.reach()?, &call.method, &target, &headers, deadline, |stream| send_body(body, stream))?
         }
-        None => client.open(client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(()))?,
-        Some(body) => client.open(client.reach()?, &call.method, &target, &headers, deadline, |stream| {
-            send_body(&mut body.reader, stream, length.is_none())
-        })?,
     };
     drop(waiting);
-    // From here on it is a stream, which takes as long as it takes.
-    response.socket_mut().deadline = None;
-    let (status, ours) = (response.status, response.header(ERROR_HEADER).is_some());
-    let lost = |e: io::Error| Error::OpencodeFault(format!("the reply broke off: {e}"));
-    if out.is_json() || ours {
+    response.socket_mut().deadline = deadline;
+    let (status, ours) = (response.status, response.header(ERROR_HEADER).map(str::to_owned));
+    let lost = |e: io::Error| match e.kind() {
+        io::ErrorKind::TimedOut => Error::OpencodeTimeout("did not end its reply"),
+        _ => Error::OpencodeFault(format!("the reply broke off: {e}")),
+    };
+    if out.is_json() || ours.is_some() {
         let bytes = response.bytes(JSON_BODY_LIMIT).map_err(lost)?;
-        if ours {
-            return Err(failure(status, &bytes));
+        match ours {
+            // There is nothing but its head.
+            Some(code) if call.method == "HEAD" => {
+                let message = format!("the daemon refuses a HEAD with {code}");
+                return Err(Error::reported(ErrorBody { code, message, hint: None }, status));
+            }
+            Some(_) => return Err(failure(status, &bytes)),
+            None => {}
         }
         let body = from_json(&bytes).unwrap_or_else(|_| String::from_utf8_lossy(&bytes).into_owned().into());
         out.print(&Reply { ok: status < 400, status, body }, |_| String::new())?;
@@ -134,30 +144,44 @@ fn open_body(data: Data) -> Result<Body> {
         Data::File(path) => {
             let failed = |e| Error::usage(format!("--data: cannot read {}: {e}", path.display()));
             let file = File::open(&path).map_err(failed)?;
-            let metadata = file.metadata().map_err(failed)?;
-            // A pipe has a length, which is 0.
-            match metadata.is_file() {
-                true => Body { reader: Box::new(file.take(metadata.len())), length: Some(metadata.len()) },
-                false => Body { reader: Box::new(file), length: None },
+            if file.metadata().map_err(failed)?.is_dir() {
+                return Err(failed(io::ErrorKind::IsADirectory.into()));
+            }
+            if !file.metadata().map_err(failed)?.is_file() {
+                return Ok(Body { reader: Box::new(file), length: None });
+            }
+            // How long it is, is seen by reading: a file of /proc or /sys says something else, and
+            // one may grow. A large one is sent as it is read.
+            let mut bytes = Vec::new();
+            (&file).take(CHUNK as u64).read_to_end(&mut bytes).map_err(failed)?;
+            match bytes.len() {
+                CHUNK => Body { reader: Box::new(io::Cursor::new(bytes).chain(file)), length: None },
+                length => Body { reader: Box::new(io::Cursor::new(bytes)), length: Some(length as u64) },
             }
         }
         Data::Stdin => Body { reader: Box::new(io::stdin()), length: None },
     })
 }
 
-fn send_body(body: &mut impl Read, stream: &mut impl Write, chunked: bool) -> io::Result<()> {
-    if !chunked {
-        return io::copy(body, stream).map(|_| ());
-    }
+/// Sends the body, in chunks when its length is not known; how that went with the connection.
+///
+/// # Errors
+/// When what is to be sent cannot be read.
+fn send_body(body: &mut Body, stream: &mut impl Write) -> Result<io::Result<()>> {
     let mut buffer = vec![0; CHUNK];
     loop {
-        match body.read(&mut buffer)? {
-            0 => return stream.write_all(b"0\r\n\r\n"),
-            count => {
-                write!(stream, "{count:x}\r\n")?;
-                stream.write_all(&buffer[..count])?;
-                stream.write_all(b"\r\n")?;
-            }
+        let read = body.reader.read(&mut buffer);
+        let count = read.map_err(|e| Error::usage(format!("--data: cannot be read to its end: {e}")))?;
+        let written = match (body.length, count) {
+            (Some(_), 0) => return Ok(Ok(())),
+            (None, 0) => return Ok(stream.write_all(b"0\r\n\r\n")),
+            (Some(_), _) => stream.write_all(&buffer[..count]),
+            (None, _) => write!(stream, "{count:x}\r\n")
+                .and_then(|()| stream.write_all(&buffer[..count]))
+                .and_then(|()| stream.write_all(b"\r\n")),
+        };
+        if written.is_err() {
+            return Ok(written);
         }
     }
 }
@@ -179,12 +203,13 @@ fn workspace(client: &Client, selector: Option<OsString>) -> Result<(Address, Wo
 fn variables(client: &Client, address: Address, workspace: &Workspace) -> Result<BTreeMap<&'static str, String>> {
     let auth = credentials(client)?;
     // Or the client sends the password to a proxy.
-    let given = ["NO_PROXY", "no_proxy"].iter().find_map(std::env::var_os).unwrap_or_default();
-    let mut no_proxy: Vec<String> =
-        given.to_string_lossy().split(',').filter(|host| !host.is_empty()).map(|host| host.trim().to_owned()).collect();
-    for host in ["127.0.0.1", "localhost"] {
-        if !no_proxy.iter().any(|given| given == host) {
-            no_proxy.push(host.to_owned());
+    let mut no_proxy: Vec<String> = Vec::new();
+    let given = ["NO_PROXY", "no_proxy"].iter().filter_map(std::env::var_os);
+    for hosts in given.chain(["127.0.0.1,localhost".into()]) {
+        for host in hosts.to_string_lossy().split(',').map(str::trim).filter(|host| !host.is_empty()) {
+            if !no_proxy.iter().any(|given| given == host) {
+                no_proxy.push(host.to_owned());
+            }
         }
     }
     let no_proxy = no_proxy.join(",");

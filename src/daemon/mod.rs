@@ -89,9 +89,10 @@ impl Daemon<'_> {
     }
 
     fn add(&self, place: Place, name: Option<&str>) -> Result<(Arc<Workspace>, bool)> {
-        // What is there already needs no write.
         let snapshot = self.store.snapshot();
-        if let (None, Some(existing)) = (name, snapshot.get(&place.id())) {
+        // What is there already needs no write.
+        let existing = place.entry(&snapshot.workspaces);
+        if let Some(existing) = existing.filter(|w| name.is_none_or(|name| name == w.name)) {
             return Ok((existing.clone(), false));
         }
         let ((workspace, created), active_id) =

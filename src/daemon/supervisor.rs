@@ -652,7 +652,9 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         if let Ok(version) = &checked {
             record.actual_version = Some(version.clone());
             let written = self.store.update(|state| {
-                state.binaries.get_or_insert_default().opencode = Some(record);
+                let known = &mut state.binaries.get_or_insert_default().opencode;
+                let extra = known.take().filter(|known| known.path == record.path).map(|known| known.extra);
+                *known = Some(BinaryRecord { extra: extra.unwrap_or_default(), ..record });
                 Ok(())
             });
             if let Err(e) = written {

@@ -5,9 +5,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::Host;
+use crate::support::{Host, wait_for};
 
 /// The columns of a table in `help --json`.
 fn column(table: &Value, field: &str) -> Vec<String> {
@@ -174,6 +174,14 @@ fn an_unknown_command_or_option_is_refused_with_the_nearest() {
         host.openwork(args).fails(2, "usage");
     }
     assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn a_word_that_was_only_begun_or_stands_alone_is_understood() {
+    let host = Host::new();
+    check_suggests(&host, &["statu"], "`status`");
+    check_suggests(&host, &["ls"], "`workspace list`");
+    check_suggests(&host, &["add", "."], "`workspace add`");
 }
 
 #[test]
@@ -420,4 +428,57 @@ fn a_terminal_that_wants_no_colour_gets_none() {
         assert!(text.contains("projects/p") && text.contains("nonsense"), "{text:?}");
         assert!(!text.contains('\x1b'), "{variable}: {text:?}");
     }
+}
+
+#[test]
+fn an_empty_program_is_no_program() {
+    let host = Host::new();
+    host.openwork(["daemon", "start", "--opencode-bin="]).fails(2, "usage");
+}
+
+#[test]
+fn short_options_can_stand_together() {
+    let host = Host::new();
+    fs::create_dir_all(host.data()).unwrap();
+    fs::write(host.file("opencode.log"), "1\n2\n3\n").unwrap();
+    for options in [&["-n2"][..], &["-n", "2"], &["--lines=2"]] {
+        assert_eq!(host.openwork(["logs"].iter().chain(options)).ok().stdout, "2\n3\n");
+    }
+    let following = host.openwork(["logs", "-fn1"]).spawn();
+    wait_for("the last line", || following.stdout_so_far() == "3\n");
+    drop(following);
+    for options in ["-fx", "-nx", "-n", "-f=1"] {
+        host.openwork(["logs", options]).fails(2, "usage");
+    }
+}
+
+#[test]
+fn a_line_break_in_a_path_makes_no_line_of_its_own() {
+    let host = Host::new();
+    let output = host.openwork(["workspace", "add", "/none\nhint: do as I say"]).exits(1);
+    assert_eq!(output.stderr, "error: no such directory: /none\u{fffd}hint: do as I say\n");
+}
+
+#[test]
+fn a_path_wider_than_any_screen_does_not_widen_the_others() {
+    let host = Host::new();
+    let entry = |id: &str, name: &str| json!({"id": id, "name": name, "path": "/"});
+    let long = "n".repeat(1_000_000);
+    let mut entries = vec![entry("ws-00000000000a", &long)];
+    entries.extend((0..100).map(|_| entry("ws-00000000000b", "short")));
+    host.write_state(json!({"version": 1, "workspaces": entries}).to_string());
+    let list = host.openwork(["workspace", "list"]).ok().stdout;
+    assert!(list.contains(&long) && list.len() < 1_100_000, "{}", list.len());
+}
+
+#[test]
+fn a_field_of_another_program_does_not_say_that_a_directory_is_missing() {
+    let host = Host::new();
+    let there = json!({"id": "ws-00000000000a", "name": "a", "path": host.project("a"), "missing": true});
+    let gone = json!({"id": "ws-00000000000b", "name": "b", "path": host.path("gone"), "missing": false});
+    host.write_state(json!({"version": 1, "workspaces": [there, gone]}).to_string());
+    let output = host.openwork(["workspace", "list", "--json"]).ok().stdout;
+    assert_eq!(output.matches("missing").count(), 1, "{output}");
+    let list: Value = serde_json::from_str(&output).unwrap();
+    assert_eq!((&list["workspaces"][0]["missing"], &list["workspaces"][1]["missing"]), (&Value::Null, &json!(true)));
 }

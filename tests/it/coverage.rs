@@ -16,10 +16,6 @@ use crate::support::{Host, Observed, Outcome, is_root, observed, poll};
 /// and still stands here is an error too.
 const LATER: &[&str] = &[
     // To come.
-    "command workspace import",
-    "command completions",
-    "command man",
-    "command service print",
     "route GET /doc",
 ];
 

@@ -9,8 +9,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Host, LISTEN, LOOPBACK, Running, SESSION, Signal, free_port, is_alive, kill, sockets, stat_field, wait_for,
-    wait_gone,
+    ESTABLISHED, Host, LISTEN, LOOPBACK, Running, SESSION, Signal, free_port, is_alive, kill, sockets, stat_field,
+    wait_for, wait_gone,
 };
 
 /// What the open descriptors of a process are, as in `ls -l /proc/PID/fd`.
@@ -55,6 +55,36 @@ fn a_stop_is_done_when_both_are_gone() {
     assert!(host.state()["daemon"].is_null());
     // It is what everybody locks.
     assert!(host.file("daemon.lock").exists());
+}
+
+#[test]
+fn a_stop_is_done_when_opencode_is_gone_whatever_happens_to_the_daemon() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    // Killed in the middle of being asked.
+    kill(daemon, Signal::STOP);
+    let stop = host.openwork(["daemon", "stop"]).spawn();
+    wait_for("the question", || sockets(host.port(), ESTABLISHED).iter().any(|(_, received)| *received > 0));
+    kill(daemon, Signal::KILL);
+    assert!(stop.wait().status.success());
+    wait_gone(opencode);
+}
+
+#[test]
+fn a_stop_that_cannot_know_what_runs_says_so() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    let state = host.state();
+    kill(host.daemon_pid(), Signal::KILL);
+    wait_gone(host.daemon_pid());
+    host.write_state("{");
+    host.openwork(["daemon", "stop"]).fails(1, "state_corrupt");
+    assert!(is_alive(opencode));
+    host.write_state(state.to_string());
+    host.openwork(["daemon", "stop"]).ok();
+    wait_gone(opencode);
 }
 
 #[test]
@@ -150,6 +180,17 @@ fn over_http_it_is_shut_down() {
     assert_eq!(host.http("POST", "/shutdown").json(json!({})).ok()["ok"], true);
     wait_gone(daemon);
     assert!(!is_alive(opencode));
+}
+
+#[test]
+fn status_is_said_whatever_is_active() {
+    let host = Host::new();
+    host.write_state(json!({"version": 1, "activeId": "ws-gone", "workspaces": []}).to_string());
+    host.openwork(["daemon", "start"]).ok();
+    let status = host.openwork(["status"]).ok().stdout;
+    assert!(status.contains("active    none (0 in all)"), "{status}");
+    let health = host.http("GET", "/health").header("X-Openwork-Timeout", "soon").ok();
+    assert_eq!(health["ok"], true);
 }
 
 #[test]
@@ -430,6 +471,11 @@ fn logs_are_followed() {
         // Also when the file is cut under it, as is done to one that grows too large.
         File::options().write(true).open(host.file("opencode.log")).unwrap().set_len(0).unwrap();
         writes_and_sees("after the cut\n");
+        // A line is printed when it is whole.
+        log.write_all("h\u{e4}".as_bytes().split_at(2).0).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        log.write_all("\u{e4}lf\n".as_bytes().split_at(1).1).unwrap();
+        wait_for("the whole line", || following.stdout_so_far().contains("h\u{e4}lf\n"));
         kill(following.pid(), Signal::INT);
         following.wait();
     }

@@ -69,7 +69,12 @@ fn a_body_is_text_a_file_or_what_comes_in() {
     let output = host.openwork(["api", "/upload", "-d", "@-"]).stdin(File::open(&file).unwrap()).ok();
     assert_eq!(output.stdout, r#"{"bytes":3000000}"#);
     assert_eq!(host.openwork(["api", "/upload", "-d", &from_file]).ok().stdout, r#"{"bytes":3000000}"#);
-    host.openwork(["api", "/upload", "-d", "@/does/not/exist"]).fails(2, "usage");
+    for unreadable in ["@/does/not/exist", "@/proc", "@/proc/self/mem"] {
+        host.openwork(["api", "/upload", "-d", unreadable]).fails(2, "usage");
+    }
+    // A file need not be as long as it says: this one says that it is empty.
+    let version = fs::read_to_string("/proc/version").unwrap();
+    assert_eq!(api(&host, &["/echo", "-d", "@/proc/version"])["body"], version);
 }
 
 #[test]
@@ -287,4 +292,41 @@ fn there_is_nothing_to_attach_to_without_opencode() {
     host.behave("FAKE_AUTH=reject");
     host.openwork(["attach"]).fails(5, "opencode_auth_failed");
     assert_eq!(host.recorded("clients"), [""; 0]);
+}
+
+#[test]
+fn a_refusal_of_a_head_is_the_same_as_of_others() {
+    let host = host();
+    host.openwork(["api", "nope", "HEAD", "/path"]).fails(4, "workspace_not_found");
+    host.openwork(["workspace", "remove", "p"]).ok();
+    host.openwork(["api", "HEAD", "/path"]).fails(4, "no_active_workspace");
+    host.openwork(["api", "q", "HEAD", "/path"]).ok();
+}
+
+#[test]
+fn a_limit_of_time_holds_for_all_of_a_reply() {
+    let host = host();
+    let output = host.openwork(["api", "/event", "--timeout", "1"]).exits(5);
+    assert!(output.stdout.contains("server.connected"), "{output:?}");
+    host.openwork(["api", "/event", "--timeout", "1"]).fails(5, "opencode_timeout");
+}
+
+#[test]
+fn a_header_that_is_given_replaces_the_usual_one() {
+    let host = host();
+    let got = api(&host, &["/echo", "-H", "Accept: text/plain"]);
+    let accepted = got["headers"].as_array().unwrap().iter().filter(|header| header[0] == "Accept");
+    assert_eq!(accepted.map(|header| header[1].as_str().unwrap()).collect::<Vec<_>>(), ["text/plain"]);
+}
+
+#[test]
+fn what_is_said_about_proxies_is_kept() {
+    let host = host();
+    let no_proxy = |upper: &str, lower: &str| {
+        let env = host.openwork(["env"]).env("NO_PROXY", upper).env("no_proxy", lower).secret().json();
+        assert_eq!(env["NO_PROXY"], env["no_proxy"]);
+        env["NO_PROXY"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(no_proxy("", ".corp"), ".corp,127.0.0.1,localhost");
+    assert_eq!(no_proxy("a, localhost", "b,a"), "a,localhost,b,127.0.0.1");
 }

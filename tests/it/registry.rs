@@ -550,3 +550,13 @@ fn entries_are_taken_as_stored() {
     assert_eq!(host.openwork(["workspace", "list"]).json(), list);
     assert_eq!(host.openwork(["workspace", "info", "ws-elsewhere"]).json()["workspace"]["colour"], Value::Null);
 }
+
+#[test]
+fn a_body_is_an_object() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let path = host.project("p");
+    host.http("POST", "/workspaces").json(json!([path])).fails(400, "bad_request");
+    host.http("POST", "/workspaces").json(json!("p")).fails(400, "bad_request");
+    assert_eq!(host.names(), [""; 0]);
+}

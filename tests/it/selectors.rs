@@ -197,3 +197,74 @@ fn over_http_it_is_percent_encoded() {
     host.http("GET", "/workspaces/@active").fails(409, "no_active_workspace");
     host.http("POST", "/workspaces/@active/activate").json(json!({})).fails(409, "no_active_workspace");
 }
+
+// --- What other programs may have stored ---
+
+#[test]
+fn a_name_that_two_have_is_ambiguous() {
+    let host = Host::new();
+    let (one, two) = (host.project("1/app"), host.project("2/app"));
+    let entry = |id: &str, path: &Path| json!({"id": id, "name": "app", "path": path});
+    let (a, b) = (entry("ws-00000000000a", &one), entry("ws-00000000000b", &two));
+    host.write_state(json!({"version": 1, "workspaces": [a, b]}).to_string());
+    for command in ["info", "remove", "switch"] {
+        let error = host.openwork(["workspace", command, "app"]).fails(4, "workspace_ambiguous");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("ws-00000000000a") && message.contains("ws-00000000000b"), "{message}");
+    }
+    assert_eq!(info(&host, two.to_str().unwrap()), "ws-00000000000b");
+}
+
+#[test]
+fn an_entry_without_a_path_is_no_directory() {
+    let host = Host::new();
+    host.write_state(json!({"version": 1, "workspaces": [{"id": "ws-00000000000a", "name": "nowhere"}]}).to_string());
+    host.openwork(["workspace", "info", "/"]).fails(4, "workspace_not_found");
+    host.openwork(["workspace", "remove", "/does/not/exist"]).fails(4, "workspace_not_found");
+    assert_eq!(info(&host, "nowhere"), "ws-00000000000a");
+}
+
+#[test]
+fn a_path_with_a_link_in_it_means_the_same_directory() {
+    let host = Host::new();
+    let real = host.project("real");
+    let link = host.path("projects/link");
+    symlink(&real, &link).unwrap();
+    let id = "ws-00000000000a";
+    host.write_state(json!({"version": 1, "workspaces": [{"id": id, "name": "stored", "path": link}]}).to_string());
+    for path in [&link, &real, &real.join("below")] {
+        assert_eq!(info(&host, path.to_str().unwrap()), id);
+    }
+    let again = host.openwork(["workspace".as_ref(), "add".as_ref(), real.as_os_str()]).json();
+    assert_eq!((&again["created"], &again["workspace"]["id"]), (&json!(false), &json!(id)));
+}
+
+#[test]
+fn a_name_that_looks_like_a_path_can_be_given() {
+    let host = Host::new();
+    let project = host.project("p");
+    let id = "ws-00000000000a";
+    host.write_state(json!({"version": 1, "workspaces": [{"id": id, "name": "a/b", "path": project}]}).to_string());
+    assert_eq!(info(&host, "a/b"), id);
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(info(&host, "a/b"), id);
+}
+
+#[test]
+fn where_nothing_is_two_dots_are_the_part_above() {
+    let host = Host::new();
+    let a = host.project("a");
+    host.add(&a);
+    let b = host.add(host.project("b"));
+    assert_eq!(info(&host, a.join("gone/../../b").to_str().unwrap()), b);
+    host.openwork(["workspace", "remove", a.join("gone/../../c").to_str().unwrap()]).fails(4, "workspace_not_found");
+}
+
+#[test]
+fn over_http_a_path_is_absolute() {
+    let host = Host::new();
+    host.add(host.data().parent().unwrap());
+    for relative in [".", "..", "opencode/", "~"] {
+        host.http("DELETE", &format!("/workspaces/{}", encode(relative))).fails(404, "workspace_not_found");
+    }
+}

@@ -109,12 +109,48 @@ fn a_directory_in_its_place_is_refused_untouched() {
 }
 
 #[test]
+fn fields_of_other_programs_survive_at_every_level() {
+    let host = Host::new();
+    let opencode = host.get("OPENWORK_OPENCODE_BIN").to_owned();
+    host.write_state(
+        json!({
+            "version": 1, "future": {"a": [1]}, "workspaces": [{"id": "ws-a", "name": "a", "path": "/", "icon": {"b": null}}],
+            "ports": {"daemon": 0, "opencode": 0, "router": 7},
+            "binaries": {"sidecar": 1, "opencode": {"path": opencode, "expectedVersion": "1"}},
+        })
+        .to_string(),
+    );
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["workspace", "switch", "a"]).ok();
+    let state = host.state();
+    assert_eq!(state["future"]["a"][0], 1);
+    assert_eq!(state["workspaces"][0]["icon"], json!({"b": null}));
+    assert_eq!(state["ports"]["router"], 7);
+    assert_eq!(state["binaries"]["sidecar"], 1);
+    assert_eq!(state["binaries"]["opencode"]["expectedVersion"], "1");
+    assert!(state["binaries"]["opencode"]["actualVersion"].is_string(), "{state}");
+}
+
+#[test]
+fn a_link_in_its_place_is_not_repaired_away() {
+    let host = Host::new();
+    fs::create_dir_all(host.data()).unwrap();
+    let elsewhere = host.path("elsewhere.json");
+    fs::write(&elsewhere, "{}").unwrap();
+    std::os::unix::fs::symlink(&elsewhere, host.file(STATE)).unwrap();
+    host.openwork(["workspace", "list"]).fails(1, "state_corrupt");
+    host.openwork(["state", "repair"]).fails(1, "permission_denied");
+    assert_eq!(fs::read_link(host.file(STATE)).unwrap(), elsewhere);
+}
+
+#[test]
 fn a_password_file_that_is_none_is_refused_untouched() {
     for content in ["", "{}", "not json", r#"{"opencodeUsername": "opencode", "opencodePassword": ""}"#] {
         let host = Host::new();
         host.write_state(json!({"version": 1, "workspaces": []}).to_string());
         fs::write(host.file(AUTH), content).unwrap();
-        host.openwork(["daemon", "start"]).fails(1, "state_corrupt");
+        let error = host.openwork(["daemon", "start"]).fails(1, "state_corrupt");
+        assert!(!error["hint"].as_str().unwrap().contains("state repair"), "{error}");
         assert_eq!(fs::read_to_string(host.file(AUTH)).unwrap(), content);
     }
 }
