@@ -7,20 +7,21 @@
 //! while its leader is alive or not yet reaped.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus};
-use std::sync::Arc;
+use std::process::{Child, ChildStdout, Command, ExitStatus};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit, kill_process_group, pidfd_open,
+    pidfd_send_signal, setrlimit, waitid,
 };
 
 use crate::options::MARKER;
@@ -149,7 +150,8 @@ pub fn open(pid: u32) -> Option<OwnedFd> {
 /// Whether the process behind a pidfd has ended.
 pub fn has_ended(pidfd: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)) != Ok(0)
+    // Not to know is not to have seen the end.
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// A file descriptor that becomes readable for everyone, once and for good.
@@ -194,6 +196,44 @@ pub fn wait_ready(fd: impl AsFd, events: PollFlags, limit: Option<Duration>, fla
         Ok(_) if !fds[1].revents().is_empty() => Err(io::ErrorKind::ConnectionAborted.into()),
         Ok(_) => Ok(()),
         Err(e) => Err(e.into()),
+    }
+}
+
+/// Reads what a process prints, until it has ended or prints no more: one that it has started may
+/// hold the pipe open for longer.
+///
+/// # Errors
+/// Those of reading; `ConnectionAborted` when the flag is raised.
+pub fn read_output(pipe: ChildStdout, pidfd: &OwnedFd, limit: usize, flag: &Flag) -> io::Result<String> {
+    rustix::io::ioctl_fionbio(&pipe, true)?;
+    let (mut pipe, mut output) = (pipe, Vec::new());
+    loop {
+        let mut fds = [
+            PollFd::new(&pipe, PollFlags::IN),
+            PollFd::new(pidfd, PollFlags::IN),
+            PollFd::from_borrowed_fd(flag.as_fd(), PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => continue,
+            other => other?,
+        };
+        let [_, ended, raised] = fds.map(|fd| !fd.revents().is_empty());
+        if raised {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let mut buffer = [0; 4096];
+        let over = match pipe.read(&mut buffer) {
+            Ok(0) => true,
+            Ok(count) => {
+                output.extend_from_slice(&buffer[..count]);
+                output.len() >= limit
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => ended,
+            Err(e) => return Err(e),
+        };
+        if over {
+            return Ok(String::from_utf8_lossy(&output).into_owned());
+        }
     }
 }
 
@@ -309,26 +349,71 @@ pub fn memory(pid: u32) -> Option<u64> {
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
 }
 
-/// Whether the socket that listens on 127.0.0.1 at this port belongs to the process, or to one
-/// of the group that it leads (a wrapper that starts the real opencode and stays).
-pub fn listens(process: &Process, port: u16) -> bool {
-    let Some(inode) = listening_inode(port) else { return false };
+/// The inode of the socket that listens on 127.0.0.1 at this port, if it belongs to the process, or
+/// to one of the group that it leads (a wrapper that starts the real opencode and stays).
+///
+/// # Errors
+/// When that cannot be known, as for want of descriptors: it is no reason to end anything.
+pub fn listening(process: &Process, port: u16) -> io::Result<Option<u32>> {
+    let Some(inode) = listening_inode(port)? else { return Ok(None) };
     let wanted = format!("socket:[{inode}]");
     let leader = process.identity.pid;
-    if holds(leader, &wanted) {
-        return true;
+    if holds(leader, &wanted)? {
+        return Ok(Some(inode));
     }
-    let Ok(entries) = fs::read_dir("/proc") else { return false };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .any(|pid| stat_field(pid, 5).is_ok_and(|group| group == u64::from(leader)) && holds(pid, &wanted))
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        if stat_field(pid, 5).is_ok_and(|group| group == u64::from(leader)) && holds(pid, &wanted)? {
+            return Ok(Some(inode));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether a process has this socket open.
-fn holds(pid: u32, socket: &str) -> bool {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    entries.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket)))
+fn holds(pid: u32, socket: &str) -> io::Result<bool> {
+    match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Ok(entries) => Ok(entries
+            .flatten()
+            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket)))),
+        Err(e) if is_lack(&e) => Err(e),
+        // It has ended, or is another user's.
+        Err(_) => Ok(false),
+    }
+}
+
+/// Whether it is us who lack something, descriptors or memory: that says nothing about others.
+pub fn is_lack(e: &io::Error) -> bool {
+    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
+    lacks.iter().any(|lack| e.raw_os_error() == Some(lack.raw_os_error()))
+}
+
+/// As many descriptors as the daemon can use: three for each connection, and those of its own.
+const DESCRIPTORS: u64 = 4096;
+
+/// The limit before [`raise_descriptor_limit`].
+static DESCRIPTORS_BEFORE: OnceLock<Rlimit> = OnceLock::new();
+
+/// Raises the soft limit of descriptors as far as is useful and allowed. What is started later
+/// inherits it: see [`restore_descriptor_limit`].
+pub fn raise_descriptor_limit() {
+    let before = getrlimit(Resource::Nofile);
+    let wanted = before.maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
+    if before.current.is_some_and(|current| current < wanted) {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..before });
+        let _ = DESCRIPTORS_BEFORE.set(before);
+    }
+}
+
+/// The soft limit that somebody else is to have, if ours was raised.
+pub fn descriptor_limit_before() -> Option<u64> {
+    DESCRIPTORS_BEFORE.get().and_then(|before| before.current)
+}
+
+/// Lowers the soft limit of this process to that of [`descriptor_limit_before`].
+pub fn restore_descriptor_limit(current: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(current), ..limit });
 }
 
 /// What the kernel says of a TCP socket.
@@ -348,9 +433,7 @@ struct TcpSocket {
 /// When there is no descriptor to ask through.
 fn tcp_socket(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<TcpSocket>> {
     let found = match diagnosed(local, remote) {
-        Err(e) if [Errno::MFILE, Errno::NFILE].iter().any(|none| e.raw_os_error() == Some(none.raw_os_error())) => {
-            return Err(e);
-        }
+        Err(e) if is_lack(&e) => return Err(e),
         Err(_) => listed(local, remote),
         Ok(found) => found,
     };
@@ -416,9 +499,13 @@ fn listed(local: SocketAddrV4, remote: SocketAddrV4) -> Option<TcpSocket> {
     find("/proc/net/tcp", "").or_else(|| find("/proc/net/tcp6", &mapped))
 }
 
-fn listening_inode(port: u16) -> Option<u32> {
+/// The inode of the socket that listens on 127.0.0.1 at this port.
+///
+/// # Errors
+/// When there is no descriptor to ask the kernel through.
+pub fn listening_inode(port: u16) -> io::Result<Option<u32>> {
     let nobody = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
-    tcp_socket(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), nobody).ok()?.map(|socket| socket.inode)
+    Ok(tcp_socket(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), nobody)?.map(|socket| socket.inode))
 }
 
 /// The user at the other end of a connection that was accepted on `ours` from `theirs`, both on
@@ -455,7 +542,21 @@ pub fn close_inherited_descriptors() {
 mod tests {
     use std::net::{SocketAddr, TcpListener, TcpStream};
 
-    use super::{diagnosed, listed, listening_inode, user_of_connection};
+    use super::*;
+
+    #[test]
+    fn output_ends_with_the_process() {
+        // What it leaves behind holds the pipe open.
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo 1.2.3; sleep 60 &"]).process_group(0);
+        let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let pidfd = open(child.id()).unwrap();
+        let output = read_output(child.stdout.take().unwrap(), &pidfd, 4096, &Flag::new().unwrap());
+        let group = Pid::from_child(&child);
+        child.wait().unwrap();
+        rustix::process::kill_process_group(group, Signal::KILL).unwrap();
+        assert_eq!(output.unwrap(), "1.2.3\n");
+    }
 
     #[test]
     fn the_kernel_knows_whose_a_connection_is() {
@@ -474,8 +575,8 @@ mod tests {
             drop((client, accepted));
             assert_eq!(user_of_connection(ours, theirs).unwrap(), None, "closed");
         }
-        assert!(listening_inode(ours.port()).is_some());
+        assert!(listening_inode(ours.port()).unwrap().is_some());
         drop(listener);
-        assert_eq!(listening_inode(ours.port()), None);
+        assert_eq!(listening_inode(ours.port()).unwrap(), None);
     }
 }

@@ -661,12 +661,17 @@ pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
             .and_then(|()| writer.flush())
             .map_err(failed("write", &temporary))?;
         writer.get_ref().sync_all().map_err(failed("sync", &temporary))?;
-        fs::rename(&temporary, path).map_err(failed("replace", path))
+        let parent = File::open(directory).map_err(failed("open", directory))?;
+        fs::rename(&temporary, path).map_err(failed("replace", path))?;
+        Ok(parent)
     };
-    if let Err(e) = write() {
+    let parent = write().inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
-        return Err(e);
+    })?;
+    // The new file is in place, and nothing that is said can change that; only its survival of a
+    // power cut hangs on this.
+    if let Err(e) = parent.sync_all() {
+        crate::log!("{}", Error::io("sync", directory, e));
     }
-    // The new file is in place; only its survival of a power cut hangs on this.
-    File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed("sync", directory))
+    Ok(())
 }

@@ -42,7 +42,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{exit, Command};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -200,13 +200,21 @@ fn serve(argv: &[String], settings: Settings) {
         cwd: std::env::current_dir().expect("a working directory").display().to_string(),
         authorization: password.map(|password| format!("Basic {}", base64(&format!("{username}:{password}")))),
         instances: Mutex::default(),
+        deaf: AtomicBool::new(false),
     });
     for stream in listener.incoming().flatten() {
+        if server.deaf.load(Ordering::SeqCst) {
+            break;
+        }
         let server = Arc::clone(&server);
         thread::spawn(move || {
             // A client that goes away is no concern of the others.
             let _ = server.connection(stream);
         });
+    }
+    drop(listener);
+    loop {
+        thread::park();
     }
 }
 
@@ -281,6 +289,8 @@ struct Server {
     /// The header it wants; none when it runs without a password.
     authorization: Option<String>,
     instances: Mutex<Instances>,
+    /// It listens no more, and lives.
+    deaf: AtomicBool,
 }
 
 #[derive(Default)]
@@ -542,6 +552,12 @@ impl Server {
             ("GET", "/chunked") => chunked_with_trailers(stream),
             (_, "/die-first") => return Ok(Next::Close),
             (_, "/die-mid") => die_mid(stream),
+            ("POST", "/stop-listening") => {
+                self.deaf.store(true, Ordering::SeqCst);
+                // So that it is looked at.
+                let _ = TcpStream::connect(stream.local_addr()?);
+                ok(stream, JSON, b"true")
+            }
             ("GET", "/pty/x/connect") if request.is("upgrade", "websocket") => {
                 return tunnel(&mut body.reader, stream);
             }

@@ -267,6 +267,7 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
         Route::Activate => {
             let event = |workspace, active_id| EventKind::WorkspaceActivated { workspace, active_id };
             let workspace = daemon.change(&selector, event, |state, id| state.activate(id))?;
+            daemon.instances.touch(&workspace.path);
             Answer::new(200, &one(workspace, None))
         }
         Route::Path => {
@@ -274,7 +275,7 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
             let directory = workspace.local_path()?;
             // opencode would answer for a directory that is not there.
             existing_directory(directory)?;
-            let entered = daemon.instances.enter(&workspace.path);
+            let entered = daemon.instances.enter(&workspace.path, deadline)?;
             let path = daemon.supervisor.call(deadline, |endpoint| {
                 // Before the answer: one that comes too late has loaded it all the same.
                 entered.loads(endpoint.generation);
@@ -349,8 +350,9 @@ fn dispose(daemon: &Daemon<'_>, workspace: &Workspace, force: bool, deadline: In
                 return Err(CallError::Failed(Error::InstanceBusy { workspace, sessions }));
             }
         }
+        let since = daemon.instances.disposing(&workspace.path);
         endpoint.dispose(directory, deadline)?;
-        daemon.instances.disposed(endpoint.generation, &workspace.path);
+        daemon.instances.disposed(endpoint.generation, &workspace.path, since);
         Ok(true)
     })?;
     if disposed {

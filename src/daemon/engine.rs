@@ -3,13 +3,13 @@
 //!
 //! Invariant: credentials are written only to a connection that is opencode's own. The supervisor
 //! has seen that the process holds the listening socket before it hands out an [`Endpoint`]; while
-//! the process lives nobody else can listen there; so one look at the process *after* connecting
-//! proves whom we are connected to.
+//! that socket listens nobody else can there; so one look *after* connecting, whether it is still
+//! the same, proves whom we are connected to.
 
 use std::cell::Cell;
 use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -19,6 +19,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -41,8 +43,10 @@ pub struct Endpoint {
     pub generation: u64,
     /// The value of the `Authorization` header.
     pub authorization: Arc<str>,
-    /// Of the process that listens there.
+    /// Of the process that it is, or that leads it.
     pub pidfd: Arc<OwnedFd>,
+    /// The inode of the socket that listens there.
+    pub socket: u32,
     /// Raised when the daemon ends: nobody waits for an answer any more.
     pub stop: Arc<Flag>,
 }
@@ -107,16 +111,36 @@ impl Endpoint {
         if rest.is_zero() {
             return Err(CallError::TimedOut);
         }
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
-        let stream = TcpStream::connect_timeout(&address, rest).map_err(|e| match e.kind() {
-            io::ErrorKind::TimedOut => CallError::TimedOut,
-            _ => CallError::Gone(format!("cannot connect to {address}: {e}")),
-        })?;
+        let failed = |e: io::Error| match e.kind() {
+            _ if process::is_lack(&e) => CallError::Failed(Error::Overloaded("connections")),
+            io::ErrorKind::WouldBlock => CallError::TimedOut,
+            _ => CallError::Gone(format!("cannot connect to port {}: {e}", self.port)),
+        };
+        let stream = self.connected(rest).map_err(failed)?;
         if process::has_ended(&self.pidfd) {
             return Err(CallError::Gone("the process has ended".to_owned()));
         }
+        if process::listening_inode(self.port).map_err(failed)? != Some(self.socket) {
+            return Err(CallError::Gone("it no longer listens".to_owned()));
+        }
         // Requests and events are small and somebody waits for each.
         let _ = stream.set_nodelay(true);
+        Ok(stream)
+    }
+
+    /// A connection. One that hangs may take none in: that is not waited for when the daemon ends.
+    ///
+    /// # Errors
+    /// `WouldBlock` at the limit, `ConnectionAborted` when the daemon ends, those of connecting.
+    fn connected(&self, limit: Duration) -> io::Result<TcpStream> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let stream = TcpStream::from(socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?);
+        match connect(&stream, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, self.port)) {
+            Err(Errno::INPROGRESS) => process::wait_ready(&stream, PollFlags::OUT, Some(limit), &self.stop)?,
+            other => other?,
+        }
+        stream.take_error()?.map_or(Ok(()), Err)?;
+        stream.set_nonblocking(false)?;
         Ok(stream)
     }
 
@@ -329,6 +353,7 @@ pub fn launch_command(binary: &Path, port: u16, auth: &Auth) -> Command {
     command
         .arg0("openwork")
         .arg(LAUNCH_COMMAND)
+        .arg(process::descriptor_limit_before().map_or_else(String::new, |limit| limit.to_string()))
         .arg(binary)
         .args(["serve", "--hostname", "127.0.0.1", "--port"])
         .arg(port.to_string())
@@ -362,7 +387,10 @@ pub fn become_when_told(command: &[std::ffi::OsString]) -> u8 {
     if !matches!(io::stdin().read(&mut word), Ok(1)) {
         return 1; // the daemon is gone: nothing is to be started
     }
-    let Some((program, arguments)) = command.split_first() else { return 1 };
+    let Some(([limit, program], arguments)) = command.split_first_chunk() else { return 1 };
+    if let Some(limit) = limit.to_str().and_then(|limit| limit.parse().ok()) {
+        process::restore_descriptor_limit(limit);
+    }
     let error = Command::new(program).args(arguments).stdin(Stdio::null()).exec();
     let _ = writeln!(io::stderr(), "openwork: cannot run {}: {error}", Path::new(program).display());
     127

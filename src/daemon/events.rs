@@ -4,8 +4,9 @@
 //! can subscribe again and read the state anew, which is more than a gap would tell it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -53,35 +54,99 @@ struct Event<'a> {
 #[derive(Default)]
 pub struct Events {
     last_id: AtomicU64,
-    subscribers: Mutex<Vec<SyncSender<Arc<str>>>>,
+    subscribers: Mutex<Subscribers>,
+}
+
+#[derive(Default)]
+struct Subscribers {
+    /// Each with what lives as long as its subscription.
+    all: Vec<(SyncSender<Arc<str>>, Weak<()>)>,
+    /// There are to be no more.
+    closed: bool,
+}
+
+/// What happens, from when it was made.
+pub struct Subscription {
+    events: Receiver<Arc<str>>,
+    _alive: Arc<()>,
+}
+
+impl Subscription {
+    /// The next event, as a server-sent event.
+    ///
+    /// # Errors
+    /// When there is none in that time, or there will be none: the reader was too far behind, or
+    /// the daemon ends.
+    pub fn next(&self, limit: Duration) -> Result<Arc<str>, RecvTimeoutError> {
+        self.events.recv_timeout(limit)
+    }
 }
 
 impl Events {
     /// Tells everybody. Each subscriber gets the event as one server-sent event.
     pub fn publish(&self, kind: EventKind) {
-        let mut subscribers = self.subscribers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut subscribers = self.lock();
         // Numbered under the lock, so that everybody sees the numbers in order.
         let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
-        if subscribers.is_empty() {
+        if subscribers.all.is_empty() {
             return;
         }
         let Ok(data) = serde_json::to_string(&Event { id, time: now_ms(), kind: &kind }) else { return };
         let text: Arc<str> = format!("id: {id}\ndata: {data}\n\n").into();
-        subscribers.retain(|subscriber| match subscriber.try_send(text.clone()) {
+        subscribers.all.retain(|(subscriber, _)| match subscriber.try_send(text.clone()) {
             Ok(()) => true,
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
         });
     }
 
-    /// What happens from now on. The channel ends when the reader is too far behind.
-    pub fn subscribe(&self) -> Receiver<Arc<str>> {
-        let (sender, receiver) = sync_channel(BEHIND_LIMIT);
-        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
-        receiver
+    /// What happens from now on.
+    pub fn subscribe(&self) -> Subscription {
+        let (sender, events) = sync_channel(BEHIND_LIMIT);
+        let alive = Arc::new(());
+        let mut subscribers = self.lock();
+        // Perhaps nothing happens for days, while somebody comes and goes.
+        subscribers.all.retain(|(_, alive)| alive.strong_count() > 0);
+        if !subscribers.closed {
+            subscribers.all.push((sender, Arc::downgrade(&alive)));
+        }
+        Subscription { events, _alive: alive }
     }
 
-    /// Ends every subscription.
+    /// Ends every subscription, also those to come.
     pub fn close(&self) {
-        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let mut subscribers = self.lock();
+        subscribers.closed = true;
+        subscribers.all.clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Subscribers> {
+        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_gone_is_forgotten() {
+        let events = Events::default();
+        let stays = events.subscribe();
+        for _ in 0..100 {
+            drop(events.subscribe());
+        }
+        assert!(events.lock().all.len() <= 2);
+        events.publish(EventKind::EngineReady { generation: 1, pid: 2 });
+        assert!(stays.next(Duration::ZERO).unwrap().contains("engine.ready"));
+    }
+
+    #[test]
+    fn who_comes_after_the_end_does_not_wait() {
+        let events = Events::default();
+        let before = events.subscribe();
+        events.close();
+        for subscription in [before, events.subscribe()] {
+            assert_eq!(subscription.next(Duration::from_secs(60)).unwrap_err(), RecvTimeoutError::Disconnected);
+        }
     }
 }

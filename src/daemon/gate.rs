@@ -18,7 +18,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Resource, getrlimit};
 
+use super::events::Subscription;
 use super::head::{BODY_LIMIT, Framing, HEADER_LIMIT, Head, cors_headers};
 use super::router;
 use super::workers::{Service, Taken};
@@ -45,6 +46,9 @@ const BODY_TIME: Duration = Duration::from_secs(5);
 const CONNECTION_LIMIT: usize = 1024;
 /// How much of an answer is passed on at once. Bytes.
 const PIECE: usize = 64 * 1024;
+/// How many descriptors a connection may come to need: its own, and for the request it passes on
+/// the two ends of another.
+const PER_CONNECTION: u64 = 3;
 /// How many descriptors are kept for the requests of the connections that are taken: the library
 /// behind the gate does not survive it when there is none.
 const RESERVE: u64 = 32;
@@ -123,7 +127,9 @@ impl Connections {
     fn admit(&self, connection: &Arc<Connection>) -> Result<u64> {
         let has_descriptors = has_descriptors(&connection.stream);
         let mut open = self.lock();
-        if !has_descriptors || open.closed || open.by_id.len() >= CONNECTION_LIMIT {
+        let limit = descriptor_limit();
+        let promised = (open.by_id.len() as u64 + 1) * PER_CONNECTION > limit - reserve(limit);
+        if promised || !has_descriptors || open.closed || open.by_id.len() >= CONNECTION_LIMIT {
             return Err(Error::Overloaded("connections"));
         }
         open.last += 1;
@@ -160,11 +166,20 @@ impl Connections {
 
 /// Whether more descriptors are free than are kept.
 fn has_descriptors(any: &TcpStream) -> bool {
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let limit = descriptor_limit();
     // The kernel gives the lowest that is free. (Not so that of a connection: it was taken when
     // its thread began to wait.)
     let lowest = fcntl_dupfd_cloexec(any, 0).map(|free| free.as_raw_fd() as u64);
-    lowest.is_ok_and(|lowest| lowest < limit - RESERVE.min(limit / 4))
+    lowest.is_ok_and(|lowest| lowest < limit - reserve(limit))
+}
+
+fn descriptor_limit() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX))
+}
+
+/// How many are kept, of so many.
+fn reserve(limit: u64) -> u64 {
+    RESERVE.min(limit / 4)
 }
 
 impl<'env> Gate<'env> {
@@ -482,12 +497,12 @@ fn finish(stream: &TcpStream) {
 }
 
 /// `GET /events`: server-sent events until the client goes, does not read, or the daemon stops.
-fn stream_events(stream: &TcpStream, events: &Receiver<Arc<str>>, origin: Option<&str>) {
+fn stream_events(stream: &TcpStream, events: &Subscription, origin: Option<&str>) {
     let mut head = head_of(200, origin);
     head.push_str("Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n");
     let mut text: Arc<str> = head.into();
     while Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(text.as_bytes()).is_ok() {
-        text = match events.recv_timeout(HEARTBEAT) {
+        text = match events.next(HEARTBEAT) {
             Ok(event) => event,
             Err(RecvTimeoutError::Timeout) => ": still here\n\n".into(),
             Err(RecvTimeoutError::Disconnected) => return finish(stream),

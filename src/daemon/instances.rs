@@ -20,6 +20,7 @@ use serde::Deserialize;
 use super::engine::Endpoint;
 use super::events::{EventKind, Events};
 use super::supervisor::Handle;
+use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::state::Store;
 use crate::wire::from_json;
@@ -49,6 +50,9 @@ struct Inner {
     /// Of the opencode that this is about.
     generation: u64,
     by_directory: HashMap<String, Instance>,
+    /// What we are disposing ourselves, and since when: opencode tells of it too, and perhaps only
+    /// when it is loaded again.
+    own_disposals: Vec<(String, Instant)>,
     /// When the evicting thread looks next; `None`: when it is woken.
     next_look: Option<Instant>,
     closed: bool,
@@ -65,6 +69,8 @@ impl Inner {
 
 struct Instance {
     loaded: bool,
+    /// When a request that loads it was last on its way.
+    loaded_at: Instant,
     /// Requests under way, streams among them.
     streams: usize,
     used: Instant,
@@ -74,7 +80,8 @@ struct Instance {
 
 impl Instance {
     fn new() -> Instance {
-        Instance { loaded: false, streams: 0, used: Instant::now(), used_ms: now_ms(), evicting: false }
+        let now = Instant::now();
+        Instance { loaded: false, loaded_at: now, streams: 0, used: now, used_ms: now_ms(), evicting: false }
     }
 
     fn touch(&mut self) {
@@ -102,7 +109,9 @@ pub struct Use<'a, 'env> {
 impl Use<'_, '_> {
     /// The request goes to this opencode, and loads the instance.
     pub fn loads(&self, generation: u64) {
-        self.instances.change(generation, self.directory, |instance| instance.loaded = true);
+        self.instances.change(generation, self.directory, |instance| {
+            (instance.loaded, instance.loaded_at) = (true, Instant::now());
+        });
     }
 }
 
@@ -132,6 +141,7 @@ impl<'env> Instances<'env> {
     pub fn begin(&self, generation: u64, directories: Vec<String>) {
         let mut inner = self.lock();
         inner.generation = generation;
+        inner.own_disposals.clear();
         inner.by_directory.retain(|_, instance| {
             instance.loaded = false;
             instance.streams > 0
@@ -142,12 +152,19 @@ impl<'env> Instances<'env> {
         self.schedule(&inner);
     }
 
-    /// A request for an instance begins.
-    pub fn enter<'a>(&'a self, directory: &'a str) -> Use<'a, 'env> {
-        let deadline = Instant::now() + PATIENCE;
+    /// A request for an instance begins. One that is just being evicted is waited for.
+    ///
+    /// # Errors
+    /// `opencode_timeout` at the deadline.
+    pub fn enter<'a>(&'a self, directory: &'a str, deadline: Instant) -> Result<Use<'a, 'env>> {
+        let patience = Instant::now() + PATIENCE;
         let mut inner = self.lock();
         while inner.by_directory.get(directory).is_some_and(|instance| instance.evicting) {
-            let rest = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(Error::OpencodeTimeout("did not dispose the instance"));
+            }
+            let rest = patience.min(deadline).saturating_duration_since(now);
             if rest.is_zero() {
                 break;
             }
@@ -156,12 +173,42 @@ impl<'env> Instances<'env> {
         let instance = inner.by_directory.entry(directory.to_owned()).or_insert_with(Instance::new);
         instance.streams += 1;
         instance.touch();
-        Use { instances: self, directory }
+        Ok(Use { instances: self, directory })
     }
 
-    /// An instance has been disposed.
-    pub fn disposed(&self, generation: u64, directory: &str) {
-        self.change(generation, directory, |instance| instance.loaded = false);
+    /// Somebody means to use an instance.
+    pub fn touch(&self, directory: &str) {
+        let mut inner = self.lock();
+        if let Some(instance) = inner.by_directory.get_mut(directory) {
+            instance.touch();
+        }
+        self.schedule(&inner);
+    }
+
+    /// An instance is going to be disposed: [`Instances::disposed`] is told since when.
+    pub fn disposing(&self, directory: &str) -> Instant {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        inner.own_disposals.retain(|(_, since)| now.duration_since(*since) < EVICTION_LIMIT);
+        inner.own_disposals.push((directory.to_owned(), now));
+        now
+    }
+
+    /// An instance has been disposed. What has loaded it since that was begun is more than that.
+    pub fn disposed(&self, generation: u64, directory: &str, since: Instant) {
+        self.change(generation, directory, |instance| instance.loaded &= instance.loaded_at > since);
+    }
+
+    /// opencode tells that an instance was disposed, by whomever.
+    fn told_disposed(&self, generation: u64, directory: &str) {
+        let own = {
+            let mut inner = self.lock();
+            let own = inner.own_disposals.iter().position(|(own, _)| own == directory);
+            own.map(|own| inner.own_disposals.swap_remove(own))
+        };
+        if own.is_none() {
+            self.change(generation, directory, |instance| instance.loaded = false);
+        }
     }
 
     /// Whether an instance is loaded.
@@ -279,11 +326,12 @@ impl<'env> Instances<'env> {
             Ok(0) => {}
             Ok(_) | Err(_) => return false,
         }
+        let since = self.disposing(directory);
         if endpoint.dispose(path, deadline).is_err() {
             return false;
         }
         crate::log!("disposed the idle instance of {}", workspace.name);
-        self.disposed(generation, directory);
+        self.disposed(generation, directory, since);
         let (workspace_id, directory) = (Some(workspace.id.clone()), directory.to_owned());
         events.publish(EventKind::InstanceDisposed { workspace_id, directory });
         true
@@ -330,7 +378,7 @@ impl<'env> Instances<'env> {
         let Some(directory) = event.directory.filter(|directory| directory.starts_with('/')) else { return };
         let kind = event.payload.kind;
         match kind.split('.').next().unwrap_or_default() {
-            "server" if kind == "server.instance.disposed" => self.disposed(generation, &directory),
+            "server" if kind == "server.instance.disposed" => self.told_disposed(generation, &directory),
             "server" | "global" => {}
             // What somebody does; the rest an instance does by itself (watching files, say).
             "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => {

@@ -128,6 +128,7 @@ impl Daemon<'_> {
 /// # Errors
 /// Whatever keeps it from starting. Detached, they are told on standard output too.
 pub fn run(data_dir: &DataDir, options: &Options, detached: bool) -> Result<()> {
+    process::raise_descriptor_limit();
     if detached {
         process::close_inherited_descriptors();
         // Fails only for the leader of a group, which is what a shell's job control makes of a

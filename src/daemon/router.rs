@@ -82,7 +82,7 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<Tc
     let timeout = request.only(TIMEOUT_HEADER)?;
     let begun = Instant::now();
     let deadline = begun + api::timeout(timeout)?;
-    let entered = daemon.instances.enter(&workspace.path);
+    let entered = daemon.instances.enter(&workspace.path, deadline)?;
     if is_known {
         daemon.store.touch(&workspace.id);
     }
@@ -205,7 +205,10 @@ fn rewrite(request: &Head<'_>, target: &str, directory: &Path, port: u16, is_upg
     for header in request.headers {
         let replaced = ["host", DIRECTORY_HEADER, TIMEOUT_HEADER].iter().any(|n| header.name.eq_ignore_ascii_case(n));
         let keeps_upgrade = is_upgrade && header.name.eq_ignore_ascii_case("upgrade");
-        let dropped = replaced || is_hop_by_hop(header.name) || request.has_token("connection", header.name);
+        // How the body is framed is for opencode as it is, whatever a client says of it.
+        let frames = ["content-length", "transfer-encoding"].iter().any(|n| header.name.eq_ignore_ascii_case(n));
+        let is_named = request.has_token("connection", header.name) && !frames;
+        let dropped = replaced || is_hop_by_hop(header.name) || is_named;
         if keeps_upgrade || !dropped {
             push_header(&mut head, header);
         }
@@ -436,8 +439,8 @@ impl<'a> Exchange<'a> {
         // Without another look whether it can be written: mostly it can.
         let sent = self.up.write(self.upstream);
         if let Err(e) = sent {
-            // It may have answered before it closed; that is still to be read.
-            if self.down.ended {
+            // It may have answered before it closed; that is still to be read, or passed on.
+            if self.down.ended && matches!(self.reply, Reply::Head) {
                 return Err(broken(&e));
             }
             self.up = Flow::new(Vec::new());
@@ -476,7 +479,8 @@ impl<'a> Exchange<'a> {
         let before = self.down.end - self.down.start;
         match (self.down.read(self.upstream), &mut self.reply) {
             (Err(e), Reply::Head) => return Err(broken(&e)),
-            (Err(_), _) => return Ok(false),
+            // What came before is still to be passed on.
+            (Err(_), _) => self.down.ended = true,
             (Ok(_), Reply::Head) => self.take_head()?,
             (Ok(_), Reply::Body(body)) => {
                 let pending = self.down.pending();

@@ -11,7 +11,7 @@
 //! like one that was just launched, and has to answer like it.
 
 use std::collections::VecDeque;
-use std::io::{self, Read};
+use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -53,6 +53,8 @@ const FIRST_PROBE_LIMIT: Duration = Duration::from_millis(50);
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// Without an answer for so long it hangs. Long, since a restart costs its users running turns.
 const HANG_LIMIT: Duration = Duration::from_secs(60);
+/// And how often it has to have been asked in that time.
+const HANG_PROBES: u32 = 3;
 /// How long disposing all instances may take at an orderly stop.
 const DISPOSE_LIMIT: Duration = Duration::from_millis(2500);
 /// When TERM is repeated: opencode swallows the first while it installs a plugin.
@@ -297,7 +299,16 @@ enum Phase {
         listens_since: Option<Instant>,
     },
     /// A process is there and has answered.
-    Ready { process: Process, since: Instant, answered: Instant, probe_at: Instant, probing: bool },
+    Ready {
+        process: Process,
+        since: Instant,
+        /// When it was last asked.
+        asked: Instant,
+        /// When it was first asked without an answer, and how often that was since.
+        unanswered: Option<(Instant, u32)>,
+        probe_at: Instant,
+        probing: bool,
+    },
     /// A process is on its way out.
     Ending { process: Process, step: Step, then: Then },
     /// A pause before the next start.
@@ -357,6 +368,8 @@ pub struct Supervisor<'scope, 'env> {
     generation: u64,
     /// Of the current process.
     port: u16,
+    /// The inode of the socket that listens there.
+    socket: u32,
     started_at: u64,
     version: Option<String>,
     /// Counts version checks, so that a late answer is known as such.
@@ -421,6 +434,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             want: Want::Run,
             generation: 0,
             port: 0,
+            socket: 0,
             started_at: 0,
             version: None,
             attempt: 0,
@@ -519,7 +533,8 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             }
             Phase::Starting { process, look_at, probing: probing @ false, listens_since, .. } if now >= *look_at => {
                 let _ = log::bound(&self.data_dir.opencode_log());
-                if process::listens(process, self.port) {
+                if let Ok(Some(socket)) = process::listening(process, self.port) {
+                    self.socket = socket;
                     *probing = true;
                     let since = *listens_since.get_or_insert(now);
                     let patience = FIRST_PROBE_LIMIT + now.duration_since(since) / 4;
@@ -528,8 +543,8 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
                     *look_at = now + LOOK_INTERVAL;
                 }
             }
-            Phase::Ready { probe_at, probing: probing @ false, .. } if now >= *probe_at => {
-                *probing = true;
+            Phase::Ready { asked, probe_at, probing: probing @ false, .. } if now >= *probe_at => {
+                (*asked, *probing) = (now, true);
                 // Once per probe is often enough for logs that grow by lines.
                 self.bound_logs();
                 self.probe(PROBE_LIMIT);
@@ -581,7 +596,8 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         self.watch(&process);
         // One that listens was ready; one that does not yet is given the rest of its time.
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
-        let rest = if process::listens(&process, self.port) { ADOPT_LIMIT } else { READY_LIMIT.saturating_sub(age) };
+        let listens = matches!(process::listening(&process, self.port), Ok(Some(_)));
+        let rest = if listens { ADOPT_LIMIT } else { READY_LIMIT.saturating_sub(age) };
         let until = now + rest.max(ADOPT_LIMIT);
         self.phase = Phase::Starting {
             process,
@@ -622,11 +638,11 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             Err(e) => return self.failed(e),
         };
         let (sender, attempt, stdout) = (self.sender.clone(), self.attempt, process.take_stdout());
+        let (pidfd, ended) = (process.pidfd(), self.ended.clone());
         let asked = self.in_background(move || {
-            let mut output = String::new();
             // A version is a few bytes; whatever says more is no opencode.
-            let read = stdout.map_or(Ok(0), |stdout| stdout.take(4096).read_to_string(&mut output));
-            let _ = sender.send(Event::Version { attempt, output: read.map(|_| output) });
+            let read = |stdout| process::read_output(stdout, &pidfd, 4096, &ended);
+            let _ = sender.send(Event::Version { attempt, output: stdout.map_or(Ok(String::new()), read) });
         });
         self.phase = Phase::Checking { process, until: Instant::now() + VERSION_LIMIT, binary, record };
         if let Err(e) = asked {
@@ -796,6 +812,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             generation: self.generation,
             authorization: self.authorization.clone(),
             pidfd: process.pidfd(),
+            socket: self.socket,
             stop: self.ended.clone(),
         }
     }
@@ -825,17 +842,25 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
                 *probing = false;
                 *look_at = now + LOOK_INTERVAL;
             }
-            (Phase::Ready { answered, probe_at, probing, .. }, Ok(version)) => {
-                (*answered, *probe_at, *probing) = (now, now + PROBE_INTERVAL, false);
+            (Phase::Ready { unanswered, probe_at, probing, .. }, Ok(version)) => {
+                (*unanswered, *probe_at, *probing) = (None, now + PROBE_INTERVAL, false);
                 self.version = Some(version);
                 self.shared.lock().checks += 1;
             }
-            (Phase::Ready { process, answered, probe_at, probing, .. }, Err(e)) => {
+            // It was not asked, for want of something of ours.
+            (Phase::Ready { probe_at, probing, .. }, Err(CallError::Failed(e @ Error::Overloaded(_)))) => {
+                (*probe_at, *probing) = (now + PROBE_INTERVAL, false);
+                crate::log!("cannot ask opencode: {e}");
+            }
+            (Phase::Ready { process, asked, unanswered, probe_at, probing, .. }, Err(e)) => {
                 (*probe_at, *probing) = (now + PROBE_INTERVAL, false);
                 let deaf = matches!(e, CallError::Gone(_));
-                let hung = now.duration_since(*answered) >= HANG_LIMIT;
+                // Time in which we were stopped ourselves, and nobody asked, is no sign of anything.
+                let (since, count) = unanswered.get_or_insert(((*asked).max(now - PROBE_LIMIT), 0));
+                *count += 1;
+                let hung = now.duration_since(*since) >= HANG_LIMIT && *count >= HANG_PROBES;
                 crate::log!("opencode does not answer: {}", Error::from(e));
-                if deaf && !process::listens(process, self.port) {
+                if deaf && matches!(process::listening(process, self.port), Ok(found) if found != Some(self.socket)) {
                     let error = Error::OpencodeUnavailable("it no longer listens".to_owned());
                     self.end(false, Then::Fail(error));
                 } else if hung {
@@ -859,8 +884,14 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         self.version = Some(version);
         self.last_attempt = false;
         self.taken_ports = 0;
-        self.phase =
-            Phase::Ready { process, since: now, answered: now, probe_at: now + PROBE_INTERVAL, probing: false };
+        self.phase = Phase::Ready {
+            process,
+            since: now,
+            asked: now,
+            unanswered: None,
+            probe_at: now + PROBE_INTERVAL,
+            probing: false,
+        };
         self.bound_logs();
         self.events.publish(EventKind::EngineReady { generation: self.generation, pid });
     }
@@ -891,6 +922,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
 
     /// Begins the end of the process.
     fn end(&mut self, orderly: bool, then: Then) {
+        self.forgive();
         let phase = std::mem::replace(&mut self.phase, Phase::Failed);
         let (Phase::Starting { process, .. } | Phase::Ready { process, .. } | Phase::Ending { process, .. }) = phase
         else {
@@ -911,6 +943,13 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             Step::Terminating { since: now, again: now + TERM_AGAIN }
         };
         self.phase = Phase::Ending { process, step, then };
+    }
+
+    /// The failures before a long time of health count no more.
+    fn forgive(&mut self) {
+        if matches!(self.phase, Phase::Ready { since, .. } if since.elapsed() >= HEALTHY_AFTER) {
+            self.in_a_row = 0;
+        }
     }
 
     fn disposed(&mut self) {
@@ -938,17 +977,12 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     /// The process has ended: what is left of it is ended too, and what comes next begins.
     fn exited(&mut self) {
         self.release = None;
+        self.forgive();
         let phase = std::mem::replace(&mut self.phase, Phase::Failed);
-        let now = Instant::now();
         let (process, then) = match phase {
             Phase::Ending { process, then, .. } => (process, Some(then)),
             Phase::Starting { process, .. } => (process, None),
-            Phase::Ready { process, since, .. } => {
-                if now.duration_since(since) >= HEALTHY_AFTER {
-                    self.in_a_row = 0;
-                }
-                (process, None)
-            }
+            Phase::Ready { process, .. } => (process, None),
             Phase::Checking { .. } | Phase::Waiting { .. } | Phase::Failed | Phase::Stopped => {
                 self.phase = phase;
                 return;

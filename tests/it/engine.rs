@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     AUTH, ESTABLISHED, Host, START_TIME, Signal, copy_program, fake_opencode, is_alive, kill, sockets, stat_field,
-    wait_for, wait_gone,
+    until, wait_for, wait_gone,
 };
 
 // --- Several workspaces, one process ---
@@ -390,6 +390,32 @@ fn a_slow_start_is_waited_for_until_the_deadline() {
 
     host.openwork(["workspace", "path", "p"]).ok();
     assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn who_takes_the_port_of_a_living_opencode_gets_no_password() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.add(host.project("p"));
+    let (pid, port) = (host.opencode_pid(), host.health()["opencode"]["port"].as_u64().unwrap() as u16);
+    host.routed("POST", "/w/p/stop-listening").send();
+    let impostor = until("the port", || TcpListener::bind(("127.0.0.1", port)).ok());
+    impostor.set_nonblocking(true).unwrap();
+    let asked = host.openwork(["api", "p", "/path", "--timeout", "20"]).spawn();
+    let path = host.openwork(["workspace", "path", "p", "--timeout", "20"]).spawn();
+    // Until its opencode is ended, since it listens no more, and another is there.
+    let mut heard = Vec::new();
+    wait_for("another opencode", || {
+        while let Ok((mut stream, _)) = impostor.accept() {
+            stream.set_nonblocking(false).unwrap();
+            stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+            let _ = stream.read_to_end(&mut heard);
+        }
+        !is_alive(pid)
+    });
+    assert_eq!(String::from_utf8_lossy(&heard), "");
+    drop(impostor);
+    assert!(asked.wait().status.success() && path.wait().status.success());
 }
 
 #[test]

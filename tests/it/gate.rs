@@ -776,6 +776,34 @@ fn the_last_descriptors_are_for_requests() {
 }
 
 #[test]
+fn a_lack_of_descriptors_is_no_failure_of_opencode() {
+    let gate = Gate::with(&[], "ulimit -n 128");
+    gate.host.add(gate.host.project("p"));
+    let pid = gate.host.opencode_pid();
+    let credentials = gate.host.credentials();
+    // All connect before the first asks: each needs a second descriptor then.
+    let mut streams: Vec<TcpStream> = (0..120).map(|_| gate.host.connect()).collect();
+    for stream in &mut streams {
+        let head = format!("Authorization: {credentials}\r\n\r\n");
+        let _ = stream.write_all(gate.request("GET /w/p/event", &head).as_bytes());
+    }
+    let mut taken = 0;
+    for stream in &mut streams {
+        let mut status = [0; 12];
+        match stream.read_exact(&mut status) {
+            Ok(()) if status.ends_with(b"200") => taken += 1,
+            Ok(()) => assert!(status.ends_with(b"503"), "{}", String::from_utf8_lossy(&status)),
+            // Refused before it had asked.
+            Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::ConnectionReset),
+        }
+    }
+    assert!((10..120).contains(&taken), "{taken}");
+    drop(streams);
+    let health = gate.host.health();
+    assert_eq!((gate.host.opencode_pid(), &health["engine"]["restarts"]), (pid, &json!(0)));
+}
+
+#[test]
 fn a_control_plane_that_has_ended_is_back_for_the_next_request() {
     let gate = Gate::new();
     for _ in 0..3 {

@@ -184,6 +184,22 @@ fn what_is_about_one_connection_is_not_passed_on() {
 }
 
 #[test]
+fn how_a_body_is_framed_is_about_more_than_one_connection() {
+    let (host, ..) = host();
+    // Without its length it would be requests of its own.
+    let body = "DELETE /session/evil HTTP/1.1\r\nHost: x\r\n\r\n";
+    for named in ["content-length", "close, Content-Length", "Upgrade, content-length"] {
+        let request = host.routed("POST", "/w/p/echo").and_header("Connection", named).and_header("Upgrade", "x");
+        assert_eq!(echo(&request.body(body).send())["body"], body, "{named}");
+    }
+    let headers = "Connection: transfer-encoding\r\nTransfer-Encoding: chunked\r\n";
+    let mut stream = host.connect();
+    stream.write_all((head(&host, "POST /w/p/echo", headers) + "5\r\nhello\r\n0\r\n\r\n").as_bytes()).unwrap();
+    assert_eq!(echo(&Reply::parse(&read_to_close(&mut stream)).unwrap())["body"], "hello");
+    assert!(calls(&host).iter().all(|call| call["method"] == "POST"));
+}
+
+#[test]
 fn a_body_of_any_size_is_passed_on() {
     const SIZE: usize = 5_000_000;
     let (host, ..) = host();

@@ -109,6 +109,20 @@ fn a_directory_in_its_place_is_refused_untouched() {
 }
 
 #[test]
+fn what_is_said_not_to_be_changed_is_not() {
+    let host = Host::unprivileged();
+    host.add(host.project("a"));
+    let before = fs::read(host.file(STATE)).unwrap();
+    // Files can be replaced there, and that cannot be made durable.
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o300)).unwrap();
+    let failed = host.http("PATCH", "/workspaces/a").json(json!({"name": "b"})).send();
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o700)).unwrap();
+    failed.refused(500, "state_write_failed");
+    assert_eq!(fs::read(host.file(STATE)).unwrap(), before);
+    assert_eq!(host.names(), ["a"]);
+}
+
+#[test]
 fn fields_of_other_programs_survive_at_every_level() {
     let host = Host::new();
     let opencode = host.get("OPENWORK_OPENCODE_BIN").to_owned();
