@@ -342,7 +342,11 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     }
     let (least, most) = row.count;
     if args.len() < least || args.len() > most {
-        let what = if args.len() < least { "needs more arguments" } else { "takes fewer arguments" };
+        let what = match args.len() < least {
+            true => "needs more arguments",
+            false if row.args.ends_with("-- ARGS") => "takes what is for opencode behind `--`",
+            false => "takes fewer arguments",
+        };
         return Err(Error::Usage {
             message: format!("`{}` {what}", row.name),
             hint: Some(format!("openwork {} {}", row.name, row.args).trim_end().to_owned()),

@@ -327,7 +327,7 @@ impl fmt::Display for Error {
             Error::PathNotFound(path) => write!(f, "no such directory: {}", shown(path)),
             Error::PermissionDenied { what, path } => write!(f, "{what}: {}", shown(path)),
             Error::ForbiddenHost(host) => write!(f, "requests for host {host:?} are not answered here"),
-            Error::ForbiddenOrigin(origin) => write!(f, "requests from the web page {origin:?} are not answered"),
+            Error::ForbiddenOrigin(origin) => write!(f, "requests of {origin} are not answered"),
             Error::ForbiddenUser => write!(f, "only the user whose daemon this is may ask it"),
             Error::Unauthorized => write!(f, "credentials of opencode are needed, as printed by `openwork env`"),
             Error::NotFound(path) => write!(f, "no such route: {path}"),

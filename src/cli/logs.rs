@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -22,11 +22,19 @@ struct Lines {
     lines: Vec<String>,
 }
 
-/// Prints a log, or its last lines, and with `follow` what is added to it.
+/// Prints a log, or its last lines, and with `follow` what is added to it, perhaps until some time.
 ///
 /// # Errors
 /// `usage` for `follow` as JSON, which has no end; when the log cannot be read.
-pub fn print(client: &Client, out: &mut Output, log: Log, follow: bool, last: Option<usize>) -> Result<()> {
+pub fn print(
+    client: &Client,
+    out: &mut Output,
+    log: Log,
+    follow: Option<Option<Instant>>,
+    last: Option<usize>,
+) -> Result<()> {
+    let until = follow.flatten();
+    let follow = follow.is_some();
     if follow && out.is_json() {
         return Err(Error::usage("--follow has no end, and so no JSON object: leave one of them out"));
     }
@@ -47,7 +55,7 @@ pub fn print(client: &Client, out: &mut Output, log: Log, follow: bool, last: Op
         lines.drain(..lines.len().saturating_sub(last));
     }
     out.print(&Lines { ok: true, log: name, lines }, |lines| text(&lines.lines))?;
-    while follow && !out.is_closed() {
+    while follow && !out.is_closed() && until.is_none_or(|until| Instant::now() < until) {
         std::thread::sleep(FOLLOW_INTERVAL);
         let mut file = match open_private(&path, OpenOptions::new().read(true)) {
             Ok(file) => file,

@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::iter::once;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
@@ -154,7 +155,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         Command::Attach { selector, args } => Err(passthrough::attach(&client, selector, &args)),
         Command::Run { selector, args } => Err(passthrough::run(&client, selector, &args)),
         Command::Env { selector, shell } => passthrough::env(&client, out, selector, shell),
-        Command::Events => events(&client, out),
+        Command::Events => events(&client, out, invocation.timeout_given),
         Command::InstanceList => instances(&client, out),
         Command::InstanceDispose { selector, force } => {
             let id = encoded(&client, selector)?;
@@ -165,7 +166,10 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             })
         }
         Command::StateRepair => repair(&client, out),
-        Command::Logs { log, follow, lines } => logs::print(&client, out, log, follow, lines),
+        Command::Logs { log, follow, lines } => {
+            let until = invocation.timeout_given.then_some(client.deadline);
+            logs::print(&client, out, log, follow.then_some(until), lines)
+        }
     }
 }
 
@@ -216,18 +220,31 @@ fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
 
 fn start(client: &Client, out: &mut Output) -> Result<()> {
     let asks_for_options = client.autostart.as_ref().is_some_and(|options| !options.is_default());
-    if let (Some(address), true) = (client.find()?, asks_for_options) {
+    let running = client.find()?;
+    if let (Some(address), true) = (running, asks_for_options) {
         note(&format!("the daemon already runs, on port {}; `openwork daemon restart` takes options\n", address.port));
     }
     client.ensure()?;
     let waiting = Waiting::new("opencode");
     let health: Health = client.ask("POST", "/start", &())?;
     drop(waiting);
+    if running.is_none() && keeps_another_opencode(client, &health)? {
+        note("opencode goes on as it was: its port and program are those of the next one (`daemon restart --all`)\n");
+    }
     out.print(&health, |health| {
         let opencode = health.opencode.as_ref().map_or_else(String::new, |opencode| opencode.base_url.clone());
         let version = health.engine.version.as_deref().unwrap_or_default();
         format!("openwork is ready on {}, opencode {version} on {opencode}\n", health.daemon.base_url)
     })
+}
+
+/// Whether the opencode that was taken over is not the one that was asked for.
+fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
+    let (Some(options), Some(opencode)) = (&client.autostart, &health.opencode) else { return Ok(false) };
+    let binary = State::read(&client.data_dir.state())?.binaries.unwrap_or_default().opencode.map(|known| known.path);
+    let is_another = |wanted: &Path| binary.as_deref().is_some_and(|path| Path::new(path) != wanted);
+    let other_port = options.engine.port.is_some_and(|port| port != opencode.port);
+    Ok(other_port || options.engine.binary.as_deref().is_some_and(is_another))
 }
 
 #[derive(Serialize)]
@@ -285,6 +302,14 @@ fn has_orphan(client: &Client) -> Result<bool> {
 fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
     if client.autostart.is_none() {
         return Err(Error::usage("--no-autostart does not go with `daemon restart`"));
+    }
+    // One that works is not ended for one that could not start.
+    let port = client.autostart.as_ref().and_then(|options| options.port);
+    if let (Some(port), Some(address)) = (port, client.find()?) {
+        let is_taken = |e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse;
+        if port != address.port && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err_and(is_taken) {
+            return Err(Error::PortInUse { port, option: "--daemon-port" });
+        }
     }
     stop_running(client, !all)?;
     start(client, out)
@@ -491,8 +516,9 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
     })
 }
 
-/// The events of the daemon, a line each, until it ends or nobody reads.
-fn events(client: &Client, out: &mut Output) -> Result<()> {
+/// The events of the daemon, a line each, until it ends, nobody reads, or the time is over, if one
+/// was given.
+fn events(client: &Client, out: &mut Output, timeout_given: bool) -> Result<()> {
     let address = client.reach()?;
     let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(Ok(())))?;
     if response.status != 200 {
@@ -500,14 +526,15 @@ fn events(client: &Client, out: &mut Output) -> Result<()> {
         let reply = response.bytes(FAILURE_LIMIT).map_err(|e| client.lost(address, &e))?;
         return Err(failure(status, &reply));
     }
-    response.socket_mut().deadline = None;
+    response.socket_mut().deadline = timeout_given.then_some(client.deadline);
     let mut lines = BufReader::new(response);
     let mut line = Vec::new();
     while !out.is_closed() {
         line.clear();
-        let read = lines.read_until(b'\n', &mut line);
-        if matches!(read, Ok(0) | Err(_)) {
-            return Err(Error::DaemonNotRunning);
+        match lines.read_until(b'\n', &mut line) {
+            Ok(1..) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => return Ok(()),
+            Ok(0) | Err(_) => return Err(Error::DaemonNotRunning),
         }
         if let Some(data) = line.strip_prefix(b"data: ") {
             out.write(data)?;

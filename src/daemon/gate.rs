@@ -258,10 +258,10 @@ impl<'env> Gate<'env> {
         }
         match request.only("origin")? {
             Some(origin) if self.origins.iter().any(|allowed| allowed == origin) => Ok(Some(origin)),
-            Some(origin) => Err(Error::ForbiddenOrigin(origin.to_owned())),
+            Some(origin) => Err(Error::ForbiddenOrigin(format!("the web page {origin:?}"))),
             None => match request.only("sec-fetch-site")? {
                 None | Some("none" | "same-origin") => Ok(None),
-                Some(site) => Err(Error::ForbiddenOrigin(site.to_owned())),
+                Some(site) => Err(Error::ForbiddenOrigin(format!("a web page from elsewhere ({site})"))),
             },
         }
     }

@@ -70,7 +70,7 @@ impl Inner {
 struct Instance {
     loaded: bool,
     /// When a request that loads it was last on its way.
-    loaded_at: Instant,
+    loaded_at: Option<Instant>,
     /// Requests under way, streams among them.
     streams: usize,
     used: Instant,
@@ -80,8 +80,8 @@ struct Instance {
 
 impl Instance {
     fn new() -> Instance {
-        let now = Instant::now();
-        Instance { loaded: false, loaded_at: now, streams: 0, used: now, used_ms: now_ms(), evicting: false }
+        let used = Instant::now();
+        Instance { loaded: false, loaded_at: None, streams: 0, used, used_ms: now_ms(), evicting: false }
     }
 
     fn touch(&mut self) {
@@ -110,7 +110,7 @@ impl Use<'_, '_> {
     /// The request goes to this opencode, and loads the instance.
     pub fn loads(&self, generation: u64) {
         self.instances.change(generation, self.directory, |instance| {
-            (instance.loaded, instance.loaded_at) = (true, Instant::now());
+            (instance.loaded, instance.loaded_at) = (true, Some(Instant::now()));
         });
     }
 }
@@ -196,7 +196,7 @@ impl<'env> Instances<'env> {
 
     /// An instance has been disposed. What has loaded it since that was begun is more than that.
     pub fn disposed(&self, generation: u64, directory: &str, since: Instant) {
-        self.change(generation, directory, |instance| instance.loaded &= instance.loaded_at > since);
+        self.change(generation, directory, |instance| instance.loaded &= instance.loaded_at > Some(since));
     }
 
     /// opencode tells that an instance was disposed, by whomever.
@@ -206,8 +206,10 @@ impl<'env> Instances<'env> {
             let own = inner.own_disposals.iter().position(|(own, _)| own == directory);
             own.map(|own| inner.own_disposals.swap_remove(own))
         };
-        if own.is_none() {
-            self.change(generation, directory, |instance| instance.loaded = false);
+        match own {
+            // Again, since what the instance did last was told in between.
+            Some((_, since)) => self.disposed(generation, directory, since),
+            None => self.change(generation, directory, |instance| instance.loaded = false),
         }
     }
 

@@ -357,6 +357,33 @@ fn a_port_that_is_asked_for_and_taken_is_an_error() {
 }
 
 #[test]
+fn one_that_works_is_not_ended_for_a_port_that_is_taken() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.daemon_pid();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = format!("--daemon-port={}", taken.local_addr().unwrap().port());
+    host.openwork(["daemon", "restart", &port]).fails(1, "port_in_use");
+    assert_eq!((host.daemon_pid(), is_alive(pid)), (pid, true));
+}
+
+#[test]
+fn options_that_an_opencode_taken_over_does_not_have_are_not_passed_over_in_silence() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.opencode_pid();
+    let port = format!("--opencode-port={}", free_port());
+    for options in [&port, "--opencode-bin=/bin/true"] {
+        let output = host.openwork(["daemon", "restart", options]).ok();
+        assert!(output.stderr.contains("opencode goes on as it was"), "{output:?}");
+        assert_eq!(host.opencode_pid(), pid);
+    }
+    let output = host.openwork(["daemon", "restart", "--all", &port]).ok();
+    assert!(!output.stderr.contains("goes on"), "{output:?}");
+    assert!(output.stdout.contains(port.split_once('=').unwrap().1), "{output:?}");
+}
+
+#[test]
 fn default_ports_that_are_taken_are_not_used() {
     let mut host = Host::new();
     host.unset("OPENWORK_DAEMON_PORT");

@@ -121,3 +121,13 @@ fn one_that_does_not_read_is_dropped_and_not_waited_for() {
         assert_ne!(event["workspace"]["name"], format!("n{last}"), "all of {told} were kept for it");
     }
 }
+
+#[test]
+fn a_limit_of_time_is_an_end() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    for command in [&["events"][..], &["logs", "-f"]] {
+        let output = host.openwork(command.iter().chain(&["--timeout", "1"])).ok();
+        assert_eq!(output.stderr, "", "{output:?}");
+    }
+}
