@@ -39,6 +39,8 @@ pub fn from_json<'j, T: Deserialize<'j>>(json: &'j [u8]) -> serde_json::Result<T
 pub enum Route {
     /// How the daemon and opencode are.
     Health,
+    /// What the routes are, as OpenAPI.
+    Doc,
     /// The registry.
     List,
     /// Adds a directory.
@@ -70,6 +72,7 @@ pub enum Route {
 /// Every control route: method, path (`:id` stands for a selector, percent-encoded), which.
 pub const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/health", Route::Health),
+    ("GET", "/doc", Route::Doc),
     ("GET", "/workspaces", Route::List),
     ("POST", "/workspaces", Route::AddLocal),
     ("POST", "/workspaces/remote", Route::AddRemote),

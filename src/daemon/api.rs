@@ -237,6 +237,11 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
             }
             Answer::new(200, &health)
         }
+        Route::Doc => {
+            let description = include_str!("../assets/openapi.json");
+            let body = description.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes();
+            Ok(Answer { status: 200, body, shutdown: None })
+        }
         Route::List => {
             let state = daemon.store.latest();
             let workspaces = Listed::all(&state.workspaces);

@@ -12,13 +12,6 @@ use serde_json::Value;
 
 use crate::support::{Host, Observed, Outcome, is_root, observed, poll};
 
-/// What nothing can exercise yet. Whoever makes it possible strikes it out: what is exercised
-/// and still stands here is an error too.
-const LATER: &[&str] = &[
-    // To come.
-    "route GET /doc",
-];
-
 /// What takes a build with debug assertions: only that can be made to panic from outside.
 const OF_DEBUG: &[&str] = &["code internal"];
 
@@ -138,15 +131,10 @@ fn everything_there_is_has_been_exercised() {
         assert!(judged.iter().any(|(name, _)| name.starts_with(kind)), "no {kind} in the tables");
     }
     let of = |exercised: bool| judged.iter().filter(move |(_, is)| *is == exercised).map(|(name, _)| name.as_str());
-    let can_be = |name: &&str| {
-        !LATER.contains(name)
-            && (is_root() || !OF_ROOT.contains(name))
-            && (cfg!(debug_assertions) || !OF_DEBUG.contains(name))
-    };
+    let can_be =
+        |name: &&str| (is_root() || !OF_ROOT.contains(name)) && (cfg!(debug_assertions) || !OF_DEBUG.contains(name));
     let missing: Vec<&str> = of(false).filter(can_be).collect();
     assert_eq!(missing, [""; 0], "never exercised");
-    let stale: Vec<&str> = of(true).filter(|name| LATER.contains(name)).collect();
-    assert_eq!(stale, [""; 0], "exercised, and still said to be for later");
 
     // And each failed with the statuses that the table promises for it.
     for (code, outcome) in &observed.codes {

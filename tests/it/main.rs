@@ -5,6 +5,7 @@ mod adopt;
 mod cli;
 // In the order of names, in which tests are begun, it has to come last.
 mod daemon;
+mod doc;
 mod engine;
 mod events;
 mod evict;
