@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Shows openwork at its job with a real opencode: `scripts/demo.sh VERSION`, where VERSION is the
-# opencode to install when there is none of the 1.x line on PATH.
+# opencode to install when there is none of the 1.x line on PATH, and OPENWORK_OPENCODE_BIN names
+# none.
 #
 # Everything happens in a temporary directory, with a HOME of its own, and nothing of it stays:
 # neither files nor processes, however the demo ends. What it shows it also checks; at the first
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 # A quoted path keeps its spaces here; quotes and backslashes in it would be escaped.
 openwork=$(cargo build --release --locked --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+opencode_given=${OPENWORK_OPENCODE_BIN:-}
 # The user's own settings are no business of the demo's, and their data even less.
 # shellcheck disable=SC2086 # names of variables, which have no spaces
 unset ${!OPENWORK_@} ${!OPENCODE_@} ${!XDG_@}
@@ -44,7 +46,7 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-opencode=$(command -v opencode || true)
+opencode=${opencode_given:-$(command -v opencode || true)}
 # In the temporary HOME: opencode makes its directories there, whatever it is asked.
 mkdir "$home"
 if [[ $opencode != /* || $(HOME=$home "$opencode" --version 2>/dev/null) != ?(v)1.* ]]; then
@@ -62,7 +64,7 @@ expected='' # what it has to be, once it is known
 restarts=0
 mark=$dim # how it is shown: dim, but for one that is new
 
-row() { printf "$dim%8s$plain  %-32s  $mark%8s$plain  %s\n" "$@"; }
+row() { printf "$dim%8s$plain  %-32s  $mark%12s$plain  %s\n" "$@"; }
 
 # Runs a command of openwork and shows what it took and answered: `step ARGUMENT …`.
 step() {
@@ -99,7 +101,7 @@ mkdir "$work/shop" "$work/blog"
 printf '%s, opencode %s: two projects, one server\n' \
     "$("$openwork" --version)" "$(HOME=$home "$opencode" --version)"
 printf '%s\n\n' "${dim}In a new home, as here, the first start of opencode takes some seconds longer.$plain"
-row ms command opencode answer
+row ms command 'opencode pid' answer
 cd "$work"
 
 step workspace add shop
@@ -124,7 +126,15 @@ step instance dispose blog
 path blog
 path shop shop
 
+[[ $(openwork status --json) =~ \"daemon\":\{\"pid\":([0-9]+) ]] || die 'no daemon'
+daemon=${BASH_REMATCH[1]}
+ours | grep -qx "$daemon" || die "process $daemon is none of ours"
+kill -9 "$daemon"
+printf '%8s  %s\n' '' "kill -9 $daemon, which is the daemon"
+path shop shop
+
 expected=''
 step daemon stop
 [[ -z $(ours) ]] || die "left running: $(ours | tr '\n' ' ')"
-printf '\n%s\n' "One opencode for both, started again once: when it was killed. Nothing of it is left."
+printf '\n%s\n%s\n' "One opencode for both, started again once: when it was killed. It outlived the daemon." \
+    'Nothing of it is left.'
