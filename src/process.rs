@@ -191,11 +191,14 @@ pub fn timespec(duration: Duration) -> Timespec {
 /// `WouldBlock` at the limit, as of a socket with one; `ConnectionAborted` when the flag is raised.
 pub fn wait_ready(fd: impl AsFd, events: PollFlags, limit: Option<Duration>, flag: &Flag) -> io::Result<()> {
     let mut fds = [PollFd::new(&fd, events), PollFd::new(flag, PollFlags::IN)];
-    match poll(&mut fds, limit.map(timespec).as_ref()) {
-        Ok(0) => Err(io::ErrorKind::WouldBlock.into()),
-        Ok(_) if !fds[1].revents().is_empty() => Err(io::ErrorKind::ConnectionAborted.into()),
-        Ok(_) => Ok(()),
-        Err(e) => Err(e.into()),
+    loop {
+        match poll(&mut fds, limit.map(timespec).as_ref()) {
+            Ok(0) => return Err(io::ErrorKind::WouldBlock.into()),
+            Ok(_) if !fds[1].revents().is_empty() => return Err(io::ErrorKind::ConnectionAborted.into()),
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
 }
 

@@ -443,10 +443,7 @@ impl<'a> Exchange<'a> {
             if self.down.ended && matches!(self.reply, Reply::Head) {
                 return Err(broken(&e));
             }
-            self.up = Flow::new(Vec::new());
-            self.up.ended = true;
-            self.body = Body::length(0);
-            self.half_closed = true;
+            self.forget_client();
         }
         self.pass_end_of_client(client_ready.intersects(PollFlags::RDHUP));
         if waits_for_head && matches!(self.reply, Reply::Head) {
@@ -456,6 +453,14 @@ impl<'a> Exchange<'a> {
             return Ok(false);
         }
         Ok(!self.is_over())
+    }
+
+    /// What the client sends is for nobody any more.
+    fn forget_client(&mut self) {
+        self.up = Flow::new(Vec::new());
+        self.up.ended = true;
+        self.body = Body::length(0);
+        self.half_closed = true;
     }
 
     /// Reads of the request what belongs to it.
@@ -479,8 +484,11 @@ impl<'a> Exchange<'a> {
         let before = self.down.end - self.down.start;
         match (self.down.read(self.upstream), &mut self.reply) {
             (Err(e), Reply::Head) => return Err(broken(&e)),
-            // What came before is still to be passed on.
-            (Err(_), _) => self.down.ended = true,
+            // What came before is still to be passed on; nobody is there for what else comes.
+            (Err(_), _) => {
+                self.down.ended = true;
+                self.forget_client();
+            }
             (Ok(_), Reply::Head) => self.take_head()?,
             (Ok(_), Reply::Body(body)) => {
                 let pending = self.down.pending();
