@@ -503,7 +503,7 @@ fn logs_are_followed() {
         std::thread::sleep(std::time::Duration::from_millis(500));
         log.write_all("\u{e4}lf\n".as_bytes().split_at(1).1).unwrap();
         wait_for("the whole line", || following.stdout_so_far().contains("h\u{e4}lf\n"));
-        kill(following.pid(), Signal::INT);
+        kill(following.pid(), Signal::TERM);
         following.wait();
     }
 }

@@ -83,7 +83,7 @@ fn the_command_prints_a_line_each() {
         printing.iter().all(|command| command.stdout_so_far().ends_with("}\n"))
     });
     for command in printing {
-        kill(command.pid(), Signal::INT);
+        kill(command.pid(), Signal::TERM);
         let output = command.wait();
         for line in output.stdout.lines() {
             let event: Value = serde_json::from_str(line).unwrap();

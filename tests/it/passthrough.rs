@@ -115,7 +115,7 @@ fn a_stream_comes_as_it_comes() {
     wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
     host.openwork(["api", "POST", "/session"]).ok();
     wait_for("the next event", || streaming.stdout_so_far().contains("session.created"));
-    kill(streaming.pid(), Signal::INT);
+    kill(streaming.pid(), Signal::TERM);
     let output = streaming.wait();
     assert_eq!(output.stderr, "", "{output:?}");
     wait_for("its end to be passed on", || host.recorded("streams").contains(&"close /event".to_owned()));
