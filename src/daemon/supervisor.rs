@@ -520,6 +520,10 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     }
 
     fn do_what_is_due(&mut self, now: Instant) {
+        // Its watcher says so too, if there could be one.
+        if matches!(&self.phase, Phase::Ending { process, .. } if process::has_ended(&process.pidfd())) {
+            return self.exited();
+        }
         match &mut self.phase {
             Phase::Checking { until, .. } if now >= *until => {
                 self.version_known(Err(io::ErrorKind::TimedOut.into()));
