@@ -565,7 +565,7 @@ fn after(arg: &OsStr, byte: u8) -> OsString {
 }
 
 /// A word without its alias.
-fn canonical(word: &OsStr) -> &str {
+pub fn canonical(word: &OsStr) -> &str {
     let word = word.to_str().unwrap_or_default();
     ALIASES.iter().find(|(short, _)| *short == word).map_or(word, |(_, long)| long)
 }

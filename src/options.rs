@@ -13,11 +13,19 @@ pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 /// What a daemon in the background has in its environment for glibc's allocator, unless its user has
 /// said something: one pool for all threads, given back to the system when it is free. Else a
 /// burst of large requests would stay resident, in each thread's own pool, for weeks.
-pub const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
+const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
 
 /// The environment variable that names those of [`ALLOCATOR`] that are ours, separated by commas:
 /// they are not passed on to opencode.
 pub const ALLOCATOR_MARK: &str = "OPENWORK_ALLOCATOR";
+
+/// Those of [`ALLOCATOR`] that are `ours` to set, with [`ALLOCATOR_MARK`] that says which.
+pub fn allocator(ours: impl Fn(&str) -> bool) -> Vec<(&'static str, String)> {
+    let ours: Vec<_> = ALLOCATOR.into_iter().filter(|(name, _)| ours(name)).collect();
+    let names: Vec<&str> = ours.iter().map(|(name, _)| *name).collect();
+    let mark = (ALLOCATOR_MARK, names.join(","));
+    ours.into_iter().map(|(name, value)| (name, value.to_owned())).chain([mark]).collect()
+}
 
 /// How long an instance may be unused, if nothing is said.
 pub const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);

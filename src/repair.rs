@@ -118,7 +118,9 @@ fn salvage(bytes: &[u8]) -> (State, Vec<String>) {
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(mut whole)) => {
             state.binaries = whole.remove("binaries").and_then(|binaries| serde_json::from_value(binaries).ok());
-            state.extra = whole.into_iter().filter(|(name, _)| !FIELDS.contains(&&**name)).collect();
+            // The fields of ours are looked for by themselves, wherever they stand.
+            let ours = serde_json::to_value(State::default()).unwrap_or_default();
+            state.extra = whole.into_iter().filter(|(name, _)| ours.get(name).is_none()).collect();
         }
         Ok(_) => {}
         Err(_) => refused.push("fields beside the workspaces: they are in the original only".to_owned()),
@@ -175,19 +177,11 @@ fn workspace(
     serde_json::from_value(object.into()).map_err(|e| format!("{described}: {e}"))
 }
 
-/// The fields of a state file that are looked for by themselves.
-const FIELDS: [&str; 9] =
-    ["version", "daemon", "opencode", "binaries", "cliVersion", "ports", "activeId", "previousId", "workspaces"];
-
 /// The values behind the fields of this name.
 fn values_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> impl Iterator<Item = T> {
     let field = format!("\"{name}\"");
-    let fields = (0..bytes.len()).filter(move |at| bytes[*at..].starts_with(field.as_bytes())).map({
-        let length = name.len() + 2;
-        move |at| at + length
-    });
-    fields.filter_map(|at| {
-        let rest = bytes[at..].trim_ascii_start().strip_prefix(b":")?;
+    (0..bytes.len()).filter_map(move |at| {
+        let rest = bytes[at..].strip_prefix(field.as_bytes())?.trim_ascii_start().strip_prefix(b":")?;
         serde_json::Deserializer::from_slice(rest).into_iter::<T>().next()?.ok()
     })
 }

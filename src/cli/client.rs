@@ -16,7 +16,7 @@ use super::DETACHED_COMMAND;
 use super::output::Waiting;
 use crate::error::{Code, Error, Result};
 use crate::http::{Request, Response, Timed};
-use crate::options::{ALLOCATOR, ALLOCATOR_MARK, MARKER, NOTIFY_SOCKET, Options};
+use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
 use crate::wire::{Done, Failure, TIMEOUT_HEADER, from_json};
 use crate::{lock, log, process};
@@ -163,10 +163,7 @@ impl Client {
         for variable in without {
             command.env_remove(variable);
         }
-        let unset = |(name, _): &(&str, &str)| std::env::var_os(name).is_none();
-        let ours: Vec<(&str, &str)> = ALLOCATOR.into_iter().filter(unset).collect();
-        let names: Vec<&str> = ours.iter().map(|(name, _)| *name).collect();
-        command.env(ALLOCATOR_MARK, names.join(",")).envs(ours);
+        command.envs(allocator(|name| std::env::var_os(name).is_none()));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().map_err(|e| failed(format!("cannot run {}: {e}", program.display())))?;
         let stdout = child.stdout.take().ok_or_else(|| failed("no pipe to it".to_owned()))?;

@@ -11,7 +11,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::path::Path;
 
-use crate::args::{ALIASES, COMMANDS, CommandRow, CompletedShell, METHODS, OPTIONS, OptionRow, find_command};
+use crate::args::{COMMANDS, CommandRow, CompletedShell, METHODS, OPTIONS, OptionRow, canonical, find_command};
 use crate::paths::DataDir;
 use crate::state::State;
 
@@ -119,7 +119,7 @@ fn is_first_word(word: &str) -> bool {
 
 /// The words that commands go on with.
 fn next_words(words: &[&OsString]) -> Found {
-    let Some(first) = words.first().and_then(|word| word.to_str()) else {
+    let Some(first) = words.first().map(|word| canonical(word)) else {
         let mut found: Vec<(String, String)> = Vec::new();
         for row in COMMANDS {
             let (first, second) = row.name.split_once(' ').unwrap_or((row.name, ""));
@@ -132,7 +132,6 @@ fn next_words(words: &[&OsString]) -> Found {
         }
         return Found::Words(found);
     };
-    let first = ALIASES.iter().find(|(short, _)| *short == first).map_or(first, |(_, long)| long);
     let second = |row: &'static CommandRow| Some((row.name.strip_prefix(first)?.strip_prefix(' ')?, row.summary));
     match words.len() {
         1 => Found::words(COMMANDS.iter().filter_map(second)),

@@ -22,7 +22,7 @@ struct Lines {
     lines: Vec<String>,
 }
 
-/// Prints a log, or its last lines, and with `follow` what is added to it, perhaps until some time.
+/// Prints a log, or its last lines, and with `follow` what is added to it, `until` some time if there is one.
 ///
 /// # Errors
 /// `usage` for `follow` as JSON, which has no end; when the log cannot be read.
@@ -30,11 +30,10 @@ pub fn print(
     client: &Client,
     out: &mut Output,
     log: Log,
-    follow: Option<Option<Instant>>,
+    follow: bool,
+    until: Option<Instant>,
     last: Option<usize>,
 ) -> Result<()> {
-    let until = follow.flatten();
-    let follow = follow.is_some();
     if follow && out.is_json() {
         return Err(Error::usage("--follow has no end, and so no JSON object: leave one of them out"));
     }

@@ -1,5 +1,5 @@
 //! The manual page, for man(1): what stands in the tables of `args` and `error` comes from there,
-//! so that it cannot be forgotten, and the rest is in `assets/manual.man`.
+//! so that it cannot be forgotten, and the rest is in `assets/manual-*.man`.
 
 use std::fmt::Write;
 

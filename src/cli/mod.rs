@@ -129,18 +129,18 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         Command::WorkspaceSwitch { selector } => {
             let target = target(&client, Some(selector), "/activate")?;
             let reply: WorkspaceReply = client.ask("POST", &target, &())?;
-            out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace)))
+            out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
         }
         Command::WorkspaceRemove { selector } => {
             let reply: WorkspaceReply = client.ask("DELETE", &target(&client, Some(selector), "")?, &())?;
             out.print(&reply, |reply| {
                 let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
-                format!("removed {}{files}\n", named(&reply.workspace))
+                format!("removed {}{files}\n", named(&reply.workspace.workspace))
             })
         }
         Command::WorkspaceRename { selector, name } => {
             let reply: WorkspaceReply = client.ask("PATCH", &target(&client, Some(selector), "")?, &Rename { name })?;
-            out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace)))
+            out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace.workspace)))
         }
         Command::WorkspaceImport { file } => import(&client, out, &file),
         Command::WorkspacePath { selector } => {
@@ -168,7 +168,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         Command::StateRepair => repair(&client, out),
         Command::Logs { log, follow, lines } => {
             let until = invocation.timeout_given.then_some(client.deadline);
-            logs::print(&client, out, log, follow.then_some(until), lines)
+            logs::print(&client, out, log, follow, until, lines)
         }
     }
 }
@@ -206,15 +206,15 @@ fn absolute_options(options: &Options) -> Result<Options> {
 }
 
 /// A workspace for people: its name and where it is.
-fn named(listed: &Listed) -> String {
-    format!("{} ({})", clean(&listed.workspace.name), clean(&listed.workspace.location()))
+fn named(workspace: &Workspace) -> String {
+    format!("{} ({})", clean(&workspace.name), clean(&workspace.location()))
 }
 
 fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
     out.print(reply, |reply| {
         let done = if reply.created == Some(true) { "added" } else { "already there:" };
         let active = if reply.active_id == reply.workspace.workspace.id { ", active" } else { "" };
-        format!("{done} {} as {}{active}\n", named(&reply.workspace), reply.workspace.workspace.id)
+        format!("{done} {} as {}{active}\n", named(&reply.workspace.workspace), reply.workspace.workspace.id)
     })
 }
 
@@ -351,7 +351,7 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
         process("opencode", health.engine.phase.name(), health.opencode.as_ref(), version),
     ]);
     text.push_str(&format!("restarts  {}\n", health.engine.restarts));
-    let active = active.map_or_else(|| "none".to_owned(), |active| named(&active.workspace));
+    let active = active.map_or_else(|| "none".to_owned(), |active| named(&active.workspace.workspace));
     text.push_str(&format!("active    {active} ({} in all)\n", health.workspace_count));
     if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready) {
         text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));
@@ -476,7 +476,7 @@ fn import(client: &Client, out: &mut Output, file: &Path) -> Result<()> {
     out.print(&import, |import| {
         let line = |one: &import::Imported| {
             let what = match (&one.workspace, &one.error) {
-                (Some(workspace), _) => format!("{} ({})", clean(&workspace.name), clean(&workspace.location())),
+                (Some(workspace), _) => named(workspace),
                 (None, Some(error)) => clean(&error.message).into_owned(),
                 (None, None) => String::new(),
             };
@@ -506,7 +506,7 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
             format!("{}: {}\n", clean(&path.to_string_lossy()), clean(repair.problem.as_deref().unwrap_or_default()));
         text.push_str(&format!("the original is kept as {}\n", clean(original)));
         for workspace in &repair.workspaces {
-            text.push_str(&format!("saved {} ({})\n", clean(&workspace.name), clean(&workspace.location())));
+            text.push_str(&format!("saved {}\n", named(workspace)));
         }
         for refused in &repair.refused {
             text.push_str(&format!("could not save {}\n", clean(refused)));

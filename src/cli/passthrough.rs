@@ -144,10 +144,11 @@ fn open_body(data: Data) -> Result<Body> {
         Data::File(path) => {
             let failed = |e| Error::usage(format!("--data: cannot read {}: {e}", path.display()));
             let file = File::open(&path).map_err(failed)?;
-            if file.metadata().map_err(failed)?.is_dir() {
+            let kind = file.metadata().map_err(failed)?.file_type();
+            if kind.is_dir() {
                 return Err(failed(io::ErrorKind::IsADirectory.into()));
             }
-            if !file.metadata().map_err(failed)?.is_file() {
+            if !kind.is_file() {
                 return Ok(Body { reader: Box::new(file), length: None });
             }
             // How long it is, is seen by reading: a file of /proc or /sys says something else, and

@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::options::{ALLOCATOR, ALLOCATOR_MARK, Options};
+use crate::options::{Options, allocator};
 
 /// The unit: `program` is run as `openwork daemon`, in this data directory if one was named, with
 /// these options.
@@ -28,11 +28,9 @@ pub fn unit(program: &Path, data_dir: Option<&Path>, options: &Options) -> Resul
     // Variables are put in for all but the program.
     command.iter_mut().skip(1).for_each(|word| *word = word.replace('$', "$$"));
     // As of a daemon that is started in the background.
-    let names: Vec<&str> = ALLOCATOR.iter().map(|(name, _)| *name).collect();
-    let variables = ALLOCATOR.iter().map(|(name, value)| format!("{name}={value} "));
-    let variables = variables.chain([format!("{ALLOCATOR_MARK}={}", names.join(","))]).collect::<String>();
+    let variables: Vec<String> = allocator(|_| true).iter().map(|(name, value)| format!("{name}={value}")).collect();
     let unit = include_str!("../assets/openwork.service");
-    Ok(unit.replace("@VARIABLES@", &variables).replace("@COMMAND@", &command.join(" ")))
+    Ok(unit.replace("@VARIABLES@", &variables.join(" ")).replace("@COMMAND@", &command.join(" ")))
 }
 
 /// A word as it stands in `ExecStart=`, systemd.service(5), "Command lines".

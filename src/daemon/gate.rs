@@ -125,10 +125,10 @@ impl Connections {
 
     /// Takes a connection in, unless there are too many.
     fn admit(&self, connection: &Arc<Connection>) -> Result<u64> {
-        let has_descriptors = has_descriptors(&connection.stream);
+        let usable = usable_descriptors();
+        let has_descriptors = has_descriptors(&connection.stream, usable);
         let mut open = self.lock();
-        let limit = descriptor_limit();
-        let promised = (open.by_id.len() as u64 + 1) * PER_CONNECTION > limit - reserve(limit);
+        let promised = (open.by_id.len() as u64 + 1) * PER_CONNECTION > usable;
         if promised || !has_descriptors || open.closed || open.by_id.len() >= CONNECTION_LIMIT {
             return Err(Error::Overloaded("connections"));
         }
@@ -165,21 +165,17 @@ impl Connections {
 }
 
 /// Whether more descriptors are free than are kept.
-fn has_descriptors(any: &TcpStream) -> bool {
-    let limit = descriptor_limit();
+fn has_descriptors(any: &TcpStream, usable: u64) -> bool {
     // The kernel gives the lowest that is free. (Not so that of a connection: it was taken when
     // its thread began to wait.)
     let lowest = fcntl_dupfd_cloexec(any, 0).map(|free| free.as_raw_fd() as u64);
-    lowest.is_ok_and(|lowest| lowest < limit - reserve(limit))
+    lowest.is_ok_and(|lowest| lowest < usable)
 }
 
-fn descriptor_limit() -> u64 {
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX))
-}
-
-/// How many are kept, of so many.
-fn reserve(limit: u64) -> u64 {
-    RESERVE.min(limit / 4)
+/// How many descriptors there may be, but for those that are kept.
+fn usable_descriptors() -> u64 {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX));
+    limit - RESERVE.min(limit / 4)
 }
 
 impl<'env> Gate<'env> {
