@@ -137,7 +137,7 @@ pub const OPTIONS: &[OptionRow] = &[
     OptionRow { name: "--json", short: None, value: None, env: None, commands: &[], help: "Print the result, or the error, as one JSON object" },
     OptionRow { name: "--data-dir", short: None, value: Some("DIR"), env: Some("OPENWORK_DATA_DIR"), commands: &[], help: "Where everything is kept" },
     OptionRow { name: "--no-autostart", short: None, value: None, env: None, commands: &[], help: "Fail rather than start the daemon" },
-    OptionRow { name: "--timeout", short: None, value: Some("SECONDS"), env: None, commands: &[], help: "For the whole command (30; to start and stop 60)" },
+    OptionRow { name: "--timeout", short: None, value: Some("SECONDS"), env: None, commands: &[], help: "For the whole command (30; to start and stop 60; none for api, events and logs -f)" },
     OptionRow { name: "--help", short: Some("-h"), value: None, env: None, commands: &[], help: "Show help" },
     OptionRow { name: "--version", short: Some("-V"), value: None, env: None, commands: &[], help: "Show the version" },
     OptionRow { name: "--name", short: None, value: Some("NAME"), env: None, commands: &["workspace add", "workspace add-remote"], help: "Call it so (else after the directory or host)" },
