@@ -1,8 +1,9 @@
-//! Everything that can go wrong, once.
+//! Every failure, in one table.
 //!
-//! [`Code`] is the public table: the name a script matches on, the exit status of the command
-//! and the HTTP status of the reply. [`Error`] is what happened, with the data of the failure.
-//! Codes are stable: one may be added, none renamed or given another status.
+//! A row of [`errors!`] is a variant of [`Error`] with the data of the failure, its public code,
+//! the exit status of a command that ends with it, the HTTP status of a reply that reports it, its
+//! message and, where the remedy is known, a hint. Codes are stable: rows may be added, but no code
+//! is ever renamed or given another status.
 
 use std::fmt;
 use std::io;
@@ -10,10 +11,22 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::paths::AUTH_FILE;
+/// A hint as an `Option<&str>`, whatever the row has.
+macro_rules! optional {
+    () => {
+        None
+    };
+    ($hint:expr) => {
+        $hint.into()
+    };
+}
 
-macro_rules! codes {
-    ($($variant:ident $name:literal $exit:literal [$($http:literal),*],)*) => {
+macro_rules! errors {
+    ($(
+        $(#[$doc:meta])*
+        $variant:ident $(($($value:ident: $value_type:ty),*))? $({ $($field:ident: $field_type:ty),* })?,
+        $name:literal, $exit:literal, [$($http:literal),*], ($($message:tt)*) $(, $hint:expr)?;
+    )*) => {
         /// The stable name of a kind of failure.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Code { $(#[doc = $name] $variant,)* }
@@ -22,64 +35,200 @@ macro_rules! codes {
             /// Every code, in the order of the documentation.
             pub const ALL: &'static [Code] = &[$(Code::$variant,)*];
 
-            /// The name on the wire and in `--json`.
+            /// The name in JSON.
             pub fn name(self) -> &'static str {
                 match self { $(Code::$variant => $name,)* }
             }
 
-            /// The exit status of a command that fails so.
+            /// The exit status of a command that fails with this code.
             pub fn exit_status(self) -> u8 {
                 match self { $(Code::$variant => $exit,)* }
             }
 
-            /// The HTTP statuses it is answered with; none when it never crosses the wire.
+            /// The HTTP statuses of replies with this code; empty for failures that only a command can have.
             pub fn http(self) -> &'static [u16] {
                 match self { $(Code::$variant => &[$($http),*],)* }
+            }
+        }
+
+        /// A failure, with its data.
+        #[derive(Debug)]
+        #[allow(dead_code, reason = "codes that later features bring are in the table from the start")]
+        pub enum Error {
+            $($(#[$doc])* $variant $(($($value_type),*))? $({ $($field: $field_type),* })?,)*
+            /// opencode answered a call of the user's with a status of 400 or more. Its reply is the
+            /// result of the command: the body has been printed, and as JSON it is the whole output.
+            Refused { status: u16, json: bool },
+            /// A failure that the daemon, or opencode's supervisor, has already put into words.
+            Reported { code: Code, body: ErrorBody, status: u16 },
+            /// The operating system refused an operation on a path.
+            Io { what: &'static str, path: PathBuf, source: io::Error },
+        }
+
+        impl Error {
+            /// The row of the table.
+            pub fn code(&self) -> Code {
+                match self {
+                    $(Error::$variant { .. } => Code::$variant,)*
+                    // A failure of the call, not of opencode: it answered.
+                    Error::Refused { .. } => Code::BadRequest,
+                    Error::Reported { code, .. } => *code,
+                    Error::Io { source, .. } => match source.kind() {
+                        io::ErrorKind::PermissionDenied => Code::PermissionDenied,
+                        io::ErrorKind::NotADirectory => Code::PathNotDirectory,
+                        _ => Code::Internal,
+                    },
+                }
+            }
+
+            /// What to do about the failure, where that is known.
+            #[allow(unused_variables, reason = "most hints need none of the fields")]
+            pub fn hint(&self) -> Option<String> {
+                let hint: Option<&str> = match self {
+                    $(Error::$variant $(($($value),*))? $({ $($field),* })? => optional!($($hint)?),)*
+                    Error::Reported { body, .. } => body.hint.as_deref(),
+                    Error::Refused { .. } | Error::Io { .. } => None,
+                };
+                hint.map(str::to_owned)
+            }
+        }
+
+        impl fmt::Display for Error {
+            #[allow(unused_variables, reason = "some fields are only for the hint or the status")]
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self {
+                    $(Error::$variant $(($($value),*))? $({ $($field),* })? => write!(f, $($message)*),)*
+                    Error::Refused { status, .. } => write!(f, "opencode answered with status {status}"),
+                    Error::Reported { body, .. } => write!(f, "{}", body.message),
+                    Error::Io { what, path, source } => write!(f, "cannot {what} {}: {source}", shown(path)),
+                }
             }
         }
     };
 }
 
-codes! {
-    Usage "usage" 2 [],
-    BadRequest "bad_request" 1 [400],
-    InvalidUrl "invalid_url" 1 [400],
-    InvalidName "invalid_name" 1 [400],
-    PathNotUtf8 "path_not_utf8" 1 [400],
-    PathNotDirectory "path_not_directory" 1 [400],
-    PathNotFound "path_not_found" 1 [404],
-    PermissionDenied "permission_denied" 1 [403],
-    ForbiddenHost "forbidden_host" 1 [403],
-    ForbiddenOrigin "forbidden_origin" 1 [403],
-    ForbiddenUser "forbidden_user" 1 [403],
-    Unauthorized "unauthorized" 1 [401],
-    NotFound "not_found" 1 [404],
-    MethodNotAllowed "method_not_allowed" 1 [405],
-    NameTaken "name_taken" 1 [409],
-    InstanceBusy "instance_busy" 1 [409],
-    WorkspaceIsRemote "workspace_is_remote" 1 [409],
-    LengthRequired "length_required" 1 [411],
-    TooLarge "too_large" 1 [413, 414, 431],
-    UnsupportedMediaType "unsupported_media_type" 1 [415],
-    Overloaded "overloaded" 1 [503],
-    PortInUse "port_in_use" 1 [503],
-    StateCorrupt "state_corrupt" 1 [500],
-    StateTooNew "state_too_new" 1 [500],
-    StateWriteFailed "state_write_failed" 1 [500],
-    DaemonStartFailed "daemon_start_failed" 1 [],
-    DaemonUnresponsive "daemon_unresponsive" 1 [],
-    Internal "internal" 1 [500],
-    DaemonNotRunning "daemon_not_running" 3 [],
-    WorkspaceNotFound "workspace_not_found" 4 [404],
-    WorkspaceAmbiguous "workspace_ambiguous" 4 [409],
-    NoActiveWorkspace "no_active_workspace" 4 [409],
-    OpencodeNotFound "opencode_not_found" 5 [503],
-    OpencodeUnsupported "opencode_unsupported" 5 [503],
-    OpencodeStartFailed "opencode_start_failed" 5 [503],
-    OpencodeAuthFailed "opencode_auth_failed" 5 [502],
-    OpencodeUnavailable "opencode_unavailable" 5 [503],
-    OpencodeTimeout "opencode_timeout" 5 [504],
-    OpencodeFault "opencode_error" 5 [502],
+#[rustfmt::skip]
+errors! {
+    /// The command line has a mistake.
+    Usage { message: String, hint: Option<String> }, "usage", 2, [], ("{message}"), hint.as_deref();
+    /// A request that cannot be understood, or cannot be met as it is.
+    BadRequest(why: String), "bad_request", 1, [400], ("{why}");
+    /// A URL that a remote workspace cannot have.
+    InvalidUrl { url: String, why: &'static str }, "invalid_url", 1, [400], ("invalid base URL {url:?}: {why}"),
+        "give http://HOST[:PORT][/PATH] or https://…, without user, query or fragment";
+    /// A name that a workspace cannot have.
+    InvalidName { name: String, why: &'static str }, "invalid_name", 1, [400], ("invalid workspace name {name:?}: {why}");
+    /// A path with bytes that are not UTF-8, or with NUL.
+    PathNotUtf8(path: PathBuf), "path_not_utf8", 1, [400], ("the path is not valid UTF-8, or contains NUL: {}", shown(path));
+    /// The path names something other than a directory.
+    PathNotDirectory(path: PathBuf), "path_not_directory", 1, [400], ("not a directory: {}", shown(path));
+    /// Nothing exists at the path.
+    PathNotFound(path: PathBuf), "path_not_found", 1, [404], ("no such directory: {}", shown(path));
+    /// The operating system, or the owner of a file, forbids it.
+    PermissionDenied { what: String, path: PathBuf }, "permission_denied", 1, [403], ("{what}: {}", shown(path));
+    /// The `Host` header does not name this port on loopback.
+    ForbiddenHost(host: String), "forbidden_host", 1, [403], ("host {host:?} is not allowed");
+    /// The request comes from a web page that is not on the allowlist.
+    ForbiddenOrigin(page: String), "forbidden_origin", 1, [403], ("{page} is not allowed to call the daemon");
+    /// The connection belongs to another user of this machine.
+    ForbiddenUser, "forbidden_user", 1, [403], ("only the user who runs the daemon may call it");
+    /// A routed request without opencode's credentials, or with wrong ones.
+    Unauthorized, "unauthorized", 1, [401], ("missing or wrong opencode credentials (`openwork env` prints them)");
+    /// No such route.
+    NotFound(path: String), "not_found", 1, [404], ("no such route: {path}");
+    /// The route exists, but not for this method.
+    MethodNotAllowed { method: String, path: String, allow: String }, "method_not_allowed", 1, [405],
+        ("{method} is not allowed for {path}: use {allow}");
+    /// Another workspace has the name.
+    NameTaken { name: String, id: String }, "name_taken", 1, [409], ("the name {name:?} is already taken by {id}"),
+        "choose another name, or rename that workspace first";
+    /// Sessions are running in the instance.
+    InstanceBusy { workspace: String, sessions: usize }, "instance_busy", 1, [409],
+        ("{workspace}: {sessions} running session{}", if *sessions == 1 { "" } else { "s" }),
+        "wait for the session to end, or use --force";
+    /// Sessions were still running when the time to wait for them was over. `place`: a workspace, or opencode.
+    StillBusy { place: String, sessions: usize }, "still_busy", 1, [409],
+        ("{place}: {sessions} session{} still running at the deadline", if *sessions == 1 { "" } else { "s" }),
+        "wait longer with --timeout";
+    /// The lock is held by a daemon that cannot be reached from here.
+    DaemonElsewhere(why: String), "daemon_elsewhere", 1, [],
+        ("the daemon runs in another container or on another machine: {why}"),
+        "use openwork there, or another --data-dir here";
+    /// The running daemon is of a version that does not know what was asked. `what`: a noun phrase.
+    DaemonTooOld { what: String, version: String }, "daemon_too_old", 1, [],
+        ("the running daemon (openwork {version}) does not support {what}"),
+        "`openwork daemon restart` starts this version; opencode keeps running";
+    /// Only a local workspace has an instance.
+    WorkspaceIsRemote(name: String), "workspace_is_remote", 1, [409],
+        ("{name} is a remote workspace: only a local one has an instance here");
+    /// A request body without `Content-Length`.
+    LengthRequired, "length_required", 1, [411], ("a request body needs a Content-Length");
+    /// Above the limit: body (413), target (414) or head (431).
+    TooLarge { what: &'static str, limit: usize, status: u16 }, "too_large", 1, [413, 414, 431],
+        ("the {what} is larger than {limit} bytes");
+    /// A body that is not declared as JSON.
+    UnsupportedMediaType(found: String), "unsupported_media_type", 1, [415],
+        ("the body must be application/json, not {found:?}");
+    /// All connections, threads or descriptors are in use.
+    Overloaded(what: &'static str), "overloaded", 1, [503], ("too many {what} at once");
+    /// The user asked for a port that another process has.
+    PortInUse { port: u16, option: &'static str }, "port_in_use", 1, [503], ("port {port} ({option}) is already in use"),
+        "choose another port, or leave the option out to get a free one";
+    /// The file exists, but its content makes no sense.
+    StateCorrupt { path: PathBuf, why: String, hint: &'static str }, "state_corrupt", 1, [500], ("{}: {why}", shown(path)), *hint;
+    /// A newer version wrote the state file.
+    StateTooNew { path: PathBuf, version: u64 }, "state_too_new", 1, [500],
+        ("{}: version {version} is newer than this openwork supports", shown(path)),
+        "nothing was changed; use the openwork that wrote it, or another --data-dir";
+    /// The state file could not be replaced; the old one is untouched.
+    StateWriteFailed { what: &'static str, path: PathBuf, source: io::Error }, "state_write_failed", 1, [500],
+        ("cannot {what} {}: {source}", shown(path)),
+        "nothing was changed; check the free space and the permissions of the data directory";
+    /// The daemon could not be started.
+    DaemonStartFailed(why: String), "daemon_start_failed", 1, [], ("the daemon did not start: {why}");
+    /// A daemon holds the lock and does not respond.
+    DaemonUnresponsive(why: String), "daemon_unresponsive", 1, [], ("the daemon does not respond: {why}"),
+        "check `openwork logs daemon`; end the process named in daemon.lock if it is stuck";
+    /// A bug, or a file that should exist and does not.
+    Internal(why: String), "internal", 1, [500], ("{why}");
+    /// No daemon runs, and the command must not start one.
+    DaemonNotRunning, "daemon_not_running", 3, [], ("the daemon is not running"), "start it with `openwork daemon start`";
+    /// The selector matches no workspace.
+    WorkspaceNotFound(selector: String), "workspace_not_found", 4, [404], ("no workspace {selector:?}"),
+        "`openwork workspace list` shows all workspaces";
+    /// opencode has no such session.
+    SessionNotFound(id: String), "session_not_found", 4, [404], ("no session {id:?}"),
+        "`openwork session list` shows the sessions of a workspace";
+    /// The selector matches several workspaces.
+    WorkspaceAmbiguous { selector: String, candidates: Vec<String> }, "workspace_ambiguous", 4, [409],
+        ("{selector:?} could be {}", candidates.join(", ")), "give more of the name or id";
+    /// No selector was given, and no workspace is active.
+    NoActiveWorkspace, "no_active_workspace", 4, [409], ("no workspace is active"),
+        "choose one with `openwork workspace switch <ws>`, or name it";
+    /// There is no opencode to start.
+    OpencodeNotFound(why: String), "opencode_not_found", 5, [503], ("no opencode to start: {why}"),
+        "install it (npm install -g opencode-ai), or name it: `openwork daemon restart --opencode-bin FILE`";
+    /// opencode is of a version whose protocol openwork does not speak.
+    OpencodeUnsupported { path: PathBuf, version: String }, "opencode_unsupported", 5, [503],
+        ("{} is version {version:?}; only 1.x is supported", shown(path)),
+        "install opencode 1.x, or name another: `openwork daemon restart --opencode-bin FILE`";
+    /// opencode was started and did not become ready.
+    OpencodeStartFailed(why: String), "opencode_start_failed", 5, [503], ("opencode did not start: {why}"),
+        "check `openwork logs opencode`; `openwork daemon start` tries again";
+    /// opencode refuses the password it was started with.
+    OpencodeAuthFailed(port: u16), "opencode_auth_failed", 5, [502],
+        ("opencode on port {port} refuses the password it was started with");
+    /// opencode is not running and cannot be waited for.
+    OpencodeUnavailable(why: String), "opencode_unavailable", 5, [503], ("opencode is not available: {why}");
+    /// opencode was not ready, or did not answer, before the deadline.
+    OpencodeTimeout(what: &'static str), "opencode_timeout", 5, [504], ("opencode {what} before the deadline"),
+        "try again with a longer --timeout; `openwork status` shows the state of opencode";
+    /// opencode's reply is invalid.
+    OpencodeFault(why: String), "opencode_error", 5, [502], ("opencode: {why}");
+    /// Loading the instance of the workspace has ended opencode twice. `output`: opencode's last lines.
+    WorkspaceFenced { workspace: String, output: String }, "workspace_fenced", 5, [503],
+        ("{workspace} is fenced: loading it ended opencode twice; its last output:\n{output}"),
+        "mend the cause, then `openwork instance reset <ws>`";
 }
 
 /// A failure as it stands in JSON: `{"code", "message", "hint"}`, `hint` when there is one.
@@ -87,108 +236,18 @@ codes! {
 pub struct ErrorBody {
     /// [`Code::name`].
     pub code: String,
-    /// What happened, for a person; names the file, workspace or address.
+    /// For a person; names the file, workspace or address.
     pub message: String,
-    /// What to do about it.
+    /// What to do about the failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-}
-
-/// What went wrong, with the data of the failure.
-#[derive(Debug)]
-pub enum Error {
-    /// The command line is not one of ours.
-    Usage { message: String, hint: Option<String> },
-    /// A request that cannot be understood.
-    BadRequest(String),
-    /// Not a base URL that a remote workspace can have.
-    InvalidUrl { url: String, why: &'static str },
-    /// Not a name that a workspace can have.
-    InvalidName { name: String, why: &'static str },
-    /// A path that is not UTF-8 or has a NUL in it.
-    PathNotUtf8(PathBuf),
-    /// There is something there, but no directory.
-    PathNotDirectory(PathBuf),
-    /// There is nothing there.
-    PathNotFound(PathBuf),
-    /// The operating system, or the owner of a file, says no.
-    PermissionDenied { what: String, path: PathBuf },
-    /// The `Host` header is not one of loopback's with our port.
-    ForbiddenHost(String),
-    /// A web page that is not on the list has sent this.
-    ForbiddenOrigin(String),
-    /// The connection belongs to another user of this machine.
-    ForbiddenUser,
-    /// No credentials of opencode, or wrong ones.
-    Unauthorized,
-    /// No such route.
-    NotFound(String),
-    /// The route is there, but not for this method.
-    MethodNotAllowed { method: String, path: String, allow: String },
-    /// Another workspace has the name.
-    NameTaken { name: String, id: String },
-    /// A session is running in the instance.
-    InstanceBusy { workspace: String, sessions: usize },
-    /// Asked for something that only a local workspace has.
-    WorkspaceIsRemote(String),
-    /// A body without `Content-Length`.
-    LengthRequired,
-    /// More than the limit: body (413), target (414) or head (431).
-    TooLarge { what: &'static str, limit: usize, status: u16 },
-    /// A body that is not declared as JSON.
-    UnsupportedMediaType(String),
-    /// All connections, threads or descriptors are in use.
-    Overloaded(&'static str),
-    /// A port was asked for and something else has it.
-    PortInUse { port: u16, option: &'static str },
-    /// The state file is there and cannot be understood.
-    StateCorrupt { path: PathBuf, why: String },
-    /// The state file was written by a newer version.
-    StateTooNew { path: PathBuf, version: u64 },
-    /// The state file could not be replaced; the old one is as it was.
-    StateWriteFailed { what: &'static str, path: PathBuf, source: io::Error },
-    /// The daemon could not be started.
-    DaemonStartFailed(String),
-    /// A daemon holds the lock and does not answer.
-    DaemonUnresponsive(String),
-    /// A bug, or a file that should be there and is not.
-    Internal(String),
-    /// No daemon, and none is to be started.
-    DaemonNotRunning,
-    /// No workspace is meant by the selector.
-    WorkspaceNotFound(String),
-    /// Several are.
-    WorkspaceAmbiguous { selector: String, candidates: Vec<String> },
-    /// No selector was given and none is active.
-    NoActiveWorkspace,
-    /// There is no opencode to start.
-    OpencodeNotFound(String),
-    /// It is of a version whose protocol we do not speak.
-    OpencodeUnsupported { path: PathBuf, version: String },
-    /// It was started and did not become ready.
-    OpencodeStartFailed(String),
-    /// It does not take the password it was given.
-    OpencodeAuthFailed(u16),
-    /// It is not running and cannot be waited for.
-    OpencodeUnavailable(String),
-    /// It did not become ready, or answer, before the deadline.
-    OpencodeTimeout(&'static str),
-    /// It answered with something that is not an answer.
-    OpencodeFault(String),
-    /// opencode answered a call of the user's with a status of 400 or more. It has its own words
-    /// for it, which are printed; as JSON they are the result.
-    Refused { status: u16, json: bool },
-    /// A failure that the daemon or a file of ours reported in words.
-    Reported { code: Code, body: ErrorBody, status: u16 },
-    /// The operating system refused an operation on a path.
-    Io { what: &'static str, path: PathBuf, source: io::Error },
 }
 
 /// The result of everything here.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// A refused operation: what was tried, on which path.
+    /// An operation on a path that the operating system refused.
     pub fn io(what: &'static str, path: impl AsRef<Path>, source: io::Error) -> Error {
         Error::Io { what, path: path.as_ref().to_owned(), source }
     }
@@ -198,115 +257,25 @@ impl Error {
         Error::Usage { message: message.into(), hint: None }
     }
 
-    /// What was reported in words, with its code found again. An unknown code is `internal`.
+    /// A failure that arrived as JSON. A code that this version does not know becomes `internal`.
     pub fn reported(body: ErrorBody, status: u16) -> Error {
         let code = Code::ALL.iter().copied().find(|code| code.name() == body.code);
         Error::Reported { code: code.unwrap_or(Code::Internal), body, status }
     }
 
-    /// The reason, reported in words, why opencode cannot be had.
+    /// A failure that arrived as JSON without a status: the first one of its code.
     pub fn unavailable(body: ErrorBody) -> Error {
         let code = Code::ALL.iter().find(|code| code.name() == body.code);
         let status = code.and_then(|code| code.http().first().copied()).unwrap_or(503);
         Error::reported(body, status)
     }
 
-    /// Which row of the table this is.
-    pub fn code(&self) -> Code {
-        match self {
-            Error::Usage { .. } => Code::Usage,
-            Error::BadRequest(_) => Code::BadRequest,
-            Error::InvalidUrl { .. } => Code::InvalidUrl,
-            Error::InvalidName { .. } => Code::InvalidName,
-            Error::PathNotUtf8(_) => Code::PathNotUtf8,
-            Error::PathNotDirectory(_) => Code::PathNotDirectory,
-            Error::PathNotFound(_) => Code::PathNotFound,
-            Error::PermissionDenied { .. } => Code::PermissionDenied,
-            Error::ForbiddenHost(_) => Code::ForbiddenHost,
-            Error::ForbiddenOrigin(_) => Code::ForbiddenOrigin,
-            Error::ForbiddenUser => Code::ForbiddenUser,
-            Error::Unauthorized => Code::Unauthorized,
-            Error::NotFound(_) => Code::NotFound,
-            Error::MethodNotAllowed { .. } => Code::MethodNotAllowed,
-            Error::NameTaken { .. } => Code::NameTaken,
-            Error::InstanceBusy { .. } => Code::InstanceBusy,
-            Error::WorkspaceIsRemote(_) => Code::WorkspaceIsRemote,
-            Error::LengthRequired => Code::LengthRequired,
-            Error::TooLarge { .. } => Code::TooLarge,
-            Error::UnsupportedMediaType(_) => Code::UnsupportedMediaType,
-            Error::Overloaded(_) => Code::Overloaded,
-            Error::PortInUse { .. } => Code::PortInUse,
-            Error::StateCorrupt { .. } => Code::StateCorrupt,
-            Error::StateTooNew { .. } => Code::StateTooNew,
-            Error::StateWriteFailed { .. } => Code::StateWriteFailed,
-            Error::DaemonStartFailed(_) => Code::DaemonStartFailed,
-            Error::DaemonUnresponsive(_) => Code::DaemonUnresponsive,
-            Error::Internal(_) => Code::Internal,
-            Error::DaemonNotRunning => Code::DaemonNotRunning,
-            Error::WorkspaceNotFound(_) => Code::WorkspaceNotFound,
-            Error::WorkspaceAmbiguous { .. } => Code::WorkspaceAmbiguous,
-            Error::NoActiveWorkspace => Code::NoActiveWorkspace,
-            Error::OpencodeNotFound(_) => Code::OpencodeNotFound,
-            Error::OpencodeUnsupported { .. } => Code::OpencodeUnsupported,
-            Error::OpencodeStartFailed(_) => Code::OpencodeStartFailed,
-            Error::OpencodeAuthFailed(_) => Code::OpencodeAuthFailed,
-            Error::OpencodeUnavailable(_) => Code::OpencodeUnavailable,
-            Error::OpencodeTimeout(_) => Code::OpencodeTimeout,
-            Error::OpencodeFault(_) => Code::OpencodeFault,
-            // Not one of opencode's row: the call was made.
-            Error::Refused { .. } => Code::BadRequest,
-            Error::Reported { code, .. } => *code,
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Code::PermissionDenied,
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory => Code::PathNotDirectory,
-            Error::Io { .. } => Code::Internal,
-        }
-    }
-
-    /// The HTTP status of a reply that says so.
+    /// The HTTP status of a reply that reports the failure.
     pub fn http_status(&self) -> u16 {
         match self {
             Error::TooLarge { status, .. } | Error::Reported { status, .. } => *status,
             other => other.code().http().first().copied().unwrap_or(500),
         }
-    }
-
-    /// What to do about it, where that is known.
-    pub fn hint(&self) -> Option<String> {
-        let hint = match self {
-            Error::Usage { hint, .. } => return hint.clone(),
-            Error::Reported { body, .. } => return body.hint.clone(),
-            Error::InvalidUrl { .. } => "give http://HOST[:PORT][/PATH] or https://…, without user, query or fragment",
-            Error::NameTaken { .. } => "choose another name, or rename that workspace first",
-            Error::InstanceBusy { .. } => "wait for the session to end, or use --force",
-            Error::PortInUse { .. } => "choose another port, or leave the option out to have a free one taken",
-            Error::StateCorrupt { path, .. } if path.ends_with(AUTH_FILE) => {
-                "nothing was changed; put the file back, or end opencode and remove it: another password is made then"
-            }
-            Error::StateCorrupt { .. } => {
-                "nothing was changed; `openwork state repair` saves what can be read of a state file"
-            }
-            Error::StateTooNew { .. } => "nothing was changed; use the openwork that wrote it, or another --data-dir",
-            Error::StateWriteFailed { .. } => {
-                "nothing was changed; look at the free space and the rights of the data directory"
-            }
-            Error::DaemonUnresponsive(_) => {
-                "look at `openwork logs daemon`; end the process named in daemon.lock if it is stuck"
-            }
-            Error::DaemonNotRunning => "start it with `openwork daemon start`",
-            Error::WorkspaceNotFound(_) => "`openwork workspace list` shows what there is",
-            Error::WorkspaceAmbiguous { .. } => "give more of the name or id",
-            Error::NoActiveWorkspace => "choose one with `openwork workspace switch <ws>`, or name it",
-            Error::OpencodeNotFound(_) => {
-                "install it (npm install -g opencode-ai), or name it: `openwork daemon restart --opencode-bin FILE`"
-            }
-            Error::OpencodeUnsupported { .. } => {
-                "install opencode 1.x, or name another: `openwork daemon restart --opencode-bin FILE`"
-            }
-            Error::OpencodeStartFailed(_) => "look at `openwork logs opencode`; `openwork daemon start` tries again",
-            Error::OpencodeTimeout(_) => "try again with a longer --timeout; `openwork status` shows how opencode is",
-            _ => return None,
-        };
-        Some(hint.to_owned())
     }
 
     /// The failure as it stands in JSON.
@@ -315,71 +284,7 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Usage { message, .. } => write!(f, "{message}"),
-            Error::BadRequest(why) => write!(f, "{why}"),
-            Error::InvalidUrl { url, why } => write!(f, "not a base URL: {url:?}: {why}"),
-            Error::InvalidName { name, why } => write!(f, "not a name for a workspace: {name:?}: {why}"),
-            Error::PathNotUtf8(path) => write!(f, "the path is not UTF-8 without NUL: {}", shown(path)),
-            Error::PathNotDirectory(path) => write!(f, "not a directory: {}", shown(path)),
-            Error::PathNotFound(path) => write!(f, "no such directory: {}", shown(path)),
-            Error::PermissionDenied { what, path } => write!(f, "{what}: {}", shown(path)),
-            Error::ForbiddenHost(host) => write!(f, "requests for host {host:?} are not answered here"),
-            Error::ForbiddenOrigin(origin) => write!(f, "requests of {origin} are not answered"),
-            Error::ForbiddenUser => write!(f, "only the user whose daemon this is may ask it"),
-            Error::Unauthorized => write!(f, "credentials of opencode are needed, as printed by `openwork env`"),
-            Error::NotFound(path) => write!(f, "no such route: {path}"),
-            Error::MethodNotAllowed { method, path, allow } => {
-                write!(f, "{method} is not for {path}: use {allow}")
-            }
-            Error::NameTaken { name, id } => write!(f, "the name {name:?} is taken by {id}"),
-            Error::InstanceBusy { workspace, sessions } => {
-                write!(f, "{workspace}: {sessions} running session{}", if *sessions == 1 { "" } else { "s" })
-            }
-            Error::WorkspaceIsRemote(name) => {
-                write!(f, "{name} is remote: only a local workspace has an instance here")
-            }
-            Error::LengthRequired => write!(f, "a body needs a Content-Length"),
-            Error::TooLarge { what, limit, .. } => write!(f, "the {what} is larger than {limit} bytes"),
-            Error::UnsupportedMediaType(found) => write!(f, "the body must be application/json, not {found:?}"),
-            Error::Overloaded(what) => write!(f, "too many {what} at once"),
-            Error::PortInUse { port, option } => write!(f, "port {port} ({option}) is in use"),
-            Error::StateCorrupt { path, why } => write!(f, "{}: {why}", shown(path)),
-            Error::StateTooNew { path, version } => {
-                write!(f, "{}: version {version} is newer than this openwork", shown(path))
-            }
-            Error::StateWriteFailed { what, path, source } | Error::Io { what, path, source } => {
-                write!(f, "cannot {what} {}: {source}", shown(path))
-            }
-            Error::DaemonStartFailed(why) => write!(f, "the daemon did not start: {why}"),
-            Error::DaemonUnresponsive(why) => write!(f, "the daemon does not answer: {why}"),
-            Error::Internal(why) => write!(f, "{why}"),
-            Error::DaemonNotRunning => write!(f, "the daemon is not running"),
-            Error::WorkspaceNotFound(selector) => write!(f, "no workspace {selector:?}"),
-            Error::WorkspaceAmbiguous { selector, candidates } => {
-                write!(f, "{selector:?} could be {}", candidates.join(", "))
-            }
-            Error::NoActiveWorkspace => write!(f, "no workspace is active"),
-            Error::OpencodeNotFound(why) => write!(f, "no opencode to start: {why}"),
-            Error::OpencodeUnsupported { path, version } => {
-                write!(f, "{} is version {version:?}, and only 1.x is supported", shown(path))
-            }
-            Error::OpencodeStartFailed(why) => write!(f, "opencode did not start: {why}"),
-            Error::OpencodeAuthFailed(port) => {
-                write!(f, "opencode on port {port} refuses the password it was started with")
-            }
-            Error::OpencodeUnavailable(why) => write!(f, "opencode is not available: {why}"),
-            Error::OpencodeTimeout(what) => write!(f, "opencode {what} before the deadline"),
-            Error::OpencodeFault(why) => write!(f, "opencode: {why}"),
-            Error::Refused { status, .. } => write!(f, "opencode answered with status {status}"),
-            Error::Reported { body, .. } => write!(f, "{}", body.message),
-        }
-    }
-}
-
-/// A path without the control characters that a name can have, which would make other lines of it.
+/// A path on one line: its control characters, line ends among them, are replaced.
 fn shown(path: &Path) -> String {
     path.to_string_lossy().replace(char::is_control, "\u{fffd}")
 }

@@ -12,9 +12,6 @@ use rustix::fs::OFlags;
 
 use crate::error::{Error, Result};
 
-/// The name of the file with opencode's credentials.
-pub const AUTH_FILE: &str = "openwork-orchestrator-auth.json";
-
 /// Where openwork keeps everything; see the README's table of files.
 #[derive(Clone, Debug)]
 pub struct DataDir(PathBuf);
@@ -72,7 +69,7 @@ impl DataDir {
 
     /// The credentials of opencode.
     pub fn auth(&self) -> PathBuf {
-        self.0.join(AUTH_FILE)
+        self.0.join("openwork-orchestrator-auth.json")
     }
 
     /// Held by the daemon for its whole life; says where it listens.

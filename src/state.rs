@@ -35,6 +35,13 @@ const WRITE_BEHIND: Duration = Duration::from_secs(1);
 /// How many workspaces are named that an ambiguous selector could mean.
 const SHOWN_CANDIDATES: usize = 10;
 
+/// What to do about a state file that makes no sense.
+const STATE_HINT: &str = "nothing was changed; `openwork state repair` saves what can be read of a state file";
+
+/// What to do about a credentials file that makes no sense.
+const AUTH_HINT: &str =
+    "nothing was changed; restore the file, or end opencode and remove it: the next daemon makes a new password";
+
 /// The daemon that runs, or ran.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -205,8 +212,8 @@ impl State {
     /// # Errors
     /// `state_corrupt`, `state_too_new`; nothing is touched.
     pub fn read(path: &Path) -> Result<State> {
-        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
-        let Some(bytes) = read_whole(path)? else { return Ok(State::default()) };
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: STATE_HINT };
+        let Some(bytes) = read_whole(path, STATE_HINT)? else { return Ok(State::default()) };
         match from_json::<State>(&bytes) {
             Ok(state) if state.version == VERSION => Ok(state),
             Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
@@ -422,8 +429,8 @@ impl Auth {
     /// # Errors
     /// `state_corrupt`, as for [`Auth::load_or_create`].
     pub fn read(path: &Path) -> Result<Option<Auth>> {
-        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why };
-        let Some(bytes) = read_whole(path)? else { return Ok(None) };
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: AUTH_HINT };
+        let Some(bytes) = read_whole(path, AUTH_HINT)? else { return Ok(None) };
         let auth: Auth = from_json(&bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
         // Whoever can be called without a password can be made to run anything.
         if auth.opencode_password.is_empty() || auth.opencode_username.is_empty() {
@@ -618,9 +625,15 @@ impl Store {
     }
 }
 
-/// The content of a file of ours; `None` when there is none.
-fn read_whole(path: &Path) -> Result<Option<Vec<u8>>> {
-    let corrupt = |what: &str, e: io::Error| Error::StateCorrupt { path: path.to_owned(), why: format!("{what}: {e}") };
+/// The content of a file of ours; `None` when it does not exist.
+///
+/// # Errors
+/// `state_corrupt`, with this hint.
+fn read_whole(path: &Path, hint: &'static str) -> Result<Option<Vec<u8>>> {
+    let corrupt = |what: &str, e: io::Error| {
+        let why = format!("{what}: {e}");
+        Error::StateCorrupt { path: path.to_owned(), why, hint }
+    };
     let mut file = match open_private(path, OpenOptions::new().read(true)) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -108,6 +108,9 @@ not_found 1 404
 method_not_allowed 1 405
 name_taken 1 409
 instance_busy 1 409
+still_busy 1 409
+daemon_elsewhere 1
+daemon_too_old 1
 workspace_is_remote 1 409
 length_required 1 411
 too_large 1 413 414 431
@@ -122,6 +125,7 @@ daemon_unresponsive 1
 internal 1 500
 daemon_not_running 3
 workspace_not_found 4 404
+session_not_found 4 404
 workspace_ambiguous 4 409
 no_active_workspace 4 409
 opencode_not_found 5 503
@@ -131,6 +135,7 @@ opencode_auth_failed 5 502
 opencode_unavailable 5 503
 opencode_timeout 5 504
 opencode_error 5 502
+workspace_fenced 5 503
 ";
     let host = Host::new();
     let tables = host.openwork(["help"]).json();
