@@ -6,6 +6,7 @@
 //! `--name --x` (a forgotten value, refused) from `--name=--x` (meant).
 
 use std::ffi::{OsStr, OsString};
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -157,8 +158,8 @@ pub const OPTIONS: &[OptionRow] = &[
     OptionRow { name: "--opencode-port", short: None, value: Some("PORT"), env: Some("OPENWORK_OPENCODE_PORT"), commands: RUNS_DAEMON, help: "Have opencode listen there (else on the port used last, 6175, or any)" },
     OptionRow { name: "--idle-ttl", short: None, value: Some("DURATION"), env: Some("OPENWORK_IDLE_TTL"), commands: RUNS_DAEMON, help: "Dispose instances unused for so long: 90s, 30m (if not said), 2h; 0 is never" },
     OptionRow { name: "--cors", short: None, value: Some("ORIGIN"), env: None, commands: RUNS_DAEMON, help: "A web page that may ask; can be given several times" },
-    OptionRow { name: "--daemon-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Loopback, and nothing else" },
-    OptionRow { name: "--opencode-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Loopback, and nothing else" },
+    OptionRow { name: "--daemon-host", short: None, value: Some("HOST"), env: None, commands: RUNS_DAEMON, help: "Only 127.0.0.1 or localhost" },
+    OptionRow { name: "--opencode-host", short: None, value: Some("ADDRESS"), env: None, commands: RUNS_DAEMON, help: "Have opencode listen on this address of 127.0.0.0/8" },
 ];
 
 impl OptionRow {
@@ -625,23 +626,41 @@ fn args_or_none(row: &CommandRow, words: &[&OsString]) -> Option<OsString> {
 }
 
 fn daemon_options(value: &impl Fn(&str) -> Option<OsString>, origins: Vec<OsString>) -> Result<Options> {
-    for name in ["--daemon-host", "--opencode-host"] {
-        if let Some(host) = value(name) {
-            if !["127.0.0.1", "localhost"].iter().any(|loopback| host == *loopback) {
-                return Err(Error::Usage {
-                    message: format!("{name}: only 127.0.0.1 is listened on, not {}", shown(&host)),
-                    hint: Some("to reach it from elsewhere, use an SSH tunnel".to_owned()),
-                });
-            }
+    let not_loopback = |name: &str, allowed: &str, host: &OsStr| Error::Usage {
+        message: format!("{name}: only {allowed} is allowed, not {}", shown(host)),
+        hint: Some("to reach it from elsewhere, use an SSH tunnel".to_owned()),
+    };
+    if let Some(host) = value("--daemon-host") {
+        if host != "127.0.0.1" && host != "localhost" {
+            return Err(not_loopback("--daemon-host", "127.0.0.1", &host));
         }
     }
+    let opencode_host = match value("--opencode-host") {
+        None => None,
+        Some(host) => {
+            let address = if host == "localhost" {
+                Some(Ipv4Addr::LOCALHOST)
+            } else {
+                host.to_str().and_then(|text| text.parse().ok())
+            };
+            // The first address of the network and the last, its broadcast address, belong to no host.
+            let usable = |address: &Ipv4Addr| {
+                address.is_loopback() && !matches!(address.octets(), [127, 0, 0, 0] | [127, 255, 255, 255])
+            };
+            Some(
+                address
+                    .filter(usable)
+                    .ok_or_else(|| not_loopback("--opencode-host", "an address of 127.0.0.0/8", &host))?,
+            )
+        }
+    };
     let port = |name| value(name).map(|port| self::port(name, &port)).transpose();
     let binary = value("--opencode-bin").map(PathBuf::from);
     if binary.as_ref().is_some_and(|binary| binary.as_os_str().is_empty()) {
         return Err(Error::usage("--opencode-bin needs a value (FILE)"));
     }
     let origins = origins.into_iter().map(origin).collect::<Result<_>>()?;
-    let engine = EngineOptions { binary, port: port("--opencode-port")? };
+    let engine = EngineOptions { binary, port: port("--opencode-port")?, host: opencode_host };
     let idle_ttl = match value("--idle-ttl") {
         Some(text) => duration("--idle-ttl", &text)?,
         None => DEFAULT_IDLE_TTL,

@@ -1,6 +1,7 @@
 //! What a daemon can be told: plain data, from the command line to the daemon.
 
 use std::ffi::{OsStr, OsString};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -46,8 +47,9 @@ pub struct Options {
 impl Options {
     /// Whether nothing was asked for.
     pub fn is_default(&self) -> bool {
-        let EngineOptions { binary, port } = &self.engine;
+        let EngineOptions { binary, port, host } = &self.engine;
         self.port.or(*port).is_none()
+            && host.is_none()
             && binary.is_none()
             && self.origins.is_empty()
             && self.idle_ttl == Some(DEFAULT_IDLE_TTL)
@@ -67,6 +69,9 @@ impl Options {
         if let Some(port) = self.engine.port {
             option("--opencode-port", port.to_string().as_ref());
         }
+        if let Some(host) = self.engine.host {
+            option("--opencode-host", host.to_string().as_ref());
+        }
         if let Some(binary) = &self.engine.binary {
             option("--opencode-bin", binary.as_ref());
         }
@@ -84,6 +89,8 @@ impl Options {
 pub struct EngineOptions {
     /// The one to start; searched for when absent.
     pub binary: Option<PathBuf>,
-    /// Its port; chosen when absent.
+    /// The port for opencode; chosen when absent.
     pub port: Option<u16>,
+    /// The address for opencode, in 127.0.0.0/8; chosen when absent.
+    pub host: Option<Ipv4Addr>,
 }

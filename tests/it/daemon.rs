@@ -408,6 +408,13 @@ fn only_loopback_is_listened_on() {
             host.openwork(["daemon", "start", option, address]).fails(2, "usage");
         }
     }
+    // The daemon has one address; opencode can have any of the network that a host can have.
+    host.openwork(["daemon", "start", "--daemon-host", "127.0.0.2"]).fails(2, "usage");
+    for address in ["127.0.0.0", "127.255.255.255", "128.0.0.1", "127.1", ""] {
+        host.openwork(["daemon", "start", "--opencode-host", address]).fails(2, "usage");
+    }
+    let unit = host.openwork(["service", "print", "--opencode-host", "127.8.9.10"]).ok().stdout;
+    assert!(unit.contains(" --opencode-host=127.8.9.10"), "{unit}");
     assert_eq!(host.processes(), [0; 0]);
     host.openwork(["daemon", "start", "--daemon-host", "127.0.0.1", "--opencode-host", "localhost"]).ok();
     let opencode = host.health()["opencode"]["port"].as_u64().unwrap() as u16;
