@@ -20,13 +20,12 @@
 //!   engine     opencode itself: command line and protocol
 //!   instances  what opencode has loaded
 //!   events     who is told what happened
-//!   workers    threads for short jobs
 //! state        the state file, and the credentials
 //! repair       saving what can be read of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json
 //! http         HTTP as a client
-//! process      processes and sockets as Linux sees them
+//! system/      all that knows Linux: processes, sockets, waiting, limits
 //! options, lock, log, paths, error
 //! ```
 //!
@@ -41,9 +40,9 @@ mod lock;
 mod log;
 mod options;
 mod paths;
-mod process;
 mod repair;
 mod state;
+mod system;
 mod wire;
 mod workspace;
 

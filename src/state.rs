@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::paths::{self, DataDir, open_private};
-use crate::process::Identity;
+use crate::system::process::Identity;
 use crate::wire::from_json;
 use crate::workspace::{self, Place, Workspace, WorkspaceId, check_name};
 
@@ -461,15 +461,9 @@ pub struct Store {
     current: Mutex<Arc<State>>,
     /// Held while a change is made and written: changes happen one after the other.
     writing: Mutex<()>,
-    /// What is to be written behind.
-    behind: Mutex<Behind>,
+    /// What is newer in memory than on disk, to be written behind.
+    behind: Mutex<Pending>,
     changed: Condvar,
-}
-
-#[derive(Default)]
-struct Behind {
-    pending: Pending,
-    closed: bool,
 }
 
 /// What is newer in memory than on disk.
@@ -546,11 +540,11 @@ impl Store {
         let _writing = lock(&self.writing);
         let mut state = State::clone(&self.snapshot());
         let result = change(&mut state)?;
-        let pending = std::mem::take(&mut lock(&self.behind).pending);
+        let pending = std::mem::take(&mut *lock(&self.behind));
         pending.apply(&mut state);
         state.cli_version = Some(env!("CARGO_PKG_VERSION").to_owned());
         if let Err(e) = write_whole(&self.path, &state) {
-            lock(&self.behind).pending.restore(pending);
+            lock(&self.behind).restore(pending);
             return Err(e);
         }
         *lock(&self.current) = Arc::new(state);
@@ -571,8 +565,8 @@ impl Store {
 
     fn note(&self, change: impl FnOnce(&mut Pending)) {
         let mut behind = lock(&self.behind);
-        let is_first = behind.pending.is_empty();
-        change(&mut behind.pending);
+        let is_first = behind.is_empty();
+        change(&mut behind);
         drop(behind);
         // For the others the writing thread waits already.
         if is_first {
@@ -584,31 +578,29 @@ impl Store {
     pub fn latest(&self) -> Arc<State> {
         let snapshot = self.snapshot();
         let behind = lock(&self.behind);
-        if behind.pending.is_empty() {
+        if behind.is_empty() {
             return snapshot;
         }
         let mut state = State::clone(&snapshot);
-        behind.pending.apply(&mut state);
+        behind.apply(&mut state);
         Arc::new(state)
     }
 
-    /// Writes behind until [`Store::close`]; for a thread of its own.
+    /// Writes behind for as long as the daemon lives; for a thread of its own. The daemon's last
+    /// change writes what is left.
     pub fn write_behind(&self) {
         let mut last_write: Option<Instant> = None;
         loop {
             {
                 let mut behind = lock(&self.behind);
-                while !behind.closed && behind.pending.is_empty() {
+                while behind.is_empty() {
                     behind = self.changed.wait(behind).unwrap_or_else(PoisonError::into_inner);
                 }
                 while let Some(rest) = last_write.and_then(|at| WRITE_BEHIND.checked_sub(at.elapsed())) {
-                    if behind.closed || rest.is_zero() {
+                    if rest.is_zero() {
                         break;
                     }
                     behind = self.changed.wait_timeout(behind, rest).unwrap_or_else(PoisonError::into_inner).0;
-                }
-                if behind.closed {
-                    return;
                 }
             }
             if let Err(e) = self.update(|_| Ok(())) {
@@ -616,12 +608,6 @@ impl Store {
             }
             last_write = Some(Instant::now());
         }
-    }
-
-    /// Ends [`Store::write_behind`]. What is left is written with the next change.
-    pub fn close(&self) {
-        lock(&self.behind).closed = true;
-        self.changed.notify_all();
     }
 }
 

@@ -18,8 +18,9 @@ use crate::error::{Code, Error, Result};
 use crate::http::{Request, Response, Timed};
 use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
+use crate::system::wait;
 use crate::wire::{Done, Failure, TIMEOUT_HEADER, from_json};
-use crate::{lock, log, process};
+use crate::{lock, log};
 
 /// How often a lock is looked at while somebody else is about to change it.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
@@ -167,7 +168,7 @@ impl Client {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().map_err(|e| failed(format!("cannot run {}: {e}", program.display())))?;
         let stdout = child.stdout.take().ok_or_else(|| failed("no pipe to it".to_owned()))?;
-        if !process::wait_until_readable(&stdout, self.deadline) {
+        if !wait::wait_until_readable(&stdout, self.deadline) {
             return Err(failed("it has not said that it listens before the deadline".to_owned()));
         }
         let mut line = String::new();
@@ -322,13 +323,13 @@ impl Client {
         }
     }
 
-    /// Waits until a daemon, which is held by [`process::open`], has ended.
+    /// Waits until a daemon, which is held by [`crate::system::process::open`], has ended.
     ///
     /// # Errors
     /// `daemon_unresponsive` at the deadline.
     pub fn wait_until_gone(&self, daemon: &OwnedFd) -> Result<()> {
         let _waiting = Waiting::new("the daemon to stop");
-        if process::wait_until_readable(daemon, self.deadline) {
+        if wait::wait_until_readable(daemon, self.deadline) {
             return Ok(());
         }
         Err(Error::DaemonUnresponsive("it has not ended before the deadline".to_owned()))

@@ -31,8 +31,8 @@ use crate::lock;
 use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
-use crate::process::{self, Process};
 use crate::state::State;
+use crate::system::process::{self, Process};
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename, Shutdown,
     WorkspaceList, WorkspaceReply,

@@ -8,8 +8,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -18,11 +18,10 @@ use tiny_http::{Method, Request, Server};
 
 use super::engine::CallError;
 use super::events::EventKind;
-use super::workers::{Service, Taken};
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
 use crate::http::percent_decode;
-use crate::process::{self, Flag};
+use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,
     InstanceState, Listed, PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply,
@@ -37,6 +36,8 @@ pub const STRANGER_HEADER: &str = "X-Openwork-Stranger";
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest that can be asked for; a day is for ever.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
+/// The pause before the control plane listens again, when descriptors or memory for it are lacking.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long opencode may take to say which sessions are running, for all instances together.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
@@ -53,101 +54,72 @@ pub fn timeout(header: Option<&str>) -> Result<Duration> {
 }
 
 /// The server behind the gate.
-pub struct ControlPlane<'env> {
-    server: Mutex<Arc<Server>>,
-    stop: &'env Flag,
-    waiting: AtomicUsize,
-}
+pub struct ControlPlane(Mutex<Arc<Server>>);
 
-impl<'env> ControlPlane<'env> {
+impl ControlPlane {
     /// Listens in the data directory, which is the working directory.
     ///
     /// # Errors
     /// When the socket cannot be made.
-    pub fn listen(stop: &'env Flag) -> Result<ControlPlane<'env>> {
-        Ok(ControlPlane { server: Mutex::new(Arc::new(listen()?)), stop, waiting: AtomicUsize::new(0) })
+    pub fn listen() -> Result<ControlPlane> {
+        Ok(ControlPlane(Mutex::new(Arc::new(listen()?))))
     }
 
     fn lock(&self) -> MutexGuard<'_, Arc<Server>> {
-        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends serving, after the flag was raised.
-    pub fn close(&self) {
-        self.lock().unblock();
+    /// Answers requests for as long as the daemon lives, each in a thread of its own.
+    pub fn serve(&self, daemon: &'static Daemon) {
+        loop {
+            let server = self.lock().clone();
+            match server.recv() {
+                // A request without a thread is dropped: the library answers it, and the gate
+                // makes an error of that.
+                Ok(request) => {
+                    if let Err(e) = Builder::new().spawn(move || handle(daemon, request)) {
+                        crate::log!("cannot start a thread for a request: {e}");
+                    }
+                }
+                // Another server has taken its place.
+                Err(_) if !Arc::ptr_eq(&server, &self.lock()) => {}
+                Err(e) => {
+                    crate::log!("the control plane has ended: {e}");
+                    if self.replace(&server).is_err() {
+                        thread::sleep(EXHAUSTED_PAUSE);
+                    }
+                }
+            }
+        }
     }
 
     /// Connects to it. A server that has ended is replaced first: the library's accepts no more after
-    /// an error, and does not outlive a want of descriptors or threads in the middle of accepting.
+    /// an error, and does not outlive a lack of descriptors or threads in the middle of accepting.
     ///
     /// # Errors
     /// `overloaded`, when there are no descriptors for it.
     pub fn connect(&self) -> Result<UnixStream> {
         let connect = || UnixStream::connect(CONTROL_SOCKET);
         let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
-        let connected = connect().or_else(|e| {
-            if !is_gone(&e) {
-                return Err(e);
-            }
-            let mut server = self.lock();
-            connect().or_else(|_| {
-                let another = listen().map_err(|e| io::Error::other(e.to_string()))?;
-                crate::log!("the control plane had ended, and listens again");
-                let ended = std::mem::replace(&mut *server, Arc::new(another));
-                // Who waits at it is to wait at the other.
-                ended.unblock();
-                // Dropped, it would remove the other's socket.
-                std::mem::forget(ended);
-                connect()
-            })
-        });
+        let server = self.lock().clone();
+        let connected =
+            connect().or_else(|e| if is_gone(&e) && self.replace(&server).is_ok() { connect() } else { Err(e) });
         connected.map_err(|_| Error::Overloaded("requests"))
     }
-}
 
-/// Serves the control plane of a daemon, until its flag is raised.
-pub struct Serving<'env>(pub &'env Daemon<'env>);
-
-impl Service for Serving<'_> {
-    type Request = Request;
-
-    fn waiting(&self) -> &AtomicUsize {
-        &self.0.control.waiting
-    }
-
-    fn take(&self, limit: Option<Duration>) -> Taken<Request> {
-        let control = self.0.control;
-        while !control.stop.is_raised() {
-            let server = control.lock().clone();
-            let taken = match limit {
-                // Its time limit may pass over what has come at the very end: hence another look.
-                Some(limit) => match server.recv_timeout(limit) {
-                    Ok(None) => server.try_recv(),
-                    other => other,
-                },
-                None => server.recv().map(Some),
-            };
-            match taken {
-                Ok(Some(request)) => return Taken::Request(request),
-                // Only one of those who wait is woken, to leave or to go to another server: each
-                // wakes the next.
-                _ if control.stop.is_raised() || !Arc::ptr_eq(&server, &control.lock()) => server.unblock(),
-                Ok(None) => return Taken::Nothing,
-                // It has ended. There will be another when there is a request.
-                Err(e) => crate::log!("the control plane has ended: {e}"),
-            }
+    /// Puts a new server in the place of one that has ended, unless another has done so.
+    fn replace(&self, ended: &Arc<Server>) -> Result<()> {
+        let mut server = self.lock();
+        if Arc::ptr_eq(&server, ended) {
+            let another = Arc::new(listen()?);
+            crate::log!("the control plane listens again");
+            let ended = std::mem::replace(&mut *server, another);
+            // The thread that waits at the old one is to wait at the new one.
+            ended.unblock();
+            // Dropped, the old one would remove the socket of the new one.
+            std::mem::forget(ended);
         }
-        Taken::Closed
-    }
-
-    fn serve(&self, request: Request) {
-        handle(self.0, request);
-    }
-
-    fn refuse(&self, request: Request) {
-        // Dropped, it is answered by the library; the gate makes an error of that.
-        drop(request);
-        crate::log!("cannot start a thread for a request");
+        Ok(())
     }
 }
 
@@ -165,7 +137,7 @@ fn listen() -> Result<Server> {
 }
 
 /// Answers one request, whatever happens while doing so.
-fn handle(daemon: &Daemon<'_>, mut request: Request) {
+fn handle(daemon: &Daemon, mut request: Request) {
     let answer = catch_unwind(AssertUnwindSafe(|| answer(daemon, &mut request)))
         .unwrap_or_else(|_| Err(Error::Internal("a bug: see `openwork logs daemon`".to_owned())));
     let mut headers = String::new();
@@ -208,7 +180,7 @@ impl Answer {
     }
 }
 
-fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
+fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
     // For the test that a panic is the matter of one request.
     #[cfg(debug_assertions)]
     assert!(!request.url().ends_with("?panic"), "asked to panic");
@@ -311,7 +283,7 @@ fn answer(daemon: &Daemon<'_>, request: &mut Request) -> Result<Answer> {
 }
 
 /// How the instances of the local workspaces are; only loaded ones are asked about.
-fn instances(daemon: &Daemon<'_>, deadline: Instant) -> InstanceList {
+fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
     let (state, endpoint) = (daemon.store.latest(), daemon.supervisor.ready_now());
     // One that hangs is not waited for: it is shown as it was known.
     let deadline = deadline.min(Instant::now() + ASK_LIMIT);
@@ -338,7 +310,7 @@ fn instances(daemon: &Daemon<'_>, deadline: Instant) -> InstanceList {
 }
 
 /// Disposes the instance of a workspace; false when it is not loaded.
-fn dispose(daemon: &Daemon<'_>, workspace: &Workspace, force: bool, deadline: Instant) -> Result<bool> {
+fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instant) -> Result<bool> {
     let directory = workspace.local_path()?;
     // Neither opencode nor the instance is woken to be put to sleep.
     if !daemon.instances.is_loaded(&workspace.path) {

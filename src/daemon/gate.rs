@@ -17,23 +17,24 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Resource, getrlimit};
 
 use super::events::Subscription;
 use super::head::{BODY_LIMIT, Framing, HEADER_LIMIT, Head, cors_headers};
 use super::router;
-use super::workers::{Service, Taken};
 use super::{Daemon, api};
 use crate::error::{Error, Result};
 use crate::http::{self, Response, Timed, is_json};
-use crate::process::{self, Flag};
+use crate::system::socket;
+use crate::system::wait::{self, Flag};
 use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
@@ -72,13 +73,13 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 const ORIGINS: [&str; 3] = ["tauri://localhost", "http://tauri.localhost", "https://tauri.localhost"];
 
 /// The public port.
-pub struct Gate<'env> {
+pub struct Gate {
     listener: TcpListener,
     port: u16,
     origins: Vec<String>,
-    stop: &'env Flag,
+    /// Raised when the daemon ends: routed streams break off.
+    stop: Flag,
     connections: Connections,
-    waiting: AtomicUsize,
 }
 
 /// The open connections, so that they can be counted and ended.
@@ -104,16 +105,17 @@ pub struct Connection {
     reading: AtomicBool,
 }
 
-/// Ends a connection, also when serving it panics.
-struct Ended<'a> {
-    connections: &'a Connections,
+/// The place of a connection among the open ones. Dropped, it ends the connection, also when
+/// serving it panics.
+struct Place {
+    connections: &'static Connections,
     id: u64,
-    stream: &'a TcpStream,
+    connection: Arc<Connection>,
 }
 
-impl Drop for Ended<'_> {
+impl Drop for Place {
     fn drop(&mut self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.connection.stream.shutdown(Shutdown::Both);
         self.connections.release(self.id);
     }
 }
@@ -124,7 +126,7 @@ impl Connections {
     }
 
     /// Takes a connection in, unless there are too many.
-    fn admit(&self, connection: &Arc<Connection>) -> Result<u64> {
+    fn admit(&'static self, connection: &Arc<Connection>) -> Result<Place> {
         let usable = usable_descriptors();
         let has_descriptors = has_descriptors(&connection.stream, usable);
         let mut open = self.lock();
@@ -135,7 +137,7 @@ impl Connections {
         open.last += 1;
         let id = open.last;
         open.by_id.insert(id, connection.clone());
-        Ok(id)
+        Ok(Place { connections: self, id, connection: connection.clone() })
     }
 
     fn release(&self, id: u64) {
@@ -166,8 +168,7 @@ impl Connections {
 
 /// Whether more descriptors are free than are kept.
 fn has_descriptors(any: &TcpStream, usable: u64) -> bool {
-    // The kernel gives the lowest that is free. (Not so that of a connection: it was taken when
-    // its thread began to wait.)
+    // The kernel gives the lowest that is free.
     let lowest = fcntl_dupfd_cloexec(any, 0).map(|free| free.as_raw_fd() as u64);
     lowest.is_ok_and(|lowest| lowest < usable)
 }
@@ -178,27 +179,66 @@ fn usable_descriptors() -> u64 {
     limit - RESERVE.min(limit / 4)
 }
 
-impl<'env> Gate<'env> {
+impl Gate {
     /// A gate at a listening socket on 127.0.0.1; `origins` are allowed beside the usual ones.
-    pub fn new(listener: TcpListener, origins: &[String], stop: &'env Flag) -> io::Result<Gate<'env>> {
-        // The library asks for 128; beyond that a client waits a second to try again.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    pub fn new(listener: TcpListener, origins: &[String]) -> io::Result<Gate> {
+        // The standard library asks for 128; a client beyond that waits a second to try again.
         rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
-        let connections = Connections::default();
-        Ok(Gate { listener, port, origins, stop, connections, waiting: AtomicUsize::new(0) })
+        Ok(Gate { listener, port, origins, stop: Flag::new()?, connections: Connections::default() })
     }
 
-    /// Ends serving, after the flag was raised: returns when every request is answered.
+    /// Accepts connections for as long as the daemon lives, and gives each a thread.
+    pub fn serve(&'static self, daemon: &'static Daemon) {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, peer)) => self.take(daemon, stream, peer),
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(e) => {
+                    crate::log!("cannot accept a connection: {e}");
+                    thread::sleep(EXHAUSTED_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Gives a connection a thread, or refuses it.
+    fn take(&'static self, daemon: &'static Daemon, stream: TcpStream, peer: SocketAddr) {
+        let connection = Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) });
+        let place = match self.connections.admit(&connection) {
+            Ok(place) => place,
+            // The daemon ends: a connection that comes so late is closed like one not accepted.
+            Err(_) if self.stop.is_raised() => return,
+            Err(e) => return refuse(&connection.stream, &e),
+        };
+        let refused = connection.clone();
+        let work = move || {
+            let _place = place;
+            // A panic costs this connection only; it has said so on standard error.
+            if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, &connection))).is_err() {
+                crate::log!("a request failed (see above)");
+            }
+        };
+        if let Err(e) = Builder::new().spawn(work) {
+            crate::log!("cannot start a thread for a connection: {e}");
+            refuse(&refused.stream, &Error::Overloaded("threads"));
+        }
+    }
+
+    /// Ends the connections: those without a request at once, the others after their reply, but
+    /// within [`DRAIN_TIME`]. The listening socket stays open until the process has ended, so that
+    /// nobody else can listen there while `daemon.lock` names it.
     pub fn close(&self) {
-        // Nobody waits any more for a connection; and who comes late is refused at once, and not
-        // left waiting until the process has ended.
-        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Read);
+        self.stop.raise();
         self.connections.drain();
     }
 
     /// Serves the one request of a connection.
-    fn connection(&self, daemon: &Daemon<'_>, connection: &Connection) {
+    fn connection(&self, daemon: &Daemon, connection: &Connection) {
         let stream = &connection.stream;
         let _ = stream.set_nodelay(true);
         let mut buffer = [0; HEAD_LIMIT];
@@ -226,7 +266,7 @@ impl<'env> Gate<'env> {
         let result = match request.path() {
             path if path.starts_with(router::PREFIX) => {
                 let routed =
-                    router::route(daemon, &router::Client { stream, request: &request, rest, origin }, self.stop);
+                    router::route(daemon, &router::Client { stream, request: &request, rest, origin }, &self.stop);
                 let _ = stream.set_nonblocking(false);
                 routed.map(|upstream| {
                     finish(stream);
@@ -265,7 +305,7 @@ impl<'env> Gate<'env> {
     /// Hands a request to the control plane, and its answer to the client.
     fn control(
         &self,
-        daemon: &Daemon<'_>,
+        daemon: &Daemon,
         connection: &Connection,
         request: &Head<'_>,
         rest: &[u8],
@@ -291,6 +331,12 @@ impl<'env> Gate<'env> {
         let mut upstream = Timed::new(daemon.control.connect()?, Some(deadline));
         let lost = |e: io::Error| Error::Internal(format!("the control plane does not answer: {e}"));
         upstream.write_all(&head).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
+        // A handler that waits for opencode is not waited for when the daemon ends.
+        if !wait::wait_readable(&upstream.socket, &self.stop, Some(deadline)).map_err(lost)?
+            && !wait::wait_until_readable(&upstream.socket, Instant::now() + DRAIN_TIME / 2)
+        {
+            return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
+        }
         let mut response = Response::read(upstream, request.method).map_err(lost)?;
         let mut head = head_of(response.status, origin);
         for name in ["Allow", ERROR_HEADER] {
@@ -315,64 +361,9 @@ impl<'env> Gate<'env> {
     }
 }
 
-/// Serves at a gate, until its flag is raised.
-pub struct Serving<'env> {
-    /// Where.
-    pub gate: &'env Gate<'env>,
-    /// What with.
-    pub daemon: &'env Daemon<'env>,
-}
-
-impl Service for Serving<'_> {
-    type Request = Arc<Connection>;
-
-    fn waiting(&self) -> &AtomicUsize {
-        &self.gate.waiting
-    }
-
-    fn take(&self, limit: Option<Duration>) -> Taken<Arc<Connection>> {
-        // It holds for the calls that begin after it; another thread may have set it since, and
-        // then this one looks again at another time.
-        let _ = set_socket_timeout(&self.gate.listener, Timeout::Recv, limit);
-        while !self.gate.stop.is_raised() {
-            match self.gate.listener.accept() {
-                Ok((stream, peer)) => {
-                    return Taken::Request(Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) }));
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Taken::Nothing,
-                Err(_) if self.gate.stop.is_raised() => {}
-                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
-                Err(e) => {
-                    crate::log!("cannot accept a connection: {e}");
-                    std::thread::sleep(EXHAUSTED_PAUSE);
-                }
-            }
-        }
-        Taken::Closed
-    }
-
-    fn serve(&self, connection: Arc<Connection>) {
-        let connections = &self.gate.connections;
-        match connections.admit(&connection) {
-            Ok(id) => {
-                let _ended = Ended { connections, id, stream: &connection.stream };
-                self.gate.connection(self.daemon, &connection);
-            }
-            // Too late, as those that the listening socket does not take any more.
-            Err(_) if self.gate.stop.is_raised() => {}
-            Err(e) => refuse(&connection.stream, &e),
-        }
-    }
-
-    fn refuse(&self, connection: Arc<Connection>) {
-        refuse(&connection.stream, &Error::Overloaded("threads"));
-    }
-}
-
 /// Control routes are for the daemon's own user, and for root.
 fn check_user(connection: &Connection) -> Result<()> {
-    let ours = connection.stream.local_addr().map_err(|_| Error::ForbiddenUser)?;
-    match process::user_of_connection(ours, connection.peer) {
+    match socket::peer_user(&connection.stream, connection.peer) {
         Ok(Some(user)) if user == 0 || user == rustix::process::geteuid().as_raw() => Ok(()),
         Ok(Some(_) | None) => Err(Error::ForbiddenUser),
         Err(_) => Err(Error::Overloaded("connections")),

@@ -1,8 +1,10 @@
 //! The background process: takes the lock, listens, starts its threads, and waits for the end.
 //!
-//! Threads, all in one scope: the gate (accept, and one per connection), the control plane (and
-//! one per request), the supervisor (and its short-lived askers), the write-behind of the store,
-//! signals. [`run`] returns when opencode is gone, or kept, and every request is answered.
+//! Threads: the gate (accept, and one per connection), the control plane (and one per request), the
+//! supervisor (and its short-lived askers), the store's write-behind, eviction, opencode's events,
+//! signals. [`run`] returns when opencode is gone, or kept, and every request is answered; the end of
+//! the process ends the threads. So what they share lives as long as the process, and nothing has
+//! to be unwound.
 //!
 //! Invariant: `daemon.lock` is held from before anything is looked at until the process ends.
 //! Held means alive; pids in files are hints.
@@ -15,7 +17,6 @@ mod head;
 mod instances;
 mod router;
 mod supervisor;
-mod workers;
 
 use std::fs::{DirBuilder, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -24,7 +25,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::thread::{self, Builder};
+use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -42,8 +43,8 @@ use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
 use crate::paths::DataDir;
-use crate::process;
 use crate::state::{Auth, DaemonRecord, State, Store};
+use crate::system::{limits, process};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
 
@@ -58,18 +59,18 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 const CONTROL_SOCKET: &str = "control.sock";
 
 /// What the handlers of requests work with.
-struct Daemon<'env> {
+struct Daemon {
     info: ProcessInfo,
     /// What a routed request must have as its `Authorization`.
     authorization: String,
-    store: &'env Store,
+    store: &'static Store,
     supervisor: Handle,
-    control: &'env api::ControlPlane<'env>,
-    instances: &'env Instances<'env>,
-    events: &'env Events,
+    control: &'static api::ControlPlane,
+    instances: &'static Instances,
+    events: &'static Events,
 }
 
-impl Daemon<'_> {
+impl Daemon {
     fn health(&self) -> Health {
         let (state, status) = (self.store.snapshot(), self.supervisor.status());
         let measured = |mut info: ProcessInfo| {
@@ -128,9 +129,9 @@ impl Daemon<'_> {
 /// # Errors
 /// Whatever keeps it from starting. Detached, they are told on standard output too.
 pub fn run(data_dir: &DataDir, options: &Options, detached: bool) -> Result<()> {
-    process::raise_descriptor_limit();
+    limits::raise_descriptor_limit();
     if detached {
-        process::close_inherited_descriptors();
+        limits::close_inherited_descriptors();
         // Fails only for the leader of a group, which is what a shell's job control makes of a
         // foreground process: we were spawned.
         let _ = rustix::process::setsid();
@@ -206,17 +207,15 @@ fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
 
 fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOnce()) -> Result<()> {
     let _ = log::bound(&data_dir.daemon_log());
-    let store = Store::open(data_dir)?;
+    let store = forever(Store::open(data_dir)?);
     let auth = Auth::load_or_create(data_dir)?;
     let listener = bind(options.port, &store.snapshot())?;
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
     let port = listener.local_addr().map_err(no_socket)?.port();
     let signals = |e| Error::Internal(format!("cannot handle signals: {e}"));
     let mut signal_source = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(signals)?;
-    let flag = || process::Flag::new().map(Arc::new).map_err(no_socket);
-    let (stop, control_stop) = (flag()?, flag()?);
-    let gate = Gate::new(listener, &options.origins, &stop).map_err(no_socket)?;
-    let control = api::ControlPlane::listen(&control_stop)?;
+    let gate = forever(Gate::new(listener, &options.origins).map_err(no_socket)?);
+    let control = forever(api::ControlPlane::listen()?);
     let info = ProcessInfo {
         pid: std::process::id(),
         port,
@@ -235,71 +234,66 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
     crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
 
-    let (events, instances) = (Events::default(), Instances::new(&store, options.idle_ttl));
+    let (events, instances) = (forever(Events::default()), forever(Instances::new(store, options.idle_ttl)));
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
-    let (gate, control, instances, events) = (&gate, &control, &instances, &events);
-    let daemon = &Daemon { info, authorization, store: &store, supervisor, control, instances, events };
-    let (at_gate, at_control) = (gate::Serving { gate, daemon }, api::Serving(daemon));
-    let no_thread = |e: io::Error| Error::Internal(format!("cannot start a thread: {e}"));
-    let kept = thread::scope(|scope| {
-        let context = Context {
-            data_dir: data_dir.clone(),
-            options: options.engine.clone(),
-            auth,
-            store: &store,
-            instances,
-            events,
-            ended: stop.clone(),
-        };
-        let supervision = Supervisor::new(scope, &daemon.supervisor, receiver, context);
-        let signals = signal_source.handle();
-        let handle = &daemon.supervisor;
-        let started = (|| {
-            Builder::new().spawn_scoped(scope, || store.write_behind())?;
-            workers::start(&at_gate, scope)?;
-            Builder::new().spawn_scoped(scope, || instances.evict(handle, events))?;
-            Builder::new().spawn_scoped(scope, || instances.listen(handle))?;
-            workers::start(&at_control, scope)?;
-            Builder::new().spawn_scoped(scope, || {
-                for signal in signal_source.forever() {
-                    // A closed terminal is no reason to end.
-                    if signal != SIGHUP {
-                        crate::log!("stopping on signal {signal}");
-                        handle.stop(false);
-                    }
-                }
-            })?;
-            Builder::new().spawn_scoped(scope, || supervision.run())
-        })();
-        let ended = started.map(|supervision| {
-            listening();
-            if supervision.join().is_err() {
-                crate::log!("the supervisor failed (see above); opencode is left for the next daemon");
+    let daemon = forever(Daemon { info, authorization, store, supervisor, control, instances, events });
+    let handle = &daemon.supervisor;
+    let engine = options.engine.clone();
+    let context = Context { data_dir: data_dir.clone(), options: engine, auth, store, instances, events };
+    let supervision = Supervisor::new(handle, receiver, context);
+    // A thread that cannot be had ends the daemon: one without all of them would hold the lock and
+    // be deaf. The supervisor comes last, so that there is no opencode yet.
+    spawn(|| store.write_behind())?;
+    spawn(|| gate.serve(daemon))?;
+    spawn(|| instances.evict(handle, events))?;
+    spawn(|| instances.listen(handle))?;
+    spawn(|| control.serve(daemon))?;
+    spawn(move || {
+        for signal in signal_source.forever() {
+            // A closed terminal is no reason to end.
+            if signal != SIGHUP {
+                crate::log!("stopping on signal {signal}");
+                handle.stop(false);
             }
-        });
-        events.close();
-        instances.close();
-        stop.raise();
-        // The gate first: what it has passed on is still to be answered behind it.
-        gate.close();
-        control_stop.raise();
-        control.close();
-        signals.close();
-        store.close();
-        ended
-    });
-    kept.map_err(no_thread)?;
+        }
+    })?;
+    let supervision = spawn(|| supervision.run())?;
+    listening();
+    let supervised = supervision.join();
+    events.close();
+    gate.close();
     let _ = std::fs::remove_file(CONTROL_SOCKET);
-    store.update(|state| {
+    let written = store.update(|state| {
         state.daemon = None;
         Ok(())
-    })?;
-    crate::log!("stopped");
+    });
+    // The record names a process that the lock contradicts, so nothing is lost with it.
+    if let Err(e) = written {
+        crate::log!("{e}");
+    }
     // Held until the process has ended.
     std::mem::forget(lock);
+    if supervised.is_err() {
+        let what = "the supervisor failed; opencode is left for the next daemon";
+        return Err(Error::Internal(what.to_owned()));
+    }
+    crate::log!("stopped");
     Ok(())
+}
+
+/// Keeps a value for as long as the process lives: the daemon's threads share it.
+fn forever<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
+/// Starts one of the daemon's threads.
+///
+/// # Errors
+/// When the system has no thread for it.
+fn spawn(work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    Builder::new().spawn(work).map_err(|e| Error::Internal(format!("cannot start a thread: {e}")))
 }
 
 /// The port asked for; else the one used last, 6174, any.

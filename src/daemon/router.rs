@@ -9,7 +9,7 @@
 //! Sources of the format: RFC 9110 (7.6 on what is passed on, 7.8 on upgrades), RFC 9112.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddrV4, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, TOKEN_PARAMETER
 use super::head::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
 use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
-use crate::process::{Flag, timespec};
+use crate::system::wait::{Flag, timespec};
 use crate::wire::TIMEOUT_HEADER;
 use crate::workspace::Workspace;
 
@@ -62,7 +62,7 @@ pub struct Client<'a> {
 ///
 /// # Errors
 /// While nothing was answered yet: what is to be answered. After that the connection just ends.
-pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
     let request = client.request;
     let given = match request.only("authorization")? {
         Some(given) => given.to_owned(),
@@ -96,7 +96,7 @@ pub fn route(daemon: &Daemon<'_>, client: &Client<'_>, stop: &Flag) -> Result<Tc
         if is_known && engine::loads_instance(path) {
             entered.loads(endpoint.generation);
         }
-        let head = rewrite(request, &target, directory, endpoint.port, is_upgrade);
+        let head = rewrite(request, &target, directory, endpoint.address, is_upgrade);
         match Exchange::new(client, &upstream, head, is_upgrade)?.run(patience, stop) {
             // opencode was just ending: what only reads may be asked again (RFC 9110, 9.2.2).
             Err(Error::OpencodeFault(_)) if !tried && is_safe(request) => {
@@ -120,7 +120,7 @@ fn is_safe(request: &Head<'_>) -> bool {
 
 /// The local workspace that is meant, if its directory is there: opencode would answer for one
 /// that is not.
-fn find(daemon: &Daemon<'_>, selector: &str) -> Result<Arc<Workspace>> {
+fn find(daemon: &Daemon, selector: &str) -> Result<Arc<Workspace>> {
     let workspace = daemon.store.snapshot().find(selector)?.clone();
     let directory = workspace.local_path()?;
     match directory.is_dir() {
@@ -180,7 +180,7 @@ fn target(path: &str, query: Option<&str>, directory: &Path) -> String {
 
 /// Connects to opencode, which is woken if it is down. Nothing was sent before, so that it may
 /// be tried again.
-fn connect(daemon: &Daemon<'_>, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
+fn connect(daemon: &Daemon, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
     daemon.supervisor.call(deadline, |endpoint| {
         let stream = endpoint.connect(deadline)?;
         stream.set_nonblocking(true).map_err(|e| CallError::Gone(e.to_string()))?;
@@ -196,8 +196,8 @@ fn is_hop_by_hop(name: &str) -> bool {
 }
 
 /// The head for opencode.
-fn rewrite(request: &Head<'_>, target: &str, directory: &Path, port: u16, is_upgrade: bool) -> Vec<u8> {
-    let mut head = format!("{} {target} HTTP/1.{}\r\nHost: 127.0.0.1:{port}\r\n", request.method, request.version);
+fn rewrite(request: &Head<'_>, target: &str, directory: &Path, address: SocketAddrV4, is_upgrade: bool) -> Vec<u8> {
+    let mut head = format!("{} {target} HTTP/1.{}\r\nHost: {address}\r\n", request.method, request.version);
     head.push_str(if is_upgrade { "Connection: Upgrade\r\n" } else { "Connection: close\r\n" });
     let encoded = percent_encode(directory.as_os_str().as_encoded_bytes());
     head.push_str(&format!("{DIRECTORY_HEADER}: {encoded}\r\n"));

@@ -12,11 +12,10 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -29,8 +28,10 @@ use crate::http::basic;
 use crate::log::{self, now_ms};
 use crate::options::EngineOptions;
 use crate::paths::DataDir;
-use crate::process::{self, Flag, Identity, Process};
 use crate::state::{Auth, BinaryRecord, EngineRecord, Store, random_hex};
+use crate::system::process::{self, Identity, Process};
+use crate::system::socket;
+use crate::system::wait::{self, Flag};
 use crate::wire::{EngineInfo, Phase as PhaseName, ProcessInfo};
 
 /// The default port of opencode.
@@ -349,8 +350,7 @@ enum Then {
 }
 
 /// The thread's own data.
-pub struct Supervisor<'scope, 'env> {
-    scope: &'scope Scope<'scope, 'env>,
+pub struct Supervisor {
     shared: Arc<Shared>,
     sender: Sender<Event>,
     receiver: Receiver<Event>,
@@ -359,15 +359,14 @@ pub struct Supervisor<'scope, 'env> {
     auth: Auth,
     /// The value of the `Authorization` header.
     authorization: Arc<str>,
-    store: &'env Store,
-    instances: &'env Instances<'env>,
-    events: &'env Events,
-    ended: Arc<Flag>,
+    store: &'static Store,
+    instances: &'static Instances,
+    events: &'static Events,
     phase: Phase,
     want: Want,
     generation: u64,
     /// Of the current process.
-    port: u16,
+    address: SocketAddrV4,
     /// The inode of the socket that listens there.
     socket: u32,
     started_at: u64,
@@ -391,7 +390,7 @@ pub struct Supervisor<'scope, 'env> {
 }
 
 /// What the supervisor works with.
-pub struct Context<'env> {
+pub struct Context {
     /// Where the files are.
     pub data_dir: DataDir,
     /// What was asked for.
@@ -399,26 +398,18 @@ pub struct Context<'env> {
     /// The credentials it is started with.
     pub auth: Auth,
     /// Where the process is written down.
-    pub store: &'env Store,
+    pub store: &'static Store,
     /// Which instances it has loaded.
-    pub instances: &'env Instances<'env>,
+    pub instances: &'static Instances,
     /// Who is told.
-    pub events: &'env Events,
-    /// Raised when the daemon ends, after the supervisor has.
-    pub ended: Arc<Flag>,
+    pub events: &'static Events,
 }
 
-impl<'scope, 'env> Supervisor<'scope, 'env> {
+impl Supervisor {
     /// A supervisor that has done nothing yet.
-    pub fn new(
-        scope: &'scope Scope<'scope, 'env>,
-        handle: &Handle,
-        receiver: Receiver<Event>,
-        context: Context<'env>,
-    ) -> Supervisor<'scope, 'env> {
-        let Context { data_dir, options, auth, store, instances, events, ended } = context;
+    pub fn new(handle: &Handle, receiver: Receiver<Event>, context: Context) -> Supervisor {
+        let Context { data_dir, options, auth, store, instances, events } = context;
         Supervisor {
-            scope,
             shared: handle.shared.clone(),
             sender: handle.events.clone(),
             receiver,
@@ -429,11 +420,10 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             store,
             instances,
             events,
-            ended,
             phase: Phase::Failed,
             want: Want::Run,
             generation: 0,
-            port: 0,
+            address: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0),
             socket: 0,
             started_at: 0,
             version: None,
@@ -521,7 +511,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
 
     fn do_what_is_due(&mut self, now: Instant) {
         // Its watcher says so too, if there could be one.
-        if matches!(&self.phase, Phase::Ending { process, .. } if process::has_ended(&process.pidfd())) {
+        if matches!(&self.phase, Phase::Ending { process, .. } if wait::has_ended(&process.pidfd())) {
             return self.exited();
         }
         match &mut self.phase {
@@ -537,7 +527,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             }
             Phase::Starting { process, look_at, probing: probing @ false, listens_since, .. } if now >= *look_at => {
                 let _ = log::bound(&self.data_dir.opencode_log());
-                if let Ok(Some(socket)) = process::listening(process, self.port) {
+                if let Ok(Some(socket)) = socket::listening(process, self.address) {
                     self.socket = socket;
                     *probing = true;
                     let since = *listens_since.get_or_insert(now);
@@ -591,7 +581,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         };
         crate::log!("found opencode (pid {}) of an earlier daemon", record.pid);
         let now = Instant::now();
-        self.port = record.port;
+        self.address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, record.port);
         self.started_at = record.started_at;
         self.generation = 1;
         // What it printed before is not about what happens now.
@@ -600,7 +590,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         self.watch(&process);
         // One that listens was ready; one that does not yet is given the rest of its time.
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
-        let listens = matches!(process::listening(&process, self.port), Ok(Some(_)));
+        let listens = matches!(socket::listening(&process, self.address), Ok(Some(_)));
         let rest = if listens { ADOPT_LIMIT } else { READY_LIMIT.saturating_sub(age) };
         let until = now + rest.max(ADOPT_LIMIT);
         self.phase = Phase::Starting {
@@ -642,10 +632,10 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             Err(e) => return self.failed(e),
         };
         let (sender, attempt, stdout) = (self.sender.clone(), self.attempt, process.take_stdout());
-        let (pidfd, ended) = (process.pidfd(), self.ended.clone());
-        let asked = self.in_background(move || {
+        let pidfd = process.pidfd();
+        let asked = in_background(move || {
             // A version is a few bytes; whatever says more is no opencode.
-            let read = |stdout| process::read_output(stdout, &pidfd, 4096, &ended);
+            let read = |stdout| wait::read_output(stdout, &pidfd, 4096);
             let _ = sender.send(Event::Version { attempt, output: stdout.map_or(Ok(String::new()), read) });
         });
         self.phase = Phase::Checking { process, until: Instant::now() + VERSION_LIMIT, binary, record };
@@ -697,11 +687,12 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     /// Starts the process: it is written down before it can do anything.
     fn launch(&mut self, binary: &std::path::Path) -> Result<()> {
         let (port, engine_id) = (self.choose_port()?, random_hex(16)?);
+        let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
         let (log_path, cwd) = (self.data_dir.opencode_log(), self.data_dir.opencode_cwd());
         let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
         let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
         self.log_start = log.metadata().map_or(0, |metadata| metadata.len());
-        let mut command = engine::launch_command(binary, port, &self.auth);
+        let mut command = engine::launch_command(binary, address, &self.auth);
         command.current_dir(&cwd).stdout(log).stderr(log_too);
         let mut process = Process::spawn(&mut command, &engine_id)
             .map_err(|e| Error::OpencodeStartFailed(format!("cannot start {}: {e}", binary.display())))?;
@@ -709,7 +700,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         let record = EngineRecord {
             pid,
             port,
-            base_url: format!("http://127.0.0.1:{port}"),
+            base_url: format!("http://{address}"),
             started_at: now_ms(),
             engine_id,
             start_ticks,
@@ -735,10 +726,10 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             self.shared.lock().restarts += 1;
         }
         self.generation += 1;
-        self.port = port;
+        self.address = address;
         self.instances.begin(self.generation, Vec::new());
         self.watch(&process);
-        crate::log!("starting {} on port {port} (pid {pid})", binary.display());
+        crate::log!("starting {} on {address} (pid {pid})", binary.display());
         self.events.publish(EventKind::EngineStarting { generation: self.generation, pid });
         let now = Instant::now();
         self.phase = Phase::Starting {
@@ -787,8 +778,8 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             }
         };
         self.release = Some(release.clone());
-        let watching = self.in_background(move || {
-            if let Ok(true) = process::wait_readable(&pidfd, &release) {
+        let watching = in_background(move || {
+            if let Ok(true) = wait::wait_readable(&pidfd, &release, None) {
                 let _ = sender.send(Event::Exited { generation });
             }
         });
@@ -801,7 +792,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     fn probe(&self, limit: Duration) {
         let (Phase::Starting { process, .. } | Phase::Ready { process, .. }) = &self.phase else { return };
         let (endpoint, sender, generation) = (self.endpoint(process), self.sender.clone(), self.generation);
-        let asked = self.in_background(move || {
+        let asked = in_background(move || {
             let result = endpoint.health(Instant::now() + limit);
             let _ = sender.send(Event::Probed { generation, result });
         });
@@ -812,12 +803,11 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
 
     fn endpoint(&self, process: &Process) -> Endpoint {
         Endpoint {
-            port: self.port,
+            address: self.address,
             generation: self.generation,
             authorization: self.authorization.clone(),
             pidfd: process.pidfd(),
             socket: self.socket,
-            stop: self.ended.clone(),
         }
     }
 
@@ -826,7 +816,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         if let (Phase::Starting { process, .. } | Phase::Ready { process, .. }, Err(CallError::Gone(_))) =
             (&self.phase, &result)
         {
-            if process::has_ended(&process.pidfd()) {
+            if wait::has_ended(&process.pidfd()) {
                 return self.exited(); // its watcher says the same, if there is one
             }
         }
@@ -864,7 +854,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
                 *count += 1;
                 let hung = now.duration_since(*since) >= HANG_LIMIT && *count >= HANG_PROBES;
                 crate::log!("opencode does not answer: {}", Error::from(e));
-                if deaf && matches!(process::listening(process, self.port), Ok(found) if found != Some(self.socket)) {
+                if deaf && matches!(socket::listening(process, self.address), Ok(found) if found != Some(self.socket)) {
                     let error = Error::OpencodeUnavailable("it no longer listens".to_owned());
                     self.end(false, Then::Fail(error));
                 } else if hung {
@@ -884,7 +874,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         let Phase::Starting { process, origin, .. } = phase else { return };
         let pid = process.identity().pid;
         let how = if origin == Origin::Adopted { "adopted" } else { "ready" };
-        crate::log!("opencode {version} is {how} on port {} (pid {pid})", self.port);
+        crate::log!("opencode {version} is {how} on {} (pid {pid})", self.address);
         self.version = Some(version);
         self.last_attempt = false;
         self.taken_ports = 0;
@@ -937,7 +927,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         let step = if orderly {
             let (endpoint, sender, generation) = (self.endpoint(&process), self.sender.clone(), self.generation);
             let until = now + DISPOSE_LIMIT;
-            let asked = self.in_background(move || {
+            let asked = in_background(move || {
                 let _ = endpoint.dispose_all(until);
                 let _ = sender.send(Event::Disposed { generation });
             });
@@ -965,7 +955,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
     /// Not even KILL has ended it: the kernel holds it. It stays written down, so that the next
     /// daemon finds it.
     fn give_up_ending(&mut self) {
-        crate::log!("opencode (port {}) does not end, even when killed", self.port);
+        crate::log!("opencode ({}) does not end, even when killed", self.address);
         if let Some(release) = self.release.take() {
             release.raise();
         }
@@ -1023,7 +1013,7 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
 
     /// Whether a start failed because somebody was faster at a port that nobody asked for.
     fn port_was_taken(&mut self) -> bool {
-        let taken = self.options.port.is_none() && !is_free(self.port) && self.taken_ports < PORT_TRIES;
+        let taken = self.options.port.is_none() && !is_free(self.address.port()) && self.taken_ports < PORT_TRIES;
         if taken {
             self.taken_ports += 1;
         }
@@ -1095,8 +1085,8 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
             Phase::Ready { process, .. } => {
                 let info = ProcessInfo {
                     pid: process.identity().pid,
-                    port: self.port,
-                    base_url: format!("http://127.0.0.1:{}", self.port),
+                    port: self.address.port(),
+                    base_url: format!("http://{}", self.address),
                     started_at: self.started_at,
                     memory: None,
                 };
@@ -1109,11 +1099,11 @@ impl<'scope, 'env> Supervisor<'scope, 'env> {
         }
         self.shared.changed.notify_all();
     }
+}
 
-    /// Runs something that may block.
-    fn in_background(&self, work: impl FnOnce() + Send + 'scope) -> io::Result<()> {
-        std::thread::Builder::new().spawn_scoped(self.scope, work).map(|_| ())
-    }
+/// Runs something that may block.
+fn in_background(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().spawn(work).map(|_| ())
 }
 
 fn is_free(port: u16) -> bool {

@@ -37,8 +37,8 @@ const LISTEN_LIMIT: Duration = Duration::from_secs(10);
 const EVENT_LIMIT: u64 = 1024 * 1024;
 
 /// The account.
-pub struct Instances<'env> {
-    store: &'env Store,
+pub struct Instances {
+    store: &'static Store,
     /// Unused for so long, an instance is disposed; never when absent.
     idle_ttl: Option<Duration>,
     inner: Mutex<Inner>,
@@ -55,7 +55,6 @@ struct Inner {
     own_disposals: Vec<(String, Instant)>,
     /// When the evicting thread looks next; `None`: when it is woken.
     next_look: Option<Instant>,
-    closed: bool,
 }
 
 impl Inner {
@@ -101,12 +100,12 @@ pub struct Usage {
 }
 
 /// A request under way; it counts as use until it is dropped.
-pub struct Use<'a, 'env> {
-    instances: &'a Instances<'env>,
+pub struct Use<'a> {
+    instances: &'a Instances,
     directory: &'a str,
 }
 
-impl Use<'_, '_> {
+impl Use<'_> {
     /// The request goes to this opencode, and loads the instance.
     pub fn loads(&self, generation: u64) {
         self.instances.change(generation, self.directory, |instance| {
@@ -115,7 +114,7 @@ impl Use<'_, '_> {
     }
 }
 
-impl Drop for Use<'_, '_> {
+impl Drop for Use<'_> {
     fn drop(&mut self) {
         let mut inner = self.instances.lock();
         if let Some(instance) = inner.by_directory.get_mut(self.directory) {
@@ -127,9 +126,9 @@ impl Drop for Use<'_, '_> {
     }
 }
 
-impl<'env> Instances<'env> {
+impl Instances {
     /// An account of nothing.
-    pub fn new(store: &'env Store, idle_ttl: Option<Duration>) -> Instances<'env> {
+    pub fn new(store: &'static Store, idle_ttl: Option<Duration>) -> Instances {
         Instances { store, idle_ttl, inner: Mutex::default(), changed: Condvar::new() }
     }
 
@@ -156,7 +155,7 @@ impl<'env> Instances<'env> {
     ///
     /// # Errors
     /// `opencode_timeout` at the deadline.
-    pub fn enter<'a>(&'a self, directory: &'a str, deadline: Instant) -> Result<Use<'a, 'env>> {
+    pub fn enter<'a>(&'a self, directory: &'a str, deadline: Instant) -> Result<Use<'a>> {
         let patience = Instant::now() + PATIENCE;
         let mut inner = self.lock();
         while inner.by_directory.get(directory).is_some_and(|instance| instance.evicting) {
@@ -274,16 +273,10 @@ impl<'env> Instances<'env> {
         }
     }
 
-    /// Ends [`Instances::evict`].
-    pub fn close(&self) {
-        self.lock().closed = true;
-        self.changed.notify_all();
-    }
-
-    /// Disposes instances as they become due, until [`Instances::close`].
+    /// Disposes instances as they become due, for as long as the daemon lives.
     pub fn evict(&self, supervisor: &Handle, events: &Events) {
         let mut inner = self.lock();
-        while !inner.closed {
+        loop {
             let due = self.first_due(&inner);
             inner.next_look = due.as_ref().map(|(at, _)| *at);
             let rest = due.as_ref().map(|(at, _)| at.saturating_duration_since(Instant::now()));
@@ -342,11 +335,8 @@ impl<'env> Instances<'env> {
     /// Listens to opencode's own events until the supervisor stops and the daemon ends.
     pub fn listen(&self, supervisor: &Handle) {
         while let Some(endpoint) = supervisor.wait_ready() {
-            match self.listen_once(&endpoint) {
-                Err(e) if e.kind() != io::ErrorKind::ConnectionAborted => {
-                    crate::log!("the events of opencode ended: {e}");
-                }
-                _ => {}
+            if let Err(e) = self.listen_once(&endpoint) {
+                crate::log!("the event stream of opencode broke off: {e}");
             }
             // When opencode has ended, the next one is waited for without a pause.
             supervisor.wait_while(endpoint.generation, LISTEN_PAUSE);

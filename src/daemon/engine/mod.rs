@@ -6,29 +6,26 @@
 //! that socket listens nobody else can there; so one look *after* connecting, whether it is still
 //! the same, proves whom we are connected to.
 
-use std::cell::Cell;
 use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::net::{SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::PollFlags;
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::http::{Request, Response, Socket, Timed, percent_encode};
+use crate::http::{Request, Response, Timed, percent_encode};
 use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
 use crate::paths;
-use crate::process::{self, Flag, Process};
 use crate::state::{Auth, BinaryRecord};
+use crate::system::process::Process;
+use crate::system::{limits, socket, wait};
 use crate::wire::from_json;
 
 /// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.
@@ -37,8 +34,8 @@ const ANSWER_LIMIT: usize = 8 * 1024 * 1024;
 /// A running opencode that can be asked.
 #[derive(Clone)]
 pub struct Endpoint {
-    /// On 127.0.0.1.
-    pub port: u16,
+    /// Where it listens, on loopback.
+    pub address: SocketAddrV4,
     /// Counts the processes of this daemon.
     pub generation: u64,
     /// The value of the `Authorization` header.
@@ -47,40 +44,6 @@ pub struct Endpoint {
     pub pidfd: Arc<OwnedFd>,
     /// The inode of the socket that listens there.
     pub socket: u32,
-    /// Raised when the daemon ends: nobody waits for an answer any more.
-    pub stop: Arc<Flag>,
-}
-
-/// A connection over which opencode is asked, until the daemon ends.
-pub struct Asking {
-    stream: TcpStream,
-    stop: Arc<Flag>,
-    limit: Cell<Option<Duration>>,
-}
-
-impl Socket for Asking {
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
-        self.limit.set(limit);
-        Ok(())
-    }
-}
-
-impl Read for Asking {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        process::wait_ready(&self.stream, PollFlags::IN, self.limit.get(), &self.stop)?;
-        self.stream.read(buffer)
-    }
-}
-
-impl Write for Asking {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        process::wait_ready(&self.stream, PollFlags::OUT, self.limit.get(), &self.stop)?;
-        self.stream.write(buffer)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
 }
 
 /// Why a call brought no answer.
@@ -112,35 +75,19 @@ impl Endpoint {
             return Err(CallError::TimedOut);
         }
         let failed = |e: io::Error| match e.kind() {
-            _ if process::is_lack(&e) => CallError::Failed(Error::Overloaded("connections")),
-            io::ErrorKind::WouldBlock => CallError::TimedOut,
-            _ => CallError::Gone(format!("cannot connect to port {}: {e}", self.port)),
+            _ if limits::is_exhausted(&e) => CallError::Failed(Error::Overloaded("connections")),
+            io::ErrorKind::TimedOut => CallError::TimedOut,
+            _ => CallError::Gone(format!("cannot connect to {}: {e}", self.address)),
         };
-        let stream = self.connected(rest).map_err(failed)?;
-        if process::has_ended(&self.pidfd) {
+        let stream = TcpStream::connect_timeout(&self.address.into(), rest).map_err(failed)?;
+        if wait::has_ended(&self.pidfd) {
             return Err(CallError::Gone("the process has ended".to_owned()));
         }
-        if process::listening_inode(self.port).map_err(failed)? != Some(self.socket) {
+        if socket::listening_inode(self.address).map_err(failed)? != Some(self.socket) {
             return Err(CallError::Gone("it no longer listens".to_owned()));
         }
         // Requests and events are small and somebody waits for each.
         let _ = stream.set_nodelay(true);
-        Ok(stream)
-    }
-
-    /// A connection. One that hangs may take none in: that is not waited for when the daemon ends.
-    ///
-    /// # Errors
-    /// `WouldBlock` at the limit, `ConnectionAborted` when the daemon ends, those of connecting.
-    fn connected(&self, limit: Duration) -> io::Result<TcpStream> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let stream = TcpStream::from(socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?);
-        match connect(&stream, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, self.port)) {
-            Err(Errno::INPROGRESS) => process::wait_ready(&stream, PollFlags::OUT, Some(limit), &self.stop)?,
-            other => other?,
-        }
-        stream.take_error()?.map_or(Ok(()), Err)?;
-        stream.set_nonblocking(false)?;
         Ok(stream)
     }
 
@@ -151,7 +98,7 @@ impl Endpoint {
         target: &str,
         directory: Option<&Path>,
         deadline: Instant,
-    ) -> std::result::Result<Response<Timed<Asking>>, CallError> {
+    ) -> std::result::Result<Response<Timed<TcpStream>>, CallError> {
         let encoded = directory.map(|directory| percent_encode(directory.as_os_str().as_encoded_bytes()));
         let mut headers = vec![("Authorization", &*self.authorization), ("Accept", "*/*")];
         if let Some(directory) = &encoded {
@@ -160,9 +107,8 @@ impl Endpoint {
         if method != "GET" {
             headers.push(("Content-Length", "0"));
         }
-        let head = Request { method, target, headers: &headers }.head(&format!("127.0.0.1:{}", self.port));
-        let asking = Asking { stream: self.connect(deadline)?, stop: self.stop.clone(), limit: Cell::new(None) };
-        let mut stream = Timed::new(asking, Some(deadline));
+        let head = Request { method, target, headers: &headers }.head(&self.address.to_string());
+        let mut stream = Timed::new(self.connect(deadline)?, Some(deadline));
         stream.write_all(&head).and_then(|()| Response::read(stream, method)).map_err(lost)
     }
 
@@ -178,7 +124,7 @@ impl Endpoint {
         let (status, is_json) = (response.status, response.is_json());
         let body = response.bytes(ANSWER_LIMIT).map_err(lost)?;
         if status == 401 {
-            return Err(CallError::Failed(Error::OpencodeAuthFailed(self.port)));
+            return Err(CallError::Failed(Error::OpencodeAuthFailed(self.address.port())));
         }
         let unexpected = |what: String| CallError::Failed(Error::OpencodeFault(format!("{method} {target}: {what}")));
         if status != 200 {
@@ -271,7 +217,6 @@ pub fn takes_ticket(path: &str, query: &str) -> bool {
 fn lost(e: io::Error) -> CallError {
     match e.kind() {
         io::ErrorKind::TimedOut => CallError::TimedOut,
-        io::ErrorKind::ConnectionAborted => CallError::Gone("the daemon is stopping".to_owned()),
         io::ErrorKind::InvalidData => CallError::Failed(Error::OpencodeFault(format!("not an answer: {e}"))),
         _ => CallError::Gone(format!("the connection broke: {e}")),
     }
@@ -347,16 +292,15 @@ pub fn check_version(binary: &Path, output: &str) -> Result<String> {
 /// daemon killed at the wrong moment leaves an opencode that the next one does not know, and
 /// starts a second over the same HOME. If the daemon dies first, the pipe closes and nothing
 /// has been started.
-pub fn launch_command(binary: &Path, port: u16, auth: &Auth) -> Command {
+pub fn launch_command(binary: &Path, address: SocketAddrV4, auth: &Auth) -> Command {
     // Not current_exe(): that is a path, which after an upgrade is another program's or nobody's.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("openwork")
         .arg(LAUNCH_COMMAND)
-        .arg(process::descriptor_limit_before().map_or_else(String::new, |limit| limit.to_string()))
+        .arg(limits::descriptor_limit_before().map_or_else(String::new, |limit| limit.to_string()))
         .arg(binary)
-        .args(["serve", "--hostname", "127.0.0.1", "--port"])
-        .arg(port.to_string())
+        .args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()])
         .env("OPENCODE_SERVER_USERNAME", &auth.opencode_username)
         .env("OPENCODE_SERVER_PASSWORD", &auth.opencode_password)
         .stdin(Stdio::piped());
@@ -389,7 +333,7 @@ pub fn become_when_told(command: &[std::ffi::OsString]) -> u8 {
     }
     let Some(([limit, program], arguments)) = command.split_first_chunk() else { return 1 };
     if let Some(limit) = limit.to_str().and_then(|limit| limit.parse().ok()) {
-        process::restore_descriptor_limit(limit);
+        limits::restore_descriptor_limit(limit);
     }
     let error = Command::new(program).args(arguments).stdin(Stdio::null()).exec();
     let _ = writeln!(io::stderr(), "openwork: cannot run {}: {error}", Path::new(program).display());

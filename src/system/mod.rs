@@ -1,0 +1,11 @@
+//! All that knows Linux: another operating system is another such folder.
+//!
+//! - `process`: processes by pidfd, their identity, the marker in their environment, the sweep
+//! - `socket`: who listens on a port, and whose connection one is
+//! - `wait`: poll(2) on flags, pipes, sockets and pidfds
+//! - `limits`: resource limits, and inherited descriptors
+
+pub mod limits;
+pub mod process;
+pub mod socket;
+pub mod wait;

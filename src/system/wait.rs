@@ -1,0 +1,133 @@
+//! Waiting for descriptors: flags that wake every waiter, pipes, sockets, pidfds.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::ChildStdout;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+
+/// Whether the process behind a pidfd has ended.
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // Not to know is not to have seen the end.
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+/// A file descriptor that becomes readable for everyone, once and for good.
+pub struct Flag(OwnedFd);
+
+impl Flag {
+    /// A flag that is down.
+    pub fn new() -> io::Result<Flag> {
+        Ok(Flag(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Raises it.
+    pub fn raise(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Whether it is up.
+    pub fn is_raised(&self) -> bool {
+        has_ended(&self.0) // readable, all the same
+    }
+}
+
+impl AsFd for Flag {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A duration as the kernel takes it.
+pub fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
+}
+
+/// Reads what a process prints until it ends, closes its output, or has printed `limit` bytes. A
+/// process that it started may hold the pipe open for longer and is not waited for.
+///
+/// # Errors
+/// Those of reading.
+pub fn read_output(pipe: ChildStdout, pidfd: &OwnedFd, limit: usize) -> io::Result<String> {
+    rustix::io::ioctl_fionbio(&pipe, true)?;
+    let (mut pipe, mut output) = (pipe, Vec::new());
+    loop {
+        let mut fds = [PollFd::new(&pipe, PollFlags::IN), PollFd::new(pidfd, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => continue,
+            other => other?,
+        };
+        let ended = !fds[1].revents().is_empty();
+        let mut buffer = [0; 4096];
+        let over = match pipe.read(&mut buffer) {
+            Ok(0) => true,
+            Ok(count) => {
+                output.extend_from_slice(&buffer[..count]);
+                output.len() >= limit
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => ended,
+            Err(e) => return Err(e),
+        };
+        if over {
+            return Ok(String::from_utf8_lossy(&output).into_owned());
+        }
+    }
+}
+
+/// Waits until a descriptor is readable, or a flag is raised: then false.
+///
+/// # Errors
+/// `TimedOut` at the deadline, if there is one; those of poll(2).
+pub fn wait_readable(fd: impl AsFd, flag: &Flag, deadline: Option<Instant>) -> io::Result<bool> {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(flag, PollFlags::IN)];
+    loop {
+        let rest = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
+        match poll(&mut fds, rest.as_ref()) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(fds[1].revents().is_empty()),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Waits until a descriptor is readable; a pidfd is when its process has ended. False at the
+/// deadline.
+pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {
+    loop {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timespec(rest))) {
+            Err(Errno::INTR) => {}
+            Ok(0) | Err(_) => return false,
+            Ok(_) => return true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    use rustix::process::{Pid, Signal};
+
+    use super::super::process::open;
+    use super::*;
+
+    #[test]
+    fn output_ends_with_the_process() {
+        // What it leaves behind holds the pipe open.
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo 1.2.3; sleep 60 &"]).process_group(0);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let pidfd = open(child.id()).unwrap();
+        let output = read_output(child.stdout.take().unwrap(), &pidfd, 4096);
+        let group = Pid::from_child(&child);
+        child.wait().unwrap();
+        rustix::process::kill_process_group(group, Signal::KILL).unwrap();
+        assert_eq!(output.unwrap(), "1.2.3\n");
+    }
+}
