@@ -1,17 +1,14 @@
 //! Lock files: `daemon.lock` and `start.lock`.
 //!
-//! flock(2), since the lock belongs to the open file and ends with the process, however that
-//! ends. Lock files are never deleted: a lock on a deleted file protects nothing.
-//!
-//! Why not a crate for it: their guards borrow the lock, which "try until a deadline, then keep
-//! for life" cannot be written with; and rustix, which we have, makes the same call safely.
+//! The lock is that of flock(2): it belongs to the open file, so every process that inherits the
+//! descriptor holds it too, and it ends with the last of them, however that ends. Lock files are
+//! never deleted: a lock on a deleted file protects nothing.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use fd_lock::RwLock;
 
 use crate::error::{Error, Result};
 use crate::paths::open_private;
@@ -22,33 +19,61 @@ pub struct Lock {
     pub file: File,
 }
 
-/// Opens a lock file, made if it is not there, and tries to lock it for us alone; `None` when it
-/// is held.
+/// Opens a lock file, creating it if need be, and tries to lock it for this process alone; `None`
+/// when another process holds it.
 pub fn try_exclusive(path: &Path) -> Result<Option<Lock>> {
     let file = open_private(path, OpenOptions::new().read(true).write(true).create(true));
-    let file = file.map_err(|e| Error::io("open", path, e))?;
-    let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
-    Ok(held(locked).map_err(|e| Error::io("lock", path, e))?.map(|()| Lock { file }))
+    let mut lock = RwLock::new(file.map_err(|e| Error::io("open", path, e))?);
+    // The guard would release the lock; without it the lock lasts as long as the open file.
+    let locked = lock.try_write().map(std::mem::forget);
+    Ok(if_free(locked).map_err(|e| Error::io("lock", path, e))?.map(|()| Lock { file: lock.into_inner() }))
 }
 
-/// The file, if somebody holds its lock: to look does not disturb others who look.
+/// The file, if a process holds its lock. The look is a shared lock for a moment, so clients that
+/// look at the same time do not mistake each other for a holder.
 pub fn if_held(path: &Path) -> Result<Option<File>> {
     let file = match open_private(path, OpenOptions::new().read(true)) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(|e| Error::io("open", path, e))?,
     };
-    let locked = flock(&file, FlockOperation::NonBlockingLockShared);
-    Ok(match held(locked).map_err(|e| Error::io("lock", path, e))? {
+    let lock = RwLock::new(file);
+    let looked = lock.try_read().map(drop);
+    Ok(match if_free(looked).map_err(|e| Error::io("lock", path, e))? {
         Some(()) => None,
-        None => Some(file),
+        None => Some(lock.into_inner()),
     })
 }
 
-/// `None` when somebody else holds it.
-fn held(locked: rustix::io::Result<()>) -> io::Result<Option<()>> {
+/// `None` when another process holds the lock.
+fn if_free(locked: io::Result<()>) -> io::Result<Option<()>> {
     match locked {
         Ok(()) => Ok(Some(())),
-        Err(Errno::WOULDBLOCK) => Ok(None),
-        Err(e) => Err(e.into()),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_lasts_as_long_as_the_open_file() {
+        let path = std::env::temp_dir().join(format!("openwork-lock-{}", std::process::id()));
+        assert!(if_held(&path).unwrap().is_none());
+        let lock = try_exclusive(&path).unwrap().expect("a free lock");
+        assert!(if_held(&path).unwrap().is_some());
+        assert!(try_exclusive(&path).unwrap().is_none());
+
+        // A duplicate of the descriptor, as a new program in place of this one would have it, keeps
+        // the lock, and is all that is needed to hold it.
+        let inherited = Lock { file: lock.file.try_clone().unwrap() };
+        drop(lock);
+        assert!(if_held(&path).unwrap().is_some());
+        drop(inherited);
+        assert!(if_held(&path).unwrap().is_none());
+        // A look leaves nothing behind.
+        assert!(try_exclusive(&path).unwrap().is_some());
+        std::fs::remove_file(&path).unwrap();
     }
 }
