@@ -142,7 +142,7 @@ fn next_words(words: &[&OsString]) -> Found {
 /// What the next argument of a command could be, by the way its arguments are written.
 fn argument(row: &CommandRow, position: usize, is_behind: bool, given: &[(&OptionRow, &OsStr)]) -> Found {
     // What is behind `--` is opencode's, of the commands that pass it on.
-    if is_behind && row.args.ends_with("-- ARGS") {
+    if is_behind && row.passes_on() {
         return Found::Files;
     }
     let argument = row.args.split(' ').nth(position).unwrap_or_default();

@@ -11,34 +11,30 @@ use crate::wire::ROUTES;
 
 const ABOUT: &str = "openwork keeps one opencode server alive and routes its calls to many workspaces by directory.";
 
+/// What stands below the overview.
+const NOTES: &str = "
+`ws` is short for workspace, `ls` for list, `rm` for remove. <ws> is an id, a name, the beginning of either,
+a path in the workspace, or - for the previously active one; the default is OPENWORK_WORKSPACE, else the active one.
+`openwork help <command>` says more; `openwork help --json` prints the tables.
+";
+
 #[derive(Serialize)]
 struct Tables {
     ok: bool,
     version: &'static str,
-    commands: Vec<CommandTable>,
-    options: Vec<OptionTable>,
+    commands: Vec<Described>,
+    options: &'static [OptionRow],
     errors: Vec<ErrorTable>,
     routes: Vec<RouteTable>,
 }
 
+/// A row with what follows from the other tables.
 #[derive(Serialize)]
-struct CommandTable {
-    name: &'static str,
+struct Described {
+    #[serde(flatten)]
+    row: &'static CommandRow,
     aliases: Vec<String>,
-    args: &'static str,
-    summary: &'static str,
     options: Vec<&'static str>,
-    autostart: bool,
-}
-
-#[derive(Serialize)]
-struct OptionTable {
-    name: &'static str,
-    short: Option<&'static str>,
-    value: Option<&'static str>,
-    env: Option<&'static str>,
-    commands: &'static [&'static str],
-    help: &'static str,
 }
 
 #[derive(Serialize)]
@@ -54,10 +50,10 @@ struct RouteTable {
     path: &'static str,
 }
 
-/// Prints help about everything, a command, or the commands with a first word in common.
+/// Prints help about everything, about a command, or about the commands that share a first word.
 ///
 /// # Errors
-/// When it cannot be written.
+/// When the output cannot be written.
 pub fn print(out: &mut Output, topic: Option<&str>) -> Result<()> {
     out.print(&tables(), |_| match topic.and_then(|topic| COMMANDS.iter().find(|row| row.name == topic)) {
         Some(row) => command_help(row) + &siblings(row),
@@ -66,27 +62,16 @@ pub fn print(out: &mut Output, topic: Option<&str>) -> Result<()> {
 }
 
 fn tables() -> Tables {
-    let command = |row: &CommandRow| CommandTable {
-        name: row.name,
+    let described = |row: &'static CommandRow| Described {
+        row,
         aliases: aliases(row.name),
-        args: row.args,
-        summary: row.summary,
         options: row.options().map(|option| option.name).collect(),
-        autostart: row.autostart,
-    };
-    let option = |row: &OptionRow| OptionTable {
-        name: row.name,
-        short: row.short,
-        value: row.value,
-        env: row.env,
-        commands: row.commands,
-        help: row.help,
     };
     Tables {
         ok: true,
         version: env!("CARGO_PKG_VERSION"),
-        commands: COMMANDS.iter().map(command).collect(),
-        options: OPTIONS.iter().map(option).collect(),
+        commands: COMMANDS.iter().map(described).collect(),
+        options: OPTIONS,
         errors: Code::ALL
             .iter()
             .map(|code| ErrorTable { code: code.name(), exit: code.exit_status(), http: code.http() })
@@ -95,7 +80,7 @@ fn tables() -> Tables {
     }
 }
 
-/// The other spellings of a command: the one with every word short.
+/// The other spelling of a command: every word by its alias.
 fn aliases(name: &str) -> Vec<String> {
     let short = |word: &str| ALIASES.iter().find(|(_, long)| *long == word).map(|(short, _)| *short);
     let words: Vec<&str> = name.split(' ').map(|word| short(word).unwrap_or(word)).collect();
@@ -112,15 +97,11 @@ fn overview(group: Option<&str>) -> String {
     );
     text.push_str("\noptions of every command:\n");
     rows(&mut text, OPTIONS.iter().filter(|row| row.commands.is_empty()).map(described));
-    text.push_str("\n`ws` is short for workspace, `ls` for list, `rm` for remove. <ws> is an id, a name, the beginning of either,\n");
-    text.push_str(
-        "a path in the workspace, or - for the one active before; left out, OPENWORK_WORKSPACE or the active one.\n",
-    );
-    text.push_str("`openwork help <command>` says more; `openwork help --json` has the tables.\n");
+    text.push_str(NOTES);
     text
 }
 
-/// The other commands that begin with this one's word.
+/// The other commands that share the first word of this one.
 fn siblings(row: &CommandRow) -> String {
     let mut text = String::new();
     let is_sibling = |other: &&CommandRow| other.name.split_once(' ').is_some_and(|(group, _)| group == row.name);
@@ -143,7 +124,7 @@ fn command_help(row: &CommandRow) -> String {
     text
 }
 
-/// An option as it is written: `-q, --quiet`, `--name NAME`.
+/// An option as users write it: `-q, --quiet`, `--name NAME`.
 pub fn spelled(row: &OptionRow) -> String {
     let short = row.short.map_or_else(String::new, |short| format!("{short}, "));
     let value = row.value.map_or_else(String::new, |value| format!(" {value}"));

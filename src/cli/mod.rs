@@ -77,100 +77,107 @@ fn run_daemon(invocation: &Invocation, detached: bool) -> Result<()> {
 }
 
 fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
-    match &invocation.command {
-        Command::Help { topic } => return help::print(out, topic.as_deref()),
-        Command::Version => {
-            #[derive(Serialize)]
-            struct Version {
-                ok: bool,
-                version: &'static str,
-            }
-            let version = Version { ok: true, version: env!("CARGO_PKG_VERSION") };
-            return out.print(&version, |version| format!("openwork {}\n", version.version));
-        }
-        Command::DaemonRun => return run_daemon(&invocation, false),
-        Command::Completions { shell } => return print_text(out, complete::script(*shell)),
-        Command::Man => return print_text(out, &manual::page()),
-        Command::ServicePrint => return print_text(out, &service(&invocation)?),
-        _ => {}
-    }
-    let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
-    let options = absolute_options(&invocation.daemon)?;
-    let client = Client {
-        data_dir,
-        deadline: Instant::now() + invocation.timeout,
-        autostart: invocation.autostart.then_some(options),
+    // Only for commands that need it: help does not fail without a home directory.
+    let client = || -> Result<Client> {
+        Ok(Client {
+            data_dir: DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?,
+            deadline: Instant::now() + invocation.timeout,
+            autostart: invocation.autostart.then(|| absolute_options(&invocation.daemon)).transpose()?,
+        })
     };
     match invocation.command {
-        Command::Help { .. }
-        | Command::Version
-        | Command::DaemonRun
-        | Command::Completions { .. }
-        | Command::Man
-        | Command::ServicePrint => Ok(()),
-        Command::DaemonStart => start(&client, out),
-        Command::DaemonStop { keep_opencode } => stop(&client, out, keep_opencode),
-        Command::DaemonRestart { all } => restart(&client, out, all),
-        Command::Status => status(&client, out),
-        Command::WorkspaceAdd { path, name } => add(&client, out, &path, name),
-        Command::WorkspaceAddRemote { base_url, directory, name } => {
-            let reply = client.ask("POST", "/workspaces/remote", &AddRemote { base_url, directory, name })?;
-            print_added(out, &reply)
+        Command::Help { ref topic } => help::print(out, topic.as_deref()),
+        Command::Version => version(out),
+        Command::DaemonRun => run_daemon(&invocation, false),
+        Command::Completions { shell } => print_text(out, complete::script(shell)),
+        Command::Man => print_text(out, &manual::page()),
+        Command::ServicePrint => print_text(out, &service(&invocation)?),
+        Command::DaemonStart => start(&client()?, out),
+        Command::DaemonStop { keep_opencode } => stop(&client()?, out, keep_opencode),
+        Command::DaemonRestart { all } => restart(&client()?, out, all),
+        Command::Status => status(&client()?, out),
+        Command::WorkspaceAdd { ref path, ref name } => add(&client()?, out, path, name.clone()),
+        Command::WorkspaceAddRemote { ref base_url, ref directory, ref name } => {
+            let body = AddRemote { base_url: base_url.clone(), directory: directory.clone(), name: name.clone() };
+            print_added(out, &client()?.ask("POST", "/workspaces/remote", &body)?)
         }
-        Command::WorkspaceList { quiet } => list(&client, out, quiet),
-        Command::WorkspaceCurrent { quiet } => {
-            let reply = read_one(&client, "@active")?;
-            out.print(&reply, |reply| {
-                let Workspace { id, name, .. } = &*reply.workspace.workspace;
-                format!("{}\n", clean(if quiet { id } else { name }))
-            })
-        }
-        Command::WorkspaceInfo { selector } => info(&client, out, selector),
-        Command::WorkspaceSwitch { selector } => {
-            let target = target(&client, Some(selector), "/activate")?;
-            let reply: WorkspaceReply = client.ask("POST", &target, &())?;
-            out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
-        }
-        Command::WorkspaceRemove { selector } => {
-            let reply: WorkspaceReply = client.ask("DELETE", &target(&client, Some(selector), "")?, &())?;
-            out.print(&reply, |reply| {
-                let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
-                format!("removed {}{files}\n", named(&reply.workspace.workspace))
-            })
-        }
-        Command::WorkspaceRename { selector, name } => {
-            let reply: WorkspaceReply = client.ask("PATCH", &target(&client, Some(selector), "")?, &Rename { name })?;
-            out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace.workspace)))
-        }
-        Command::WorkspaceImport { file } => import(&client, out, &file),
-        Command::WorkspacePath { selector } => {
-            let target = target(&client, selector, "/path")?;
-            client.ensure()?;
-            let waiting = Waiting::new("opencode");
-            let reply: PathReply = client.ask("GET", &target, &())?;
-            drop(waiting);
-            out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
-        }
-        Command::Api(call) => passthrough::api(&client, out, call, invocation.timeout_given),
-        Command::Attach { selector, args } => Err(passthrough::attach(&client, selector, &args)),
-        Command::Run { selector, args } => Err(passthrough::run(&client, selector, &args)),
-        Command::Env { selector, shell } => passthrough::env(&client, out, selector, shell),
-        Command::Events => events(&client, out, invocation.timeout_given),
-        Command::InstanceList => instances(&client, out),
-        Command::InstanceDispose { selector, force } => {
-            let id = encoded(&client, selector)?;
-            let reply: DisposeReply = client.ask("POST", &format!("/instances/{id}/dispose"), &Dispose { force })?;
-            out.print(&reply, |reply| {
-                let done = if reply.disposed { "disposed the instance of" } else { "no instance was loaded of" };
-                format!("{done} {}\n", clean(&reply.workspace.name))
-            })
-        }
-        Command::StateRepair => repair(&client, out),
+        Command::WorkspaceList { quiet } => list(&client()?, out, quiet),
+        Command::WorkspaceCurrent { quiet } => current(&client()?, out, quiet),
+        Command::WorkspaceInfo { ref selector } => info(&client()?, out, selector.as_deref()),
+        Command::WorkspaceSwitch { ref selector } => switch(&client()?, out, selector),
+        Command::WorkspaceRemove { ref selector } => remove(&client()?, out, selector),
+        Command::WorkspaceRename { ref selector, ref name } => rename(&client()?, out, selector, name),
+        Command::WorkspaceImport { ref file } => import(&client()?, out, file),
+        Command::WorkspacePath { ref selector } => path(&client()?, out, selector.as_deref()),
+        Command::Api(ref call) => passthrough::api(&client()?, out, call, invocation.timeout_given),
+        Command::Attach { ref selector, ref args } => Err(passthrough::attach(&client()?, selector.as_deref(), args)),
+        Command::Run { ref selector, ref args } => Err(passthrough::run(&client()?, selector.as_deref(), args)),
+        Command::Env { ref selector, shell } => passthrough::env(&client()?, out, selector.as_deref(), shell),
+        Command::Events => events(&client()?, out, invocation.timeout_given),
+        Command::InstanceList => instances(&client()?, out),
+        Command::InstanceDispose { ref selector, force } => dispose(&client()?, out, selector.as_deref(), force),
+        Command::StateRepair => repair(&client()?, out),
         Command::Logs { log, follow, lines } => {
+            let client = client()?;
             let until = invocation.timeout_given.then_some(client.deadline);
             logs::print(&client, out, log, follow, until, lines)
         }
     }
+}
+
+fn version(out: &mut Output) -> Result<()> {
+    #[derive(Serialize)]
+    struct Version {
+        ok: bool,
+        version: &'static str,
+    }
+    let version = Version { ok: true, version: env!("CARGO_PKG_VERSION") };
+    out.print(&version, |version| format!("openwork {}\n", version.version))
+}
+
+fn current(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
+    let reply = read_one(client, "@active")?;
+    out.print(&reply, |reply| {
+        let Workspace { id, name, .. } = &*reply.workspace.workspace;
+        format!("{}\n", clean(if quiet { id } else { name }))
+    })
+}
+
+fn switch(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
+    let reply: WorkspaceReply = client.ask("POST", &target(client, Some(selector), "/activate")?, &())?;
+    out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
+}
+
+fn remove(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
+    let reply: WorkspaceReply = client.ask("DELETE", &target(client, Some(selector), "")?, &())?;
+    out.print(&reply, |reply| {
+        let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
+        format!("removed {}{files}\n", named(&reply.workspace.workspace))
+    })
+}
+
+fn rename(client: &Client, out: &mut Output, selector: &OsStr, name: &str) -> Result<()> {
+    let body = Rename { name: name.to_owned() };
+    let reply: WorkspaceReply = client.ask("PATCH", &target(client, Some(selector), "")?, &body)?;
+    out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace.workspace)))
+}
+
+fn path(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<()> {
+    let target = target(client, selector, "/path")?;
+    client.ensure()?;
+    let waiting = Waiting::new("opencode");
+    let reply: PathReply = client.ask("GET", &target, &())?;
+    drop(waiting);
+    out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
+}
+
+fn dispose(client: &Client, out: &mut Output, selector: Option<&OsStr>, force: bool) -> Result<()> {
+    let id = encoded(client, selector)?;
+    let reply: DisposeReply = client.ask("POST", &format!("/instances/{id}/dispose"), &Dispose { force })?;
+    out.print(&reply, |reply| {
+        let done = if reply.disposed { "disposed the instance of" } else { "no instance was loaded of" };
+        format!("{done} {}\n", clean(&reply.workspace.name))
+    })
 }
 
 /// Prints what is a file of another program's.
@@ -427,7 +434,7 @@ fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
     out.write(table(once(["", "NAME", "ID", "WHERE"].map(Cow::from)).chain(rows)).as_bytes())
 }
 
-fn info(client: &Client, out: &mut Output, selector: Option<OsString>) -> Result<()> {
+fn info(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<()> {
     let reply = read_one(client, &text_selector(client, selector)?)?;
     out.print(&reply, |reply| {
         let workspace = &reply.workspace.workspace;
@@ -557,9 +564,11 @@ fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
 
 /// A selector as the daemon understands it: a path is made absolute, `-` is looked up, and one
 /// that is left out is `OPENWORK_WORKSPACE`, else the active one.
-fn text_selector(client: &Client, selector: Option<OsString>) -> Result<String> {
+fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String> {
     let from_environment = || std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
-    let Some(selector) = selector.or_else(from_environment) else { return Ok("@active".to_owned()) };
+    let Some(selector) = selector.map(OsStr::to_owned).or_else(from_environment) else {
+        return Ok("@active".to_owned());
+    };
     let not_found = |selector: &OsStr| Error::WorkspaceNotFound(selector.to_string_lossy().into_owned());
     if selector == "-" {
         let state = State::read(&client.data_dir.state())?;
@@ -584,11 +593,11 @@ fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
 }
 
 /// A selector as a segment of a request target.
-fn encoded(client: &Client, selector: Option<OsString>) -> Result<String> {
+fn encoded(client: &Client, selector: Option<&OsStr>) -> Result<String> {
     Ok(percent_encode(text_selector(client, selector)?.as_bytes()))
 }
 
 /// The target of a request about one workspace.
-fn target(client: &Client, selector: Option<OsString>, tail: &str) -> Result<String> {
+fn target(client: &Client, selector: Option<&OsStr>, tail: &str) -> Result<String> {
     Ok(format!("/workspaces/{}{tail}", encoded(client, selector)?))
 }

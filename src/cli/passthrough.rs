@@ -46,12 +46,12 @@ struct Reply {
 ///
 /// # Errors
 /// Those of the daemon; [`Error::Refused`], with exit status 1, for a status of 400 or more.
-pub fn api(client: &Client, out: &mut Output, call: Api, timeout_given: bool) -> Result<()> {
+pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -> Result<()> {
     client.ensure()?;
-    let target = format!("/w/{}{}", encoded(client, call.selector)?, call.path);
+    let target = format!("/w/{}{}", encoded(client, call.selector.as_deref())?, call.path);
     let auth = credentials(client)?;
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
-    let mut body = call.data.map(open_body).transpose()?;
+    let mut body = call.data.as_ref().map(open_body).transpose()?;
     let length = body.as_ref().and_then(|body| body.length).map(|length| length.to_string());
     let mut headers = vec![("Authorization", authorization.as_str())];
     headers.extend(call.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())));
@@ -134,7 +134,7 @@ struct Body {
     length: Option<u64>,
 }
 
-fn open_body(data: Data) -> Result<Body> {
+fn open_body(data: &Data) -> Result<Body> {
     Ok(match data {
         Data::Text(text) => {
             let bytes = text.as_bytes().to_vec();
@@ -143,7 +143,7 @@ fn open_body(data: Data) -> Result<Body> {
         }
         Data::File(path) => {
             let failed = |e| Error::usage(format!("--data: cannot read {}: {e}", path.display()));
-            let file = File::open(&path).map_err(failed)?;
+            let file = File::open(path).map_err(failed)?;
             let kind = file.metadata().map_err(failed)?.file_type();
             if kind.is_dir() {
                 return Err(failed(io::ErrorKind::IsADirectory.into()));
@@ -188,7 +188,7 @@ fn send_body(body: &mut Body, stream: &mut impl Write) -> Result<io::Result<()>>
 }
 
 /// The local workspace that is meant, and where its URL is.
-fn workspace(client: &Client, selector: Option<OsString>) -> Result<(Address, Workspace)> {
+fn workspace(client: &Client, selector: Option<&OsStr>) -> Result<(Address, Workspace)> {
     let target = target(client, selector, "")?;
     let (address, reply) =
         client.with_daemon(|address| Ok((address, client.ask_at::<WorkspaceReply>(address, "GET", &target, &())?)))?;
@@ -233,7 +233,7 @@ fn base_url(address: Address, workspace: &Workspace) -> String {
 ///
 /// # Errors
 /// As for a command about a workspace; `workspace_is_remote`, `path_not_found`.
-pub fn env(client: &Client, out: &mut Output, selector: Option<OsString>, shell: Shell) -> Result<()> {
+pub fn env(client: &Client, out: &mut Output, selector: Option<&OsStr>, shell: Shell) -> Result<()> {
     #[derive(Serialize)]
     struct Env {
         ok: bool,
@@ -252,19 +252,19 @@ pub fn env(client: &Client, out: &mut Output, selector: Option<OsString>, shell:
 }
 
 /// Becomes `opencode attach`; returns only on failure.
-pub fn attach(client: &Client, selector: Option<OsString>, args: &[OsString]) -> Error {
+pub fn attach(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
     become_opencode(client, selector, |url, directory| ["attach".into(), url, "--dir".into(), directory], args)
 }
 
 /// Becomes `opencode run`; returns only on failure.
-pub fn run(client: &Client, selector: Option<OsString>, args: &[OsString]) -> Error {
+pub fn run(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
     let before = |url, directory| ["run".into(), "--attach".into(), url, "--dir".into(), directory];
     become_opencode(client, selector, before, args)
 }
 
 fn become_opencode<const N: usize>(
     client: &Client,
-    selector: Option<OsString>,
+    selector: Option<&OsStr>,
     before: impl FnOnce(OsString, OsString) -> [OsString; N],
     args: &[OsString],
 ) -> Error {

@@ -1,0 +1,274 @@
+//! The table of commands: each row has the function that makes its [`Command`].
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+
+use serde::Serialize;
+
+use super::options::{OPTIONS, OptionRow, RUNS_DAEMON};
+use super::parser::{Given, unknown};
+use super::values::{after, choice, number, shown, text};
+use super::{Api, Command, CompletedShell, Data, Log, Shell};
+use crate::error::{Error, Result};
+use crate::wire::TIMEOUT_HEADER;
+
+/// A row of the table of commands.
+#[derive(Serialize)]
+pub struct CommandRow {
+    /// One or two words.
+    pub name: &'static str,
+    /// Its arguments, for people: `<needed>`, `[optional]`.
+    pub args: &'static str,
+    /// How many arguments it takes, at least and at most.
+    #[serde(skip)]
+    pub count: (usize, usize),
+    /// Whether it starts a daemon when none runs.
+    pub autostart: bool,
+    /// What it does, in one line.
+    pub summary: &'static str,
+    /// Makes the command of what was given, whose number of arguments is right.
+    #[serde(skip)]
+    pub make: fn(&mut Given<'_>) -> Result<Command>,
+}
+
+impl fmt::Debug for CommandRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl CommandRow {
+    /// The options of this command beside those of every command.
+    pub fn options(&self) -> impl Iterator<Item = &'static OptionRow> {
+        let name = self.name;
+        OPTIONS.iter().filter(move |option| !option.commands.is_empty() && option.is_for(name))
+    }
+
+    /// Whether it runs a daemon, starts one, or describes one.
+    pub fn takes_daemon_options(&self) -> bool {
+        self.autostart || RUNS_DAEMON.contains(&self.name)
+    }
+}
+
+const fn row(
+    name: &'static str,
+    args: &'static str,
+    count: (usize, usize),
+    autostart: bool,
+    summary: &'static str,
+    make: fn(&mut Given<'_>) -> Result<Command>,
+) -> CommandRow {
+    CommandRow { name, args, count, autostart, summary, make }
+}
+
+/// Every command, in the order of the help.
+#[rustfmt::skip]
+pub const COMMANDS: &[CommandRow] = &[
+    row("status", "", (0, 0), false, "Show the state of the daemon and of opencode", |_| Ok(Command::Status)),
+    row("daemon", "", (0, 0), false, "Run the daemon in the foreground", |_| Ok(Command::DaemonRun)),
+    row("daemon run", "", (0, 0), false, "The same", |_| Ok(Command::DaemonRun)),
+    row("daemon start", "", (0, 0), true, "Start the daemon in the background and wait until opencode is ready", |_| Ok(Command::DaemonStart)),
+    row("daemon stop", "", (0, 0), false, "Stop the daemon and opencode",
+        |given| Ok(Command::DaemonStop { keep_opencode: given.has("--keep-opencode") })),
+    row("daemon restart", "", (0, 0), true, "Restart the daemon; opencode keeps running",
+        |given| Ok(Command::DaemonRestart { all: given.has("--all") })),
+    row("daemon status", "", (0, 0), false, "The same as status", |_| Ok(Command::Status)),
+    row("workspace add", "<path>", (1, 1), true, "Add a directory",
+        |given| Ok(Command::WorkspaceAdd { path: given.next().into(), name: given.name()? })),
+    row("workspace add-remote", "<base-url>", (1, 1), true, "Add an OpenCode server elsewhere", add_remote),
+    row("workspace list", "", (0, 0), false, "List the workspaces; * marks the active one",
+        |given| Ok(Command::WorkspaceList { quiet: given.has("--quiet") })),
+    row("workspace switch", "<ws>", (1, 1), true, "Make a workspace the active one",
+        |given| Ok(Command::WorkspaceSwitch { selector: given.next() })),
+    row("workspace current", "", (0, 0), false, "Show the active workspace",
+        |given| Ok(Command::WorkspaceCurrent { quiet: given.has("--quiet") })),
+    row("workspace info", "[<ws>]", (0, 1), false, "Show a workspace",
+        |given| Ok(Command::WorkspaceInfo { selector: given.optional() })),
+    row("workspace path", "[<ws>]", (0, 1), true, "Ask OpenCode for the directory of a workspace (loads its instance)",
+        |given| Ok(Command::WorkspacePath { selector: given.optional() })),
+    row("workspace remove", "<ws>", (1, 1), true, "Remove a workspace from the registry; its files stay",
+        |given| Ok(Command::WorkspaceRemove { selector: given.next() })),
+    row("workspace rename", "<ws> <name>", (2, 2), true, "Rename a workspace", rename),
+    row("workspace import", "<file>", (1, 1), true, "Add the workspaces of another orchestrator's state file, or of OpenWork desktop's",
+        |given| Ok(Command::WorkspaceImport { file: given.next().into() })),
+    row("api", "[<ws>] [METHOD] <path>", (1, 3), true, "Make any OpenCode call in a workspace and print the reply as it arrives", api),
+    row("attach", "[<ws>] [-- ARGS]", (0, 1), true, "Open OpenCode's terminal interface in a workspace",
+        |given| Ok(Command::Attach { selector: given.optional(), args: given.take_trailing() })),
+    row("run", "[<ws>] -- ARGS", (0, 1), true, "Run `opencode run` in a workspace, against the warm server",
+        |given| Ok(Command::Run { selector: given.optional(), args: given.take_trailing() })),
+    row("env", "[<ws>]", (0, 1), true, "Print the environment for other OpenCode clients, for eval", env),
+    row("events", "", (0, 0), true, "Print the daemon's events, one JSON object a line", |_| Ok(Command::Events)),
+    row("instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm or cold", |_| Ok(Command::InstanceList)),
+    row("instance dispose", "[<ws>]", (0, 1), true, "Have OpenCode dispose the instance of a workspace",
+        |given| Ok(Command::InstanceDispose { force: given.has("--force"), selector: given.optional() })),
+    row("logs", "[opencode|daemon]", (0, 1), false, "Print a log (default: opencode's)", logs),
+    row("state repair", "", (0, 0), false, "Save what can be read of a corrupt state file; the original is kept", |_| Ok(Command::StateRepair)),
+    row("completions", "bash|zsh|fish", (1, 1), false, "Print the completion script of a shell", completions),
+    row("man", "", (0, 0), false, "Print the manual page", |_| Ok(Command::Man)),
+    row("service print", "", (0, 0), false, "Print a systemd unit that runs the daemon with these options", |_| Ok(Command::ServicePrint)),
+    row("help", "[<command>]", (0, 2), false, "Show help", |given| Ok(Command::Help { topic: help_topic(given)? })),
+];
+
+/// Short forms of words, wherever they stand in the name of a command.
+pub const ALIASES: &[(&str, &str)] = &[("ws", "workspace"), ("ls", "list"), ("rm", "remove")];
+
+/// A word without its alias.
+pub fn canonical(word: &OsStr) -> &str {
+    let word = word.to_str().unwrap_or_default();
+    ALIASES.iter().find(|(short, _)| *short == word).map_or(word, |(_, long)| long)
+}
+
+/// The row of the command that these words begin with, and its arguments. No row when there are no
+/// words, or only the first word of several commands.
+///
+/// # Errors
+/// `usage`, with the nearest known word.
+pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static CommandRow>, Vec<&'w OsString>)> {
+    let Some(first) = words.first() else { return Ok((None, Vec::new())) };
+    let first = canonical(first);
+    let named = |name: &str| COMMANDS.iter().find(|row| row.name == name);
+    let both = words.get(1).map(|second| format!("{first} {}", canonical(second)));
+    if let Some(row) = both.as_deref().and_then(named) {
+        return Ok((Some(row), words[2..].to_vec()));
+    }
+    let is_group = COMMANDS.iter().any(|row| row.name.split_once(' ').is_some_and(|(group, _)| group == first));
+    match (named(first), is_group, words.get(1)) {
+        (Some(row), false, _) | (Some(row), true, None) => Ok((Some(row), words[1..].to_vec())),
+        (None, true, None) => Ok((None, Vec::new())),
+        (_, true, Some(second)) => {
+            let given = format!("{first} {}", second.to_string_lossy());
+            Err(unknown("command", &given, COMMANDS.iter().map(|row| row.name).filter(|name| name.starts_with(first))))
+        }
+        (None, false, _) => {
+            let given = words[0].to_string_lossy();
+            // The second word of a command alone: `ls`, `add`.
+            let is_meant = |row: &&CommandRow| row.name.split_once(' ').is_some_and(|(_, second)| second == first);
+            if let Some(row) = COMMANDS.iter().find(is_meant) {
+                return Err(Error::Usage {
+                    message: format!("unknown command `{given}`"),
+                    hint: Some(format!("did you mean `{}`?", row.name)),
+                });
+            }
+            let names = COMMANDS.iter().flat_map(|row| [row.name, row.name.split(' ').next().unwrap_or_default()]);
+            Err(unknown("command", &given, names))
+        }
+    }
+}
+
+/// The command, or the first word of several, that `help` is asked about.
+fn help_topic(given: &Given<'_>) -> Result<Option<String>> {
+    let words: Vec<&OsString> = given.words.iter().collect();
+    let (row, _) = find_command(&words)?;
+    let group = words.first().map(|word| canonical(word));
+    Ok(row.map(|row| row.name).or(group).map(str::to_owned))
+}
+
+fn add_remote(given: &mut Given<'_>) -> Result<Command> {
+    let not_text = |url: OsString| Error::InvalidUrl { url: shown(&url).into_owned(), why: "it is not UTF-8" };
+    Ok(Command::WorkspaceAddRemote {
+        base_url: given.next().into_string().map_err(not_text)?,
+        directory: given.value("--directory").map(|directory| text("--directory", directory)).transpose()?,
+        name: given.name()?,
+    })
+}
+
+fn rename(given: &mut Given<'_>) -> Result<Command> {
+    let selector = given.next();
+    Ok(Command::WorkspaceRename { selector, name: super::values::name(given.next())? })
+}
+
+fn env(given: &mut Given<'_>) -> Result<Command> {
+    let shell = match given.value("--shell").as_ref().map(|shell| shown(shell)).as_deref() {
+        None | Some("sh" | "bash" | "zsh" | "dash" | "ksh") => Shell::Sh,
+        Some("fish") => Shell::Fish,
+        Some(other) => return Err(choice("shell", other, "sh (also for bash and zsh) or fish")),
+    };
+    Ok(Command::Env { selector: given.optional(), shell })
+}
+
+fn logs(given: &mut Given<'_>) -> Result<Command> {
+    let log = match given.optional().as_ref().map(|log| shown(log)).as_deref() {
+        None | Some("opencode") => Log::Opencode,
+        Some("daemon") => Log::Daemon,
+        Some(other) => return Err(choice("log", other, "opencode or daemon")),
+    };
+    let lines = given.value("--lines").map(|lines| number("--lines", &lines)).transpose()?;
+    Ok(Command::Logs { log, follow: given.has("--follow"), lines })
+}
+
+fn completions(given: &mut Given<'_>) -> Result<Command> {
+    let shell = match &*shown(&given.next()) {
+        "bash" => CompletedShell::Bash,
+        "zsh" => CompletedShell::Zsh,
+        "fish" => CompletedShell::Fish,
+        other => return Err(choice("shell", other, "bash, zsh or fish")),
+    };
+    Ok(Command::Completions { shell })
+}
+
+/// The HTTP methods that `api` knows: any other word is a workspace.
+pub const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
+
+/// Headers that openwork sets itself.
+const OWN_HEADERS: [&str; 6] =
+    ["Host", "Connection", "Authorization", "Content-Length", "Transfer-Encoding", TIMEOUT_HEADER];
+
+/// The arguments of `api`: the path is the last one, before it stand workspace and method.
+fn api(given: &mut Given<'_>) -> Result<Command> {
+    let mut words = Vec::from(std::mem::take(&mut given.words));
+    let path = text("<path>", words.pop().unwrap_or_default())?;
+    if !path.starts_with('/') || !path.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(Error::Usage {
+            message: format!("{path:?} is not an OpenCode path: it must start with / and be percent-encoded"),
+            hint: Some("openwork api [<ws>] [METHOD] <path>".to_owned()),
+        });
+    }
+    let is_method = |word: &OsString| METHODS.iter().any(|method| word == method);
+    let method = match words.pop() {
+        Some(word) if is_method(&word) => Some(text("METHOD", word)?),
+        Some(word) if words.is_empty() => {
+            if let Some(method) = METHODS.iter().find(|method| word.eq_ignore_ascii_case(method)) {
+                return Err(Error::Usage {
+                    message: format!("{word:?} could be a method or a workspace"),
+                    hint: Some(format!("write {method}, or the id of the workspace")),
+                });
+            }
+            words.push(word);
+            None
+        }
+        Some(word) => return Err(Error::usage(format!("{word:?} is not an HTTP method such as GET or POST"))),
+        None => None,
+    };
+    let data = given.value("--data");
+    let default = if data.is_some() { "POST" } else { "GET" };
+    let data = data.map(|data| match data.as_encoded_bytes() {
+        b"@-" => Data::Stdin,
+        [b'@', ..] => Data::File(after(&data, b'@').into()),
+        _ => Data::Text(data),
+    });
+    Ok(Command::Api(Api {
+        selector: words.pop(),
+        method: method.unwrap_or_else(|| default.to_owned()),
+        path,
+        data,
+        headers: given.values("--header").into_iter().map(header).collect::<Result<_>>()?,
+        include: given.has("--include"),
+    }))
+}
+
+/// A header from `NAME:VALUE`.
+fn header(header: OsString) -> Result<(String, String)> {
+    let header = text("--header", header)?;
+    let is_name = |name: &str| {
+        !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.!#$%&'*+^`|~".contains(&b))
+    };
+    match header.split_once(':') {
+        Some((name, _)) if OWN_HEADERS.iter().any(|own| name.eq_ignore_ascii_case(own)) => {
+            Err(Error::usage(format!("--header: openwork sets {name} itself")))
+        }
+        Some((name, value)) if is_name(name) && !value.contains(char::is_control) => {
+            Ok((name.to_owned(), value.trim().to_owned()))
+        }
+        _ => Err(Error::usage(format!("--header: {header:?} is not NAME:VALUE"))),
+    }
+}

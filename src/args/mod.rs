@@ -1,0 +1,211 @@
+//! The command line: tables of commands and options, and the way from argv and environment to a
+//! [`Command`], which is plain data. Nothing is touched here; help, completion, the manual and the
+//! tests that look for gaps read the same tables.
+//!
+//! ```text
+//! commands   the table of commands, each row with the function that makes its `Command`
+//! options    the table of options
+//! parser     argv to words and options
+//! values     text to ports, durations, origins, …
+//! ```
+
+mod commands;
+mod options;
+mod parser;
+mod values;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use self::commands::{ALIASES, COMMANDS, CommandRow, METHODS, canonical, find_command};
+pub use self::options::{OPTIONS, OptionRow};
+use self::parser::Given;
+use crate::error::{Error, Result};
+use crate::options::Options;
+
+/// How long a command may take when `--timeout` does not say.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for the commands that wait for the start or the stop of opencode: both can take half a
+/// minute of their own.
+const DEFAULT_DAEMON_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What to do.
+#[derive(Debug)]
+#[allow(missing_docs)] // the names are those of the table
+pub enum Command {
+    Help { topic: Option<String> },
+    Version,
+    DaemonRun,
+    DaemonStart,
+    DaemonStop { keep_opencode: bool },
+    DaemonRestart { all: bool },
+    Status,
+    WorkspaceAdd { path: PathBuf, name: Option<String> },
+    WorkspaceAddRemote { base_url: String, directory: Option<String>, name: Option<String> },
+    WorkspaceList { quiet: bool },
+    WorkspaceSwitch { selector: OsString },
+    WorkspaceCurrent { quiet: bool },
+    WorkspaceInfo { selector: Option<OsString> },
+    WorkspacePath { selector: Option<OsString> },
+    WorkspaceRemove { selector: OsString },
+    WorkspaceRename { selector: OsString, name: String },
+    WorkspaceImport { file: PathBuf },
+    Api(Api),
+    Attach { selector: Option<OsString>, args: Vec<OsString> },
+    Run { selector: Option<OsString>, args: Vec<OsString> },
+    Env { selector: Option<OsString>, shell: Shell },
+    Events,
+    InstanceList,
+    InstanceDispose { selector: Option<OsString>, force: bool },
+    Logs { log: Log, follow: bool, lines: Option<usize> },
+    StateRepair,
+    Completions { shell: CompletedShell },
+    Man,
+    ServicePrint,
+}
+
+/// An OpenCode call.
+#[derive(Debug)]
+pub struct Api {
+    /// The workspace to call it in.
+    pub selector: Option<OsString>,
+    /// In upper case.
+    pub method: String,
+    /// With the query, as given.
+    pub path: String,
+    /// The body.
+    pub data: Option<Data>,
+    /// Name and value.
+    pub headers: Vec<(String, String)>,
+    /// Whether to print the head of the reply too.
+    pub include: bool,
+}
+
+/// The body of a call.
+#[derive(Debug)]
+pub enum Data {
+    /// The text itself.
+    Text(OsString),
+    /// The content of a file.
+    File(PathBuf),
+    /// Standard input.
+    Stdin,
+}
+
+/// The shell that `env` writes for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shell {
+    /// sh, bash, zsh and their kind.
+    Sh,
+    /// fish.
+    Fish,
+}
+
+/// A shell with completion of command lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // their names
+pub enum CompletedShell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+/// A log file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// The output of opencode.
+    Opencode,
+    /// The output of the daemon.
+    Daemon,
+}
+
+/// A command with what every command has.
+#[derive(Debug)]
+pub struct Invocation {
+    /// What to do.
+    pub command: Command,
+    /// `--data-dir`, else `OPENWORK_DATA_DIR`.
+    pub data_dir: Option<PathBuf>,
+    /// `XDG_DATA_HOME`.
+    pub xdg_data_home: Option<PathBuf>,
+    /// Whether the command may start a daemon.
+    pub autostart: bool,
+    /// For the whole command.
+    pub timeout: Duration,
+    /// Whether `timeout` was given; else it is the default.
+    pub timeout_given: bool,
+    /// The options of a daemon that this command starts.
+    pub daemon: Options,
+}
+
+/// Whether the result is wanted as JSON, even if the rest of the command line has a mistake.
+pub fn wants_json(argv: &[OsString]) -> bool {
+    argv.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json")
+}
+
+/// Parses a command line.
+///
+/// # Errors
+/// `usage`, with the nearest known word.
+pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Result<Invocation> {
+    let env = |name: &str| env(name).filter(|value| !value.is_empty());
+    let mut given = parser::parse(argv, &env)?;
+    if given.value("--data-dir").is_some_and(|value| value.is_empty()) {
+        return Err(Error::usage("--data-dir needs a value (DIR)"));
+    }
+    let timeout = given.value("--timeout").map(|text| values::seconds(&text)).transpose()?;
+    let mut invocation = Invocation {
+        command: Command::Version,
+        data_dir: given.value("--data-dir").map(PathBuf::from),
+        xdg_data_home: env("XDG_DATA_HOME").map(PathBuf::from),
+        autostart: false,
+        timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
+        timeout_given: timeout.is_some(),
+        daemon: Options::default(),
+    };
+    if given.has("--version") {
+        return Ok(invocation);
+    }
+    let row = match given.row {
+        Some(row) if !given.has("--help") => row,
+        _ => {
+            invocation.command = Command::Help { topic: given.topic() };
+            return Ok(invocation);
+        }
+    };
+    check_options(row, &given)?;
+    check_count(row, &given)?;
+    // An environment with mistakes harms only a command that can start a daemon.
+    if row.takes_daemon_options() {
+        invocation.daemon = values::daemon_options(&given)?;
+    }
+    if row.name.starts_with("daemon ") {
+        invocation.timeout = timeout.unwrap_or(DEFAULT_DAEMON_TIMEOUT);
+    }
+    invocation.autostart = row.autostart && !given.has("--no-autostart");
+    invocation.command = (row.make)(&mut given)?;
+    Ok(invocation)
+}
+
+/// Refuses options of other commands.
+fn check_options(row: &CommandRow, given: &Given<'_>) -> Result<()> {
+    match given.options().find(|option| !option.is_for(row.name)) {
+        None => Ok(()),
+        Some(option) => Err(Error::Usage {
+            message: format!("`{}` does not take {}", row.name, option.name),
+            hint: Some(format!("`openwork help {}` shows its options", row.name)),
+        }),
+    }
+}
+
+/// Refuses too many and too few arguments.
+fn check_count(row: &CommandRow, given: &Given<'_>) -> Result<()> {
+    let (least, most) = row.count;
+    let message = match given.words.get(most) {
+        Some(word) => format!("unexpected argument: {}", values::shown(word)),
+        None if given.words.len() < least => format!("`{}` needs more arguments", row.name),
+        None => return Ok(()),
+    };
+    Err(Error::Usage { message, hint: Some(format!("openwork {} {}", row.name, row.args).trim_end().to_owned()) })
+}

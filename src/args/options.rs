@@ -1,0 +1,81 @@
+//! The table of options.
+
+use serde::Serialize;
+
+/// A row of the table of options.
+#[derive(Debug, Serialize)]
+pub struct OptionRow {
+    /// With its dashes.
+    pub name: &'static str,
+    /// One letter, with its dash.
+    pub short: Option<&'static str>,
+    /// What its value is called; `None` for a flag.
+    pub value: Option<&'static str>,
+    /// The environment variable that sets it too.
+    pub env: Option<&'static str>,
+    /// The commands that take it; empty for all.
+    pub commands: &'static [&'static str],
+    /// What it does, in one line.
+    pub help: &'static str,
+}
+
+/// The commands that run, start or describe a daemon.
+pub const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart", "service print"];
+
+const fn flag(name: &'static str, commands: &'static [&'static str], help: &'static str) -> OptionRow {
+    OptionRow { name, short: None, value: None, env: None, commands, help }
+}
+
+const fn value(
+    name: &'static str,
+    value: &'static str,
+    commands: &'static [&'static str],
+    help: &'static str,
+) -> OptionRow {
+    OptionRow { name, short: None, value: Some(value), env: None, commands, help }
+}
+
+impl OptionRow {
+    const fn short(self, short: &'static str) -> OptionRow {
+        OptionRow { short: Some(short), ..self }
+    }
+
+    const fn env(self, env: &'static str) -> OptionRow {
+        OptionRow { env: Some(env), ..self }
+    }
+
+    /// Whether a command takes it.
+    pub fn is_for(&self, command: &str) -> bool {
+        self.commands.is_empty() || self.commands.contains(&command)
+    }
+}
+
+/// Every option, in the order of the help.
+#[rustfmt::skip]
+pub const OPTIONS: &[OptionRow] = &[
+    flag("--json", &[], "Print the result, or the error, as one JSON object"),
+    value("--data-dir", "DIR", &[], "Keep all files in this directory").env("OPENWORK_DATA_DIR"),
+    flag("--no-autostart", &[], "Do not start the daemon"),
+    value("--timeout", "SECONDS", &[], "Limit the whole command (default: 30; daemon commands 60; api, events and logs -f none)"),
+    flag("--help", &[], "Show help").short("-h"),
+    flag("--version", &[], "Show the version").short("-V"),
+    value("--name", "NAME", &["workspace add", "workspace add-remote"], "Name the workspace (default: its directory or host)"),
+    value("--directory", "DIR", &["workspace add-remote"], "The directory on the remote server"),
+    flag("--quiet", &["workspace list", "workspace current"], "Print only ids").short("-q"),
+    flag("--force", &["instance dispose"], "Dispose even while a session is running"),
+    value("--data", "BODY", &["api"], "Send this body: text, @file, or @- for standard input").short("-d"),
+    value("--header", "NAME:VALUE", &["api"], "Send this header; repeatable").short("-H"),
+    flag("--include", &["api"], "Print the head of the reply too").short("-i"),
+    value("--shell", "SHELL", &["env"], "Write for sh (also bash, zsh) or fish"),
+    flag("--follow", &["logs"], "Keep printing new lines").short("-f"),
+    value("--lines", "N", &["logs"], "Print only the last N lines").short("-n"),
+    flag("--keep-opencode", &["daemon stop"], "Leave opencode running for the next daemon"),
+    flag("--all", &["daemon restart"], "Restart opencode too"),
+    value("--daemon-port", "PORT", RUNS_DAEMON, "Listen on this port (default: the last one, 6174, or any)").env("OPENWORK_DAEMON_PORT"),
+    value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
+    value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, 6175, or any)").env("OPENWORK_OPENCODE_PORT"),
+    value("--idle-ttl", "DURATION", RUNS_DAEMON, "Dispose instances unused for this long: 90s, 30m (the default), 2h; 0 for never").env("OPENWORK_IDLE_TTL"),
+    value("--cors", "ORIGIN", RUNS_DAEMON, "Allow calls from web pages of this origin; repeatable"),
+    value("--daemon-host", "HOST", RUNS_DAEMON, "Only 127.0.0.1 or localhost"),
+    value("--opencode-host", "ADDRESS", RUNS_DAEMON, "Have opencode listen on this address of 127.0.0.0/8"),
+];

@@ -1,0 +1,305 @@
+//! From argv to words and options.
+//!
+//! Two steps. The first goes from left to right and spells every option out: `-fn5` becomes
+//! `--follow`, `--lines`, `5`. It refuses what no table knows, and a value that looks like an
+//! option, which is a forgotten value more often than a meant one (`--name=--x` says it is meant).
+//! The second looks options up with pico-args, of which several may be repeated.
+//!
+//! pico-args' own splitting at `=` is not used: it strips quotes from values, and cannot tell
+//! `--name --x` from `--name=--x`.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use pico_args::Arguments;
+
+use super::commands::{CommandRow, canonical, find_command};
+use super::options::{OPTIONS, OptionRow};
+use super::values::{self, after, shown};
+use crate::error::{Error, Result};
+
+/// What stands in a command line, with the environment for options that are not in it.
+pub struct Given<'e> {
+    /// The command; `None` when there is none, or only the first word of several.
+    pub row: Option<&'static CommandRow>,
+    /// The arguments of the command.
+    pub words: VecDeque<OsString>,
+    /// What stands after `--`, for commands that pass it on; else it is among `words`.
+    trailing: Vec<OsString>,
+    /// The first word of the command line, without its alias.
+    first: Option<String>,
+    /// Each option that was given, with its values in order.
+    options: Vec<(&'static OptionRow, Vec<OsString>)>,
+    env: &'e dyn Fn(&str) -> Option<OsString>,
+}
+
+impl Given<'_> {
+    /// Whether a flag was given.
+    pub fn has(&self, name: &str) -> bool {
+        self.options().any(|row| row.name == name)
+    }
+
+    /// The options that were given.
+    pub fn options(&self) -> impl Iterator<Item = &'static OptionRow> {
+        self.options.iter().map(|(row, _)| *row)
+    }
+
+    /// The values of a repeatable option, in order.
+    pub fn values(&self, name: &str) -> Vec<OsString> {
+        self.options.iter().find(|(row, _)| row.name == name).map_or_else(Vec::new, |(_, values)| values.clone())
+    }
+
+    /// The value of an option: the last one given, else that of its environment variable.
+    pub fn value(&self, name: &str) -> Option<OsString> {
+        let variable = || (self.env)(OPTIONS.iter().find(|row| row.name == name)?.env?);
+        self.values(name).pop().or_else(variable)
+    }
+
+    /// The next argument, which [`CommandRow::count`] promises.
+    pub fn next(&mut self) -> OsString {
+        self.words.pop_front().unwrap_or_default()
+    }
+
+    /// The next argument, if there is one.
+    pub fn optional(&mut self) -> Option<OsString> {
+        self.words.pop_front()
+    }
+
+    /// The value of `--name`. Whether it can be a name is checked where it becomes one.
+    pub fn name(&self) -> Result<Option<String>> {
+        self.value("--name").map(values::name).transpose()
+    }
+
+    /// The arguments for opencode.
+    pub fn take_trailing(&mut self) -> Vec<OsString> {
+        std::mem::take(&mut self.trailing)
+    }
+
+    /// What `--help` is about: the command, or the first word of several.
+    pub fn topic(&self) -> Option<String> {
+        self.row.map(|row| row.name.to_owned()).or_else(|| self.first.clone())
+    }
+}
+
+/// Parses a command line.
+///
+/// # Errors
+/// `usage`, with the nearest word that fits.
+pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -> Result<Given<'e>> {
+    let (before, behind) = match argv.iter().position(|arg| arg == "--") {
+        Some(at) => (&argv[..at], &argv[at + 1..]),
+        None => (argv, &[][..]),
+    };
+    let mut arguments = Arguments::from_vec(spell_out(before)?);
+    let mut options = Vec::new();
+    for row in OPTIONS {
+        let values = match row.value {
+            Some(_) => arguments.values_from_os_str(row.name, unmark).map_err(|e| Error::usage(e.to_string()))?,
+            None => std::iter::from_fn(|| arguments.contains(row.name).then(OsString::new)).collect(),
+        };
+        if !values.is_empty() {
+            options.push((row, values));
+        }
+    }
+    let mut words = arguments.finish();
+    let mut trailing = Vec::new();
+    match find_command(&words.iter().collect::<Vec<_>>()) {
+        Ok((Some(row), _)) if row.passes_on() => trailing.extend_from_slice(behind),
+        _ => words.extend_from_slice(behind),
+    }
+    let words: Vec<&OsString> = words.iter().collect();
+    let (row, rest) = find_command(&words)?;
+    let first = words.first().map(|word| canonical(word).to_owned());
+    Ok(Given { row, words: rest.into_iter().cloned().collect(), trailing, first, options, env })
+}
+
+impl CommandRow {
+    /// Whether what stands after `--` is for opencode.
+    pub fn passes_on(&self) -> bool {
+        self.args.contains("-- ARGS")
+    }
+}
+
+/// Stands before each value, so that no value looks like an option to pico-args.
+const MARK: u8 = b'=';
+
+fn unmark(value: &OsStr) -> std::result::Result<OsString, Infallible> {
+    let bytes = value.as_bytes();
+    Ok(OsStr::from_bytes(bytes.strip_prefix(&[MARK]).unwrap_or(bytes)).to_owned())
+}
+
+/// The same command line with every option by its long name, its value behind it and marked.
+fn spell_out(argv: &[OsString]) -> Result<Vec<OsString>> {
+    let mut spelled: Vec<OsString> = Vec::with_capacity(argv.len());
+    let mut rest = argv.iter();
+    while let Some(arg) = rest.next() {
+        let bytes = arg.as_bytes();
+        if !bytes.starts_with(b"-") || bytes == b"-" {
+            spelled.push(arg.clone());
+            continue;
+        }
+        let (flags, row, attached) = if bytes.starts_with(b"--") { long(arg, argv)? } else { short(arg, argv)? };
+        spelled.extend(flags.into_iter().map(|flag| flag.name.into()));
+        spelled.push(row.name.into());
+        match (row.value, attached) {
+            (None, None) => {}
+            (None, Some(_)) => return Err(Error::usage(format!("{} takes no value", row.name))),
+            (Some(_), Some(value)) => spelled.push(marked(&value)),
+            (Some(what), None) => match rest.next() {
+                Some(value) if !value.as_bytes().starts_with(b"--") => spelled.push(marked(value)),
+                Some(value) => {
+                    return Err(Error::Usage {
+                        message: format!("{} needs a value ({what}), not {}", row.name, shown(value)),
+                        hint: Some(format!("write {}={} if that is the value", row.name, shown(value))),
+                    });
+                }
+                None => return Err(Error::usage(format!("{} needs a value ({what})", row.name))),
+            },
+        }
+    }
+    Ok(spelled)
+}
+
+/// Flags, then an option with the value that is attached to it.
+type Spelled = (Vec<&'static OptionRow>, &'static OptionRow, Option<OsString>);
+
+/// `--name` or `--name=value`.
+fn long(arg: &OsStr, argv: &[OsString]) -> Result<Spelled> {
+    let at = arg.as_bytes().iter().position(|byte| *byte == b'=');
+    let name = String::from_utf8_lossy(&arg.as_bytes()[..at.unwrap_or(arg.len())]);
+    match OPTIONS.iter().find(|row| row.name == name) {
+        Some(row) => Ok((Vec::new(), row, at.map(|_| after(arg, b'=')))),
+        None => Err(unknown_option(&name, argv)),
+    }
+}
+
+/// `-x`, or several together, the last one perhaps with its value: `-fn5`.
+fn short(arg: &OsStr, argv: &[OsString]) -> Result<Spelled> {
+    let mut flags = Vec::new();
+    for (at, letter) in arg.as_bytes().iter().enumerate().skip(1) {
+        let behind = &arg.as_bytes()[at + 1..];
+        let name = format!("-{}", char::from(*letter));
+        let row = OPTIONS.iter().find(|row| row.short == Some(&*name));
+        match row.ok_or_else(|| unknown_option(&arg.to_string_lossy(), argv))? {
+            row if row.value.is_none() && !behind.is_empty() => flags.push(row),
+            row => {
+                return Ok((
+                    flags,
+                    row,
+                    Some(behind).filter(|b| !b.is_empty()).map(|b| OsString::from_vec(b.to_vec())),
+                ));
+            }
+        }
+    }
+    Err(unknown_option(&arg.to_string_lossy(), argv))
+}
+
+fn marked(value: &OsStr) -> OsString {
+    OsString::from_vec([&[MARK], value.as_bytes()].concat())
+}
+
+/// An unknown option, with the nearest one that the command takes, if the command can be seen.
+fn unknown_option(given: &str, argv: &[OsString]) -> Error {
+    let words: Vec<&OsString> = argv.iter().filter(|arg| !arg.as_bytes().starts_with(b"-")).collect();
+    let row = find_command(&words).ok().and_then(|(row, _)| row);
+    let takes = |option: &&OptionRow| row.is_none_or(|row| option.is_for(row.name));
+    unknown("option", given, OPTIONS.iter().filter(takes).map(|option| option.name))
+}
+
+/// An unknown word, with the nearest known one if one is near.
+pub fn unknown<'k>(what: &str, given: &str, known: impl Iterator<Item = &'k str>) -> Error {
+    // Of two equally near, the one that was only begun, then the one of the same length: letters are
+    // swapped more often than left out.
+    let rank =
+        |word: &'k str| (distance(given, word), !word.starts_with(given), given.len().abs_diff(word.len()), word);
+    let nearest = known.map(rank).min();
+    // Further away than a third of the word is another word.
+    let near = nearest.filter(|(distance, .., word)| *distance <= word.chars().count().div_ceil(3));
+    Error::Usage {
+        message: format!("unknown {what} `{given}`"),
+        hint: Some(match near {
+            Some((.., word)) => format!("did you mean `{word}`?"),
+            None => "`openwork help` shows all commands".to_owned(),
+        }),
+    }
+}
+
+/// How many characters must be inserted, left out or changed (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, a) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, b) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::COMMANDS;
+
+    fn given(line: &[&str]) -> Result<Given<'static>> {
+        parse(&line.iter().map(OsString::from).collect::<Vec<_>>(), &|_| None)
+    }
+
+    #[test]
+    fn the_table_of_commands_can_be_found_by_its_names() {
+        for row in COMMANDS {
+            let found = given(&row.name.split(' ').collect::<Vec<_>>()).unwrap();
+            assert_eq!(found.row.map(|row| row.name), Some(row.name));
+        }
+    }
+
+    #[test]
+    fn values_are_taken_as_they_are_given() {
+        for value in ["--json", "--name", "=", "=x", "'quoted'", "\"", "-", "-f", "", "a=b"] {
+            let line = ["workspace", "add", ".", &format!("--name={value}")];
+            assert_eq!(given(&line).unwrap().value("--name").unwrap(), value);
+            assert!(!given(&line).unwrap().has("--json"));
+        }
+        for value in ["=", "=x", "'quoted'", "\"", "-", "-f", "", "a=b"] {
+            let line = ["workspace", "add", "--name", value, "."];
+            assert_eq!(given(&line).unwrap().value("--name").unwrap(), value);
+            assert_eq!(given(&line).unwrap().words, ["."]);
+        }
+        for value in ["--json", "--name", "--x", "--"] {
+            assert!(given(&["workspace", "add", ".", "--name", value]).is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn options_are_read_from_left_to_right() {
+        let line = given(&["api", "-HA:1", "/x", "--header", "B:2", "-d", "1", "--header=A:3", "-d2"]).unwrap();
+        assert_eq!(line.values("--header"), ["A:1", "B:2", "A:3"]);
+        assert_eq!(line.value("--data").unwrap(), "2");
+        assert_eq!(line.words, ["/x"]);
+    }
+
+    #[test]
+    fn short_options_stand_together() {
+        let line = given(&["logs", "-fn5"]).unwrap();
+        assert!(line.has("--follow"));
+        assert_eq!(line.value("--lines").unwrap(), "5");
+        assert_eq!(given(&["logs", "-fn", "5"]).unwrap().value("--lines").unwrap(), "5");
+        assert!(given(&["logs", "-fx5"]).is_err());
+        assert!(given(&["logs", "-f="]).is_err());
+    }
+
+    #[test]
+    fn the_suggestion_is_an_option_that_the_command_takes() {
+        let hint = |line: &[&str]| given(line).err().and_then(|e| e.hint()).unwrap();
+        assert_eq!(hint(&["logs", "--flow"]), "did you mean `--follow`?");
+        // --force is nearer, and `logs` does not take it.
+        assert_eq!(hint(&["logs", "--folce"]), "did you mean `--follow`?");
+        assert_eq!(hint(&["instance", "dispose", "--folce"]), "did you mean `--force`?");
+    }
+}

@@ -1,0 +1,162 @@
+//! From text to ports, durations, origins and the like.
+
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
+use std::net::Ipv4Addr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::options::OPTIONS;
+use super::parser::Given;
+use crate::error::{Error, Result};
+use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options};
+
+/// The longest `--timeout`: as good as for ever, and `Instant + Duration` cannot overflow. Seconds.
+const LONGEST_TIMEOUT: f64 = 86_400.0;
+/// The longest duration: as good as for ever, and times so far away can still be calculated. Seconds.
+const TEN_YEARS: u64 = 10 * 365 * 86_400;
+
+/// The options of a daemon.
+///
+/// # Errors
+/// `usage`.
+pub fn daemon_options(given: &Given<'_>) -> Result<Options> {
+    if let Some(host) = given.value("--daemon-host") {
+        if host != "127.0.0.1" && host != "localhost" {
+            return Err(not_loopback("--daemon-host", "127.0.0.1", &host));
+        }
+    }
+    let port = |name| given.value(name).map(|port| self::port(name, &port)).transpose();
+    let binary = given.value("--opencode-bin").map(PathBuf::from);
+    if binary.as_ref().is_some_and(|binary| binary.as_os_str().is_empty()) {
+        return Err(Error::usage("--opencode-bin needs a value (FILE)"));
+    }
+    let host = given.value("--opencode-host").map(|host| opencode_host(&host)).transpose()?;
+    let idle_ttl = match given.value("--idle-ttl") {
+        Some(text) => duration("--idle-ttl", &text)?,
+        None => DEFAULT_IDLE_TTL,
+    };
+    Ok(Options {
+        port: port("--daemon-port")?,
+        engine: EngineOptions { binary, port: port("--opencode-port")?, host },
+        idle_ttl: Some(idle_ttl).filter(|ttl| !ttl.is_zero()),
+        origins: given.values("--cors").into_iter().map(origin).collect::<Result<_>>()?,
+    })
+}
+
+fn not_loopback(option: &str, allowed: &str, host: &OsStr) -> Error {
+    Error::Usage {
+        message: format!("{option}: only {allowed} is allowed, not {}", shown(host)),
+        hint: Some("to reach it from elsewhere, use an SSH tunnel".to_owned()),
+    }
+}
+
+/// An address that a host of 127.0.0.0/8 can have.
+fn opencode_host(value: &OsStr) -> Result<Ipv4Addr> {
+    let address = match value.to_str() {
+        Some("localhost") => Some(Ipv4Addr::LOCALHOST),
+        text => text.and_then(|text| text.parse::<Ipv4Addr>().ok()),
+    };
+    // The first and the last address are those of the network itself and of its broadcasts.
+    let is_usable = |address: &Ipv4Addr| {
+        address.is_loopback() && !matches!(address.octets(), [127, 0, 0, 0] | [127, 255, 255, 255])
+    };
+    address.filter(is_usable).ok_or_else(|| not_loopback("--opencode-host", "an address of 127.0.0.0/8", value))
+}
+
+/// An origin as browsers send it: `scheme://host[:port]`.
+fn origin(value: OsString) -> Result<String> {
+    let value = text("--cors", value)?;
+    let host = value.split_once("://").map_or("", |(_, host)| host);
+    if host.is_empty() || host.contains(['/', '?', '#', '@', '*']) || !value.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Error::usage(format!("--cors: {value:?} is not an origin (scheme://host[:port])")));
+    }
+    Ok(value)
+}
+
+fn port(option: &str, value: &OsStr) -> Result<u16> {
+    let port = value.to_str().and_then(|text| text.parse::<u16>().ok()).filter(|port| *port != 0);
+    port.ok_or_else(|| Error::usage(format!("{}: {} is not a port (1 to 65535)", spelled(option), shown(value))))
+}
+
+/// A count.
+///
+/// # Errors
+/// `usage`.
+pub fn number(option: &str, value: &OsStr) -> Result<usize> {
+    let number = value.to_str().and_then(|text| text.parse().ok());
+    number.ok_or_else(|| Error::usage(format!("{option}: {} is not a number", shown(value))))
+}
+
+/// `--timeout`.
+///
+/// # Errors
+/// `usage`.
+pub fn seconds(value: &OsStr) -> Result<Duration> {
+    let seconds = value.to_str().and_then(|text| text.parse::<f64>().ok());
+    seconds
+        .filter(|seconds| *seconds > 0.0 && *seconds <= LONGEST_TIMEOUT)
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| Error::usage(format!("--timeout: {} is not a number of seconds, at most a day", shown(value))))
+}
+
+/// `90s`, `30m`, `2h`, `1d`; `0` is no time at all.
+fn duration(option: &str, value: &OsStr) -> Result<Duration> {
+    let text = value.to_str().unwrap_or_default();
+    let (number, unit) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        Some((at, 'd')) => (&text[..at], 86_400),
+        _ if text == "0" => ("0", 1),
+        _ => ("", 1),
+    };
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    let seconds = number.parse::<u64>().ok().filter(|_| is_number).and_then(|number| number.checked_mul(unit));
+    seconds.filter(|seconds| *seconds <= TEN_YEARS).map(Duration::from_secs).ok_or_else(|| {
+        let (option, value) = (spelled(option), shown(value));
+        Error::usage(format!("{option}: {value} is not a duration (90s, 30m, 2h, 1d; at most ten years; 0 for never)"))
+    })
+}
+
+/// An option with the variable that may have set it instead.
+fn spelled(option: &str) -> String {
+    match OPTIONS.iter().find(|row| row.name == option).and_then(|row| row.env) {
+        Some(env) => format!("{option} ({env})"),
+        None => option.to_owned(),
+    }
+}
+
+/// A word that may not be UTF-8, for a message.
+pub fn shown(value: &OsStr) -> Cow<'_, str> {
+    value.to_string_lossy()
+}
+
+/// Text.
+///
+/// # Errors
+/// `usage` when the value is not UTF-8.
+pub fn text(option: &str, value: OsString) -> Result<String> {
+    value.into_string().map_err(|value| Error::usage(format!("{option}: {} is not UTF-8", shown(&value))))
+}
+
+/// The name of a workspace. Whether it can be one is checked where it becomes one.
+///
+/// # Errors
+/// `invalid_name` when it is not UTF-8.
+pub fn name(value: OsString) -> Result<String> {
+    value.into_string().map_err(|name| Error::InvalidName { name: shown(&name).into_owned(), why: "it is not UTF-8" })
+}
+
+/// A word that is none of the few that fit.
+pub fn choice(what: &str, given: &str, known: &str) -> Error {
+    Error::Usage { message: format!("unknown {what} `{given}`"), hint: Some(format!("use {known}")) }
+}
+
+/// What stands after the first such byte.
+pub fn after(arg: &OsStr, byte: u8) -> OsString {
+    let bytes = arg.as_bytes();
+    let at = bytes.iter().position(|given| *given == byte).map_or(bytes.len(), |at| at + 1);
+    OsString::from_vec(bytes[at..].to_vec())
+}
