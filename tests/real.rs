@@ -10,7 +10,7 @@ use serde_json::Value;
 #[path = "real/route.rs"]
 mod route;
 #[allow(dead_code)] // What only the tests with the fake opencode need.
-#[path = "it/support.rs"]
+#[path = "support/mod.rs"]
 mod support;
 
 use support::{Host, Signal, is_alive, kill, wait_gone};

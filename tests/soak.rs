@@ -13,9 +13,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::iter::repeat;
-use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -29,10 +28,11 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 #[allow(dead_code)] // What only other tests need.
-#[path = "it/support.rs"]
+#[path = "support/mod.rs"]
 mod support;
 
-use support::{FILES, Host, Reply, STATE, Signal, is_alive, poll, wait_gone};
+use support::http::NoReply;
+use support::{DEADLINE, FILES, Host, Process, Reply, Request, STATE, Signal, is_alive, local, poll, wait_gone};
 
 // --- How much of it ---
 
@@ -48,8 +48,6 @@ const STORM: f64 = 0.65;
 const PAUSE: u64 = 30;
 /// Between two looks at everything.
 const CHECKPOINT: Duration = Duration::from_secs(20);
-/// What goes wrong and is not seen to end by then does not end.
-const DEADLINE: Duration = Duration::from_secs(90);
 /// How long after the end of an opencode what needs it may fail: the daemon has to see it.
 const OPENCODE_SLACK: Duration = Duration::from_secs(2);
 /// Who needs opencode waits for its start; nothing else takes long.
@@ -209,54 +207,45 @@ impl<'a> Machine<'a> {
     }
 
     fn http(&self, method: &str, target: &str, body: Option<Value>, credentials: bool) -> Outcome {
-        let mut stream = match self.open(method, target, body, credentials) {
-            Ok(stream) => stream,
-            Err(outcome) => return outcome,
+        let Some(request) = self.request(method, target, body, credentials) else { return Outcome::Nobody };
+        let reply = match request.send() {
+            Ok(reply) => reply,
+            Err(NoReply::NotConnected(_)) => return Outcome::Nobody,
+            Err(cut_off) => return Outcome::Lost(cut_off.to_string()),
         };
-        let mut bytes = Vec::new();
-        if let Err(e) = stream.read_to_end(&mut bytes) {
-            if e.kind() != ErrorKind::ConnectionReset {
-                return Outcome::Lost(format!("no reply: {e}"));
+        let body = reply.whole_body().unwrap_or_default();
+        match serde_json::from_slice::<Value>(&body) {
+            Ok(value) if (200..300).contains(&reply.status) => Outcome::Done(value),
+            // `/health` is 503 while opencode is not ready, and an answer all the same.
+            Ok(value) if target == "/health" && value.get("error").is_none() => Outcome::Done(value),
+            Ok(value) => Outcome::of_error(&value),
+            Err(_) => {
+                let said = String::from_utf8_lossy(&body).into_owned();
+                Outcome::Refused { code: format!("status {}", reply.status), said }
             }
-        }
-        match Reply::parse(&bytes).and_then(|reply| Some((reply.status, whole_body(&reply)?))) {
-            None => Outcome::Lost(format!("half a reply: {}", String::from_utf8_lossy(&bytes))),
-            Some((status, body)) => match serde_json::from_slice(&body) {
-                Ok(value) if (200..300).contains(&status) => Outcome::Done(value),
-                Ok(value) => Outcome::of_error(&value),
-                Err(_) => {
-                    let said = String::from_utf8_lossy(&body).into_owned();
-                    Outcome::Refused { code: format!("status {status}"), said }
-                }
-            },
         }
     }
 
-    fn open(&self, method: &str, target: &str, body: Option<Value>, credentials: bool) -> Result<TcpStream, Outcome> {
-        let Some((_, port)) = self.host.lock_text() else { return Err(Outcome::Nobody) };
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        let stream = TcpStream::connect_timeout(&address, Duration::from_secs(30));
-        let Ok(mut stream) = stream else { return Err(Outcome::Nobody) };
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let body = body.map(|body| body.to_string()).unwrap_or_default();
-        let mut head = format!("{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n");
+    /// None if no daemon says where it listens.
+    fn request(&self, method: &str, target: &str, body: Option<Value>, credentials: bool) -> Option<Request> {
+        let (_, port) = self.host.lock_text()?;
+        let mut request = Request::new(local(port), method, target).header("Connection", "close");
         if credentials {
-            head += &format!("Authorization: {}\r\n", self.host.credentials());
+            request = request.header("Authorization", self.host.credentials());
         }
         if method != "GET" {
-            head += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
+            request = request.header("Content-Type", "application/json");
         }
-        // Who does not read it may have answered.
-        let _ = stream.write_all(format!("{head}\r\n{body}").as_bytes());
-        Ok(stream)
+        Some(match body {
+            Some(body) => request.json(&body),
+            None => request,
+        })
     }
 
     /// Has a stream of events for this long.
     fn events(&self, target: &str, credentials: bool, hold: Duration) -> Outcome {
-        let mut stream = match self.open("GET", target, None, credentials) {
-            Ok(stream) => stream,
-            Err(outcome) => return outcome,
-        };
+        let request = self.request("GET", target, None, credentials);
+        let Some(mut stream) = request.and_then(|request| request.open().ok()) else { return Outcome::Nobody };
         let mut bytes = Vec::new();
         let mut buffer = [0; 4096];
         let mut until = None;
@@ -273,7 +262,8 @@ impl<'a> Machine<'a> {
             }
             let Some(reply) = Reply::parse(&bytes) else { continue };
             if reply.status != 200 {
-                match whole_body(&reply).and_then(|body| serde_json::from_slice(&body).ok()) {
+                let error = reply.whole_body().and_then(|body| serde_json::from_slice(&body).ok());
+                match error {
                     Some(value) => return Outcome::of_error(&value),
                     None => continue,
                 }
@@ -284,23 +274,12 @@ impl<'a> Machine<'a> {
 
     /// What runs here: pid, arguments, and the marker that it carries.
     fn processes(&self) -> Vec<Running> {
-        self.host.processes().into_iter().filter_map(|pid| self.look_at(pid)).collect()
+        Process::all_of(&self.host.home()).into_iter().map(Running::from).collect()
     }
 
     /// None if it is not one of this machine's.
     fn look_at(&self, pid: u32) -> Option<Running> {
-        let read = |name: &str| {
-            let bytes = fs::read(format!("/proc/{pid}/{name}")).ok()?;
-            let parts = bytes.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
-            Some(parts.filter(|part| !part.is_empty()).collect::<Vec<_>>())
-        };
-        let (argv, environ) = (read("cmdline")?, read("environ")?);
-        let home = format!("HOME={}", self.host.home().display());
-        if !environ.contains(&home) || !is_alive(pid) {
-            return None;
-        }
-        let engine = environ.iter().find_map(|variable| variable.strip_prefix("OPENWORK_ENGINE=")).map(str::to_owned);
-        Some(Running { pid, argv, engine })
+        Process::of(pid).filter(|process| process.has_home(&self.host.home())).map(Running::from)
     }
 
     /// Signals a process that is proved, while it cannot become another, to be one of this
@@ -342,31 +321,18 @@ impl Outcome {
     }
 }
 
-/// The body, if all of it has come.
-fn whole_body(reply: &Reply) -> Option<Vec<u8>> {
-    if let Some(length) = reply.header("content-length") {
-        return (reply.body.len() == length.parse::<usize>().ok()?).then(|| reply.body.clone());
-    }
-    if reply.header("transfer-encoding") != Some("chunked") {
-        return Some(reply.body.clone());
-    }
-    let (mut rest, mut body) = (&reply.body[..], Vec::new());
-    loop {
-        let end = rest.windows(2).position(|two| two == b"\r\n")?;
-        let size = usize::from_str_radix(std::str::from_utf8(&rest[..end]).ok()?, 16).ok()?;
-        if size == 0 {
-            return Some(body);
-        }
-        body.extend(rest.get(end + 2..end + 2 + size)?);
-        rest = rest.get(end + 2 + size + 2..)?;
-    }
-}
-
 #[derive(Clone, Debug)]
 struct Running {
     pid: u32,
     argv: Vec<String>,
     engine: Option<String>,
+}
+
+impl From<Process> for Running {
+    fn from(process: Process) -> Running {
+        let engine = process.variable("OPENWORK_ENGINE").map(str::to_owned);
+        Running { pid: process.pid, argv: process.argv, engine }
+    }
 }
 
 impl Running {

@@ -79,6 +79,7 @@ fn an_adopted_one_is_watched_like_one_of_its_own() {
 #[test]
 fn an_adopted_one_is_stopped_with_all_it_has_started() {
     let host = Host::new();
+    host.exercises(["command daemon start", "command daemon stop"]);
     host.behave("FAKE_GRANDCHILD=1\nFAKE_SWALLOW_TERM=1");
     host.openwork(["daemon", "start"]).ok();
     kill_daemon(&host);
@@ -109,6 +110,7 @@ fn one_that_is_just_dying_is_no_daemon() {
 #[test]
 fn a_restart_of_the_daemon_keeps_opencode() {
     let host = Host::new();
+    host.exercises(["command daemon restart", "option --all"]);
     host.add(host.project("p"));
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
     host.openwork(["daemon", "restart"]).ok();
@@ -144,6 +146,7 @@ fn a_stop_that_keeps_opencode_leaves_it_to_the_next() {
 #[test]
 fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
     let host = Host::new();
+    host.exercises(["code opencode_unavailable"]);
     host.add(host.project("p"));
     host.openwork(["workspace", "path", "p"]).ok();
     let port = host.get("OPENWORK_OPENCODE_PORT").parse().unwrap();
@@ -285,6 +288,7 @@ fn an_empty_engine_id_proves_nothing() {
 #[test]
 fn one_of_before_the_last_boot_is_not_adopted() {
     let host = Host::new();
+    host.exercises(["option --keep-opencode"]);
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();

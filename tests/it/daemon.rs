@@ -9,8 +9,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use crate::support::{
-    ESTABLISHED, Host, LISTEN, LOOPBACK, Running, SESSION, Signal, free_port, is_alive, kill, sockets, stat_field,
-    wait_for, wait_gone,
+    ESTABLISHED, Host, LISTEN, LOOPBACK, Request, Running, SESSION, Signal, close, free_port, is_alive, kill, local,
+    sockets, stat_field, wait_for, wait_gone,
 };
 
 /// What the open descriptors of a process are, as in `ls -l /proc/PID/fd`.
@@ -102,6 +102,7 @@ fn what_is_so_already_is_fine() {
 #[test]
 fn status_says_whether_it_runs() {
     let host = Host::new();
+    host.exercises(["command daemon status"]);
     host.openwork(["status"]).fails(3, "daemon_not_running");
     host.openwork(["daemon", "status"]).fails(3, "daemon_not_running");
     let output = host.openwork(["status"]).exits(3);
@@ -167,6 +168,7 @@ fn in_the_foreground_it_runs_until_a_signal() {
 #[test]
 fn in_the_foreground_it_runs_until_it_is_stopped() {
     let host = Host::new();
+    host.exercises(["command daemon"]);
     let running = run_in_foreground(&host, &["daemon"]);
     host.openwork(["daemon", "stop"]).ok();
     assert_eq!(running.wait().status.code(), Some(0));
@@ -175,6 +177,7 @@ fn in_the_foreground_it_runs_until_it_is_stopped() {
 #[test]
 fn over_http_it_is_shut_down() {
     let host = Host::new();
+    host.exercises(["route POST /shutdown"]);
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
     assert_eq!(host.http("POST", "/shutdown").json(json!({})).ok()["ok"], true);
@@ -185,6 +188,7 @@ fn over_http_it_is_shut_down() {
 #[test]
 fn status_is_said_whatever_is_active() {
     let host = Host::new();
+    host.exercises(["command status", "route GET /health"]);
     host.write_state(json!({"version": 1, "activeId": "ws-gone", "workspaces": []}).to_string());
     host.openwork(["daemon", "start"]).ok();
     let status = host.openwork(["status"]).ok().stdout;
@@ -214,6 +218,47 @@ fn a_signal_while_it_starts_ends_it() {
     kill(running.pid(), Signal::TERM);
     assert_eq!(running.wait().status.code(), Some(0));
     assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn the_test_sequence_of_openworks_own_orchestrator_passes() {
+    let host = Host::new();
+    host.exercises(["command daemon run"]);
+    host.behave("FAKE_START_MS=700");
+    let (daemon_port, opencode_port) = (free_port(), free_port());
+    let data = host.data();
+    let daemon = host
+        .openwork(
+            ["daemon", "run", "--data-dir", data.to_str().unwrap(), "--daemon-host", "127.0.0.1"]
+                .map(str::to_owned)
+                .into_iter()
+                .chain([
+                    "--daemon-port".to_owned(),
+                    daemon_port.to_string(),
+                    "--opencode-port".to_owned(),
+                    opencode_port.to_string(),
+                ]),
+        )
+        .spawn();
+    wait_for("a 2xx of /health", || {
+        let status = Request::new(local(daemon_port), "GET", "/health").send().map_or(0, |reply| reply.status);
+        (200..300).contains(&status)
+    });
+    wait_for("opencode", || host.phase() == "ready");
+    let opencode = || host.openwork(["daemon", "status"]).json()["opencode"]["pid"].clone();
+    let pid = opencode();
+    assert!(pid.is_u64(), "{pid}");
+    let workspaces = ["a", "b"].map(|name| (host.project(name), host.add(host.project(name))));
+    for (project, id) in &workspaces {
+        let path = host.openwork(["workspace", "path", id]).json();
+        assert_eq!(path["path"]["directory"], project.to_str().unwrap());
+    }
+    assert_eq!(opencode(), pid);
+    assert_eq!(host.openwork(["instance", "dispose", &workspaces[0].1]).json()["disposed"], true);
+    host.openwork(["workspace", "path", &workspaces[0].1]).ok();
+    assert_eq!((opencode(), host.starts().len()), (pid, 1));
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(daemon.wait().status.code(), Some(0));
 }
 
 // --- In the background ---
@@ -298,6 +343,7 @@ fn all_that_start_it_at_once_wait_for_opencode() {
 #[test]
 fn a_start_that_does_not_end_is_not_waited_for() {
     let host = Host::new();
+    host.exercises(["code daemon_start_failed"]);
     host.openwork(["daemon", "start"]).ok();
     host.openwork(["daemon", "stop"]).ok();
     // As a client holds it that is starting a daemon.
@@ -323,6 +369,7 @@ fn adding_does_not_wait_for_opencode() {
 #[test]
 fn ports_are_remembered() {
     let mut host = Host::new();
+    host.exercises(["option --opencode-port"]);
     let ports = |host: &Host| {
         let health = host.openwork(["daemon", "start"]).json();
         host.openwork(["daemon", "stop"]).ok();
@@ -345,6 +392,7 @@ fn ports_are_remembered() {
 #[test]
 fn a_port_that_is_asked_for_and_taken_is_an_error() {
     let host = Host::new();
+    host.exercises(["code port_in_use", "variable OPENWORK_DAEMON_PORT"]);
     for variable in ["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
         let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = taken.local_addr().unwrap().port().to_string();
@@ -359,6 +407,7 @@ fn a_port_that_is_asked_for_and_taken_is_an_error() {
 #[test]
 fn one_that_works_is_not_ended_for_a_port_that_is_taken() {
     let host = Host::new();
+    host.exercises(["option --daemon-port"]);
     host.openwork(["daemon", "start"]).ok();
     let pid = host.daemon_pid();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -386,6 +435,7 @@ fn options_that_an_opencode_taken_over_does_not_have_are_not_passed_over_in_sile
 #[test]
 fn default_ports_that_are_taken_are_not_used() {
     let mut host = Host::new();
+    host.exercises(["command workspace path"]);
     host.unset("OPENWORK_DAEMON_PORT");
     host.unset("OPENWORK_OPENCODE_PORT");
     let defaults = [6174, 6175];
@@ -403,6 +453,7 @@ fn default_ports_that_are_taken_are_not_used() {
 #[test]
 fn only_loopback_is_listened_on() {
     let host = Host::new();
+    host.exercises(["option --daemon-host", "option --opencode-host"]);
     for option in ["--daemon-host", "--opencode-host"] {
         for address in ["0.0.0.0", "::", "192.0.2.1", "example.com"] {
             host.openwork(["daemon", "start", option, address]).fails(2, "usage");
@@ -428,6 +479,7 @@ fn only_loopback_is_listened_on() {
 #[test]
 fn one_that_does_not_answer_is_not_waited_for() {
     let host = Host::new();
+    host.exercises(["code daemon_unresponsive"]);
     host.openwork(["daemon", "start"]).ok();
     let daemon = host.daemon_pid();
     kill(daemon, Signal::STOP);
@@ -443,6 +495,7 @@ fn one_that_does_not_answer_is_not_waited_for() {
 fn a_dead_one_is_not_asked() {
     // What it has left in the lock file may by now be anybody's.
     let host = Host::new();
+    host.exercises(["code daemon_not_running", "option --no-autostart"]);
     host.add(host.project("p"));
     let (daemon, port) = host.lock_text().unwrap();
     kill(daemon, Signal::KILL);
@@ -454,7 +507,7 @@ fn a_dead_one_is_not_asked() {
     assert_eq!(host.names(), ["p"]);
     host.openwork(["daemon", "stop"]).ok();
     assert_eq!(stranger.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    drop(stranger);
+    close(stranger);
     host.openwork(["daemon", "start"]).ok();
     assert_ne!(host.daemon_pid(), daemon);
 }
@@ -490,6 +543,7 @@ fn logs_are_shown_without_a_daemon() {
 #[test]
 fn logs_are_followed() {
     let host = Host::new();
+    host.exercises(["option --follow"]);
     host.openwork(["daemon", "start"]).ok();
     let mut log = File::options().append(true).open(host.file("opencode.log")).unwrap();
     for options in [["-f", "-n", "0"], ["--follow", "--lines", "0"]] {

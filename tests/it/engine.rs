@@ -13,8 +13,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::support::{
-    AUTH, ESTABLISHED, Host, START_TIME, Signal, copy_program, fake_opencode, is_alive, kill, sockets, stat_field,
-    until, wait_for, wait_gone,
+    AUTH, ESTABLISHED, Host, START_TIME, Signal, close, copy_program, fake_opencode, is_alive, kill, sockets,
+    stat_field, until, wait_for, wait_gone,
 };
 
 // --- Several workspaces, one process ---
@@ -58,6 +58,7 @@ fn an_instance_is_made_by_its_first_use() {
 #[test]
 fn a_disposed_instance_is_made_anew_by_the_next_use() {
     let host = Host::new();
+    host.exercises(["command instance dispose"]);
     let project = host.project("p");
     host.add(&project);
     host.openwork(["workspace", "path", "p"]).ok();
@@ -105,6 +106,7 @@ fn what_a_crash_has_unloaded_is_not_disposed() {
 #[test]
 fn a_busy_instance_is_disposed_only_by_force() {
     let host = Host::new();
+    host.exercises(["code instance_busy", "option --force", "route POST /instances/:id/dispose"]);
     let (busy, idle) = (host.project("busy"), host.project("idle"));
     for project in [&busy, &idle] {
         host.add(project);
@@ -156,6 +158,7 @@ fn it_is_started_on_loopback_with_a_password_and_an_empty_directory() {
 #[test]
 fn it_is_put_down_so_that_it_can_be_proved_ours() {
     let host = Host::new();
+    host.exercises(["variable OPENWORK_OPENCODE_PORT"]);
     host.openwork(["daemon", "start"]).ok();
     let pid = host.opencode_pid();
     let opencode = &host.state()["opencode"];
@@ -197,6 +200,7 @@ fn the_password_is_made_once_and_shown_nowhere() {
 fn only_the_process_that_was_started_gets_the_password() {
     // opencode is started and does not listen; another takes its port.
     let host = Host::new();
+    host.exercises(["option --timeout"]);
     host.behave("FAKE_NEVER_LISTEN=1");
     let starting = host.openwork(["daemon", "start", "--timeout", "4", "--json"]).spawn();
     wait_for("opencode to be started", || host.starts().len() == 1);
@@ -223,6 +227,7 @@ fn only_the_process_that_was_started_gets_the_password() {
 #[test]
 fn the_version_is_asked_once_per_binary() {
     let host = Host::new();
+    host.exercises(["variable OPENWORK_OPENCODE_BIN"]);
     let binary = host.path("opencode");
     copy_program(fake_opencode(), &binary);
     let asked_by_a_start = || {
@@ -243,6 +248,7 @@ fn the_version_is_asked_once_per_binary() {
 #[test]
 fn it_is_found_on_the_path_and_at_home() {
     let mut host = Host::new();
+    host.exercises(["option --opencode-bin"]);
     let place = |dir: &Path| {
         fs::create_dir_all(dir).unwrap();
         std::os::unix::fs::symlink(fake_opencode(), dir.join("opencode")).unwrap();
@@ -272,6 +278,7 @@ fn it_is_found_on_the_path_and_at_home() {
 #[test]
 fn without_an_opencode_the_rest_works() {
     let mut host = Host::new();
+    host.exercises(["code opencode_not_found"]);
     host.set("OPENWORK_OPENCODE_BIN", host.path("no-such-opencode"));
     host.add(host.project("p"));
     host.openwork(["workspace", "path", "p"]).fails(5, "opencode_not_found");
@@ -291,6 +298,7 @@ fn without_an_opencode_the_rest_works() {
 #[test]
 fn another_major_version_is_refused() {
     let host = Host::new();
+    host.exercises(["code opencode_unsupported"]);
     for version in ["2.0.1", "0.15.0"] {
         host.behave(&format!("FAKE_VERSION={version}"));
         let error = host.openwork(["daemon", "start"]).fails(5, "opencode_unsupported");
@@ -304,6 +312,7 @@ fn another_major_version_is_refused() {
 #[test]
 fn a_crash_loop_ends_with_the_last_output() {
     let host = Host::new();
+    host.exercises(["code opencode_start_failed", "route POST /start"]);
     host.behave("FAKE_CRASH_ON_START=77");
     let error = host.openwork(["daemon", "start"]).fails(5, "opencode_start_failed");
     let message = error["message"].as_str().unwrap();
@@ -349,6 +358,7 @@ fn one_that_does_not_stay_is_given_up() {
 #[test]
 fn a_refused_password_is_final_at_once() {
     let host = Host::new();
+    host.exercises(["code opencode_auth_failed"]);
     host.behave("FAKE_AUTH=reject");
     host.openwork(["daemon", "start"]).fails(5, "opencode_auth_failed");
     assert_eq!(host.phase(), "failed");
@@ -414,13 +424,14 @@ fn who_takes_the_port_of_a_living_opencode_gets_no_password() {
         !is_alive(pid)
     });
     assert_eq!(String::from_utf8_lossy(&heard), "");
-    drop(impostor);
+    close(impostor);
     assert!(asked.wait().status.success() && path.wait().status.success());
 }
 
 #[test]
 fn listening_is_not_ready() {
     let host = Host::new();
+    host.exercises(["code opencode_timeout"]);
     host.behave("FAKE_NEVER_HEALTHY=1");
     host.openwork(["daemon", "start", "--timeout", "2"]).fails(5, "opencode_timeout");
     let health = host.health();
@@ -447,6 +458,7 @@ fn a_hanging_opencode_holds_up_only_those_who_ask_it() {
 #[test]
 fn an_answer_that_is_none_is_an_error_of_opencode() {
     let host = Host::new();
+    host.exercises(["code opencode_error"]);
     host.behave("FAKE_FAIL=/path");
     host.add(host.project("p"));
     host.openwork(["workspace", "path", "p"]).fails(5, "opencode_error");
@@ -458,6 +470,7 @@ fn an_answer_that_is_none_is_an_error_of_opencode() {
 #[test]
 fn many_requests_that_find_it_dead_cause_one_restart() {
     let host = Host::new();
+    host.exercises(["route GET /workspaces/:id/path"]);
     let project = host.project("p");
     host.add(&project);
     let (before, port) = (host.opencode_pid(), host.health()["opencode"]["port"].clone());

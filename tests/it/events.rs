@@ -73,6 +73,7 @@ fn disposals_are_told() {
 #[test]
 fn the_command_prints_a_line_each() {
     let host = Host::new();
+    host.exercises(["command events"]);
     host.openwork(["daemon", "start"]).ok();
     let printing = [&["events"][..], &["events", "--json"]].map(|args| host.openwork(args).spawn());
     // Until both listen, there is nobody to be told.
@@ -95,6 +96,7 @@ fn the_command_prints_a_line_each() {
 #[test]
 fn the_stream_ends_with_the_daemon() {
     let host = Host::new();
+    host.exercises(["route GET /events"]);
     host.openwork(["daemon", "start"]).ok();
     let mut events = host.http("GET", "/events").events();
     host.openwork(["daemon", "stop"]).ok();
@@ -106,6 +108,7 @@ fn one_that_does_not_read_is_dropped_and_not_waited_for() {
     // More than the sockets of both sides can hold.
     const CHANGES: usize = 4000;
     let host = Host::new();
+    host.exercises(["route PATCH /workspaces/:id"]);
     let deep = format!("{}/p", vec!["d".repeat(250); 14].join("/"));
     host.add(host.project(deep));
     let mut deaf = host.http("GET", "/events").events();
@@ -125,6 +128,7 @@ fn one_that_does_not_read_is_dropped_and_not_waited_for() {
 #[test]
 fn a_limit_of_time_is_an_end() {
     let host = Host::new();
+    host.exercises(["option -f"]);
     host.openwork(["daemon", "start"]).ok();
     for command in [&["events"][..], &["logs", "-f"]] {
         let output = host.openwork(command.iter().chain(&["--timeout", "1"])).ok();

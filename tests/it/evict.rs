@@ -147,6 +147,7 @@ fn without_a_time_none_is_disposed() {
 #[test]
 fn the_list_says_how_it_is() {
     let host = host("1h");
+    host.exercises(["command instance list", "variable OPENWORK_IDLE_TTL"]);
     let [busy, _] = warm(&host, ["busy", "warm"]);
     host.add(host.project("cold"));
     host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
@@ -202,6 +203,7 @@ fn the_next_daemon_knows_what_is_loaded() {
 #[test]
 fn a_time_that_is_none_is_refused() {
     let host = Host::new();
+    host.exercises(["option --idle-ttl"]);
     for time in ["soon", "-1s", "1", "1x", "", "1.5h", "999999999999999999999s"] {
         host.openwork(["daemon", "start", &format!("--idle-ttl={time}")]).fails(2, "usage");
     }

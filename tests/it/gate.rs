@@ -4,15 +4,13 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
-use crate::support::{Host, LISTEN, NOBODY, Reply, Signal, connect, is_root, kill, read_to_close, sockets, wait_for};
+use crate::support::{Host, LISTEN, NOBODY, Reply, Signal, connect, kill, read_to_close, sockets, wait_for};
 
 /// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
 /// with the same workspaces.
@@ -110,6 +108,7 @@ fn every_name_of_loopback_with_the_port_is_a_host() {
 #[test]
 fn no_other_host_is_answered() {
     let gate = Gate::new();
+    gate.host.exercises(["code forbidden_host"]);
     let port = gate.host.port();
     for name in [
         "evil.example:PORT",
@@ -180,6 +179,7 @@ fn the_host_is_looked_at_before_the_body() {
 #[test]
 fn the_origins_on_the_list_are_echoed() {
     let gate = Gate::with(&["--cors", "http://localhost:5173", "--cors", "https://app.example"], "");
+    gate.host.exercises(["option --cors"]);
     for origin in [
         "tauri://localhost",
         "http://tauri.localhost",
@@ -232,6 +232,7 @@ fn no_other_origin_is_answered() {
 #[test]
 fn a_fetch_of_another_site_is_not_answered() {
     let gate = Gate::new();
+    gate.host.exercises(["code forbidden_origin"]);
     let fetch = |site: &str| gate.host.http("GET", "/health").header("Sec-Fetch-Site", site);
     for site in ["none", "same-origin"] {
         fetch(site).ok();
@@ -260,63 +261,62 @@ fn a_preflight_of_an_origin_on_the_list_is_answered() {
 
 // --- User ---
 
-/// What this gets as another user of the machine; None if the tests cannot become one.
-fn as_another_user(port: u16, request: &str) -> Option<Reply> {
-    if !is_root() {
-        return None;
-    }
-    let script = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3 && cat <&3"#;
-    let mut bash = Command::new("bash");
-    let output = bash.args(["-c", script, &port.to_string(), request]).uid(NOBODY).current_dir("/").output().unwrap();
-    Some(Reply::parse(&output.stdout).unwrap_or_else(|| panic!("{output:?}")))
-}
+/// What takes two users: root, and an account without rights.
+mod as_root {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
 
-#[test]
-fn another_user_is_told_how_it_is_and_no_more() {
-    let gate = Gate::new();
-    let get = |path: &str| as_another_user(gate.host.port(), &gate.request(&format!("GET {path}"), "\r\n"));
-    let Some(health) = get("/health") else { return };
-    assert_eq!(health.status, 200);
-    for path in ["/workspaces", "/workspaces/p", "/workspaces/p/path", "/events", "/nope"] {
-        get(path).unwrap().refused(403, "forbidden_user");
-    }
-    let shutdown = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
-    let shutdown = as_another_user(gate.host.port(), &gate.request("POST /shutdown", shutdown)).unwrap();
-    shutdown.refused(403, "forbidden_user");
-}
+    use super::*;
 
-#[test]
-fn another_user_who_does_not_wait_for_the_answer_changes_nothing() {
-    if !is_root() {
-        return;
+    #[test]
+    #[ignore = "needs root, to become another user"]
+    fn another_user_is_told_the_health_and_no_more() {
+        let gate = Gate::new();
+        gate.host.exercises(["code forbidden_user"]);
+        let get = |path: &str| {
+            gate.host.send_raw_as_another_user(&gate.request(&format!("GET {path}"), "Connection: close\r\n\r\n"))
+        };
+        assert_eq!(get("/health").status, 200);
+        for path in ["/workspaces", "/workspaces/p", "/workspaces/p/path", "/events", "/nope"] {
+            get(path).refused(403, "forbidden_user");
+        }
+        let shutdown = "Content-Type: application/json\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}";
+        let shutdown = gate.host.send_raw_as_another_user(&gate.request("POST /shutdown", shutdown));
+        shutdown.refused(403, "forbidden_user");
     }
-    let gate = Gate::new();
-    gate.host.health();
-    let (descriptors, _) = resources(gate.pid);
-    // Of what is closed when the daemon looks, the kernel says that it is root's.
-    let script = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3"#;
-    let request = gate.request("DELETE /workspaces/p", "\r\n");
-    let mut bash = Command::new("bash");
-    bash.args(["-c", script, &gate.host.port().to_string(), &request]).uid(NOBODY).current_dir("/");
-    kill(gate.pid, Signal::STOP);
-    let status = bash.status();
-    let (port, user) = (format!(":{:04X}", gate.host.port()), NOBODY.to_string());
-    wait_for("the kernel to forget whose it was", || {
-        let table = fs::read_to_string("/proc/net/tcp").unwrap();
-        let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        !rows.any(|row| row[2].ends_with(&port) && row[7] == user)
-    });
-    kill(gate.pid, Signal::CONT);
-    assert!(status.unwrap().success());
-    // Who comes later is accepted later.
-    gate.host.health();
-    wait_for("it to be dealt with", || resources(gate.pid).0 <= descriptors);
-    gate.host.http("GET", "/workspaces/p").ok();
+
+    #[test]
+    #[ignore = "needs root, to become another user"]
+    fn another_user_who_does_not_wait_for_the_answer_changes_nothing() {
+        let gate = Gate::new();
+        gate.host.health();
+        let (descriptors, _) = resources(gate.pid);
+        // Once the connection is closed, the kernel says that it belongs to root.
+        let script = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3"#;
+        let request = gate.request("DELETE /workspaces/p", "\r\n");
+        let mut bash = Command::new("bash");
+        bash.args(["-c", script, &gate.host.port().to_string(), &request]).uid(NOBODY).current_dir("/");
+        kill(gate.pid, Signal::STOP);
+        let status = bash.status();
+        let (port, user) = (format!(":{:04X}", gate.host.port()), NOBODY.to_string());
+        wait_for("the kernel to forget whose the connection was", || {
+            let table = fs::read_to_string("/proc/net/tcp").unwrap();
+            let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            !rows.any(|row| row[2].ends_with(&port) && row[7] == user)
+        });
+        kill(gate.pid, Signal::CONT);
+        assert!(status.unwrap().success());
+        // A later connection is accepted later.
+        gate.host.health();
+        wait_for("the daemon to close the connection", || resources(gate.pid).0 <= descriptors);
+        gate.host.http("GET", "/workspaces/p").ok();
+    }
 }
 
 #[test]
 fn root_may_ask_the_daemon_of_another() {
     let host = Host::unprivileged();
+    host.exercises(["route GET /workspaces"]);
     host.openwork(["daemon", "start"]).ok();
     host.http("GET", "/workspaces").ok();
 }
@@ -326,6 +326,7 @@ fn root_may_ask_the_daemon_of_another() {
 #[test]
 fn an_unknown_route_is_not_found() {
     let gate = Gate::new();
+    gate.host.exercises(["code not_found"]);
     for path in [
         "/",
         "/nope",
@@ -345,6 +346,7 @@ fn an_unknown_route_is_not_found() {
 #[test]
 fn another_method_is_told_which_there_are() {
     let gate = Gate::new();
+    gate.host.exercises(["code method_not_allowed"]);
     for (method, path, allowed) in [
         ("DELETE", "/health", &["GET"][..]),
         ("BREW", "/health", &["GET"]),
@@ -484,6 +486,7 @@ fn an_absurd_length_is_too_large_at_once() {
 #[test]
 fn a_control_request_has_its_length_in_advance() {
     let gate = Gate::new();
+    gate.host.exercises(["code length_required"]);
     let length = gate.addition_length();
     let chunked = gate.addition("Transfer-Encoding: chunked\r\n").replacen('{', &format!("{length:x}\r\n{{"), 1);
     gate.refuses(chunked + "\r\n0\r\n\r\n", 411, "length_required");
@@ -534,6 +537,7 @@ fn what_follows_a_request_is_not_one() {
 #[test]
 fn a_body_is_json_and_says_so() {
     let gate = Gate::new();
+    gate.host.exercises(["code unsupported_media_type"]);
     let rename = |content_type: &str| {
         gate.host.http("PATCH", "/workspaces/p").header("Content-Type", content_type).body(r#"{"name": "p"}"#)
     };
@@ -627,6 +631,7 @@ fn a_body_that_does_not_come_is_not_waited_for() {
 #[test]
 fn a_head_has_its_limit() {
     let gate = Gate::new();
+    gate.host.exercises(["code too_large"]);
     let with_header = |length: usize| gate.request("GET /health", &format!("X: {}\r\n\r\n", "x".repeat(length)));
     assert_eq!(gate.reply(with_header(15_000)).status, 200);
     for length in [17_000, 200_000] {
@@ -720,6 +725,7 @@ fn idle_and_half_open_connections_are_in_nobodys_way() {
 fn above_the_limit_it_says_so_and_closes() {
     const LIMIT: usize = 1024;
     let gate = Gate::with(&[], "ulimit -n 4096");
+    gate.host.exercises(["code overloaded"]);
     // Streams of events are what stays, however long it takes to open them all.
     let mut streams = open_many(&gate, LIMIT, &gate.request("GET /events", "\r\n"));
     let last = streams.last_mut().unwrap();

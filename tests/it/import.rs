@@ -29,6 +29,7 @@ fn outcomes(import: &Value) -> Vec<(&str, &str)> {
 #[test]
 fn the_state_file_of_another_orchestrator_is_taken_over() {
     let host = Host::new();
+    host.exercises(["command workspace current"]);
     let (web, api) = (host.project("web"), host.project("api"));
     host.add(&api);
     let gone = host.path("projects/gone");
@@ -102,6 +103,7 @@ fn the_workspaces_of_the_desktop_program_are_taken_over() {
 #[test]
 fn a_file_that_holds_no_workspaces_is_refused() {
     let host = Host::new();
+    host.exercises(["code bad_request", "command workspace import"]);
     for content in ["", "{", "[]", "{}", r#"{"workspaces": {}}"#] {
         let file = host.path("other.json");
         fs::write(&file, content).unwrap();

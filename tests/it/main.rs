@@ -3,7 +3,7 @@
 
 mod adopt;
 mod cli;
-// In the order of names, in which tests are begun, it has to come last.
+mod coverage;
 mod daemon;
 mod doc;
 mod engine;
@@ -12,12 +12,10 @@ mod evict;
 mod gate;
 mod import;
 mod packages;
-mod panic;
 mod passthrough;
 mod registry;
 mod route;
 mod selectors;
 mod state;
+#[path = "../support/mod.rs"]
 mod support;
-#[path = "coverage.rs"]
-mod z_coverage;

@@ -130,6 +130,7 @@ fn each_shell_has_its_script() {
 #[test]
 fn bash_completes() {
     let host = Host::new();
+    host.exercises(["command completions", "variable OPENWORK_DATA_DIR"]);
     host.write_state(
         json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "my web", "path": "/w"}, {"id": "ws-b", "name": "it's"}]})
             .to_string(),
@@ -163,6 +164,7 @@ fn bash_completes() {
 #[test]
 fn the_manual_has_everything_of_the_tables() {
     let host = Host::new();
+    host.exercises(["command man"]);
     let tables = tables(&host);
     let page = host.openwork(["man"]).ok().stdout;
     assert_eq!(host.openwork(["man"]).json()["text"], page.as_str());
@@ -234,6 +236,7 @@ fn what_the_unit_says_runs_the_daemon() {
 #[test]
 fn the_unit_of_a_package_names_nothing_of_its_builder() {
     let mut host = Host::new();
+    host.exercises(["code usage", "command service print"]);
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
         host.unset(variable);
     }

@@ -34,6 +34,7 @@ fn header<'a>(echo: &'a Value, name: &str) -> Option<&'a str> {
 #[test]
 fn any_call_is_one_line() {
     let host = host();
+    host.exercises(["command api"]);
     let directory = |answer: Value| answer["directory"].as_str().unwrap().to_owned();
     let (p, q) = (host.project("p"), host.project("q"));
     assert_eq!(directory(api(&host, &["/path"])), p.to_str().unwrap());
@@ -50,6 +51,7 @@ fn any_call_is_one_line() {
 #[test]
 fn a_body_is_text_a_file_or_what_comes_in() {
     let host = host();
+    host.exercises(["option --data", "option -d"]);
     let file = host.path("body");
     fs::write(&file, "of a file").unwrap();
     let from_file = format!("@{}", file.display());
@@ -80,6 +82,7 @@ fn a_body_is_text_a_file_or_what_comes_in() {
 #[test]
 fn headers_are_given_and_shown() {
     let host = host();
+    host.exercises(["option --header", "option -H", "option --include", "option -i"]);
     let got = api(&host, &["/echo", "-d", "x", "-H", "X-A: b: c", "--header", "content-type:text/x"]);
     assert_eq!((header(&got, "x-a"), header(&got, "content-type")), (Some("b: c"), Some("text/x")));
     for option in ["-i", "--include"] {
@@ -176,6 +179,7 @@ fn a_failure_of_ours_is_an_error() {
 #[test]
 fn the_environment_is_for_any_client() {
     let host = Host::new();
+    host.exercises(["command env"]);
     let project = host.project("it's $HOME \"`x`\" \\ ünï");
     let id = host.add(&project);
     let run = host.openwork(["env"]).secret();
@@ -212,6 +216,7 @@ fn the_environment_is_for_any_client() {
 #[test]
 fn other_shells_are_served_in_their_language() {
     let host = Host::new();
+    host.exercises(["option --shell"]);
     host.add(host.project("it's a \\ p"));
     let fish = host.openwork(["env", "--shell", "fish"]).secret().ok().stdout;
     assert!(fish.lines().all(|line| line.starts_with("set -gx ")), "{}", fish.lines().count());
@@ -224,6 +229,7 @@ fn other_shells_are_served_in_their_language() {
 #[test]
 fn there_is_no_environment_without_a_local_workspace() {
     let host = Host::new();
+    host.exercises(["code no_active_workspace", "code workspace_is_remote"]);
     host.openwork(["env"]).fails(4, "no_active_workspace");
     host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
     host.openwork(["env"]).fails(1, "workspace_is_remote");
@@ -258,6 +264,7 @@ fn check_client(host: &Host, directory: &Path, before: &[&str], after: &[&str]) 
 #[test]
 fn attach_is_opencode_in_the_workspace() {
     let host = host();
+    host.exercises(["command attach"]);
     let output = host.openwork(["attach"]).ok();
     assert!(output.stdout.starts_with("fake: attach "), "{output:?}");
     check_client(&host, &host.project("p"), &["attach"], &[]);
@@ -268,6 +275,7 @@ fn attach_is_opencode_in_the_workspace() {
 #[test]
 fn run_is_opencode_in_the_workspace() {
     let host = host();
+    host.exercises(["command run"]);
     host.openwork(["run", "--", "say hello", "-x"]).ok();
     check_client(&host, &host.project("p"), &["run", "--attach"], &["say hello", "-x"]);
     host.openwork(["run", "q", "--", "say hello"]).ok();

@@ -27,6 +27,7 @@ fn utf8(path: &Path) -> &str {
 #[test]
 fn a_directory_is_added_under_the_id_of_its_path() {
     let host = Host::new();
+    host.exercises(["command workspace add"]);
     let project = host.project("openwork");
     let added = host.openwork(["workspace", "add", utf8(&project)]).json();
     let workspace = &added["workspace"];
@@ -129,6 +130,7 @@ fn over_http_a_path_is_absolute() {
 #[test]
 fn what_is_no_directory_is_refused_and_nothing_changes() {
     let host = Host::new();
+    host.exercises(["code path_not_directory", "code path_not_found"]);
     host.add(host.project("p"));
     let before = host.state()["workspaces"].clone();
     let (missing, file) = (host.path("does/not/exist"), host.path("file"));
@@ -150,6 +152,7 @@ fn what_is_no_directory_is_refused_and_nothing_changes() {
 #[test]
 fn a_path_that_is_not_utf8_is_refused() {
     let host = Host::new();
+    host.exercises(["code path_not_utf8"]);
     let project = host.project(OsStr::from_bytes(b"caf\xe9"));
     let add = host.openwork([OsStr::new("workspace"), OsStr::new("add"), project.as_os_str()]);
     add.fails(1, "path_not_utf8");
@@ -191,6 +194,7 @@ fn unusual_directories_are_directories() {
 #[test]
 fn a_derived_name_that_is_taken_gets_a_number() {
     let host = Host::new();
+    host.exercises(["command workspace remove"]);
     for dir in ["a/same", "b/same", "c/same"] {
         host.add(host.project(dir));
     }
@@ -202,6 +206,7 @@ fn a_derived_name_that_is_taken_gets_a_number() {
 #[test]
 fn a_derived_name_is_always_valid() {
     let host = Host::new();
+    host.exercises(["command workspace info"]);
     let longest = "x".repeat(200);
     for dir in ["-x", ".hidden", "~tilde", "@at", "a\u{202e}b", "tab\tnew\nline", "ws-0123456789ab", "...", &longest] {
         let id = host.add(host.project(dir));
@@ -249,6 +254,7 @@ fn a_name_that_is_none_is_refused() {
 #[test]
 fn a_given_name_that_is_taken_is_refused() {
     let host = Host::new();
+    host.exercises(["code name_taken"]);
     host.add(host.project("a"));
     host.add(host.project("b"));
     let before = host.state()["workspaces"].clone();
@@ -276,6 +282,7 @@ fn adding_again_changes_only_a_given_name() {
 #[test]
 fn renaming_keeps_everything_else() {
     let host = Host::new();
+    host.exercises(["command workspace rename"]);
     let id = host.add(host.project("p"));
     let before = host.state()["workspaces"][0].clone();
     let renamed = host.openwork(["workspace", "rename", "p", "new name"]).json();
@@ -296,6 +303,7 @@ fn renaming_keeps_everything_else() {
 #[test]
 fn a_remote_is_stored_under_its_one_url() {
     let host = Host::new();
+    host.exercises(["command workspace add-remote"]);
     for (given, stored, name) in [
         ("HTTPS://Example.COM:443/", "https://example.com", "example.com"),
         ("http://example.com:80/Path/", "http://example.com/Path", "example.com-2"),
@@ -314,6 +322,7 @@ fn a_remote_is_stored_under_its_one_url() {
 #[test]
 fn a_directory_there_makes_another_remote() {
     let host = Host::new();
+    host.exercises(["option --directory", "route POST /workspaces/remote"]);
     let add = |directory: &str| {
         let args = ["workspace", "add-remote", "https://h.example", "--directory", directory];
         host.openwork(args).json()["workspace"].clone()
@@ -332,6 +341,7 @@ fn a_directory_there_makes_another_remote() {
 #[test]
 fn a_url_that_is_none_is_refused() {
     let host = Host::new();
+    host.exercises(["code invalid_url"]);
     for url in [
         "",
         "example.com",
@@ -378,6 +388,7 @@ fn a_remote_has_no_instance_here() {
 #[test]
 fn the_list_marks_the_active_one() {
     let host = Host::new();
+    host.exercises(["option -q"]);
     let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
     host.openwork(["workspace", "switch", "b"]).ok();
     let list = host.openwork(["workspace", "list"]).ok();
@@ -395,6 +406,7 @@ fn the_list_marks_the_active_one() {
 #[test]
 fn the_current_one_is_the_one_switched_to() {
     let host = Host::new();
+    host.exercises(["route POST /workspaces/:id/activate"]);
     let (alpha, beta) = (host.add(host.project("alpha")), host.add(host.project("beta")));
     let switched = host.openwork(["workspace", "switch", "beta"]).json();
     assert_eq!((&switched["activeId"], &switched["workspace"]["id"]), (&json!(beta), &json!(beta)));
@@ -412,6 +424,7 @@ fn the_current_one_is_the_one_switched_to() {
 #[test]
 fn info_is_the_entry() {
     let host = Host::new();
+    host.exercises(["route GET /workspaces/:id"]);
     let project = host.project("p");
     let id = host.add(&project);
     let info = host.openwork(["workspace", "info", "p"]).json();
@@ -424,6 +437,7 @@ fn info_is_the_entry() {
 #[test]
 fn removing_the_active_one_leaves_none_active() {
     let host = Host::new();
+    host.exercises(["route DELETE /workspaces/:id"]);
     let a = host.add(host.project("a"));
     host.add(host.project("b"));
     let removed = host.openwork(["workspace", "remove", "a"]).json();

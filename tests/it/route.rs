@@ -452,6 +452,7 @@ fn a_tunnel_ends_with_opencode() {
 #[test]
 fn the_credentials_are_those_of_opencode() {
     let (host, ..) = host();
+    host.exercises(["code unauthorized"]);
     let password = host.password();
     let encode = |text: &str| format!("Basic {}", crate::support::base64(text));
     let wrong = [

@@ -203,6 +203,7 @@ fn over_http_it_is_percent_encoded() {
 #[test]
 fn a_name_that_two_have_is_ambiguous() {
     let host = Host::new();
+    host.exercises(["code workspace_ambiguous"]);
     let (one, two) = (host.project("1/app"), host.project("2/app"));
     let entry = |id: &str, path: &Path| json!({"id": id, "name": "app", "path": path});
     let (a, b) = (entry("ws-00000000000a", &one), entry("ws-00000000000b", &two));
@@ -218,6 +219,7 @@ fn a_name_that_two_have_is_ambiguous() {
 #[test]
 fn an_entry_without_a_path_is_no_directory() {
     let host = Host::new();
+    host.exercises(["code workspace_not_found"]);
     host.write_state(json!({"version": 1, "workspaces": [{"id": "ws-00000000000a", "name": "nowhere"}]}).to_string());
     host.openwork(["workspace", "info", "/"]).fails(4, "workspace_not_found");
     host.openwork(["workspace", "remove", "/does/not/exist"]).fails(4, "workspace_not_found");

@@ -3,14 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, FILES, Host, NOBODY, STATE, Signal, is_root, kill, wait_for, wait_gone};
+use crate::support::{AUTH, FILES, Host, STATE, Signal, kill, wait_for, wait_gone};
 
 fn litter(host: &Host) -> Vec<String> {
     let names = fs::read_dir(host.data()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -102,6 +102,7 @@ fn a_newer_version_is_refused_untouched() {
 #[test]
 fn a_directory_in_its_place_is_refused_untouched() {
     let host = Host::new();
+    host.exercises(["code state_corrupt"]);
     fs::create_dir_all(host.file(STATE).join("something")).unwrap();
     host.openwork(["workspace", "list"]).fails(1, "state_corrupt");
     host.openwork(["workspace", "add", "/"]).fails(1, "state_corrupt");
@@ -111,6 +112,7 @@ fn a_directory_in_its_place_is_refused_untouched() {
 #[test]
 fn what_is_said_not_to_be_changed_is_not() {
     let host = Host::unprivileged();
+    host.exercises(["code state_write_failed"]);
     host.add(host.project("a"));
     let before = fs::read(host.file(STATE)).unwrap();
     // Files can be replaced there, and that cannot be made durable.
@@ -125,6 +127,7 @@ fn what_is_said_not_to_be_changed_is_not() {
 #[test]
 fn fields_of_other_programs_survive_at_every_level() {
     let host = Host::new();
+    host.exercises(["command workspace switch"]);
     let opencode = host.get("OPENWORK_OPENCODE_BIN").to_owned();
     // Each with all its digits.
     let numbers: Vec<f64> = (1..200).map(|n| (f64::from(n) * 0.7).sin() * 10f64.powi(n % 60 - 30)).collect();
@@ -227,6 +230,7 @@ fn a_repair_of_what_has_nothing_begins_anew() {
 #[test]
 fn what_needs_no_repair_is_left_alone() {
     let host = Host::new();
+    host.exercises(["code state_too_new", "command state repair"]);
     assert_eq!(host.openwork(["state", "repair"]).json()["repaired"], false);
     host.add(host.project("p"));
     // One that is being used is whole, and its daemon's.
@@ -248,6 +252,7 @@ fn what_needs_no_repair_is_left_alone() {
 #[test]
 fn the_file_is_whole_at_every_moment() {
     let host = Host::new();
+    host.exercises(["route POST /workspaces"]);
     host.openwork(["daemon", "start"]).ok();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -362,24 +367,39 @@ fn a_directory_of_ours_is_narrowed() {
 #[test]
 fn a_directory_of_another_is_refused() {
     let host = Host::unprivileged();
-    if !is_root() {
-        // Nobody else's directory can be made here: root's own will do.
-        host.openwork(["daemon", "start", "--data-dir", "/root"]).fails(1, "permission_denied");
-        return;
-    }
-    fs::create_dir(host.data()).unwrap();
-    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o777)).unwrap();
-    host.openwork(["daemon", "start"]).fails(1, "permission_denied");
-    host.openwork(["workspace", "add", "/"]).fails(1, "permission_denied");
-    assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
-    assert_eq!(mode(&host.data()), 0o777);
+    host.exercises(["code permission_denied", "option --data-dir"]);
+    host.openwork(["daemon", "start", "--data-dir", "/usr"]).fails(1, "permission_denied");
+    host.openwork(["workspace", "add", "/", "--data-dir", "/usr"]).fails(1, "permission_denied");
+}
 
-    // Root is refused as well: it would hand its daemon to the owner.
-    let host = Host::new();
-    fs::create_dir(host.data()).unwrap();
-    chown(host.data(), Some(NOBODY), Some(NOBODY)).unwrap();
-    host.openwork(["daemon", "start"]).fails(1, "permission_denied");
-    assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
+/// What takes two users: root, and an account without rights.
+mod as_root {
+    use std::os::unix::fs::chown;
+
+    use super::*;
+    use crate::support::NOBODY;
+
+    #[test]
+    #[ignore = "needs root, to make a directory of another user"]
+    fn a_directory_of_another_is_refused_whatever_its_mode() {
+        let host = Host::unprivileged();
+        fs::create_dir(host.data()).unwrap();
+        fs::set_permissions(host.data(), fs::Permissions::from_mode(0o777)).unwrap();
+        host.openwork(["daemon", "start"]).fails(1, "permission_denied");
+        host.openwork(["workspace", "add", "/"]).fails(1, "permission_denied");
+        assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
+        assert_eq!(mode(&host.data()), 0o777);
+    }
+
+    #[test]
+    #[ignore = "needs root, to make a directory of another user"]
+    fn root_is_refused_too_lest_it_hand_its_daemon_to_the_owner() {
+        let host = Host::new();
+        fs::create_dir(host.data()).unwrap();
+        chown(host.data(), Some(NOBODY), Some(NOBODY)).unwrap();
+        host.openwork(["daemon", "start"]).fails(1, "permission_denied");
+        assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
+    }
 }
 
 #[test]

@@ -530,36 +530,37 @@ impl Drop for Tmux {
     }
 }
 
-#[test]
-fn attach_is_the_tui_in_the_workspace() {
-    if Command::new("tmux").arg("-V").output().is_err() {
-        eprintln!("skipped: there is no tmux");
-        return;
-    }
-    let provided = Provided::new();
-    let host = &provided.host;
-    provided.start(&[]);
-    let (a, b) = (repository(host, "A"), repository(host, "B"));
-    host.add(&a);
-    host.add(&b);
-    let tmux = Tmux::run(host, &["attach", "B"]);
-    tmux.shows("Ask anything");
-    tmux.shows("projects/B");
-    // A command of a shell in the TUI, before and after opencode had to be started again.
-    for (word, kills) in [("first", true), ("second", false)] {
-        // The prompt takes a moment to become that of a shell.
-        until("the prompt of a shell", || {
-            tmux.command(&["send-keys", "!"]);
-            poll(Duration::from_secs(2), || tmux.screen().contains("exit shell mode").then_some(()))
-        });
-        tmux.command(&["send-keys", "-l", &format!("echo {word}-$((40+2)) in $(basename $PWD)")]);
-        tmux.command(&["send-keys", "Enter"]);
-        tmux.shows(&format!("{word}-42 in B"));
-        if kills {
-            let before = host.opencode_pid();
-            kill(before, Signal::KILL);
-            wait_gone(before);
-            host.opencode_pid();
+mod with_tmux {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs tmux, for a terminal that shows a screen"]
+    fn attach_is_the_tui_in_the_workspace() {
+        let provided = Provided::new();
+        let host = &provided.host;
+        provided.start(&[]);
+        let (a, b) = (repository(host, "A"), repository(host, "B"));
+        host.add(&a);
+        host.add(&b);
+        let tmux = Tmux::run(host, &["attach", "B"]);
+        tmux.shows("Ask anything");
+        tmux.shows("projects/B");
+        // A command of a shell in the TUI, before and after opencode had to be started again.
+        for (word, kills) in [("first", true), ("second", false)] {
+            // The prompt takes a moment to become that of a shell.
+            until("the prompt of a shell", || {
+                tmux.command(&["send-keys", "!"]);
+                poll(Duration::from_secs(2), || tmux.screen().contains("exit shell mode").then_some(()))
+            });
+            tmux.command(&["send-keys", "-l", &format!("echo {word}-$((40+2)) in $(basename $PWD)")]);
+            tmux.command(&["send-keys", "Enter"]);
+            tmux.shows(&format!("{word}-42 in B"));
+            if kills {
+                let before = host.opencode_pid();
+                kill(before, Signal::KILL);
+                wait_gone(before);
+                host.opencode_pid();
+            }
         }
     }
 }

@@ -1,16 +1,25 @@
 //! The harness: a [`Host`] is a machine of its own for one test, with a home, a data directory,
-//! projects, ports and an opencode that does as it is told. `openwork` is only ever spawned, or
-//! spoken to over HTTP, as its users do.
+//! projects, ports and an opencode that does as it is told. Tests only ever spawn `openwork`, or
+//! talk to it over HTTP, as its users do.
 //!
-//! Waiting is for a condition, before a deadline that only a broken program reaches. A host
-//! cleans up when it is dropped, also by a panic, and then shows what was run and logged.
+//! Tests wait for conditions, with a deadline that only a broken program reaches. A dropped host
+//! ends its processes and removes its files, and if the test panicked it first shows what was run
+//! and logged.
+//!
+//! A test that some machines cannot run is ignored with the reason; it never returns early. Such
+//! tests stand in a module named after what they need, by which `scripts/test.sh` runs them where
+//! the need is met: `as_root` (becomes another user), `with_script`, `with_tmux`.
+
+pub mod exercised;
+pub mod http;
+pub mod processes;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -18,20 +27,21 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
-pub use rustix::process::Signal;
-use rustix::process::{Pid, geteuid, kill_process};
 use serde_json::Value;
+
+use self::exercised::{Exercised, Failure};
+pub use self::http::{Events, Reply, Request, base64, basic, connect, local, read_to_close};
+pub use self::processes::{
+    DEADLINE, ESTABLISHED, LISTEN, LOOPBACK, Process, SESSION, START_TIME, Signal, close, free_port, is_alive, is_root,
+    kill, poll, sockets, stat_field, until, wait_for, wait_gone,
+};
 
 pub const STATE: &str = "openwork-orchestrator-state.json";
 pub const AUTH: &str = "openwork-orchestrator-auth.json";
 /// The files there may be in a data directory, but for an earlier log of a daemon that has run for long.
 pub const FILES: [&str; 8] =
     [STATE, AUTH, "daemon.lock", "start.lock", "control.sock", "daemon.log", "opencode.log", "opencode.log.1"];
-
-/// Far beyond what anything here takes, so that only a hang reaches it.
-const DEADLINE: Duration = Duration::from_secs(90);
 
 /// An account without rights, for what root is never refused.
 pub const NOBODY: u32 = 65534;
@@ -46,6 +56,8 @@ pub struct Host {
     /// The account `openwork` runs under, if not ours.
     user: Option<u32>,
     transcript: Mutex<String>,
+    exercised: Mutex<Exercised>,
+    claims: Mutex<Vec<String>>,
 }
 
 impl Host {
@@ -55,7 +67,6 @@ impl Host {
     }
 
     pub fn with_opencode(opencode: &Path) -> Host {
-        observed().host_made();
         let root = temp_dir();
         let mut host = Host {
             data: root.join("data"),
@@ -64,9 +75,11 @@ impl Host {
             env: Vec::new(),
             user: None,
             transcript: Mutex::default(),
+            exercised: Mutex::default(),
+            claims: Mutex::default(),
         };
         for dir in ["home", "projects", "fake"] {
-            fs::create_dir(host.path(dir)).unwrap();
+            host.make_dir(&host.path(dir));
         }
         host.set("PATH", std::env::var_os("PATH").unwrap());
         host.set("HOME", host.home());
@@ -75,7 +88,7 @@ impl Host {
         host.set("OPENWORK_OPENCODE_BIN", opencode);
         host.set("OPENWORK_DAEMON_PORT", free_port().to_string());
         host.set("OPENWORK_OPENCODE_PORT", free_port().to_string());
-        // Whoever sends a loopback call through a proxy fails here.
+        // A loopback call that goes through a proxy fails.
         for name in ["http_proxy", "https_proxy", "all_proxy"] {
             host.set(name, "http://127.0.0.1:9");
             host.set(&name.to_uppercase(), "http://127.0.0.1:9");
@@ -89,18 +102,55 @@ impl Host {
         if !is_root() {
             return host;
         }
-        // The account need not be able to read where the build has put them.
-        let binaries = [("openwork", host.openwork.clone()), ("opencode", fake_opencode().to_owned())];
-        for (name, from) in binaries {
+        host.user = Some(NOBODY);
+        // The account may be unable to read where the build has put its programs.
+        let programs = [("openwork", host.openwork.clone()), ("opencode", fake_opencode().to_owned())];
+        for (name, from) in programs {
             copy_program(&from, &host.path(name));
+            host.hand_over(&host.path(name));
         }
         host.openwork = host.path("openwork");
         host.set("OPENWORK_OPENCODE_BIN", host.path("opencode"));
         for dir in [".", "home", "projects", "fake"] {
-            chown(host.path(dir), Some(NOBODY), Some(NOBODY)).unwrap();
+            host.hand_over(&host.path(dir));
         }
-        host.user = Some(NOBODY);
         host
+    }
+
+    /// Gives what the harness has made to the account of the commands, whatever our umask.
+    fn hand_over(&self, path: &Path) {
+        if let Some(user) = self.user {
+            chown(path, Some(user), Some(user)).unwrap();
+        }
+    }
+
+    /// Makes a directory that our umask does not narrow.
+    fn make_dir(&self, path: &Path) {
+        fs::create_dir(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        self.hand_over(path);
+    }
+
+    fn write(&self, path: &Path, bytes: impl AsRef<[u8]>) {
+        fs::write(path, bytes).unwrap();
+        self.hand_over(path);
+    }
+
+    /// Claims that the test exercises these of the tables (see [`exercised`]). Checked when the
+    /// host is dropped.
+    pub fn exercises<const N: usize>(&self, claims: [&str; N]) {
+        let mut all = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        all.extend(claims.map(str::to_owned));
+    }
+
+    fn exercised(&self) -> MutexGuard<'_, Exercised> {
+        self.exercised.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_error(&self, reply: &Reply) {
+        if let Some(code) = reply.error_code() {
+            self.exercised().codes.insert((code, Failure::Http(reply.status)));
+        }
     }
 
     /// Sets a variable for the commands to come.
@@ -148,7 +198,10 @@ impl Host {
     /// Makes a directory for a workspace.
     pub fn project(&self, name: impl AsRef<Path>) -> PathBuf {
         let path = self.path("projects").join(name);
-        fs::create_dir_all(&path).unwrap();
+        let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.exists()).collect();
+        for path in missing.into_iter().rev() {
+            self.make_dir(path);
+        }
         path
     }
 
@@ -160,10 +213,10 @@ impl Host {
     /// Puts a state file where the daemon will look for one.
     pub fn write_state(&self, bytes: impl AsRef<[u8]>) {
         if !self.data().exists() {
-            fs::create_dir(self.data()).unwrap();
+            self.make_dir(&self.data());
             fs::set_permissions(self.data(), fs::Permissions::from_mode(0o700)).unwrap();
         }
-        fs::write(self.file(STATE), bytes).unwrap();
+        self.write(&self.file(STATE), bytes);
     }
 
     pub fn password(&self) -> String {
@@ -233,19 +286,23 @@ impl Host {
         self.health()["engine"]["phase"].as_str().unwrap().to_owned()
     }
 
-    /// Waits for opencode and returns its pid.
+    /// Waits until opencode is ready, and returns its pid.
     pub fn opencode_pid(&self) -> u32 {
-        until("opencode to be ready", || self.health()["opencode"]["pid"].as_u64()) as u32
+        let ready = || Some(self.health()).filter(|health| health["ok"] == true);
+        until("opencode to be ready", ready)["opencode"]["pid"].as_u64().expect("a pid") as u32
     }
 
     pub fn http(&self, method: &str, target: &str) -> Http<'_> {
-        Http::to(Some(self), self.port(), method, target)
+        Http { host: Some(self), request: Request::new(local(self.port()), method, target) }
     }
 
     /// A call to opencode itself, past the daemon, with its credentials.
     pub fn opencode(&self, method: &str, target: &str) -> Http<'_> {
-        let port = until("opencode to be ready", || self.health()["opencode"]["port"].as_u64());
-        Http::to(None, port as u16, method, target).header("Authorization", self.credentials())
+        self.opencode_pid();
+        let health = self.health();
+        let url = health["opencode"]["baseUrl"].as_str().expect("the URL of opencode");
+        let address: SocketAddr = url.strip_prefix("http://").unwrap().parse().expect("an address and a port");
+        Http { host: None, request: Request::new(address, method, target) }.header("Authorization", self.credentials())
     }
 
     /// A call of OpenCode's through the daemon: `/w/<ws>/…`, with its credentials.
@@ -255,38 +312,51 @@ impl Host {
 
     /// What opencode wants in the `Authorization` header.
     pub fn credentials(&self) -> String {
-        format!("Basic {}", base64(&format!("opencode:{}", self.password())))
+        basic("opencode", &self.password())
     }
 
     pub fn connect(&self) -> TcpStream {
         connect(self.port())
     }
 
-    /// Sends these bytes as they are, and returns what comes until the connection closes, which
-    /// is for the daemon to do. That it has not read them all by then is no failure.
+    /// Sends these bytes as they are, and returns what comes until the daemon closes the
+    /// connection. The daemon need not have read them all by then.
     pub fn send_raw(&self, bytes: impl AsRef<[u8]>) -> Vec<u8> {
         let mut stream = self.connect();
         let _ = stream.write_all(bytes.as_ref());
-        read_to_close(&mut stream)
+        let reply = read_to_close(&mut stream);
+        Reply::parse(&reply).iter().for_each(|reply| self.note_error(reply));
+        reply
+    }
+
+    /// The same as another user of the machine, and what that user gets. Needs root.
+    pub fn send_raw_as_another_user(&self, bytes: &str) -> Reply {
+        const SCRIPT: &str = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3 && cat <&3"#;
+        let mut bash = Command::new("bash");
+        bash.args(["-c", SCRIPT, &self.port().to_string(), bytes]).uid(NOBODY).current_dir("/");
+        let output = bash.output().expect("running bash");
+        let reply = Reply::parse(&output.stdout).unwrap_or_else(|| panic!("{output:?}"));
+        self.note_error(&reply);
+        reply
     }
 
     // --- The fake opencode ---
 
     /// Lines of `KEY=VALUE` that its next start obeys, instead of those before.
     pub fn behave(&self, lines: &str) {
-        fs::write(self.path("fake/behaviour"), lines).unwrap();
+        self.write(&self.path("fake/behaviour"), lines);
     }
 
     /// While it hangs, it answers nothing.
     pub fn hang(&self, hangs: bool) {
         let file = self.path("fake/hang");
-        if hangs { fs::write(file, "").unwrap() } else { fs::remove_file(file).unwrap() }
+        if hangs { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
     }
 
     /// The directories in which it says a session is running.
     pub fn busy(&self, directories: &[&Path]) {
         let lines: String = directories.iter().map(|path| format!("{}\n", path.display())).collect();
-        fs::write(self.path("fake/busy"), lines).unwrap();
+        self.write(&self.path("fake/busy"), lines);
     }
 
     /// The lines it has put down under this name.
@@ -325,15 +395,13 @@ impl Host {
 
     // --- Processes ---
 
-    /// All that runs with the environment of this host: the daemon, opencode, what opencode has
-    /// started, and commands that have not ended.
+    /// The processes of this host: the daemon, opencode and what it started, and commands that
+    /// have not ended.
     pub fn processes(&self) -> Vec<u32> {
-        let pids = fs::read_dir("/proc").unwrap().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(|pid| is_alive(*pid) && self.owns(*pid)).collect()
+        Process::all_of(&self.home()).into_iter().map(|process| process.pid).collect()
     }
 
-    /// That the daemon and its opencode run, and nothing else.
+    /// Asserts that the daemon and its opencode run, and nothing else.
     pub fn runs_one_of_each(&self) {
         let mut expected = [self.daemon_pid(), self.opencode_pid()];
         expected.sort_unstable();
@@ -342,13 +410,7 @@ impl Host {
         assert_eq!(running, expected);
     }
 
-    fn owns(&self, pid: u32) -> bool {
-        let mine = format!("HOME={}", self.home().display());
-        let environ = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environ.split(|byte| *byte == 0).any(|variable| variable == mine.as_bytes())
-    }
-
-    /// Those whose pids have been put down, by whomever, and that are still this host's.
+    /// The processes whose pids have been recorded anywhere and that are still this host's.
     fn recorded_processes(&self) -> BTreeSet<u32> {
         let mut pids: Vec<u32> = self.lock_text().into_iter().map(|(pid, _)| pid).collect();
         pids.extend(self.starts().iter().filter_map(|start| Some(start["pid"].as_u64()? as u32)));
@@ -356,7 +418,9 @@ impl Host {
         let state = fs::read(self.file(STATE)).unwrap_or_default();
         let state: Value = serde_json::from_slice(&state).unwrap_or_default();
         pids.extend(state["opencode"]["pid"].as_u64().map(|pid| pid as u32));
-        pids.into_iter().filter(|pid| is_alive(*pid) && self.owns(*pid)).collect()
+        let home = self.home();
+        let is_ours = |pid: &u32| Process::of(*pid).is_some_and(|process| process.has_home(&home));
+        pids.into_iter().filter(is_ours).collect()
     }
 
     /// Ends all that runs here. Returns what `daemon stop` should have ended and has not.
@@ -371,7 +435,8 @@ impl Host {
         if daemon_runs {
             let stop = self.openwork(["daemon", "stop"]).env("OPENWORK_DATA_DIR", &self.data);
             stop.spawn().finish();
-            left = self.processes().into_iter().map(command_line).collect();
+            let running = Process::all_of(&self.home()).into_iter();
+            left = running.map(|process| format!("{} {}", process.pid, process.argv.join(" "))).collect();
         }
         for pid in self.recorded_processes() {
             kill(pid, Signal::KILL);
@@ -423,12 +488,16 @@ impl Drop for Host {
         let leaked = self.leaked_password();
         let log = fs::read_to_string(self.file("daemon.log")).unwrap_or_default();
         let _ = fs::remove_dir_all(&self.root);
-        observed().live_hosts -= 1;
-        // What every test shows, whatever else it is about.
+        // What holds in every test, whatever else it is about.
         if !panicking {
             assert!(left.is_empty(), "left running by `daemon stop`: {left:?}");
             assert_eq!(leaked, None, "the password is in");
             assert!(!log.contains("panicked"), "{log}");
+            let exercised = self.exercised();
+            assert_eq!(exercised.broken_promises(), [""; 0], "not the status that `openwork help --json` promises");
+            let claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+            let untrue: Vec<_> = claims.iter().filter(|claim| !exercised.has(claim)).collect();
+            assert!(untrue.is_empty(), "claimed to be exercised, and not: {untrue:?}");
         }
     }
 }
@@ -507,11 +576,12 @@ impl<'a> Run<'a> {
     /// Runs it with `--json`; it fails with this exit status and this code. Returns the error.
     pub fn fails(mut self, exit: i32, code: &str) -> Value {
         self.args.insert(0, "--json".into());
+        let host = self.host;
         let output = self.exits(exit);
         let value = output.object();
         assert_eq!((&value["ok"], &value["error"]["code"]), (&false.into(), &code.into()), "{output:?}");
-        check_error(&value["error"]);
-        observed().codes.insert((code.to_owned(), Outcome::Exit(exit)));
+        http::check_error(&value["error"]);
+        host.exercised().codes.insert((code.to_owned(), Failure::Exit(exit)));
         value["error"].clone()
     }
 
@@ -531,7 +601,7 @@ impl<'a> Run<'a> {
         if let Some(user) = host.user {
             command.uid(user).gid(user);
         }
-        observed().variables.extend(command.get_envs().map(|(name, _)| name.to_string_lossy().into_owned()));
+        host.exercised().variables.extend(command.get_envs().map(|(name, _)| name.to_string_lossy().into_owned()));
         command.stdin(self.stdin).stdout(self.stdout).stderr(Stdio::piped());
         let mut child = command.spawn().expect("spawning openwork");
         // The command holds copies of the ends of pipes it was given.
@@ -545,13 +615,6 @@ impl<'a> Run<'a> {
             secret: self.secret,
         }
     }
-}
-
-/// The rules that every error keeps.
-fn check_error(error: &Value) {
-    let message = error["message"].as_str().expect("a message");
-    assert!(!message.is_empty() && !message.ends_with('.'), "{message:?}");
-    assert!(error.get("hint").is_none_or(|hint| hint.as_str().is_some_and(|hint| !hint.is_empty())), "{error}");
 }
 
 /// A command on its way. Dropped before it has ended, it is killed.
@@ -595,7 +658,7 @@ impl Running<'_> {
             true => self.host.note(&format!("$ openwork {}\n[secret]\n", self.args.join(" "))),
             false => self.host.note(&format!("{output:?}\n")),
         }
-        observed().commands.insert((output.args.clone(), output.status.code()));
+        self.host.exercised().commands.insert((output.args.clone(), output.status.code()));
         Some(output)
     }
 }
@@ -663,76 +726,52 @@ impl fmt::Debug for Output {
 
 // --- HTTP ---
 
+/// A request of the host, which notes what becomes of it.
 #[must_use = "it is sent when it is told how to end: send, ok, fails"]
 pub struct Http<'a> {
+    /// None for a server that is not openwork.
     host: Option<&'a Host>,
-    port: u16,
-    method: String,
-    target: String,
-    headers: Vec<(String, String)>,
-    body: Vec<u8>,
+    request: Request,
 }
 
-impl<'a> Http<'a> {
-    fn to(host: Option<&'a Host>, port: u16, method: &str, target: &str) -> Self {
-        let headers = vec![("Host".to_owned(), format!("127.0.0.1:{port}"))];
-        Http { host, port, method: method.to_owned(), target: target.to_owned(), headers, body: Vec::new() }
-    }
-
-    /// Sets a header; of one that is there already, the value changes.
+impl Http<'_> {
+    /// Sets a header, replacing any of the same name.
     pub fn header(mut self, name: &str, value: impl Into<String>) -> Self {
-        self.headers.retain(|(key, _)| !key.eq_ignore_ascii_case(name));
-        self.and_header(name, value)
+        self.request = self.request.header(name, value);
+        self
     }
 
-    /// Adds a header, to one of that name too.
+    /// Adds a header beside any of the same name.
     pub fn and_header(mut self, name: &str, value: impl Into<String>) -> Self {
-        self.headers.push((name.to_owned(), value.into()));
+        self.request = self.request.and_header(name, value);
         self
     }
 
     pub fn body(mut self, body: impl AsRef<[u8]>) -> Self {
-        self.body = body.as_ref().to_vec();
+        self.request = self.request.body(body);
         self
     }
 
-    pub fn json(self, value: Value) -> Self {
-        self.header("Content-Type", "application/json").body(value.to_string())
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let mut head = format!("{} {} HTTP/1.1\r\n", self.method, self.target);
-        for (name, value) in &self.headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
-        }
-        let has_length = self.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("content-length"));
-        if !has_length && (self.method != "GET" || !self.body.is_empty()) {
-            head.push_str(&format!("Content-Length: {}\r\n", self.body.len()));
-        }
-        head.push_str("\r\n");
-        [head.as_bytes(), &self.body].concat()
-    }
-
-    fn open(&self) -> Option<TcpStream> {
-        let mut stream = try_connect(self.port)?;
-        // A server that refuses early need not read to the end.
-        let _ = stream.write_all(&self.bytes());
-        Some(stream)
+    pub fn json(mut self, value: Value) -> Self {
+        self.request = self.request.json(&value);
+        self
     }
 
     pub fn send(self) -> Reply {
-        let request = format!("{} {}", self.method, self.target);
-        self.try_send().unwrap_or_else(|| panic!("no reply to {request}"))
+        let reply = self.request.send();
+        let reply = reply.unwrap_or_else(|e| panic!("{} {}: {e}", self.request.method, self.request.target));
+        self.note(&reply);
+        reply
     }
 
-    /// None if the other side is not there, or goes away before it has replied.
+    /// None if nobody listens, or the connection ends before the reply is whole.
     pub fn try_send(self) -> Option<Reply> {
-        let reply = Reply::parse(&read_reply(&mut self.open()?))?;
-        self.put_down(&reply);
+        let reply = self.request.send().ok()?;
+        self.note(&reply);
         Some(reply)
     }
 
-    /// It is done: a status of 200 or 201, and `ok`.
+    /// Asserts success: a status of 200 or 201, and `ok`.
     pub fn ok(self) -> Value {
         let reply = self.send();
         assert!(matches!(reply.status, 200 | 201), "{reply:?}");
@@ -741,255 +780,29 @@ impl<'a> Http<'a> {
         value
     }
 
-    /// It is refused with this status and code. Returns the error.
+    /// Asserts a refusal with this status and code. Returns the error.
     pub fn fails(self, status: u16, code: &str) -> Value {
         self.send().refused(status, code)
     }
 
     /// Opens a stream of events that stays. It has begun when this returns.
     pub fn events(self) -> Events {
-        let mut reader = BufReader::new(self.open().expect("connecting"));
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") && reader.read_until(b'\n', &mut head).expect("a head") > 0 {}
-        let reply = Reply::parse(&head).expect("the head of a reply");
-        let content_type = reply.header("content-type").unwrap_or_default();
-        assert!(reply.status == 200 && content_type.starts_with("text/event-stream"), "{reply:?}");
-        self.put_down(&reply);
-        Events { reader }
+        let (reply, events) = self.request.events();
+        self.note(&reply);
+        events
     }
 
-    fn put_down(&self, reply: &Reply) {
+    fn note(&self, reply: &Reply) {
         let Some(host) = self.host else { return };
-        let path = self.target.split('?').next().unwrap_or_default();
-        host.note(&format!("> {} {}\n< {reply:?}\n", self.method, self.target));
-        observed().requests.insert((self.method.clone(), path.to_owned(), reply.status));
+        let Request { method, target, .. } = &self.request;
+        let path = target.split('?').next().unwrap_or_default();
+        host.note(&format!("> {method} {target}\n< {reply:?}\n"));
+        host.exercised().requests.insert((method.clone(), path.to_owned(), reply.status));
+        host.note_error(reply);
     }
 }
 
-pub struct Reply {
-    pub status: u16,
-    pub headers: Vec<(String, String)>,
-    pub body: Vec<u8>,
-}
-
-impl Reply {
-    pub fn parse(bytes: &[u8]) -> Option<Reply> {
-        let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
-        let head = std::str::from_utf8(&bytes[..end]).ok()?;
-        let mut lines = head.split("\r\n");
-        let status = lines.next()?.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()?;
-        let headers = lines.filter_map(|line| line.split_once(": "));
-        let headers = headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        Some(Reply { status, headers, body: bytes[end + 4..].to_vec() })
-    }
-
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
-    }
-
-    pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
-    }
-
-    /// It says that this is refused, and why. Returns the error.
-    pub fn refused(&self, status: u16, code: &str) -> Value {
-        assert_eq!(self.status, status, "{self:?}");
-        let value = self.json();
-        assert_eq!((&value["ok"], &value["error"]["code"]), (&false.into(), &code.into()), "{self:?}");
-        check_error(&value["error"]);
-        observed().codes.insert((code.to_owned(), Outcome::Http(status)));
-        value["error"].clone()
-    }
-}
-
-impl fmt::Debug for Reply {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{} {:?} {}", self.status, self.headers, String::from_utf8_lossy(&self.body))
-    }
-}
-
-/// Server-sent events with JSON in them.
-pub struct Events {
-    reader: BufReader<TcpStream>,
-}
-
-impl Events {
-    /// The next event for which this holds; None if the stream ends before.
-    pub fn find(&mut self, holds: impl Fn(&Value) -> bool) -> Option<Value> {
-        let mut line = String::new();
-        while self.reader.read_line(&mut line).expect("an event before the deadline") > 0 {
-            // Cut off in the middle of a line, it has ended as well.
-            if !line.ends_with('\n') {
-                return None;
-            }
-            let event = line.strip_prefix("data: ").map(|data| serde_json::from_str(data).unwrap());
-            if let Some(event) = event.filter(&holds) {
-                return Some(event);
-            }
-            line.clear();
-        }
-        None
-    }
-}
-
-pub fn connect(port: u16) -> TcpStream {
-    try_connect(port).expect("connecting")
-}
-
-fn try_connect(port: u16) -> Option<TcpStream> {
-    let stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
-    stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    stream.set_write_timeout(Some(DEADLINE)).unwrap();
-    Some(stream)
-}
-
-/// All that comes until the other side closes, or resets.
-pub fn read_to_close(stream: &mut TcpStream) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        match stream.read(&mut buffer) {
-            Ok(0) => return bytes,
-            Ok(count) => bytes.extend(&buffer[..count]),
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return bytes,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => panic!("the connection is left open: {error}, after {bytes:?}"),
-        }
-    }
-}
-
-/// One reply: as long as its length says, else to the end of the connection.
-fn read_reply(stream: &mut TcpStream) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        match stream.read(&mut buffer) {
-            Ok(count @ 1..) => bytes.extend(&buffer[..count]),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Ok(0) | Err(_) => return bytes,
-        }
-        let reply = Reply::parse(&bytes);
-        let length = reply.as_ref().and_then(|reply| reply.header("content-length")?.parse().ok());
-        if length.is_some_and(|length: usize| reply.is_some_and(|reply| reply.body.len() >= length)) {
-            return bytes;
-        }
-    }
-}
-
-pub fn base64(text: &str) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for group in text.as_bytes().chunks(3) {
-        let bytes = [0, 1, 2].map(|at| u32::from(*group.get(at).unwrap_or(&0)));
-        let bits = bytes[0] << 16 | bytes[1] << 8 | bytes[2];
-        for digit in 0..4 {
-            let value = (bits >> (18 - 6 * digit)) & 63;
-            out.push(if digit <= group.len() { DIGITS[value as usize] as char } else { '=' });
-        }
-    }
-    out
-}
-
-// --- Waiting, processes, places ---
-
-/// The first value there is within this time.
-pub fn poll<T>(limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(value) = condition() {
-            return Some(value);
-        }
-        if Instant::now() > deadline {
-            return None;
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Waits until there is a value, and returns it.
-pub fn until<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
-    poll(DEADLINE, condition).unwrap_or_else(|| panic!("waited in vain for {what}"))
-}
-
-/// Waits until this holds.
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    until(what, || condition().then_some(()));
-}
-
-pub fn wait_gone(pid: u32) {
-    wait_for(&format!("process {pid} to end"), || !is_alive(pid));
-}
-
-/// Fields of `/proc/<pid>/stat`: the session, and the start in clock ticks since boot.
-pub const SESSION: usize = 6;
-pub const START_TIME: usize = 22;
-
-/// A numeric field of `/proc/<pid>/stat`, counted from 1 as in proc(5); 4 and above.
-pub fn stat_field(pid: u32, field: usize) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    stat.rsplit_once(") ").unwrap().1.split(' ').nth(field - 3).unwrap().parse().unwrap()
-}
-
-/// Whether it runs, and is not only waiting to be reaped.
-pub fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
-    // The first of its threads to end is a zombie until all have, and till then it holds files.
-    state.is_some_and(|state| !"ZX".contains(state) || threads > 1)
-}
-
-/// A process for a message.
-fn command_line(pid: u32) -> String {
-    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    format!("{pid} {}", String::from_utf8_lossy(&bytes).replace('\0', " "))
-}
-
-pub fn kill(pid: u32, signal: Signal) {
-    let pid = Pid::from_raw(pid as i32).expect("a pid");
-    // One that has gone in the meantime is no failure.
-    let _ = kill_process(pid, signal);
-}
-
-/// States of a socket in the kernel's table.
-pub const ESTABLISHED: &str = "01";
-pub const LISTEN: &str = "0A";
-
-/// 127.0.0.1 there.
-pub const LOOPBACK: &str = "0100007F";
-
-/// The sockets in this state at this port of our own: address, and how much waits to be
-/// received (of one that listens, how many connections).
-pub fn sockets(port: u16, state: &str) -> Vec<(String, u32)> {
-    let tables = ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default());
-    let rows = tables.iter().flat_map(|table| table.lines()).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    rows.filter(|row| row[1].ends_with(&format!(":{port:04X}")) && row[3] == state)
-        .map(|row| {
-            let (address, _) = row[1].split_once(':').unwrap();
-            let (_, received) = row[4].split_once(':').unwrap();
-            (address.to_owned(), u32::from_str_radix(received, 16).unwrap())
-        })
-        .collect()
-}
-
-pub fn is_root() -> bool {
-    geteuid().is_root()
-}
-
-/// A port that is free, that no other test gets, and that the kernel gives to nobody by chance.
-pub fn free_port() -> u16 {
-    const FIRST: u32 = 20_000;
-    const COUNT: u32 = 12_000;
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    loop {
-        // Far apart for processes with pids in a row, such as a second test target.
-        let offset = std::process::id().wrapping_mul(397).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
-        let port = (FIRST + offset % COUNT) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
+// --- Places ---
 
 /// A new directory under its real path.
 fn temp_dir() -> PathBuf {
@@ -1033,40 +846,4 @@ pub fn fake_opencode() -> &'static Path {
         fs::rename(&unfinished, &binary).unwrap();
         binary
     })
-}
-
-// --- What the tests have exercised, for the test that asks whether it is everything ---
-
-#[derive(Default)]
-pub struct Observed {
-    /// Arguments and exit status of every command.
-    pub commands: BTreeSet<(Vec<String>, Option<i32>)>,
-    /// Every variable a command has had.
-    pub variables: BTreeSet<String>,
-    /// Method, path and status of every HTTP request.
-    pub requests: BTreeSet<(String, String, u16)>,
-    /// Every error that a test has asserted.
-    pub codes: BTreeSet<(String, Outcome)>,
-    /// The tests that have made a host.
-    pub tests: BTreeSet<String>,
-    pub live_hosts: usize,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
-    Exit(i32),
-    Http(u16),
-}
-
-impl Observed {
-    fn host_made(&mut self) {
-        // libtest names the thread after the test.
-        self.tests.extend(thread::current().name().map(str::to_owned));
-        self.live_hosts += 1;
-    }
-}
-
-pub fn observed() -> MutexGuard<'static, Observed> {
-    static OBSERVED: OnceLock<Mutex<Observed>> = OnceLock::new();
-    OBSERVED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,181 @@
+//! Processes, sockets and ports as the kernel shows them, and waiting for them to change, for the
+//! tests, the soak and the benchmark. It depends on nothing else of the harness.
+
+use std::cell::RefCell;
+use std::fs;
+use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use rustix::process::Signal;
+use rustix::process::{Pid, geteuid, kill_process};
+
+/// Far longer than anything waited for takes, so that only a hang reaches it.
+pub const DEADLINE: Duration = Duration::from_secs(90);
+
+// --- Waiting ---
+
+/// The first value there is within this time.
+pub fn poll<T>(limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = condition() {
+            return Some(value);
+        }
+        if Instant::now() > deadline {
+            return None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until there is a value, and returns it.
+pub fn until<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    poll(DEADLINE, condition).unwrap_or_else(|| panic!("waited in vain for {what}"))
+}
+
+/// Waits until this holds.
+pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    until(what, || condition().then_some(()));
+}
+
+pub fn wait_gone(pid: u32) {
+    wait_for(&format!("process {pid} to end"), || !is_alive(pid));
+}
+
+// --- Processes ---
+
+/// A running process.
+#[derive(Clone, Debug)]
+pub struct Process {
+    pub pid: u32,
+    pub argv: Vec<String>,
+    /// As `NAME=value`.
+    environ: Vec<String>,
+}
+
+impl Process {
+    /// None when it does not run, or is not ours to look at.
+    pub fn of(pid: u32) -> Option<Process> {
+        let read = |name: &str| {
+            let bytes = fs::read(format!("/proc/{pid}/{name}")).ok()?;
+            let parts = bytes.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
+            Some(parts.filter(|part| !part.is_empty()).collect())
+        };
+        let process = Process { pid, argv: read("cmdline")?, environ: read("environ")? };
+        is_alive(pid).then_some(process)
+    }
+
+    /// All that run with this home, and so belong to one host: the daemon, opencode and what it
+    /// started, commands that have not ended.
+    pub fn all_of(home: &Path) -> Vec<Process> {
+        let pids = fs::read_dir("/proc").unwrap().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter_map(Process::of).filter(|process| process.has_home(home)).collect()
+    }
+
+    pub fn has_home(&self, home: &Path) -> bool {
+        self.variable("HOME").is_some_and(|value| Path::new(value) == home)
+    }
+
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        self.environ.iter().find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='))
+    }
+}
+
+/// Fields of `/proc/<pid>/stat`: the session, and the start in clock ticks since boot.
+pub const SESSION: usize = 6;
+pub const START_TIME: usize = 22;
+
+/// A numeric field of `/proc/<pid>/stat`, counted from 1 as in proc(5); 4 and above.
+pub fn stat_field(pid: u32, field: usize) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.split(' ').nth(field - 3).unwrap().parse().unwrap()
+}
+
+/// Whether the process runs, and is not only waiting to be reaped.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    // The main thread can end first: it is a zombie until the others end, and they hold files.
+    state.is_some_and(|state| !"ZX".contains(state) || threads > 1)
+}
+
+pub fn kill(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("a pid");
+    // The process may have ended in the meantime.
+    let _ = kill_process(pid, signal);
+}
+
+pub fn is_root() -> bool {
+    geteuid().is_root()
+}
+
+// --- Sockets and ports ---
+
+/// States of a socket in the kernel's table.
+pub const ESTABLISHED: &str = "01";
+pub const LISTEN: &str = "0A";
+
+/// 127.0.0.1 in the kernel's table.
+pub const LOOPBACK: &str = "0100007F";
+
+/// The rows of the kernel's table for this local port: address, state, and how much waits to be
+/// received (for a listening socket: how many connections).
+fn table(port: u16) -> Vec<(String, String, u32)> {
+    let tables = ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default());
+    let rows = tables.iter().flat_map(|table| table.lines()).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row[1].ends_with(&format!(":{port:04X}")))
+        .map(|row| {
+            let (address, _) = row[1].split_once(':').unwrap();
+            let (_, received) = row[4].split_once(':').unwrap();
+            (address.to_owned(), row[3].to_owned(), u32::from_str_radix(received, 16).unwrap())
+        })
+        .collect()
+}
+
+/// The sockets in this state at this local port: address, and how much waits to be received.
+pub fn sockets(port: u16, state: &str) -> Vec<(String, u32)> {
+    let rows = table(port).into_iter().filter(|(_, of, _)| of == state);
+    rows.map(|(address, _, received)| (address, received)).collect()
+}
+
+/// A free port that nobody else gets while the calling thread lives: no other test, whether of
+/// this process, another run or another work tree; and never the kernel, for a connection.
+///
+/// Nothing is bound to the port to find out. A process that any thread forks at that moment would
+/// hold the socket until it runs its program, and the daemon would find the port taken. The claim
+/// is a socket in the abstract namespace, which has the same scope as ports and goes with us.
+pub fn free_port() -> u16 {
+    const FIRST: u32 = 20_000;
+    /// Ends below 32768, where the ports begin that the kernel gives to connections.
+    const COUNT: u32 = 12_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    thread_local! {
+        static CLAIMS: RefCell<Vec<UnixListener>> = const { RefCell::new(Vec::new()) };
+    }
+    loop {
+        // Processes with pids in a row begin far apart.
+        let offset = std::process::id().wrapping_mul(397).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = (FIRST + offset % COUNT) as u16;
+        let name = SocketAddr::from_abstract_name(format!("openwork-test-port-{port}")).unwrap();
+        let Ok(claim) = UnixListener::bind_addr(&name) else { continue };
+        if table(port).is_empty() {
+            CLAIMS.with_borrow_mut(|claims| claims.push(claim));
+            return port;
+        }
+    }
+}
+
+/// Closes a listener and waits until its port is free: a process that another thread has just
+/// forked holds the socket as well, until it runs its program.
+pub fn close(listener: TcpListener) {
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    wait_for("the port to be free", || sockets(port, LISTEN).is_empty());
+}
