@@ -211,7 +211,8 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
                 // The output of opencode is its user's business.
                 health.engine.last_error = None;
             }
-            Answer::new(200, &health)
+            // As health checks expect. The body is the same in both cases.
+            Answer::new(if health.ok { 200 } else { 503 }, &health)
         }
         Route::Doc => {
             let description = include_str!("../assets/openapi.json");

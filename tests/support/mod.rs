@@ -276,10 +276,13 @@ impl Host {
         self.lock_text().expect("a daemon in daemon.lock").1
     }
 
+    /// The body of `/health`, whose status has to say whether opencode is ready.
     pub fn health(&self) -> Value {
         let reply = self.http("GET", "/health").send();
-        assert_eq!(reply.status, 200, "{reply:?}");
-        reply.json()
+        let health = reply.json();
+        let expected = if health["ok"] == true { 200 } else { 503 };
+        assert_eq!(reply.status, expected, "{reply:?}");
+        health
     }
 
     pub fn phase(&self) -> String {
