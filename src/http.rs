@@ -296,11 +296,6 @@ impl<S: Read> Response<S> {
         find(&self.headers, name)
     }
 
-    /// Whether the body is declared as JSON.
-    pub fn is_json(&self) -> bool {
-        self.header("content-type").is_some_and(is_json)
-    }
-
     /// The socket it comes from.
     pub fn socket_mut(&mut self) -> &mut S {
         self.reader.get_mut()

@@ -24,13 +24,15 @@
 //! repair       saving what can be read of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json
-//! http         HTTP as a client
+//! agent        HTTP calls to a proven listener
+//! http         HTTP as it is passed through
 //! system/      all that knows Linux: processes, sockets, waiting, limits
 //! options, lock, log, paths, error
 //! ```
 //!
 //! `cli` and `daemon` share only what stands below both.
 
+mod agent;
 mod args;
 mod cli;
 mod daemon;

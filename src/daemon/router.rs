@@ -96,7 +96,7 @@ pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStr
         if is_known && engine::loads_instance(path) {
             entered.loads(endpoint.generation);
         }
-        let head = rewrite(request, &target, directory, endpoint.address, is_upgrade);
+        let head = rewrite(request, &target, directory, endpoint.listener.address, is_upgrade);
         match Exchange::new(client, &upstream, head, is_upgrade)?.run(patience, stop) {
             // opencode was just ending: what only reads may be asked again (RFC 9110, 9.2.2).
             Err(Error::OpencodeFault(_)) if !tried && is_safe(request) => {

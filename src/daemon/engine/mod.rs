@@ -2,14 +2,12 @@
 //! (`opencode serve` 1.x) is here, so that another can stand beside it.
 //!
 //! Invariant: credentials are written only to a connection that is opencode's own. The supervisor
-//! has seen that the process holds the listening socket before it hands out an [`Endpoint`]; while
-//! that socket listens nobody else can there; so one look *after* connecting, whether it is still
-//! the same, proves whom we are connected to.
+//! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
+//! connection is proven to lead to that socket (`agent`).
 
 use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -18,32 +16,32 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Map, Value};
+use ureq::http::Response;
+use ureq::{Agent, Body};
 
+use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
-use crate::http::{Request, Response, Timed, percent_encode};
+use crate::http::{is_json, percent_encode};
 use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
 use crate::paths;
 use crate::state::{Auth, BinaryRecord};
+use crate::system::limits;
 use crate::system::process::Process;
-use crate::system::{limits, socket, wait};
 use crate::wire::from_json;
 
 /// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.
-const ANSWER_LIMIT: usize = 8 * 1024 * 1024;
+const ANSWER_LIMIT: u64 = 8 * 1024 * 1024;
 
 /// A running opencode that can be asked.
 #[derive(Clone)]
 pub struct Endpoint {
-    /// Where it listens, on loopback.
-    pub address: SocketAddrV4,
+    /// Where it listens, proven to be its own socket.
+    pub listener: Listener,
     /// Counts the processes of this daemon.
     pub generation: u64,
     /// The value of the `Authorization` header.
-    pub authorization: Arc<str>,
-    /// Of the process that it is, or that leads it.
-    pub pidfd: Arc<OwnedFd>,
-    /// The inode of the socket that listens there.
-    pub socket: u32,
+    authorization: Arc<str>,
+    agent: Agent,
 }
 
 /// Why a call brought no answer.
@@ -68,48 +66,55 @@ impl From<CallError> for Error {
 }
 
 impl Endpoint {
-    /// Connects, and makes sure that it is opencode that was connected to.
+    /// opencode at a listener, which takes these credentials.
+    pub fn new(listener: Listener, generation: u64, authorization: Arc<str>) -> Endpoint {
+        let agent = listener.agent();
+        Endpoint { listener, generation, authorization, agent }
+    }
+
+    /// A proven connection, for a request that is routed.
+    ///
+    /// # Errors
+    /// Of these, only [`CallError::Gone`] says something about opencode.
     pub fn connect(&self, deadline: Instant) -> std::result::Result<TcpStream, CallError> {
-        let rest = deadline.saturating_duration_since(Instant::now());
-        if rest.is_zero() {
-            return Err(CallError::TimedOut);
+        self.listener.connect(deadline).map_err(|e| self.unreachable(&e))
+    }
+
+    /// What it means that no connection could be had.
+    fn unreachable(&self, e: &io::Error) -> CallError {
+        match e.kind() {
+            _ if limits::is_exhausted(e) => CallError::Failed(Error::Overloaded("connections")),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => CallError::TimedOut,
+            _ => CallError::Gone(format!("no answer from {}: {e}", self.listener.address)),
         }
-        let failed = |e: io::Error| match e.kind() {
-            _ if limits::is_exhausted(&e) => CallError::Failed(Error::Overloaded("connections")),
-            io::ErrorKind::TimedOut => CallError::TimedOut,
-            _ => CallError::Gone(format!("cannot connect to {}: {e}", self.address)),
-        };
-        let stream = TcpStream::connect_timeout(&self.address.into(), rest).map_err(failed)?;
-        if wait::has_ended(&self.pidfd) {
-            return Err(CallError::Gone("the process has ended".to_owned()));
-        }
-        if socket::listening_inode(self.address).map_err(failed)? != Some(self.socket) {
-            return Err(CallError::Gone("it no longer listens".to_owned()));
-        }
-        // Requests and events are small and somebody waits for each.
-        let _ = stream.set_nodelay(true);
-        Ok(stream)
     }
 
     /// Sends a request without a body; the reply with its head read.
-    pub fn send(
+    fn send(
         &self,
         method: &str,
         target: &str,
         directory: Option<&Path>,
-        deadline: Instant,
-    ) -> std::result::Result<Response<Timed<TcpStream>>, CallError> {
+        limit: Limit,
+    ) -> std::result::Result<Response<Body>, CallError> {
         let encoded = directory.map(|directory| percent_encode(directory.as_os_str().as_encoded_bytes()));
-        let mut headers = vec![("Authorization", &*self.authorization), ("Accept", "*/*")];
+        let mut headers = vec![("Authorization", &*self.authorization)];
         if let Some(directory) = &encoded {
             headers.push((DIRECTORY_HEADER, directory));
         }
-        if method != "GET" {
-            headers.push(("Content-Length", "0"));
+        let body = (method != "GET").then_some(&[][..]);
+        agent::call(&self.agent, self.listener.address, (method, target), &headers, body, limit)
+            .map_err(|e| self.failed(e))
+    }
+
+    /// What it means that a call failed.
+    fn failed(&self, e: ureq::Error) -> CallError {
+        match e {
+            e if agent::is_timeout(&e) => CallError::TimedOut,
+            ureq::Error::Io(e) => self.unreachable(&e),
+            // Not HTTP, cut short, or beyond the limits.
+            e => CallError::Failed(Error::OpencodeFault(format!("invalid response: {e}"))),
         }
-        let head = Request { method, target, headers: &headers }.head(&self.address.to_string());
-        let mut stream = Timed::new(self.connect(deadline)?, Some(deadline));
-        stream.write_all(&head).and_then(|()| Response::read(stream, method)).map_err(lost)
     }
 
     /// Sends a request and reads its JSON answer.
@@ -120,22 +125,34 @@ impl Endpoint {
         directory: Option<&Path>,
         deadline: Instant,
     ) -> std::result::Result<Value, CallError> {
-        let response = self.send(method, target, directory, deadline)?;
-        let (status, is_json) = (response.status, response.is_json());
-        let body = response.bytes(ANSWER_LIMIT).map_err(lost)?;
+        let mut response = self.send(method, target, directory, Limit::Whole(deadline))?;
+        let status = response.status().as_u16();
+        let content_type = response.headers().get("content-type").and_then(|value| value.to_str().ok());
+        let is_json = content_type.is_some_and(is_json);
+        let body = response.body_mut().with_config().limit(ANSWER_LIMIT).read_to_vec();
+        let body = body.map_err(|e| self.failed(e))?;
         if status == 401 {
-            return Err(CallError::Failed(Error::OpencodeAuthFailed(self.address.port())));
+            return Err(CallError::Failed(Error::OpencodeAuthFailed(self.listener.address.port())));
         }
         let unexpected = |what: String| CallError::Failed(Error::OpencodeFault(format!("{method} {target}: {what}")));
         if status != 200 {
             let start: String = String::from_utf8_lossy(&body).chars().take(300).collect();
             return Err(unexpected(format!("status {status}: {}", start.trim())));
         }
-        // An unknown route is answered with 200 and a web page.
+        // opencode answers an unknown route with 200 and a web page.
         if !is_json {
             return Err(unexpected("the answer is not JSON".to_owned()));
         }
         from_json(&body).map_err(|e| unexpected(format!("the answer is not JSON: {e}")))
+    }
+
+    /// `GET /global/event`: server-sent events of all instances, for as long as the connection lives.
+    pub fn events(&self, deadline: Instant) -> std::result::Result<impl Read + use<>, CallError> {
+        let response = self.send("GET", "/global/event", None, Limit::Head(deadline))?;
+        match response.status().as_u16() {
+            200 => Ok(response.into_body().into_reader()),
+            status => Err(CallError::Failed(Error::OpencodeFault(format!("GET /global/event: status {status}")))),
+        }
     }
 
     /// `GET /global/health`: its version.
@@ -211,15 +228,6 @@ pub fn takes_ticket(path: &str, query: &str) -> bool {
     let path = path.strip_prefix("/api").unwrap_or(path);
     let id = path.strip_prefix("/pty/").and_then(|rest| rest.strip_suffix("/connect"));
     id.is_some_and(|id| !id.is_empty() && !id.contains('/')) && query.split('&').any(|p| p.starts_with("ticket="))
-}
-
-/// A connection that broke, or an answer that is not HTTP.
-fn lost(e: io::Error) -> CallError {
-    match e.kind() {
-        io::ErrorKind::TimedOut => CallError::TimedOut,
-        io::ErrorKind::InvalidData => CallError::Failed(Error::OpencodeFault(format!("not an answer: {e}"))),
-        _ => CallError::Gone(format!("the connection broke: {e}")),
-    }
 }
 
 /// The opencode to start: `given` (the option), else `opencode` on PATH, else

@@ -345,12 +345,7 @@ impl Instances {
 
     fn listen_once(&self, endpoint: &Endpoint) -> io::Result<()> {
         let lost = |e| io::Error::other(crate::error::Error::from(e).to_string());
-        let mut response = endpoint.send("GET", "/global/event", None, Instant::now() + LISTEN_LIMIT).map_err(lost)?;
-        if response.status != 200 {
-            return Err(io::Error::other(format!("status {}", response.status)));
-        }
-        response.socket_mut().deadline = None;
-        let mut reader = BufReader::new(response);
+        let mut reader = BufReader::new(endpoint.events(Instant::now() + LISTEN_LIMIT).map_err(lost)?);
         let mut line = Vec::new();
         loop {
             line.clear();

@@ -23,6 +23,7 @@ use rustix::process::Signal;
 use super::engine::{self, CallError, Endpoint};
 use super::events::{EventKind, Events};
 use super::instances::Instances;
+use crate::agent::Listener;
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
 use crate::log::{self, now_ms};
@@ -802,13 +803,8 @@ impl Supervisor {
     }
 
     fn endpoint(&self, process: &Process) -> Endpoint {
-        Endpoint {
-            address: self.address,
-            generation: self.generation,
-            authorization: self.authorization.clone(),
-            pidfd: process.pidfd(),
-            socket: self.socket,
-        }
+        let listener = Listener { address: self.address, socket: self.socket, process: process.pidfd() };
+        Endpoint::new(listener, self.generation, self.authorization.clone())
     }
 
     fn probed(&mut self, result: std::result::Result<String, CallError>) {
