@@ -249,21 +249,13 @@ impl State {
     pub fn find(&self, selector: &str) -> Result<&Arc<Workspace>> {
         let not_found = || Error::WorkspaceNotFound(selector.to_owned());
         match selector {
-            "@active" => return self.active().ok_or(Error::NoActiveWorkspace),
             "-" => return self.get(&self.previous_id).ok_or_else(not_found),
-            // An empty one is a script's unset variable, and a prefix of everything.
+            // A script's unset variable, which is a prefix of everything.
             "" => return Err(not_found()),
             _ => {}
         }
-        if let Some(found) = self.get(selector) {
+        if let Some(found) = self.identified(selector)? {
             return Ok(found);
-        }
-        // Names are unique here, but perhaps not in the file of another program.
-        let named: Vec<_> = self.workspaces.iter().filter(|w| w.name == selector).collect();
-        match named[..] {
-            [] => {}
-            [one] => return Ok(one),
-            _ => return Err(ambiguous(selector, &named)),
         }
         if workspace::looks_like_path(selector) {
             let path = Path::new(selector);
@@ -282,6 +274,35 @@ impl State {
     }
 
     /// The workspace that is this directory or contains it, the deepest first.
+    /// The workspace with this id, this name or this directory, or `@active`. For changes: when a
+    /// request is repeated after its workspace has gone, it must not find another one, of which the
+    /// selector is a prefix, or which contains the directory.
+    ///
+    /// # Errors
+    /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
+    pub fn find_exactly(&self, selector: &str) -> Result<&Arc<Workspace>> {
+        let at_path = || self.workspaces.iter().find(|w| w.is_local() && !w.path.is_empty() && w.path == selector);
+        let found = self.identified(selector)?.or_else(at_path);
+        found.ok_or_else(|| Error::WorkspaceNotFound(selector.to_owned()))
+    }
+
+    /// The workspace with this id or name, or `@active`.
+    fn identified(&self, selector: &str) -> Result<Option<&Arc<Workspace>>> {
+        if selector == "@active" {
+            return self.active().map(Some).ok_or(Error::NoActiveWorkspace);
+        }
+        if let Some(found) = self.get(selector) {
+            return Ok(Some(found));
+        }
+        // Names are unique here, but perhaps not in the file of another program.
+        let named: Vec<_> = self.workspaces.iter().filter(|w| w.name == selector).collect();
+        match named[..] {
+            [] => Ok(None),
+            [one] => Ok(Some(one)),
+            _ => Err(ambiguous(selector, &named)),
+        }
+    }
+
     fn containing(&self, path: &Path) -> Option<&Arc<Workspace>> {
         let path = workspace::resolve_as_far_as_possible(path);
         let local = || self.workspaces.iter().filter(|w| w.is_local() && !w.path.is_empty());

@@ -11,6 +11,7 @@ mod passthrough;
 mod service;
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::iter::once;
@@ -144,12 +145,29 @@ fn current(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
 }
 
 fn switch(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
-    let reply: WorkspaceReply = client.ask("POST", &target(client, Some(selector), "/activate")?, &())?;
+    let id = resolve(client, Some(selector))?.workspace.workspace.id.clone();
+    let reply: WorkspaceReply = client.ask("POST", &by_id(&id, "/activate"), &())?;
     out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
 }
 
 fn remove(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
-    let reply: WorkspaceReply = client.ask("DELETE", &target(client, Some(selector), "")?, &())?;
+    let mut found = resolve(client, Some(selector))?;
+    let target = by_id(&found.workspace.workspace.id, "");
+    let asked = Cell::new(0);
+    let reply = client.with_daemon(|address| {
+        asked.set(asked.get() + 1);
+        client.ask_at::<WorkspaceReply>(address, "DELETE", &target, &())
+    });
+    let reply = match reply {
+        // The daemon that was asked first has removed it, and ended before it could say so.
+        Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
+            if found.active_id == found.workspace.workspace.id {
+                found.active_id.clear();
+            }
+            found
+        }
+        other => other?,
+    };
     out.print(&reply, |reply| {
         let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
         format!("removed {}{files}\n", named(&reply.workspace.workspace))
@@ -157,8 +175,8 @@ fn remove(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
 }
 
 fn rename(client: &Client, out: &mut Output, selector: &OsStr, name: &str) -> Result<()> {
-    let body = Rename { name: name.to_owned() };
-    let reply: WorkspaceReply = client.ask("PATCH", &target(client, Some(selector), "")?, &body)?;
+    let id = resolve(client, Some(selector))?.workspace.workspace.id.clone();
+    let reply: WorkspaceReply = client.ask("PATCH", &by_id(&id, ""), &Rename { name: name.to_owned() })?;
     out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace.workspace)))
 }
 
@@ -172,8 +190,9 @@ fn path(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<(
 }
 
 fn dispose(client: &Client, out: &mut Output, selector: Option<&OsStr>, force: bool) -> Result<()> {
-    let id = encoded(client, selector)?;
-    let reply: DisposeReply = client.ask("POST", &format!("/instances/{id}/dispose"), &Dispose { force })?;
+    let id = resolve(client, selector)?.workspace.workspace.id.clone();
+    let target = format!("/instances/{}/dispose", percent_encode(id.as_bytes()));
+    let reply: DisposeReply = client.ask("POST", &target, &Dispose { force })?;
     out.print(&reply, |reply| {
         let done = if reply.disposed { "disposed the instance of" } else { "no instance was loaded of" };
         format!("{done} {}\n", clean(&reply.workspace.name))
@@ -595,6 +614,17 @@ fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
 /// A selector as a segment of a request target.
 fn encoded(client: &Client, selector: Option<&OsStr>) -> Result<String> {
     Ok(percent_encode(text_selector(client, selector)?.as_bytes()))
+}
+
+/// The workspace that a selector means. A change is asked for by its id: when the daemon ends before
+/// it replies, the request is repeated, and by then the selector may mean another workspace.
+fn resolve(client: &Client, selector: Option<&OsStr>) -> Result<WorkspaceReply> {
+    client.ask("GET", &target(client, selector, "")?, &())
+}
+
+/// The target of a change of one workspace.
+fn by_id(id: &str, tail: &str) -> String {
+    format!("/workspaces/{}{tail}", percent_encode(id.as_bytes()))
 }
 
 /// The target of a request about one workspace.

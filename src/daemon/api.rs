@@ -238,17 +238,19 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         Route::Rename => {
             let Rename { name } = parse(&body)?;
             let event = |workspace, active_id| EventKind::WorkspaceRenamed { workspace, active_id };
-            let workspace = daemon.change(&selector, event, |state, id| state.rename(id, &name))?;
+            let workspace =
+                daemon.change(|state| state.find_exactly(&selector), event, |state, id| state.rename(id, &name))?;
             Answer::new(200, &one(workspace, None))
         }
         Route::Remove => {
             let event = |workspace, active_id| EventKind::WorkspaceRemoved { workspace, active_id };
-            let workspace = daemon.change(&selector, event, |state, id| state.remove(id))?;
+            let workspace =
+                daemon.change(|state| state.find_exactly(&selector), event, |state, id| state.remove(id))?;
             Answer::new(200, &one(workspace, None))
         }
         Route::Activate => {
             let event = |workspace, active_id| EventKind::WorkspaceActivated { workspace, active_id };
-            let workspace = daemon.change(&selector, event, |state, id| state.activate(id))?;
+            let workspace = daemon.change(|state| state.find(&selector), event, |state, id| state.activate(id))?;
             daemon.instances.touch(&workspace.path);
             Answer::new(200, &one(workspace, None))
         }

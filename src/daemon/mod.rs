@@ -106,15 +106,15 @@ impl Daemon {
         Ok((workspace, created))
     }
 
-    /// Changes the workspace that a selector means, and tells everybody.
+    /// Changes the workspace that `find` selects, and publishes the event.
     fn change(
         &self,
-        selector: &str,
+        find: impl FnOnce(&State) -> Result<&Arc<Workspace>>,
         event: impl FnOnce(Arc<Workspace>, String) -> EventKind,
         change: impl FnOnce(&mut State, &str) -> Result<Arc<Workspace>>,
     ) -> Result<Arc<Workspace>> {
         let (workspace, active_id) = self.store.update(|state| {
-            let id = state.find(selector)?.id.clone();
+            let id = find(state)?.id.clone();
             Ok((change(state, &id)?, state.active_id.clone()))
         })?;
         self.events.publish(event(workspace.clone(), active_id));

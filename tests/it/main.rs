@@ -14,6 +14,7 @@ mod import;
 mod packages;
 mod passthrough;
 mod registry;
+mod repeat;
 mod route;
 mod selectors;
 mod state;

@@ -1,0 +1,114 @@
+//! A change whose daemon dies before the reply is asked for again, and must not happen to another
+//! workspace.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use serde_json::json;
+
+use crate::support::Host;
+
+/// The library that kills a daemon between a change on disk and the reply.
+fn die_after_write() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/die_after_write.rs");
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("die_after_write-{}.so", std::process::id()));
+        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let mut command = Command::new(rustc);
+        command.args(["-O", "--edition", "2021", "--crate-type", "cdylib", "-o"]).args([&library, &source]);
+        assert!(command.status().expect("running rustc").success(), "the library does not compile");
+        library
+    })
+}
+
+/// A host with the workspaces `web` (active) and `web-api`, whose daemons die after a write when told to.
+fn host() -> Host {
+    let mut host = Host::new();
+    let order = host.path("die");
+    host.set("LD_PRELOAD", die_after_write());
+    host.set("DIE_AFTER_WRITE", order);
+    host.add(host.project("web"));
+    host.add(host.project("web-api"));
+    // It has loaded the library: the next daemon of a host would too.
+    host
+}
+
+/// Lets the daemon die after its next change; `change` then has to notice and ask the next daemon.
+fn dies_during(host: &Host, change: impl FnOnce()) {
+    let before = host.daemon_pid();
+    fs::write(host.path("die"), "").unwrap();
+    change();
+    assert!(!host.path("die").exists(), "the daemon did not die");
+    assert_ne!(host.daemon_pid(), before);
+}
+
+#[test]
+fn a_removal_that_is_repeated_removes_one_workspace() {
+    let host = host();
+    dies_during(&host, || {
+        let removed = host.openwork(["workspace", "remove", "web"]).json();
+        assert_eq!((&removed["workspace"]["name"], &removed["activeId"]), (&json!("web"), &json!("")));
+    });
+    assert_eq!(host.names(), ["web-api"]);
+    // Somebody else removes it for good: that is not what this command has done.
+    host.openwork(["workspace", "remove", "web-api"]).ok();
+    host.openwork(["workspace", "remove", "web-api"]).fails(4, "workspace_not_found");
+}
+
+#[test]
+fn a_rename_that_is_repeated_renames_one_workspace() {
+    let host = host();
+    dies_during(&host, || {
+        let renamed = host.openwork(["workspace", "rename", "web", "site"]).json();
+        assert_eq!(renamed["workspace"]["name"], "site");
+    });
+    assert_eq!(host.names(), ["site", "web-api"]);
+}
+
+#[test]
+fn a_switch_that_is_repeated_can_still_be_taken_back() {
+    let host = host();
+    for selector in ["web-api", "-"] {
+        dies_during(&host, || {
+            host.openwork(["workspace", "switch", selector]).ok();
+        });
+    }
+    assert_eq!(host.openwork(["workspace", "current"]).ok().stdout, "web\n");
+    host.openwork(["workspace", "switch", "-"]).ok();
+    assert_eq!(host.openwork(["workspace", "current"]).ok().stdout, "web-api\n");
+}
+
+#[test]
+fn an_addition_that_is_repeated_adds_one_workspace() {
+    let host = host();
+    dies_during(&host, || {
+        host.openwork(["workspace", "add", host.project("c").to_str().unwrap(), "--name", "c"]).ok();
+    });
+    assert_eq!(host.names(), ["web", "web-api", "c"]);
+}
+
+#[test]
+fn what_removes_or_renames_takes_no_abbreviation_over_http() {
+    let host = Host::new();
+    let id = host.add(host.project("web-api"));
+    let inside = host.project("web-api/inside");
+    let inside = inside.to_str().unwrap().replace('/', "%2F");
+    for selector in ["web", &id[..8], &inside] {
+        let path = format!("/workspaces/{selector}");
+        host.http("GET", &path).ok();
+        host.http("DELETE", &path).fails(404, "workspace_not_found");
+        host.http("PATCH", &path).json(json!({"name": "other"})).fails(404, "workspace_not_found");
+        host.http("POST", &format!("{path}/activate")).ok();
+        host.http("POST", &format!("/instances/{selector}/dispose")).ok();
+    }
+    assert_eq!(host.names(), ["web-api"]);
+    // A person may abbreviate: the command finds out what that means first.
+    let directory = host.project("web-api").to_str().unwrap().replace('/', "%2F");
+    host.http("PATCH", &format!("/workspaces/{directory}")).json(json!({"name": "site"})).ok();
+    host.openwork(["workspace", "rename", "si", "web"]).ok();
+    host.openwork(["workspace", "remove", "./inside"]).cwd(host.project("web-api")).ok();
+    assert_eq!(host.names(), [""; 0]);
+}
