@@ -3,7 +3,7 @@
 //! Invariants: the directory is ours and 0700; files are 0600, each by its own mode and never by
 //! the umask, which opencode would inherit; a symbolic link in it is never followed.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -12,14 +12,14 @@ use rustix::fs::OFlags;
 
 use crate::error::{Error, Result};
 
-/// Where openwork keeps everything; see the README's table of files.
+/// The directory that holds everything of openwork's; see the README's table of files.
 #[derive(Clone, Debug)]
 pub struct DataDir(PathBuf);
 
 impl DataDir {
     /// `given` (the option, else `OPENWORK_DATA_DIR`), else `$XDG_DATA_HOME/openwork` when that is
     /// absolute, else `~/.local/share/openwork`. Never `~/.openwork`: OpenWork's desktop program
-    /// stops the daemon it finds there. Nothing is created.
+    /// stops the daemon that it finds there. Creates nothing.
     pub fn resolve(given: Option<&Path>, xdg_data_home: Option<&Path>) -> Result<DataDir> {
         let path = match (given, xdg_data_home) {
             (Some(given), _) => absolute(given)?,
@@ -29,32 +29,61 @@ impl DataDir {
         Ok(DataDir(path))
     }
 
-    /// Makes the directory when it is not there, and narrows it to 0700 when it is wider.
+    /// Refuses a directory of another user. One that does not exist yet is fine.
     ///
     /// # Errors
-    /// `permission_denied` when it belongs to another user, or is one that others use too
-    /// (`/`, the home directory, one with the sticky bit), which narrowing would break.
+    /// `permission_denied`.
+    pub fn check_owner(&self) -> Result<()> {
+        match fs::metadata(&self.0) {
+            Ok(metadata) if metadata.uid() == rustix::process::geteuid().as_raw() => Ok(()),
+            Ok(_) => Err(self.denied("the data directory belongs to another user")),
+            Err(e) if is_absent(&e) => Ok(()),
+            Err(e) => Err(Error::io("look at", &self.0, e)),
+        }
+    }
+
+    /// Creates the directory if it does not exist, and narrows it to 0700 if it is wider.
+    ///
+    /// # Errors
+    /// `permission_denied` when the directory belongs to another user, or is one that others use
+    /// too (`/`, the home directory, one with the sticky bit), which narrowing would break; when
+    /// root would create it in the home directory of a user, as with sudo: the user could not use
+    /// it afterwards, nor anything that was created above it. Nothing is created then.
     pub fn create(&self) -> Result<()> {
         let path = &self.0;
-        let mut builder = DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(path).map_err(|e| Error::io("create the data directory", path, e))?;
+        self.check_owner()?;
+        let missing: Vec<&Path> =
+            path.ancestors().take_while(|p| fs::metadata(p).is_err_and(|e| is_absent(&e))).collect();
+        let above = missing.last().and_then(|missing| fs::metadata(missing.parent()?).ok());
+        let is_another = |owner: &Metadata| rustix::process::geteuid().is_root() && owner.uid() != 0;
+        if above.as_ref().is_some_and(is_another) {
+            let what = "the data directory would lie in a directory of another user: run openwork as that user, \
+                        or name another --data-dir";
+            return Err(self.denied(what));
+        }
+        for directory in missing.into_iter().rev() {
+            create_private(directory).map_err(|e| Error::io("create the data directory", path, e))?;
+        }
+        self.check_owner()?;
         let metadata = fs::metadata(path).map_err(|e| Error::io("look at", path, e))?;
-        let denied = |what: &str| Error::PermissionDenied { what: what.to_owned(), path: path.clone() };
-        if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return Err(denied("the data directory belongs to another user"));
+        if !metadata.is_dir() {
+            return Err(Error::io("create the data directory", path, io::ErrorKind::AlreadyExists.into()));
         }
         let mode = metadata.mode() & 0o7777;
         let resolved = fs::canonicalize(path).map_err(|e| Error::io("resolve", path, e))?;
         let is_home = home::home_dir().is_some_and(|home| fs::canonicalize(home).is_ok_and(|h| h == resolved));
         if mode & 0o1000 != 0 || resolved.parent().is_none() || is_home {
-            return Err(denied("not a directory for openwork alone (name one below it)"));
+            return Err(self.denied("not a directory for openwork alone (name one below it)"));
         }
         if mode != 0o700 {
             fs::set_permissions(path, Permissions::from_mode(0o700))
                 .map_err(|e| Error::io("narrow the mode of", path, e))?;
         }
         Ok(())
+    }
+
+    fn denied(&self, what: &str) -> Error {
+        Error::PermissionDenied { what: what.to_owned(), path: self.0.clone() }
     }
 
     /// The directory itself.
@@ -67,12 +96,12 @@ impl DataDir {
         self.0.join("openwork-orchestrator-state.json")
     }
 
-    /// The credentials of opencode.
+    /// opencode's credentials.
     pub fn auth(&self) -> PathBuf {
         self.0.join("openwork-orchestrator-auth.json")
     }
 
-    /// Held by the daemon for its whole life; says where it listens.
+    /// Held by the daemon for its whole life; says where the daemon listens.
     pub fn daemon_lock(&self) -> PathBuf {
         self.0.join("daemon.lock")
     }
@@ -82,12 +111,12 @@ impl DataDir {
         self.0.join("start.lock")
     }
 
-    /// What the daemon says when it runs in the background.
+    /// The output of a daemon in the background.
     pub fn daemon_log(&self) -> PathBuf {
         self.0.join("daemon.log")
     }
 
-    /// What opencode says.
+    /// The output of opencode.
     pub fn opencode_log(&self) -> PathBuf {
         self.0.join("opencode.log")
     }
@@ -105,19 +134,34 @@ pub fn home() -> Result<PathBuf> {
         .ok_or_else(|| Error::usage("no home directory: set HOME, or use --data-dir"))
 }
 
-/// `path` against the working directory, `~` and `~/…` against the home directory; lexically,
-/// without asking the disk.
+/// Makes a path absolute: against the home directory when it is `~` or starts with `~/`, else against
+/// the working directory. Purely lexical, without a look at the disk.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
     if let Ok(rest) = path.strip_prefix("~") {
-        // Joining nothing would leave a slash at the end.
+        // Joining an empty path would leave a slash at the end.
         return Ok(if rest.as_os_str().is_empty() { home()? } else { home()?.join(rest) });
     }
     std::path::absolute(path).map_err(|e| Error::io("make absolute the path", path, e))
 }
 
-/// Opens a file of the data directory: never through a symbolic link, and 0600.
+/// Whether nothing exists at a path, by the error of a look at it.
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Creates a directory with mode 0700 whatever the umask; one that exists stays as it is.
+pub fn create_private(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        // By path: under umask 777 not even its owner can open the new directory.
+        Ok(()) => fs::set_permissions(path, Permissions::from_mode(0o700)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Opens a file of the data directory: never through a symbolic link, and with mode 0600.
 pub fn open_private(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    // NONBLOCK: a planted FIFO must not hold us up. It means nothing for a regular file.
+    // NONBLOCK: a planted FIFO must not block the open. For a regular file it means nothing.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = options.mode(0o600).custom_flags(flags.bits() as i32).open(path)?;
     let metadata = file.metadata()?;

@@ -80,8 +80,10 @@ fn run_daemon(invocation: &Invocation, detached: bool) -> Result<()> {
 fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
     // Only for commands that need it: help does not fail without a home directory.
     let client = || -> Result<Client> {
+        let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
+        data_dir.check_owner()?;
         Ok(Client {
-            data_dir: DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?,
+            data_dir,
             deadline: Instant::now() + invocation.timeout,
             autostart: invocation.autostart.then(|| absolute_options(&invocation.daemon)).transpose()?,
         })

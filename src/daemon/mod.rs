@@ -18,10 +18,10 @@ mod instances;
 mod router;
 mod supervisor;
 
-use std::fs::{DirBuilder, OpenOptions, Permissions};
+use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -42,7 +42,7 @@ use crate::http::basic;
 use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
-use crate::paths::DataDir;
+use crate::paths::{DataDir, create_private};
 use crate::state::{Auth, DaemonRecord, State, Store};
 use crate::system::{limits, process};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
@@ -174,10 +174,7 @@ fn tell_starter(outcome: std::result::Result<(), &Error>) {
 fn prepare(data_dir: &DataDir) -> Result<()> {
     data_dir.create()?;
     let cwd = data_dir.opencode_cwd();
-    match DirBuilder::new().mode(0o700).create(&cwd) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &cwd, e)),
-        _ => {}
-    }
+    create_private(&cwd).map_err(|e| Error::io("create", &cwd, e))?;
     // Through a descriptor, and not through a link that was planted there.
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
     OpenOptions::new()

@@ -355,6 +355,21 @@ fn modes_are_right_under_any_umask() {
     }
 }
 
+/// Under umask 777 a directory is useless to its owner, unless it gets a mode of its own.
+#[test]
+fn every_directory_that_is_made_can_be_used() {
+    let mut host = Host::unprivileged();
+    host.unset("OPENWORK_DATA_DIR");
+    let data = host.home().join(".local/share/openwork");
+    host.data_is(data.clone());
+    host.openwork(["state", "repair"]).after("umask 777").ok();
+    for directory in data.ancestors().take_while(|directory| *directory != host.home()) {
+        assert_eq!(mode(directory), 0o700, "{}", directory.display());
+    }
+    assert_eq!(mode(&data.join("daemon.lock")), 0o600);
+    host.add(host.project("p"));
+}
+
 #[test]
 fn a_directory_of_ours_is_narrowed() {
     let host = Host::new();
@@ -369,7 +384,10 @@ fn a_directory_of_another_is_refused() {
     let host = Host::unprivileged();
     host.exercises(["code permission_denied", "option --data-dir"]);
     host.openwork(["daemon", "start", "--data-dir", "/usr"]).fails(1, "permission_denied");
-    host.openwork(["workspace", "add", "/", "--data-dir", "/usr"]).fails(1, "permission_denied");
+    for args in [&["workspace", "add", "/"][..], &["workspace", "list"], &["status"], &["logs"], &["daemon", "stop"]] {
+        let error = host.openwork([args, &["--data-dir", "/usr"]].concat()).fails(1, "permission_denied");
+        assert!(error["message"].as_str().unwrap().contains("another user"), "{error}");
+    }
 }
 
 /// What takes two users: root, and an account without rights.
@@ -389,6 +407,20 @@ mod as_root {
         host.openwork(["workspace", "add", "/"]).fails(1, "permission_denied");
         assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
         assert_eq!(mode(&host.data()), 0o777);
+    }
+
+    /// sudo, which keeps HOME.
+    #[test]
+    #[ignore = "needs root, to make a directory of another user"]
+    fn root_makes_nothing_in_the_home_of_another() {
+        let mut host = Host::new();
+        host.unset("OPENWORK_DATA_DIR");
+        chown(host.home(), Some(NOBODY), Some(NOBODY)).unwrap();
+        for args in [&["daemon", "start"][..], &["daemon"], &["workspace", "add", "/"], &["state", "repair"]] {
+            host.openwork(args).fails(1, "permission_denied");
+        }
+        host.openwork(["workspace", "list"]).ok();
+        assert_eq!(fs::read_dir(host.home()).unwrap().count(), 0);
     }
 
     #[test]
