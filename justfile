@@ -12,9 +12,7 @@ demo:
 
 # Run the tests: against a fake opencode, then against the real one
 test:
-    cargo test --locked
-    opencode=$(scripts/opencode.sh {{ opencode }}) && sdk=$(scripts/sdk.sh {{ opencode }}) && \
-        OPENWORK_TEST_OPENCODE="$opencode" OPENWORK_TEST_SDK="$sdk" cargo test --locked --test real
+    scripts/test.sh {{ opencode }}
 
 # Format and lint, warnings denied
 lint:

@@ -95,45 +95,6 @@ impl Drop for Script {
     }
 }
 
-// --- The SDK ---
-
-#[test]
-fn the_sdk_has_one_url_per_workspace() {
-    let sdk = std::env::var_os("OPENWORK_TEST_SDK").map(PathBuf::from);
-    let sdk = sdk.expect("OPENWORK_TEST_SDK is to name where @opencode-ai/sdk is; `just test` installs it");
-    let modules = sdk.join("node_modules");
-    assert!(modules.join("@opencode-ai/sdk").is_dir(), "there is no SDK in {}", modules.display());
-    let host = real();
-    symlink(modules, host.path("node_modules")).unwrap();
-    let (a, b) = (repository(&host, "A"), repository(&host, "B"));
-    host.openwork(["daemon", "start"]).ok();
-    let urls = [&a, &b].map(|project| format!("http://127.0.0.1:{}/w/{}", host.port(), host.add(project)));
-    let mut script = Script::start(
-        &host,
-        "sdk.mjs",
-        &[],
-        &[
-            ("URL_A", &urls[0]),
-            ("URL_B", &urls[1]),
-            ("DIRECTORY_A", a.to_str().unwrap()),
-            ("DIRECTORY_B", b.to_str().unwrap()),
-            ("CREDENTIALS", &host.credentials()),
-        ],
-    );
-    assert_eq!(script.line()["step"], "paths");
-    assert_eq!(script.line()["step"], "streams");
-    let before = host.opencode_pid();
-    kill(before, Signal::KILL);
-    script.tell();
-    let again = script.line();
-    assert_eq!(again["step"], "again");
-    // It was no end that the SDK takes for the end of all events.
-    for workspace in ["a", "b"] {
-        assert!(!again["errors"][workspace].as_array().unwrap().is_empty(), "{again}");
-    }
-    assert_ne!(host.opencode_pid(), before);
-}
-
 // --- A terminal ---
 
 /// A client of a terminal of opencode (RFC 6455).
@@ -263,32 +224,6 @@ fn a_terminal_of_a_web_page_has_a_ticket() {
 }
 
 #[test]
-fn a_list_is_of_its_workspace() {
-    let host = real();
-    host.openwork(["daemon", "start"]).ok();
-    // Directories without a repository are one project to OpenCode.
-    let ids = ["p", "with space", "%41", "100%", "A"].map(|name| {
-        let project = host.project(name);
-        let id = host.add(&project);
-        let made = host.routed("POST", &format!("/w/{id}/session")).json(json!({})).send().json();
-        assert_eq!(made["directory"], project.to_str().unwrap());
-        (id, project)
-    });
-    for (id, project) in &ids {
-        for list in ["/session", "/experimental/session"] {
-            // Whatever it is that the client takes for the directory.
-            let list = host.routed("GET", &format!("/w/{id}{list}?limit=50&directory=%2Felsewhere")).send().json();
-            let directories = list.as_array().unwrap().iter().map(|session| session["directory"].as_str().unwrap());
-            assert_eq!(directories.collect::<Vec<_>>(), [project.to_str().unwrap()]);
-        }
-        let list = host.routed("GET", &format!("/w/{id}/api/session?directory=%2Felsewhere")).send().json();
-        let sessions = list["data"].as_array().unwrap().iter();
-        let directories = sessions.map(|session| session["location"]["directory"].as_str().unwrap());
-        assert_eq!(directories.collect::<Vec<_>>(), [project.to_str().unwrap()]);
-    }
-}
-
-#[test]
 fn what_is_large_comes_whole() {
     let host = real();
     host.openwork(["daemon", "start"]).ok();
@@ -388,53 +323,6 @@ impl Provided {
 }
 
 #[test]
-fn the_idle_one_is_disposed_and_the_running_one_is_not() {
-    let provided = Provided::new();
-    let host = &provided.host;
-    provided.start(&[]);
-    let (a, b, c) = (repository(host, "A"), repository(host, "B"), repository(host, "C"));
-    for project in [&a, &b, &c] {
-        host.add(project);
-    }
-    let disposed = RefCell::new(Vec::new());
-    let mut events = host.opencode("GET", "/global/event").events();
-    let mut wait_for_disposal = |project: &Path| {
-        events.find(|event| {
-            let is_disposal = event["payload"]["type"] == "server.instance.disposed";
-            if is_disposal {
-                disposed.borrow_mut().push(PathBuf::from(event["directory"].as_str().unwrap()));
-            }
-            is_disposal && disposed.borrow().last().is_some_and(|last| last == project)
-        })
-    };
-
-    // The first turn in a new home may take its time to begin; opencode stays, and goes on with it.
-    let session = provided.hold("A");
-    host.openwork(["daemon", "restart", "--idle-ttl", "5s"]).ok();
-    assert_eq!(state(host, "A"), "busy");
-    host.openwork(["instance", "dispose", "A"]).fails(1, "instance_busy");
-    for _ in 0..2 {
-        path(host, &["B"]);
-        wait_for_disposal(&b).expect("the stream to stay open");
-        wait_for("it to be said", || state(host, "B") == "cold");
-        assert_eq!([state(host, "A"), state(host, "C")], ["busy", "cold"]);
-    }
-    // By the second time, A was due.
-    assert_eq!(*disposed.borrow(), [b.as_path(), &b]);
-
-    // The turn ends well, and A's turn comes.
-    provided.release();
-    wait_for_disposal(&a).expect("the stream to stay open");
-    assert_eq!(*disposed.borrow(), [b.as_path(), &b, &a]);
-    wait_for("it to be said", || state(host, "A") == "cold");
-    wait_for("opencode to have logged it", || provided.loaded().len() >= 2);
-    let messages = host.openwork(["api", "A", &format!("/session/{session}/message")]).ok();
-    assert!(messages.stdout.contains("you said: hold it"), "{messages:?}");
-    host.openwork(["daemon", "stop"]).ok();
-    assert_eq!(provided.loaded(), BTreeSet::from([a, b]));
-}
-
-#[test]
 fn a_busy_instance_is_disposed_by_force() {
     let provided = Provided::new();
     let host = &provided.host;
@@ -467,27 +355,6 @@ fn an_answer_comes_through_when_its_turn_has_ended() {
         let reply = turn.join().unwrap();
         assert!(reply.status == 200 && String::from_utf8_lossy(&reply.body).contains("you said: hold on"), "{reply:?}");
     });
-}
-
-#[test]
-fn run_is_opencode_run_in_the_workspace() {
-    let provided = Provided::new();
-    let host = &provided.host;
-    provided.start(&[]);
-    let (a, b) = (repository(host, "A"), repository(host, "B"));
-    host.add(&a);
-    host.add(&b);
-    let pid = host.opencode_pid();
-    // It colours what it says of its progress, with or without a terminal.
-    let run = |words: &[&str]| host.openwork(["run", "B", "--"].iter().chain(words)).after("exec 2>\"$HOME/progress\"");
-    let output = run(&["hello", "there"]).ok();
-    assert_eq!(output.stdout.trim(), "you said: hello there");
-    let sessions = host.openwork(["api", "B", "/session"]).ok();
-    let sessions: Value = serde_json::from_str(&sessions.stdout).unwrap();
-    assert_eq!((sessions.as_array().unwrap().len(), &sessions[0]["directory"]), (1, &json!(b)));
-    // Its own exit status.
-    run(&["--model", "no/such", "hello"]).exits(1);
-    assert_eq!(host.opencode_pid(), pid);
 }
 
 /// A terminal 200 columns wide, which is closed when this is dropped.
@@ -534,7 +401,7 @@ mod with_tmux {
     use super::*;
 
     #[test]
-    #[ignore = "needs tmux, for a terminal that shows a screen"]
+    #[ignore = "needs tmux, for a terminal that shows a screen, and git"]
     fn attach_is_the_tui_in_the_workspace() {
         let provided = Provided::new();
         let host = &provided.host;
@@ -565,18 +432,165 @@ mod with_tmux {
     }
 }
 
-#[test]
-fn what_env_says_is_all_that_curl_needs() {
-    let host = real();
-    let (a, b) = (host.project("A"), host.project("it's B"));
-    host.add(&a);
-    host.add(&b);
-    host.openwork(["daemon", "start"]).ok();
-    let curl = "eval \"$(\"$0\" \"$@\")\"\n\
-                exec curl -sS --fail -u \"$OPENCODE_SERVER_USERNAME:$OPENCODE_SERVER_PASSWORD\" \"$OPENCODE_BASE_URL/path\"";
-    for project in [&a, &b] {
-        let output = host.openwork(["env", project.to_str().unwrap()]).after(curl).ok();
-        let path: Value = serde_json::from_str(&output.stdout).unwrap();
-        assert_eq!(path["directory"], project.to_str().unwrap());
+/// What takes a repository: OpenCode shows the projects that are one.
+mod with_git {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs git, for a repository"]
+    fn the_sdk_has_one_url_per_workspace() {
+        let sdk = std::env::var_os("OPENWORK_TEST_SDK").map(PathBuf::from);
+        let sdk = sdk.expect("OPENWORK_TEST_SDK is to name where @opencode-ai/sdk is; `just test` installs it");
+        let modules = sdk.join("node_modules");
+        assert!(modules.join("@opencode-ai/sdk").is_dir(), "there is no SDK in {}", modules.display());
+        let host = real();
+        symlink(modules, host.path("node_modules")).unwrap();
+        let (a, b) = (repository(&host, "A"), repository(&host, "B"));
+        host.openwork(["daemon", "start"]).ok();
+        let urls = [&a, &b].map(|project| format!("http://127.0.0.1:{}/w/{}", host.port(), host.add(project)));
+        let mut script = Script::start(
+            &host,
+            "sdk.mjs",
+            &[],
+            &[
+                ("URL_A", &urls[0]),
+                ("URL_B", &urls[1]),
+                ("DIRECTORY_A", a.to_str().unwrap()),
+                ("DIRECTORY_B", b.to_str().unwrap()),
+                ("CREDENTIALS", &host.credentials()),
+            ],
+        );
+        assert_eq!(script.line()["step"], "paths");
+        assert_eq!(script.line()["step"], "streams");
+        let before = host.opencode_pid();
+        kill(before, Signal::KILL);
+        script.tell();
+        let again = script.line();
+        assert_eq!(again["step"], "again");
+        // It was no end that the SDK takes for the end of all events.
+        for workspace in ["a", "b"] {
+            assert!(!again["errors"][workspace].as_array().unwrap().is_empty(), "{again}");
+        }
+        assert_ne!(host.opencode_pid(), before);
+    }
+
+    #[test]
+    #[ignore = "needs git, for a repository"]
+    fn a_list_is_of_its_workspace() {
+        let host = real();
+        host.openwork(["daemon", "start"]).ok();
+        // Directories without a repository are one project to OpenCode.
+        let ids = ["p", "with space", "%41", "100%", "A"].map(|name| {
+            let project = host.project(name);
+            let id = host.add(&project);
+            let made = host.routed("POST", &format!("/w/{id}/session")).json(json!({})).send().json();
+            assert_eq!(made["directory"], project.to_str().unwrap());
+            (id, project)
+        });
+        for (id, project) in &ids {
+            for list in ["/session", "/experimental/session"] {
+                // Whatever it is that the client takes for the directory.
+                let list = host.routed("GET", &format!("/w/{id}{list}?limit=50&directory=%2Felsewhere")).send().json();
+                let directories = list.as_array().unwrap().iter().map(|session| session["directory"].as_str().unwrap());
+                assert_eq!(directories.collect::<Vec<_>>(), [project.to_str().unwrap()]);
+            }
+            let list = host.routed("GET", &format!("/w/{id}/api/session?directory=%2Felsewhere")).send().json();
+            let sessions = list["data"].as_array().unwrap().iter();
+            let directories = sessions.map(|session| session["location"]["directory"].as_str().unwrap());
+            assert_eq!(directories.collect::<Vec<_>>(), [project.to_str().unwrap()]);
+        }
+    }
+
+    #[test]
+    #[ignore = "needs git, for a repository"]
+    fn the_idle_one_is_disposed_and_the_running_one_is_not() {
+        let provided = Provided::new();
+        let host = &provided.host;
+        provided.start(&[]);
+        let (a, b, c) = (repository(host, "A"), repository(host, "B"), repository(host, "C"));
+        for project in [&a, &b, &c] {
+            host.add(project);
+        }
+        let disposed = RefCell::new(Vec::new());
+        let mut events = host.opencode("GET", "/global/event").events();
+        let mut wait_for_disposal = |project: &Path| {
+            events.find(|event| {
+                let is_disposal = event["payload"]["type"] == "server.instance.disposed";
+                if is_disposal {
+                    disposed.borrow_mut().push(PathBuf::from(event["directory"].as_str().unwrap()));
+                }
+                is_disposal && disposed.borrow().last().is_some_and(|last| last == project)
+            })
+        };
+
+        // The first turn in a new home may take its time to begin; opencode stays, and goes on with it.
+        let session = provided.hold("A");
+        host.openwork(["daemon", "restart", "--idle-ttl", "5s"]).ok();
+        assert_eq!(state(host, "A"), "busy");
+        host.openwork(["instance", "dispose", "A"]).fails(1, "instance_busy");
+        for _ in 0..2 {
+            path(host, &["B"]);
+            wait_for_disposal(&b).expect("the stream to stay open");
+            wait_for("it to be said", || state(host, "B") == "cold");
+            assert_eq!([state(host, "A"), state(host, "C")], ["busy", "cold"]);
+        }
+        // By the second time, A was due.
+        assert_eq!(*disposed.borrow(), [b.as_path(), &b]);
+
+        // The turn ends well, and A's turn comes.
+        provided.release();
+        wait_for_disposal(&a).expect("the stream to stay open");
+        assert_eq!(*disposed.borrow(), [b.as_path(), &b, &a]);
+        wait_for("it to be said", || state(host, "A") == "cold");
+        wait_for("opencode to have logged it", || provided.loaded().len() >= 2);
+        let messages = host.openwork(["api", "A", &format!("/session/{session}/message")]).ok();
+        assert!(messages.stdout.contains("you said: hold it"), "{messages:?}");
+        host.openwork(["daemon", "stop"]).ok();
+        assert_eq!(provided.loaded(), BTreeSet::from([a, b]));
+    }
+
+    #[test]
+    #[ignore = "needs git, for a repository"]
+    fn run_is_opencode_run_in_the_workspace() {
+        let provided = Provided::new();
+        let host = &provided.host;
+        provided.start(&[]);
+        let (a, b) = (repository(host, "A"), repository(host, "B"));
+        host.add(&a);
+        host.add(&b);
+        let pid = host.opencode_pid();
+        // It colours what it says of its progress, with or without a terminal.
+        let run =
+            |words: &[&str]| host.openwork(["run", "B", "--"].iter().chain(words)).after("exec 2>\"$HOME/progress\"");
+        let output = run(&["hello", "there"]).ok();
+        assert_eq!(output.stdout.trim(), "you said: hello there");
+        let sessions = host.openwork(["api", "B", "/session"]).ok();
+        let sessions: Value = serde_json::from_str(&sessions.stdout).unwrap();
+        assert_eq!((sessions.as_array().unwrap().len(), &sessions[0]["directory"]), (1, &json!(b)));
+        // Its own exit status.
+        run(&["--model", "no/such", "hello"]).exits(1);
+        assert_eq!(host.opencode_pid(), pid);
+    }
+}
+
+/// What takes another HTTP client.
+mod with_curl {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs curl"]
+    fn what_env_says_is_all_that_curl_needs() {
+        let host = real();
+        let (a, b) = (host.project("A"), host.project("it's B"));
+        host.add(&a);
+        host.add(&b);
+        host.openwork(["daemon", "start"]).ok();
+        let curl = "eval \"$(\"$0\" \"$@\")\"\n\
+                    exec curl -sS --fail -u \"$OPENCODE_SERVER_USERNAME:$OPENCODE_SERVER_PASSWORD\" \"$OPENCODE_BASE_URL/path\"";
+        for project in [&a, &b] {
+            let output = host.openwork(["env", project.to_str().unwrap()]).after(curl).ok();
+            let path: Value = serde_json::from_str(&output.stdout).unwrap();
+            assert_eq!(path["directory"], project.to_str().unwrap());
+        }
     }
 }

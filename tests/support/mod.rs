@@ -8,7 +8,8 @@
 //!
 //! A test that some machines cannot run is ignored with the reason; it never returns early. Such
 //! tests stand in a module named after what they need, by which `scripts/test.sh` runs them where
-//! the need is met: `as_root` (becomes another user), `with_script`, `with_tmux`.
+//! the need is met: `as_root`, which becomes another user, `with_script`, `with_git`, `with_curl`,
+//! `with_tmux`.
 
 pub mod exercised;
 pub mod http;
@@ -17,7 +18,7 @@ pub mod processes;
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
 use self::exercised::{Exercised, Failure};
@@ -834,7 +836,14 @@ pub fn fake_opencode() -> &'static Path {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/fake_opencode.rs");
         let binary = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_opencode");
         let written = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-        if written(&binary) > written(&source) {
+        let is_built = || written(&binary) > written(&source);
+        if is_built() {
+            return binary;
+        }
+        // Where each test is a process of its own, one of them compiles it and the others wait.
+        let lock = File::create(binary.with_extension("lock")).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        if is_built() {
             return binary;
         }
         let unfinished = binary.with_extension(std::process::id().to_string());
@@ -845,7 +854,7 @@ pub fn fake_opencode() -> &'static Path {
             .status()
             .expect("running rustc");
         assert!(status.success(), "the fake opencode does not compile");
-        // By a rename, for a run at the same time may be using it.
+        // A rename, since a run at the same time may be using the old one.
         fs::rename(&unfinished, &binary).unwrap();
         binary
     })
