@@ -20,7 +20,7 @@
 //! | `FAKE_FAIL=/path` | 500 on this path |
 //! | `FAKE_CRASH_ON_START=CODE` | prints 30 lines and exits with CODE |
 //! | `FAKE_CRASH_FIRST=N` | the same, with 1, but only at the first N starts |
-//! | `FAKE_EXIT_AFTER_MS` | exits with 3 this long after it listens |
+//! | `FAKE_EXIT_WHEN_READY` | exits with 3 when asked for all events, which openwork does once it is ready |
 //! | `FAKE_IGNORE_TERM` | ignores every TERM |
 //! | `FAKE_SWALLOW_TERM` | ignores the first TERM, as opencode does while it installs a plugin |
 //! | `FAKE_GRANDCHILD` | leaves a `sleep` in a session of its own, as the agent's shells are |
@@ -28,9 +28,11 @@
 //! | `FAKE_CLIENT_EXIT=CODE` | what `attach` and `run` exit with |
 //! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
+//! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen.
+//!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
-//! `requests` (JSON: method, directory, target, authorized), `instances` (`load DIR`,
+//! `requests` (JSON: method, directory, target, authorized), `hangs` (targets that it keeps waiting), `instances` (`load DIR`,
 //! `dispose DIR`), `streams` (`open TARGET`, `close TARGET`), `signals` (`TERM`),
 //! `grandchildren` (pids), and `env-<pid>`, the environment it was started or called with.
 
@@ -185,13 +187,6 @@ fn serve(argv: &[String], settings: Settings) {
         exit(1);
     });
     println!("opencode server listening on http://{hostname}:{port}");
-    if let Some(ms) = settings.number("FAKE_EXIT_AFTER_MS") {
-        thread::spawn(move || {
-            thread::sleep(Duration::from_millis(ms));
-            eprintln!("fake: leaving");
-            exit(3);
-        });
-    }
 
     let password = std::env::var("OPENCODE_SERVER_PASSWORD").ok();
     let username = std::env::var("OPENCODE_SERVER_USERNAME").unwrap_or_else(|_| "opencode".to_owned());
@@ -247,6 +242,9 @@ fn misbehave_before_listening(settings: &Settings) {
     }
     while settings.has("FAKE_NEVER_LISTEN") {
         thread::park();
+    }
+    while settings.file("hold").is_some_and(|path| path.exists()) {
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -438,6 +436,9 @@ impl Server {
         stream.set_nodelay(true)?;
         let mut reader = BufReader::new(stream.try_clone()?);
         while let Some(request) = Request::read(&mut reader)? {
+            if self.settings.is_hanging() {
+                self.settings.record("hangs", &request.target);
+            }
             while self.settings.is_hanging() {
                 thread::sleep(Duration::from_millis(20));
             }
@@ -501,6 +502,7 @@ impl Server {
                 self.dispose_all();
                 ok(stream, JSON, b"true")
             }
+            ("GET", "/global/event") if self.settings.has("FAKE_EXIT_WHEN_READY") => leave(),
             ("GET", "/global/event") => self.events(request, None, stream),
             ("GET", "/event") => self.events(request, Some(directory), stream),
             ("GET", "/path") => {
@@ -550,6 +552,7 @@ impl Server {
                 ok(stream, JSON, b"true")
             }
             ("GET", "/chunked") => chunked_with_trailers(stream),
+            ("POST", "/leave") => leave(),
             (_, "/die-first") => return Ok(Next::Close),
             (_, "/die-mid") => die_mid(stream),
             ("POST", "/stop-listening") => {
@@ -647,6 +650,11 @@ impl Server {
         self.settings.record("streams", &format!("close {}", request.target));
         sent.map(|()| Next::Close)
     }
+}
+
+fn leave() -> ! {
+    eprintln!("fake: leaving");
+    exit(3);
 }
 
 // --- Replies ---

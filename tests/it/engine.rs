@@ -346,7 +346,7 @@ fn one_that_crashes_at_first_is_started_until_it_stays() {
 #[test]
 fn one_that_does_not_stay_is_given_up() {
     let host = Host::new();
-    host.behave("FAKE_EXIT_AFTER_MS=100");
+    host.behave("FAKE_EXIT_WHEN_READY=1");
     host.openwork(["daemon", "start"]).output();
     wait_for("it to be given up", || host.phase() == "failed");
     assert_eq!(host.starts().len(), 6);
@@ -374,13 +374,13 @@ fn a_refused_password_is_final_at_once() {
 fn a_default_port_that_turns_out_taken_is_changed() {
     let mut host = Host::new();
     host.unset("OPENWORK_OPENCODE_PORT");
-    host.behave("FAKE_START_MS=1000");
+    host.hold(true);
     host.add(host.project("p"));
-    // It was free when opencode was started, and is not when opencode wants it.
+    // The port was free when opencode was started, and is taken when opencode wants it.
     wait_for("opencode to be started", || host.starts().len() == 1);
-    host.behave("");
     let port = host.starts()[0]["port"].as_u64().unwrap();
     let _faster = TcpListener::bind(("127.0.0.1", port as u16)).unwrap();
+    host.hold(false);
     host.openwork(["workspace", "path", "p"]).ok();
     assert_eq!(host.starts().len(), 2);
     assert_ne!(host.health()["opencode"]["port"], port);
@@ -391,14 +391,16 @@ fn a_default_port_that_turns_out_taken_is_changed() {
 #[test]
 fn a_slow_start_is_waited_for_until_the_deadline() {
     let host = Host::new();
-    host.behave("FAKE_START_MS=4000");
+    host.hold(true);
     host.add(host.project("p"));
     host.openwork(["workspace", "path", "p", "--timeout", "1"]).fails(5, "opencode_timeout");
     let in_a_hurry = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "1");
     in_a_hurry.fails(504, "opencode_timeout");
     assert_eq!(host.phase(), "starting");
 
-    host.openwork(["workspace", "path", "p"]).ok();
+    let waiting = host.openwork(["workspace", "path", "p"]).spawn();
+    host.hold(false);
+    assert!(waiting.wait().status.success());
     assert_eq!(host.starts().len(), 1);
 }
 
@@ -506,11 +508,9 @@ fn its_exit_is_seen_without_a_request() {
 #[test]
 fn one_that_leaves_by_itself_is_back() {
     let host = Host::new();
-    host.behave("FAKE_EXIT_AFTER_MS=1500");
-    host.openwork(["daemon", "start"]).ok();
-    host.behave("");
-    wait_for("the next one", || host.starts().len() >= 2);
     host.add(host.project("p"));
+    host.opencode("POST", "/leave").try_send();
+    wait_for("the next one", || host.starts().len() == 2);
     host.openwork(["workspace", "path", "p"]).ok();
 }
 
@@ -582,11 +582,14 @@ fn those_who_wait_for_it_are_told_of_a_stop() {
     host.behave("FAKE_NEVER_LISTEN=1");
     host.openwork(["daemon", "start", "--timeout", "1"]).fails(5, "opencode_timeout");
     host.add(host.project("p"));
-    let idle = sockets(host.port(), ESTABLISHED).len();
+    // A connection that is closing would be counted below.
+    wait_for("earlier connections to be gone", || sockets(host.port(), ESTABLISHED).is_empty());
     let waiting = host.openwork(["workspace", "path", "p", "--json"]).spawn();
     thread::scope(|scope| {
         let asking = scope.spawn(|| host.http("GET", "/workspaces/p/path").fails(503, "opencode_unavailable"));
-        wait_for("both to be waiting", || sockets(host.port(), ESTABLISHED).len() == idle + 2);
+        // Both requests have been sent, and read.
+        let read = || sockets(host.port(), ESTABLISHED).into_iter().filter(|(_, received)| *received == 0).count();
+        wait_for("both to be waiting", || read() == 2);
         host.openwork(["daemon", "stop"]).ok();
         asking.join().unwrap();
     });

@@ -358,6 +358,12 @@ impl Host {
         if hangs { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
     }
 
+    /// While it is held, a start does not begin to listen.
+    pub fn hold(&self, holds: bool) {
+        let file = self.path("fake/hold");
+        if holds { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
+    }
+
     /// The directories in which it says a session is running.
     pub fn busy(&self, directories: &[&Path]) {
         let lines: String = directories.iter().map(|path| format!("{}\n", path.display())).collect();
@@ -430,7 +436,9 @@ impl Host {
 
     /// Ends all that runs here. Returns what `daemon stop` should have ended and has not.
     fn clean_up(&self) -> Vec<String> {
-        let _ = fs::remove_file(self.path("fake/hang"));
+        for name in ["fake/hang", "fake/hold"] {
+            let _ = fs::remove_file(self.path(name));
+        }
         let running = self.recorded_processes();
         for pid in &running {
             kill(*pid, Signal::CONT);
