@@ -600,7 +600,9 @@ impl Daemon<'_> {
     fn start(host: &Host) -> Daemon<'_> {
         run(&mut host.openwork(["daemon", "start"]));
         let lock = fs::read_to_string(host.path("data/daemon.lock")).expect("a lock file");
-        let (pid, port) = lock.trim_end().split_once(' ').expect("a process id and a port");
+        let [pid, port, ..] = lock.split_whitespace().collect::<Vec<_>>()[..] else {
+            panic!("no pid and port: {lock}")
+        };
         Daemon { host, pid: pid.parse().expect("a process id"), port: port.parse().expect("a port") }
     }
 

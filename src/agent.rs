@@ -141,6 +141,12 @@ pub fn is_timeout(e: &ureq::Error) -> bool {
     }
 }
 
+/// The same of reading a body.
+pub fn is_io_timeout(e: &io::Error) -> bool {
+    let inner = e.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>());
+    e.kind() == io::ErrorKind::TimedOut || inner.is_some_and(is_timeout)
+}
+
 /// Proves each connection before anything is written to it; stands behind ureq's TCP connector.
 #[derive(Debug)]
 struct Proof(Listener);

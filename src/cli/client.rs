@@ -1,24 +1,31 @@
 //! Finds the daemon, starts it when there is none, and asks it.
 //!
-//! Invariant: an address is trusted only if it stands in `daemon.lock` and that lock is held: a
-//! port that a dead daemon had may be anybody's.
+//! Invariant: nothing is sent to a port before the listening socket there is known to be held by the
+//! process that `daemon.lock` names, which holds that file open and runs under our own user; each
+//! connection is then proven to lead to that socket (`agent`). A port that a dead daemon had may be
+//! anybody's, and so is the port of a daemon in another container or on another machine.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use ureq::Body;
+use ureq::http::Response;
 
 use super::DETACHED_COMMAND;
 use super::output::Waiting;
+use crate::agent::{self, Limit, Listener};
 use crate::error::{Code, Error, Result};
-use crate::http::{Request, Response, Timed};
+use crate::http::{self, Request, Timed};
 use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
-use crate::system::wait;
+use crate::system::{process, socket, wait};
 use crate::wire::{Done, Failure, TIMEOUT_HEADER, from_json};
 use crate::{lock, log};
 
@@ -30,23 +37,29 @@ const GRACE: Duration = Duration::from_secs(1);
 /// How long a daemon that holds the lock may refuse connections: it is on its way out.
 const LEAVING: Duration = Duration::from_secs(2);
 /// The largest reply: the list of a million workspaces.
-const REPLY_LIMIT: usize = 512 * 1024 * 1024;
+const REPLY_LIMIT: u64 = 512 * 1024 * 1024;
+/// The largest error object. Bytes.
+const FAILURE_LIMIT: u64 = 1024 * 1024;
+/// How long a command waits for what the state file says too.
+const SOON: Duration = Duration::from_millis(250);
 /// How much of its log is told when a daemon ends without a word. Lines.
 const LAST_LINES: usize = 10;
 
 /// A running daemon.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Address {
     /// Process id.
     pub pid: u32,
     /// On 127.0.0.1.
     pub port: u16,
+    /// The listening socket there, proven to be the daemon's.
+    listener: Listener,
 }
 
 /// Who holds the lock.
 enum Holder {
-    /// One that does not listen yet.
-    Starting,
+    /// A process that does not listen yet, or any more.
+    Unreachable,
     Listening(Address),
 }
 
@@ -64,15 +77,16 @@ impl Client {
     /// The daemon that runs; one that is about to listen is waited for.
     ///
     /// # Errors
-    /// `daemon_unresponsive` when it does not come to listen before the deadline.
+    /// `daemon_elsewhere`; `daemon_unresponsive` when it does not listen before the deadline.
     pub fn find(&self) -> Result<Option<Address>> {
         loop {
             match self.holder()? {
                 None => return Ok(None),
                 Some(Holder::Listening(address)) => return Ok(Some(address)),
-                Some(Holder::Starting) if Instant::now() < self.deadline => std::thread::sleep(LOOK_INTERVAL),
-                Some(Holder::Starting) => {
-                    return Err(Error::DaemonUnresponsive("it is starting, and does not listen yet".to_owned()));
+                Some(Holder::Unreachable) if Instant::now() < self.deadline => std::thread::sleep(LOOK_INTERVAL),
+                Some(Holder::Unreachable) => {
+                    let why = "a process holds daemon.lock, and no port is proven to be its own";
+                    return Err(Error::DaemonUnresponsive(why.to_owned()));
                 }
             }
         }
@@ -84,13 +98,21 @@ impl Client {
         let Some(mut file) = lock::if_held(&path)? else { return Ok(None) };
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(|e| Error::io("read", &path, e))?;
-        // `<pid> <port>`; empty until it listens.
-        let mut numbers = text.split_whitespace();
-        let pid = numbers.next().and_then(|pid| pid.parse().ok());
-        let port = numbers.next().and_then(|port| port.parse().ok());
-        Ok(Some(match (pid, port, text.ends_with('\n')) {
-            (Some(pid), Some(port), true) => Holder::Listening(Address { pid, port }),
-            _ => Holder::Starting,
+        // `<pid> <port> <place>`; empty until the daemon listens. Version 0.1.0 wrote no place.
+        let Some(line) = text.strip_suffix('\n') else { return Ok(Some(Holder::Unreachable)) };
+        let mut words = line.split(' ');
+        let numbers = (|| Some((words.next()?.parse::<u32>().ok()?, words.next()?.parse::<u16>().ok()?)))();
+        let Some((pid, port)) = numbers else { return Ok(Some(Holder::Unreachable)) };
+        if let (Some(place), Ok(here)) = (words.next(), process::place()) {
+            if place != here {
+                return Err(Error::DaemonElsewhere(format!("{} is held", path.display())));
+            }
+        }
+        let listener = prove(pid, port, &file).map_err(|e| Error::io("look at the daemon that holds", &path, e))?;
+        Ok(Some(match listener {
+            Some(listener) => Holder::Listening(Address { pid, port, listener }),
+            // The text of a daemon before this holder, or one that is just ending.
+            None => Holder::Unreachable,
         }))
     }
 
@@ -100,7 +122,7 @@ impl Client {
     /// # Errors
     /// As for [`Client::ensure`].
     pub fn reach(&self) -> Result<Address> {
-        self.with_daemon(|address| self.connect(address).map(|_| address))
+        self.with_daemon(|address| self.connect(address).map(|_| address.clone()))
     }
 
     /// The daemon, started if there is none and that is allowed.
@@ -205,8 +227,22 @@ impl Client {
     /// As for [`Client::read`].
     pub fn read_bytes(&self, target: &str) -> Result<Option<Vec<u8>>> {
         let Some(address) = self.find()? else { return Ok(None) };
-        match self.exchange(address, "GET", target, &[]) {
+        match self.exchange(&address, "GET", target, None, self.deadline) {
             Err(Error::DaemonNotRunning) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// What a daemon says at once, as it came; `None` when no daemon does. The state file has the
+    /// same answer, so a daemon that starts, hangs or is frozen is not waited for.
+    ///
+    /// # Errors
+    /// What the daemon replies.
+    pub fn read_soon(&self, target: &str) -> Result<Option<Vec<u8>>> {
+        let Ok(Some(Holder::Listening(address))) = self.holder() else { return Ok(None) };
+        let deadline = self.deadline.min(Instant::now() + SOON);
+        match self.exchange(&address, "GET", target, None, deadline) {
+            Err(Error::DaemonNotRunning | Error::DaemonUnresponsive(_)) => Ok(None),
             other => other.map(Some),
         }
     }
@@ -215,14 +251,14 @@ impl Client {
     ///
     /// # Errors
     /// Those of [`Client::ensure`] and of what is done.
-    pub fn with_daemon<T>(&self, ask: impl Fn(Address) -> Result<T>) -> Result<T> {
+    pub fn with_daemon<T>(&self, ask: impl Fn(&Address) -> Result<T>) -> Result<T> {
         let address = self.ensure()?;
-        match ask(address) {
-            Err(Error::DaemonNotRunning) if self.autostart.is_some() => ask(self.ensure()?),
+        match ask(&address) {
+            Err(Error::DaemonNotRunning) if self.autostart.is_some() => ask(&self.ensure()?),
             // Its opencode was not to be had since it was stopping. If another has taken its place
             // (a restart), that one's is; but nobody who only waits undoes a stop.
-            Err(e) if e.code() == Code::OpencodeUnavailable && self.is_leaving(address) => match self.find()? {
-                Some(next) => ask(next),
+            Err(e) if e.code() == Code::OpencodeUnavailable && self.is_leaving(&address) => match self.find()? {
+                Some(next) => ask(&next),
                 None => Err(e),
             },
             other => other,
@@ -235,23 +271,34 @@ impl Client {
     /// What the daemon replies; `daemon_unresponsive`; `daemon_not_running` when it ends instead.
     pub fn ask_at<T: DeserializeOwned>(
         &self,
-        address: Address,
+        address: &Address,
         method: &str,
         target: &str,
         body: &impl Serialize,
     ) -> Result<T> {
-        let body = if method == "GET" || method == "DELETE" { Vec::new() } else { to_json(body)? };
-        decode(&self.exchange(address, method, target, &body)?)
+        let body = if method == "GET" || method == "DELETE" { None } else { Some(to_json(body)?) };
+        decode(&self.exchange(address, method, target, body.as_deref(), self.deadline)?)
     }
 
     /// Sends a request; the reply, if it is no error.
-    fn exchange(&self, address: Address, method: &str, target: &str, body: &[u8]) -> Result<Vec<u8>> {
-        let length = body.len().to_string();
-        let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
-        let response =
-            self.open(address, method, target, &headers, Some(self.deadline), |stream| Ok(stream.write_all(body)))?;
-        let status = response.status;
-        let reply = response.bytes(REPLY_LIMIT).map_err(|e| self.lost(address, &e))?;
+    fn exchange(
+        &self,
+        address: &Address,
+        method: &str,
+        target: &str,
+        body: Option<&[u8]>,
+        deadline: Instant,
+    ) -> Result<Vec<u8>> {
+        let timeout = seconds_until(deadline);
+        let mut headers = vec![(TIMEOUT_HEADER, timeout.as_str())];
+        headers.extend(body.map(|_| ("Content-Type", "application/json")));
+        // The daemon says itself what it has waited for in vain; a command that wants an answer
+        // soon does without.
+        let grace = if deadline < self.deadline { Duration::ZERO } else { GRACE };
+        let mut response = self.call(address, (method, target), &headers, body, Limit::Whole(deadline + grace))?;
+        let status = response.status().as_u16();
+        let reply = response.body_mut().with_config().limit(REPLY_LIMIT).read_to_vec();
+        let reply = reply.map_err(|e| self.failed(address, e))?;
         // `/health` is 503, with its usual body, while opencode is not ready.
         let is_health = target == "/health" && status == 503 && decode::<Failure>(&reply).is_err();
         if (200..300).contains(&status) || is_health {
@@ -260,39 +307,81 @@ impl Client {
         Err(failure(status, &reply))
     }
 
-    /// Sends a request; the reply with its head read, which the deadline is for, if there is one.
+    fn call(
+        &self,
+        address: &Address,
+        request: (&str, &str),
+        headers: &[(&str, &str)],
+        body: Option<&[u8]>,
+        limit: Limit,
+    ) -> Result<Response<Body>> {
+        let listener = &address.listener;
+        agent::call(&listener.agent(), listener.address, request, headers, body, limit)
+            .map_err(|e| self.failed(address, e))
+    }
+
+    /// Opens the stream of the daemon's events, which ends with the command's deadline if `ends`.
+    /// A read at the end of that time fails with `TimedOut`.
+    ///
+    /// # Errors
+    /// What the daemon replies; `daemon_unresponsive`; `daemon_not_running` when it ends instead.
+    pub fn events(&self, ends: bool) -> Result<impl Read + use<>> {
+        let address = self.reach()?;
+        let timeout = seconds_until(self.deadline);
+        let headers = [(TIMEOUT_HEADER, timeout.as_str())];
+        let limit = if ends { Limit::Whole(self.deadline) } else { Limit::Head(self.deadline) };
+        let mut response = self.call(&address, ("GET", "/events"), &headers, None, limit)?;
+        if response.status().as_u16() != 200 {
+            let status = response.status().as_u16();
+            let reply = response.body_mut().with_config().limit(FAILURE_LIMIT).read_to_vec();
+            return Err(failure(status, &reply.map_err(|e| self.failed(&address, e))?));
+        }
+        Ok(response.into_body().into_reader())
+    }
+
+    /// Sends a request of OpenCode's as it is; the reply with its head read, for which the deadline
+    /// is, if there is one.
     ///
     /// # Errors
     /// `daemon_unresponsive`; `daemon_not_running` when it ends instead; those of `write_body`,
     /// which keep a request from being whole.
     pub fn open(
         &self,
-        address: Address,
+        address: &Address,
         method: &str,
         target: &str,
         headers: &[(&str, &str)],
         deadline: Option<Instant>,
         write_body: impl FnOnce(&mut Timed<TcpStream>) -> Result<io::Result<()>>,
-    ) -> Result<Response<Timed<TcpStream>>> {
-        let rest = |deadline: Instant| deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let timeout = deadline.map(|deadline| format!("{:.3}", rest(deadline).as_secs_f64()));
+    ) -> Result<http::Response<Timed<TcpStream>>> {
+        let timeout = deadline.map(seconds_until);
         let mut all = headers.to_vec();
         all.extend(timeout.as_deref().map(|timeout| (TIMEOUT_HEADER, timeout)));
-        let head = Request { method, target, headers: &all }.head(&format!("127.0.0.1:{}", address.port));
+        let head = Request { method, target, headers: &all }.head(&address.listener.address.to_string());
         let mut stream = Timed::new(self.connect(address)?, deadline.map(|deadline| deadline + GRACE));
         let written = match stream.write_all(&head) {
             Ok(()) => write_body(&mut stream)?,
             other => other,
         };
-        match (written, Response::read(stream, method)) {
+        match (written, http::Response::read(stream, method)) {
             // A body that was refused is answered all the same.
             (_, Ok(response)) => Ok(response),
             (Err(e), Err(_)) | (Ok(()), Err(e)) => Err(self.lost(address, &e)),
         }
     }
 
+    /// What it means that a call failed.
+    fn failed(&self, address: &Address, e: ureq::Error) -> Error {
+        let e = match e {
+            e if agent::is_timeout(&e) => io::ErrorKind::TimedOut.into(),
+            ureq::Error::Io(e) => e,
+            e => io::Error::other(e),
+        };
+        self.lost(address, &e)
+    }
+
     /// What a broken connection means.
-    pub fn lost(&self, address: Address, e: &io::Error) -> Error {
+    pub fn lost(&self, address: &Address, e: &io::Error) -> Error {
         match e.kind() != io::ErrorKind::TimedOut && self.is_leaving(address) {
             true => Error::DaemonNotRunning,
             false => Error::DaemonUnresponsive(format!("port {}: {e}", address.port)),
@@ -300,17 +389,14 @@ impl Client {
     }
 
     /// Connects to the daemon.
-    fn connect(&self, address: Address) -> Result<TcpStream> {
-        let socket = SocketAddr::from((Ipv4Addr::LOCALHOST, address.port));
-        let rest = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let stream = TcpStream::connect_timeout(&socket, rest).map_err(|e| self.lost(address, &e))?;
-        let _ = stream.set_nodelay(true);
-        Ok(stream)
+    fn connect(&self, address: &Address) -> Result<TcpStream> {
+        let deadline = self.deadline.max(Instant::now() + Duration::from_millis(1));
+        address.listener.connect(deadline).map_err(|e| self.lost(address, &e))
     }
 
     /// Whether a daemon that no longer answers is on its way out: then its lock is free within a
     /// moment, or another's already.
-    fn is_leaving(&self, address: Address) -> bool {
+    fn is_leaving(&self, address: &Address) -> bool {
         let patience = self.deadline.min(Instant::now() + LEAVING);
         loop {
             match self.holder() {
@@ -338,9 +424,28 @@ impl Client {
     }
 }
 
+/// Whether the process that the lock file names is a daemon of ours: it runs under our own user,
+/// holds the lock file open, and holds the listening socket at the port.
+///
+/// # Errors
+/// When this process lacks a resource for the look.
+fn prove(pid: u32, port: u16, lock: &File) -> io::Result<Option<Listener>> {
+    // Held first, looked at after: what is proven is true of the process behind the pidfd.
+    let Some(process) = process::open(pid).filter(|_| process::is_ours(pid)) else { return Ok(None) };
+    let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+    let socket = socket::listening_with_file(pid, address, lock)?.filter(|_| !wait::has_ended(&process));
+    Ok(socket.map(|socket| Listener { address, socket, process: Arc::new(process) }))
+}
+
+/// The time until a deadline as [`TIMEOUT_HEADER`] says it.
+fn seconds_until(deadline: Instant) -> String {
+    let rest = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    format!("{:.3}", rest.as_secs_f64())
+}
+
 /// What a daemon of ours says.
 pub fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
-    from_json(reply).map_err(|e| Error::DaemonUnresponsive(format!("it answers what is not understood: {e}")))
+    from_json(reply).map_err(|e| Error::DaemonUnresponsive(format!("invalid response: {e}")))
 }
 
 /// The error that a reply of the daemon's is.

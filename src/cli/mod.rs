@@ -22,8 +22,9 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use self::client::{Client, decode, failure, to_json};
+use self::client::{Client, decode, to_json};
 use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
+use crate::agent;
 use crate::args::{self, Command, Invocation};
 use crate::daemon;
 use crate::error::{Code, Error, Result};
@@ -44,8 +45,6 @@ use crate::workspace::{Kind, Workspace, location, looks_like_path};
 pub const DETACHED_COMMAND: &str = "__daemon";
 /// The hidden command by which a shell asks what could stand where the cursor is.
 pub const COMPLETE_COMMAND: &str = "__complete";
-/// The largest error object. Bytes.
-const FAILURE_LIMIT: usize = 1024 * 1024;
 /// The environment variable that names a workspace where none is given.
 const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
 
@@ -249,7 +248,7 @@ fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
 fn start(client: &Client, out: &mut Output) -> Result<()> {
     let asks_for_options = client.autostart.as_ref().is_some_and(|options| !options.is_default());
     let running = client.find()?;
-    if let (Some(address), true) = (running, asks_for_options) {
+    if let (Some(address), true) = (&running, asks_for_options) {
         note(&format!("the daemon already runs, on port {}; `openwork daemon restart` takes options\n", address.port));
     }
     client.ensure()?;
@@ -310,7 +309,7 @@ fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
             None => return Ok(stopped),
         };
         let daemon = process::open(address.pid);
-        match client.ask_at::<Done>(address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
+        match client.ask_at::<Done>(&address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
             Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
             Err(e) => return Err(e),
         }
@@ -423,7 +422,7 @@ struct Rows<'a> {
 }
 
 fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
-    let list = match client.read_bytes("/workspaces")? {
+    let list = match client.read_soon("/workspaces")? {
         Some(list) => list,
         None => {
             let state = State::read(&client.data_dir.state())?;
@@ -547,21 +546,13 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
 /// The events of the daemon, a line each, until it ends, nobody reads, or the time is over, if one
 /// was given.
 fn events(client: &Client, out: &mut Output, timeout_given: bool) -> Result<()> {
-    let address = client.reach()?;
-    let mut response = client.open(address, "GET", "/events", &[], Some(client.deadline), |_| Ok(Ok(())))?;
-    if response.status != 200 {
-        let status = response.status;
-        let reply = response.bytes(FAILURE_LIMIT).map_err(|e| client.lost(address, &e))?;
-        return Err(failure(status, &reply));
-    }
-    response.socket_mut().deadline = timeout_given.then_some(client.deadline);
-    let mut lines = BufReader::new(response);
+    let mut lines = BufReader::new(client.events(timeout_given)?);
     let mut line = Vec::new();
     while !out.is_closed() {
         line.clear();
         match lines.read_until(b'\n', &mut line) {
             Ok(1..) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => return Ok(()),
+            Err(e) if agent::is_io_timeout(&e) => return Ok(()),
             Ok(0) | Err(_) => return Err(Error::DaemonNotRunning),
         }
         if let Some(data) = line.strip_prefix(b"data: ") {
@@ -571,10 +562,10 @@ fn events(client: &Client, out: &mut Output, timeout_given: bool) -> Result<()> 
     Ok(())
 }
 
-/// Reads about one workspace: from the daemon, or without one from the state file.
+/// Reads about one workspace: from the daemon, or from the state file when none answers at once.
 fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
-    match client.read(&format!("/workspaces/{}", percent_encode(selector.as_bytes())))? {
-        Some(reply) => Ok(reply),
+    match client.read_soon(&format!("/workspaces/{}", percent_encode(selector.as_bytes())))? {
+        Some(reply) => decode(&reply),
         None => {
             let state = State::read(&client.data_dir.state())?;
             let workspace = Listed::new(state.find(selector)?);

@@ -75,10 +75,9 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
         // What only reads may be asked again, if the daemon was just ending.
         None if matches!(call.method.as_str(), "GET" | "HEAD") => client
             .with_daemon(|address| client.open(address, &call.method, &target, &headers, deadline, |_| Ok(Ok(()))))?,
-        None => client.open(client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(Ok(())))?,
-        Some(body) => {
-            client.open(client.reach()?, &call.method, &target, &headers, deadline, |stream| send_body(body, stream))?
-        }
+        None => client.open(&client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(Ok(())))?,
+        Some(body) => client
+            .open(&client.reach()?, &call.method, &target, &headers, deadline, |stream| send_body(body, stream))?,
     };
     drop(waiting);
     response.socket_mut().deadline = deadline;
@@ -190,8 +189,8 @@ fn send_body(body: &mut Body, stream: &mut impl Write) -> Result<io::Result<()>>
 /// The local workspace that is meant, and where its URL is.
 fn workspace(client: &Client, selector: Option<&OsStr>) -> Result<(Address, Workspace)> {
     let target = target(client, selector, "")?;
-    let (address, reply) =
-        client.with_daemon(|address| Ok((address, client.ask_at::<WorkspaceReply>(address, "GET", &target, &())?)))?;
+    let (address, reply) = client
+        .with_daemon(|address| Ok((address.clone(), client.ask_at::<WorkspaceReply>(address, "GET", &target, &())?)))?;
     let workspace = Workspace::clone(&reply.workspace.workspace);
     let path = workspace.local_path()?;
     match reply.workspace.missing {
@@ -201,7 +200,7 @@ fn workspace(client: &Client, selector: Option<&OsStr>) -> Result<(Address, Work
 }
 
 /// What an OpenCode client needs to know, by the names of the environment.
-fn variables(client: &Client, address: Address, workspace: &Workspace) -> Result<BTreeMap<&'static str, String>> {
+fn variables(client: &Client, address: &Address, workspace: &Workspace) -> Result<BTreeMap<&'static str, String>> {
     let auth = credentials(client)?;
     // Or the client sends the password to a proxy.
     let mut no_proxy: Vec<String> = Vec::new();
@@ -225,7 +224,7 @@ fn variables(client: &Client, address: Address, workspace: &Workspace) -> Result
     ]))
 }
 
-fn base_url(address: Address, workspace: &Workspace) -> String {
+fn base_url(address: &Address, workspace: &Workspace) -> String {
     format!("http://127.0.0.1:{}/w/{}", address.port, workspace.id)
 }
 
@@ -241,7 +240,7 @@ pub fn env(client: &Client, out: &mut Output, selector: Option<&OsStr>, shell: S
         variables: BTreeMap<&'static str, String>,
     }
     let (address, workspace) = workspace(client, selector)?;
-    let env = Env { ok: true, variables: variables(client, address, &workspace)? };
+    let env = Env { ok: true, variables: variables(client, &address, &workspace)? };
     out.print(&env, |env| {
         let line = |(name, value): (&&str, &String)| match shell {
             Shell::Sh => format!("export {name}='{}'\n", value.replace('\'', "'\\''")),
@@ -272,9 +271,9 @@ fn become_opencode<const N: usize>(
         let (address, workspace) = workspace(client, selector)?;
         let waiting = Waiting::new("opencode");
         // Its binary is known once it is ready.
-        let _: Health = client.ask_at(address, "POST", "/start", &())?;
+        let _: Health = client.ask_at(&address, "POST", "/start", &())?;
         drop(waiting);
-        let variables = variables(client, address, &workspace)?;
+        let variables = variables(client, &address, &workspace)?;
         let binaries = State::read(&client.data_dir.state())?.binaries.unwrap_or_default();
         let binary = binaries.opencode.map(|binary| PathBuf::from(binary.path));
         let binary = binary.ok_or_else(|| Error::OpencodeNotFound("the daemon has not said which".to_owned()))?;
@@ -284,7 +283,7 @@ fn become_opencode<const N: usize>(
         Ok(prepared) => prepared,
         Err(e) => return e,
     };
-    let before = before(base_url(address, &workspace).into(), OsStr::new(&workspace.path).to_owned());
+    let before = before(base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned());
     let error = Command::new(&binary).args(before).args(args).envs(variables).exec();
     Error::io("run", &binary, error)
 }

@@ -226,8 +226,10 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         state.ports.daemon = port;
         Ok(())
     })?;
+    // Where a process lives says whether its pid and port mean anything to who reads them.
+    let place = process::place().map(|place| format!(" {place}")).unwrap_or_default();
     (&lock.file)
-        .write_all(format!("{} {port}\n", info.pid).as_bytes())
+        .write_all(format!("{} {port}{place}\n", info.pid).as_bytes())
         .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
     crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
 

@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
@@ -209,6 +210,22 @@ pub fn stat_field(pid: u32, field: usize) -> io::Result<u64> {
 /// The id of this boot.
 fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// Where this process lives, as one word: the boot, the pid namespace and the network namespace.
+/// Elsewhere, its process id and its ports mean something else.
+///
+/// # Errors
+/// When `/proc` is not there, or is another namespace's.
+pub fn place() -> io::Result<String> {
+    let namespace =
+        |kind: &str| Ok::<_, io::Error>(fs::read_link(format!("/proc/self/ns/{kind}"))?.display().to_string());
+    Ok(format!("{}/{}/{}", boot_id()?, namespace("pid")?, namespace("net")?))
+}
+
+/// Whether a process runs under this process's own user.
+pub fn is_ours(pid: u32) -> bool {
+    fs::metadata(format!("/proc/{pid}")).is_ok_and(|process| process.uid() == rustix::process::geteuid().as_raw())
 }
 
 /// Resident memory of everything that carries the marker of an engine, in bytes. Pages that

@@ -3,9 +3,10 @@
 //! Invariants: a connection is identified by both of its addresses and counts only while it is
 //! established; a listener never answers for a connection, nor a connection for a listener.
 
-use std::fs;
+use std::fs::{self, File, ReadDir};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::fs::fstat;
@@ -50,28 +51,42 @@ pub fn listening(process: &Process, address: SocketAddrV4) -> io::Result<Option<
     Ok(None)
 }
 
-#[allow(dead_code)] // for the proof that the CLI asks of the daemon
-/// Whether the process itself holds the socket that listens on this address.
+/// The inode of the socket that listens on this address, if the process holds both the socket and
+/// this file open.
 ///
 /// # Errors
 /// When this process lacks a resource for the look.
-pub fn listens(pid: u32, address: SocketAddrV4) -> io::Result<bool> {
-    match listening_inode(address)? {
-        Some(inode) => holds(pid, &format!("socket:[{inode}]")),
-        None => Ok(false),
+pub fn listening_with_file(pid: u32, address: SocketAddrV4, file: &File) -> io::Result<Option<u32>> {
+    let Some(inode) = listening_inode(address)? else { return Ok(None) };
+    let wanted = format!("socket:[{inode}]");
+    let file = file.metadata()?;
+    let is_file =
+        |at: &Path| fs::metadata(at).is_ok_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()));
+    let (mut holds_socket, mut holds_file) = (false, false);
+    for entry in open_files(pid)?.into_iter().flatten().flatten() {
+        match fs::read_link(entry.path()) {
+            Ok(target) if target == Path::new(&wanted) => holds_socket = true,
+            Ok(target) if target.is_absolute() && !holds_file => holds_file = is_file(&entry.path()),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok((holds_socket && holds_file).then_some(inode))
+}
+
+/// The descriptors of a process, as links in `/proc/<pid>/fd`; none when the process has ended or
+/// belongs to another user.
+fn open_files(pid: u32) -> io::Result<Option<ReadDir>> {
+    match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Ok(entries) => Ok(Some(entries)),
+        Err(e) if is_exhausted(&e) => Err(e),
+        Err(_) => Ok(None),
     }
 }
 
 /// Whether a process has this socket open.
 fn holds(pid: u32, socket: &str) -> io::Result<bool> {
-    match fs::read_dir(format!("/proc/{pid}/fd")) {
-        Ok(entries) => Ok(entries
-            .flatten()
-            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket)))),
-        Err(e) if is_exhausted(&e) => Err(e),
-        // The process has ended, or belongs to another user.
-        Err(_) => Ok(false),
-    }
+    let mut entries = open_files(pid)?.into_iter().flatten().flatten();
+    Ok(entries.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket))))
 }
 
 /// The inode of the socket that listens on exactly this address.
@@ -234,10 +249,26 @@ mod tests {
             assert_eq!(peer_user(&accepted, theirs).unwrap(), None, "closed");
         }
         assert!(listening_inode(v4(ours)).unwrap().is_some());
-        assert!(listens(std::process::id(), v4(ours)).unwrap());
         drop(listener);
         assert_eq!(listening_inode(v4(ours)).unwrap(), None);
-        assert!(!listens(std::process::id(), v4(ours)).unwrap());
+    }
+
+    #[test]
+    fn a_process_has_to_hold_the_socket_and_the_file() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = v4(listener.local_addr().unwrap());
+        let held = File::open("/proc/self/exe").unwrap();
+        let me = std::process::id();
+        let inode = listening_inode(address).unwrap();
+        assert!(inode.is_some());
+        assert_eq!(listening_with_file(me, address, &held).unwrap(), inode);
+        // A file that only another process has open: the look itself opens nothing.
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert_eq!(listening_with_file(other.id(), address, &held).unwrap(), None, "neither");
+        drop(listener);
+        assert_eq!(listening_with_file(me, address, &held).unwrap(), None, "no listener");
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 
     #[test]

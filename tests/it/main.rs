@@ -20,3 +20,4 @@ mod selectors;
 mod state;
 #[path = "../support/mod.rs"]
 mod support;
+mod trust;

@@ -266,8 +266,8 @@ impl Host {
     /// What the lock file says: pid and port.
     pub fn lock_text(&self) -> Option<(u32, u16)> {
         let text = fs::read_to_string(self.file("daemon.lock")).ok()?;
-        let (pid, port) = text.strip_suffix('\n')?.split_once(' ')?;
-        Some((pid.parse().ok()?, port.parse().ok()?))
+        let mut words = text.strip_suffix('\n')?.split(' ');
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
     }
 
     pub fn daemon_pid(&self) -> u32 {

@@ -1,0 +1,172 @@
+//! The command line trusts a port only when the process that holds `daemon.lock` listens there, and
+//! sends no byte to any other.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::support::{AUTH, Host, Signal, is_alive, kill, wait_gone};
+
+/// A process to name that does nothing.
+struct Idle(Child);
+
+impl Idle {
+    fn new() -> Idle {
+        Idle(Command::new("sleep").arg("600").spawn().unwrap())
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A data directory whose lock this process holds, with this text in it, and credentials.
+fn held(host: &Host, text: &str) -> File {
+    host.write_state(r#"{"version":1,"activeId":"","workspaces":[]}"#);
+    fs::write(host.file(AUTH), format!(r#"{{"opencodeUsername":"opencode","opencodePassword":"{}"}}"#, "5".repeat(64)))
+        .unwrap();
+    let path = host.file("daemon.lock");
+    let lock = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&path, text).unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    lock
+}
+
+/// Commands of every kind that would send something to the daemon.
+const COMMANDS: [&[&str]; 8] = [
+    &["status"],
+    &["workspace", "switch", "p"],
+    &["workspace", "path", "p"],
+    &["instance", "list"],
+    &["api", "p", "/path"],
+    &["env", "p"],
+    &["events"],
+    &["daemon", "stop"],
+];
+
+/// Runs commands beside an impostor that listens, and returns what it was sent.
+fn sent_to(impostor: &TcpListener, commands: impl FnOnce()) -> Vec<u8> {
+    impostor.set_nonblocking(true).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let sent = scope.spawn(|| {
+            let mut sent = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                match impostor.accept() {
+                    Ok((mut stream, _)) => {
+                        stream.set_nonblocking(false).unwrap();
+                        stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+                        let _ = stream.read_to_end(&mut sent);
+                    }
+                    Err(_) => thread::sleep(Duration::from_millis(5)),
+                }
+            }
+            sent
+        });
+        commands();
+        done.store(true, Ordering::Relaxed);
+        sent.join().unwrap()
+    })
+}
+
+#[test]
+fn a_port_that_another_process_listens_on_gets_no_byte() {
+    let host = Host::new();
+    let idle = Idle::new();
+    let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = impostor.local_addr().unwrap().port();
+    // As while `state repair` holds the lock after a daemon was killed, with another process under
+    // the pid of the daemon, and another listener at its port.
+    for text in [format!("{} {port}\n", idle.0.id()), format!("4194000 {port}\n")] {
+        let lock = held(&host, &text);
+        let sent = sent_to(&impostor, || {
+            for command in COMMANDS {
+                let command = command.iter().copied().chain(["--timeout", "0.3", "--no-autostart"]);
+                host.openwork(command).fails(1, "daemon_unresponsive");
+            }
+        });
+        assert_eq!(String::from_utf8_lossy(&sent), "");
+        drop(lock);
+    }
+}
+
+#[test]
+fn a_process_that_listens_without_holding_the_lock_gets_no_byte() {
+    let host = Host::new();
+    let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
+    // The pid and the port are this process's own, and the lock is another's.
+    let text = format!("{} {}\n", std::process::id(), impostor.local_addr().unwrap().port());
+    let lock = held(&host, &text);
+    let _holder = Idle(Command::new("sleep").arg("600").stdin(lock).spawn().unwrap());
+    let sent = sent_to(&impostor, || {
+        host.openwork(["status", "--timeout", "0.3"]).fails(1, "daemon_unresponsive");
+        host.openwork(["api", "p", "/path", "--timeout", "0.3"]).fails(1, "daemon_unresponsive");
+    });
+    assert_eq!(String::from_utf8_lossy(&sent), "");
+}
+
+#[test]
+fn a_daemon_in_another_container_is_named_as_such() {
+    let host = Host::new();
+    host.exercises(["code daemon_elsewhere"]);
+    let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = "00000000-0000-0000-0000-000000000000/pid:[1]/net:[1]";
+    let text = format!("{} {} {place}\n", std::process::id(), impostor.local_addr().unwrap().port());
+    let _lock = held(&host, &text);
+    let start = Instant::now();
+    let sent = sent_to(&impostor, || {
+        for command in COMMANDS {
+            host.openwork(command.iter().copied()).fails(1, "daemon_elsewhere");
+        }
+        host.openwork(["daemon", "start"]).fails(1, "daemon_elsewhere");
+        // The state file has the answer, wherever the daemon is.
+        host.openwork(["workspace", "list"]).json();
+    });
+    assert_eq!(String::from_utf8_lossy(&sent), "");
+    assert!(start.elapsed() < Duration::from_secs(30), "a daemon elsewhere is not waited for: {:?}", start.elapsed());
+}
+
+#[test]
+fn a_daemon_that_was_killed_leaves_no_trust_behind() {
+    let mut host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, port) = (host.daemon_pid(), host.port());
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    let impostor = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    host.unset("OPENWORK_DAEMON_PORT");
+    let sent = sent_to(&impostor, || {
+        host.openwork(["status"]).fails(3, "daemon_not_running");
+        host.openwork(["workspace", "list"]).json();
+        // Another daemon is started, at another port.
+        host.add(host.project("p"));
+        host.openwork(["api", "p", "/path"]).ok();
+    });
+    assert_eq!(String::from_utf8_lossy(&sent), "");
+}
+
+#[test]
+fn a_frozen_daemon_does_not_hold_up_what_the_state_file_says() {
+    let host = Host::new();
+    let project = host.project("p");
+    host.add(&project);
+    kill(host.daemon_pid(), Signal::STOP);
+    for command in [&["workspace", "current"][..], &["workspace", "list"], &["workspace", "info", "p"]] {
+        let start = Instant::now();
+        let output = host.openwork(command.iter().copied()).ok();
+        assert!(output.stdout.contains('p'), "{output:?}");
+        assert!(start.elapsed() < Duration::from_secs(5), "{command:?}: {:?}", start.elapsed());
+    }
+    assert!(is_alive(host.daemon_pid()));
+}
