@@ -83,6 +83,9 @@ pub struct EngineRecord {
     /// Directories whose instances are loaded, as far as is known; written behind.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub instances: Vec<String>,
+    /// Those of them that are and were no workspace's; absent in the files of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strangers: Option<Vec<String>>,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -119,6 +122,26 @@ pub struct BinaryRecord {
     /// Modification time, Unix nanoseconds in decimal, when it was asked.
     #[serde(default)]
     pub modified: Option<String>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// A workspace that may not be loaded, since that has ended opencode twice.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FenceRecord {
+    /// The directory of the workspace.
+    pub directory: String,
+    /// The version of opencode that ended; another version is given another try.
+    #[serde(default)]
+    pub version: String,
+    /// The last output of opencode before its end.
+    #[serde(default)]
+    pub output: String,
+    /// Unix milliseconds.
+    #[serde(default)]
+    pub fenced_at: u64,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -170,6 +193,9 @@ pub struct State {
     /// Ports last used.
     #[serde(default)]
     pub ports: Ports,
+    /// Workspaces that may not be loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fences: Vec<FenceRecord>,
     /// The active workspace; empty when none is.
     #[serde(default)]
     pub active_id: String,
@@ -198,6 +224,7 @@ impl Default for State {
             binaries: None,
             cli_version: None,
             ports: Ports::default(),
+            fences: Vec::new(),
             active_id: String::new(),
             previous_id: String::new(),
             workspaces: Vec::new(),
@@ -491,7 +518,13 @@ pub struct Store {
 #[derive(Default)]
 struct Pending {
     used: HashMap<WorkspaceId, u64>,
-    instances: Option<Vec<String>>,
+    instances: Option<Loaded>,
+}
+
+/// Which instances are loaded, and which of those are no workspace's.
+struct Loaded {
+    instances: Vec<String>,
+    strangers: Vec<String>,
 }
 
 impl Pending {
@@ -500,8 +533,9 @@ impl Pending {
     }
 
     fn apply(&self, state: &mut State) {
-        if let (Some(instances), Some(engine)) = (&self.instances, &mut state.opencode) {
-            engine.instances.clone_from(instances);
+        if let (Some(loaded), Some(engine)) = (&self.instances, &mut state.opencode) {
+            engine.instances.clone_from(&loaded.instances);
+            engine.strangers = Some(loaded.strangers.clone());
         }
         if self.used.is_empty() {
             return;
@@ -579,9 +613,10 @@ impl Store {
         });
     }
 
-    /// Notes which instances are loaded; written within a second. Never waits for the disk.
-    pub fn note_instances(&self, instances: Vec<String>) {
-        self.note(|pending| pending.instances = Some(instances));
+    /// Notes which instances are loaded, and which of those are no workspace's; written within a
+    /// second. Never waits for the disk.
+    pub fn note_instances(&self, instances: Vec<String>, strangers: Vec<String>) {
+        self.note(|pending| pending.instances = Some(Loaded { instances, strangers }));
     }
 
     fn note(&self, change: impl FnOnce(&mut Pending)) {

@@ -61,6 +61,8 @@ pub enum Route {
     Instances,
     /// Disposes its instance.
     Dispose,
+    /// Lifts its fence.
+    Reset,
     /// What happens, as server-sent events.
     Events,
     /// Waits for opencode to be ready, trying again if it had failed.
@@ -83,6 +85,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/workspaces/:id/path", Route::Path),
     ("GET", "/instances", Route::Instances),
     ("POST", "/instances/:id/dispose", Route::Dispose),
+    ("POST", "/instances/:id/reset", Route::Reset),
     ("GET", "/events", Route::Events),
     ("POST", "/start", Route::Start),
     ("POST", "/shutdown", Route::Shutdown),
@@ -305,6 +308,8 @@ pub enum InstanceState {
     Warm,
     /// Not loaded.
     Cold,
+    /// Not to be loaded: that has ended opencode twice.
+    Fenced,
 }
 
 impl InstanceState {
@@ -314,6 +319,7 @@ impl InstanceState {
             InstanceState::Busy => "busy",
             InstanceState::Warm => "warm",
             InstanceState::Cold => "cold",
+            InstanceState::Fenced => "fenced",
         }
     }
 }
@@ -350,6 +356,17 @@ pub struct DisposeReply {
     pub ok: bool,
     /// False when it was not loaded.
     pub disposed: bool,
+    /// The one asked about.
+    pub workspace: Arc<Workspace>,
+}
+
+/// `POST /instances/:id/reset`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ResetReply {
+    /// Always true.
+    pub ok: bool,
+    /// False when it was not fenced.
+    pub reset: bool,
     /// The one asked about.
     pub workspace: Arc<Workspace>,
 }
@@ -413,6 +430,14 @@ pub struct Dispose {
     /// Even when a session is running.
     #[serde(default)]
     pub force: bool,
+}
+
+/// Body of `POST /start`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Start {
+    /// The workspace whose instance is wanted: refused if it is fenced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<String>,
 }
 
 /// Body of `POST /shutdown`.

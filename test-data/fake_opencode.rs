@@ -26,14 +26,17 @@
 //! | `FAKE_GRANDCHILD` | leaves a `sleep` in a session of its own, as the agent's shells are |
 //! | `FAKE_FLOOD_LOG=BYTES` | prints that much before it listens |
 //! | `FAKE_CLIENT_EXIT=CODE` | what `attach` and `run` exit with |
+//! | `FAKE_LOAD_MS` | loading an instance takes this long |
+//! | `FAKE_POISON=DIR` | prints a line and exits with 7 half-way through loading this directory (also: the lines of `$FAKE_OPENCODE_DIR/poison`) |
 //! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
 //! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen.
 //!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
-//! `requests` (JSON: method, directory, target, authorized), `hangs` (targets that it keeps waiting), `instances` (`load DIR`,
-//! `dispose DIR`), `streams` (`open TARGET`, `close TARGET`), `signals` (`TERM`),
+//! `requests` (JSON: method, directory, target, authorized), `hangs` (targets that it keeps waiting),
+//! `loadings` (directories whose loading has begun), `instances` (`load DIR`, `dispose DIR`),
+//! `streams` (`open TARGET`, `close TARGET`), `signals` (`TERM`),
 //! `grandchildren` (pids), and `env-<pid>`, the environment it was started or called with.
 
 use std::collections::{BTreeSet, HashMap};
@@ -145,8 +148,13 @@ impl Settings {
     }
 
     fn is_busy(&self, directory: &str) -> bool {
-        let file = self.file("busy").and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
-        self.text("FAKE_BUSY") == Some(directory) || file.lines().any(|line| line == directory)
+        self.lists("busy", "FAKE_BUSY", directory)
+    }
+
+    /// Whether a directory is a line of this file, or the value of this variable.
+    fn lists(&self, file: &str, key: &str, directory: &str) -> bool {
+        let file = self.file(file).and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        self.text(key) == Some(directory) || file.lines().any(|line| line == directory)
     }
 }
 
@@ -547,7 +555,7 @@ impl Server {
                 ok(stream, JSON, format!("{{\"bytes\":{count}}}").as_bytes())
             }
             ("GET", "/download") => download(stream, request.number("bytes")),
-            ("GET", "/slow") => {
+            (_, "/slow") => {
                 thread::sleep(Duration::from_millis(request.number("ms")));
                 ok(stream, JSON, b"true")
             }
@@ -572,6 +580,16 @@ impl Server {
     }
 
     fn load(&self, directory: &str) {
+        if !self.instances.lock().expect("the instances").loaded.contains(directory) {
+            self.settings.record("loadings", directory);
+            let half = Duration::from_millis(self.settings.number("FAKE_LOAD_MS").unwrap_or(0) / 2);
+            thread::sleep(half);
+            if self.settings.lists("poison", "FAKE_POISON", directory) {
+                eprintln!("fake: plugin of {directory} ends the process");
+                exit(7);
+            }
+            thread::sleep(half);
+        }
         let mut instances = self.instances.lock().expect("the instances");
         if instances.loaded.insert(directory.to_owned()) {
             self.settings.record("instances", &format!("load {directory}"));

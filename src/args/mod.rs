@@ -58,6 +58,7 @@ pub enum Command {
     Events,
     InstanceList,
     InstanceDispose { selector: Option<OsString>, force: bool },
+    InstanceReset { selector: Option<OsString> },
     Logs { log: Log, follow: bool, lines: Option<usize> },
     StateRepair,
     Completions { shell: CompletedShell },

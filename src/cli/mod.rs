@@ -36,8 +36,8 @@ use crate::paths::{self, DataDir};
 use crate::state::State;
 use crate::system::process::{self, Process};
 use crate::wire::{
-    AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename, Shutdown,
-    WorkspaceList, WorkspaceReply,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename,
+    ResetReply, Shutdown, WorkspaceList, WorkspaceReply,
 };
 use crate::workspace::{Kind, Workspace, location, looks_like_path};
 
@@ -118,6 +118,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         Command::Events => events(&client()?, out, invocation.timeout_given),
         Command::InstanceList => instances(&client()?, out),
         Command::InstanceDispose { ref selector, force } => dispose(&client()?, out, selector.as_deref(), force),
+        Command::InstanceReset { ref selector } => reset(&client()?, out, selector.as_deref()),
         Command::StateRepair => repair(&client()?, out),
         Command::Logs { log, follow, lines } => {
             let client = client()?;
@@ -196,6 +197,15 @@ fn dispose(client: &Client, out: &mut Output, selector: Option<&OsStr>, force: b
     let reply: DisposeReply = client.ask("POST", &target, &Dispose { force })?;
     out.print(&reply, |reply| {
         let done = if reply.disposed { "disposed the instance of" } else { "no instance was loaded of" };
+        format!("{done} {}\n", clean(&reply.workspace.name))
+    })
+}
+
+fn reset(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<()> {
+    let id = encoded(client, selector)?;
+    let reply: ResetReply = client.ask("POST", &format!("/instances/{id}/reset"), &())?;
+    out.print(&reply, |reply| {
+        let done = if reply.reset { "lifted the fence of" } else { "there was no fence around" };
         format!("{done} {}\n", clean(&reply.workspace.name))
     })
 }
@@ -478,7 +488,7 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
     let list: InstanceList = client.ask("GET", "/instances", &())?;
     out.print(&list, |list| {
         let now = now_ms();
-        let titles = ["WORKSPACE", "STATE", "STREAMS", "LAST USED", "EVICTED"].map(Cow::from);
+        let titles = ["WORKSPACE", "STATE", "STREAMS", "LAST USED", "UNLOADS IN"].map(Cow::from);
         let rows = list.instances.iter().map(|instance| {
             let ago =
                 |at: u64| if at == 0 { String::new() } else { format!("{} ago", duration(now.saturating_sub(at))) };
@@ -487,10 +497,7 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
                 instance.state.name().into(),
                 instance.open_streams.to_string().into(),
                 instance.workspace.last_used_at.map_or_else(String::new, ago).into(),
-                instance
-                    .evict_at
-                    .map_or_else(String::new, |at| format!("in {}", duration(at.saturating_sub(now))))
-                    .into(),
+                instance.evict_at.map_or_else(String::new, |at| duration(at.saturating_sub(now))).into(),
             ]
         });
         let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);

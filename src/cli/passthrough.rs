@@ -20,7 +20,7 @@ use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
 use crate::state::{Auth, State};
-use crate::wire::{ERROR_HEADER, Health, WorkspaceReply, from_json};
+use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
 
 /// How much of a body is passed on at once. Bytes.
@@ -271,7 +271,8 @@ fn become_opencode<const N: usize>(
         let (address, workspace) = workspace(client, selector)?;
         let waiting = Waiting::new("opencode");
         // Its binary is known once it is ready.
-        let _: Health = client.ask_at(&address, "POST", "/start", &())?;
+        let wanted = Start { workspace: Some(workspace.id.clone()) };
+        let _: Health = client.ask_at(&address, "POST", "/start", &wanted)?;
         drop(waiting);
         let variables = variables(client, &address, &workspace)?;
         let binaries = State::read(&client.data_dir.state())?.binaries.unwrap_or_default();

@@ -24,8 +24,8 @@ use crate::http::percent_decode;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,
-    InstanceState, Listed, PathReply, ROUTES, Rename, Route, Shutdown, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply,
-    from_json,
+    InstanceState, Listed, PathReply, ROUTES, Rename, ResetReply, Route, Shutdown, Start, TIMEOUT_HEADER,
+    WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -246,6 +246,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             let event = |workspace, active_id| EventKind::WorkspaceRemoved { workspace, active_id };
             let workspace =
                 daemon.change(|state| state.find_exactly(&selector), event, |state, id| state.remove(id))?;
+            daemon.instances.reset(&workspace.path);
             Answer::new(200, &one(workspace, None))
         }
         Route::Activate => {
@@ -259,12 +260,24 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             let directory = workspace.local_path()?;
             // opencode would answer for a directory that is not there.
             existing_directory(directory)?;
-            let entered = daemon.instances.enter(&workspace.path, deadline)?;
+            daemon.instances.check_fence(&workspace)?;
+            let entered = daemon.instances.enter(&workspace, deadline)?;
             let path = daemon.supervisor.call(deadline, |endpoint| {
+                // An opencode that is gone already must not be taken for one that ends by this request.
+                endpoint.connect(deadline)?;
                 // Before the answer: one that comes too late has loaded it all the same.
-                entered.loads(endpoint.generation);
-                endpoint.path(directory, deadline)
+                if !entered.loads(endpoint.generation, deadline).map_err(CallError::Failed)? {
+                    return Err(CallError::Gone("it has ended".to_owned()));
+                }
+                endpoint.path(directory, deadline).map_err(|e| match e {
+                    // What ended opencode by loading the instance would end the next one too.
+                    CallError::Gone(_) | CallError::Failed(Error::OpencodeFault(_)) => {
+                        entered.blame(&daemon.supervisor, endpoint).map_or(e, CallError::Failed)
+                    }
+                    CallError::TimedOut | CallError::Failed(_) => e,
+                })
             })?;
+            entered.replied();
             daemon.store.touch(&workspace.id);
             drop(entered);
             Answer::new(200, &PathReply { ok: true, workspace, path: path.into() })
@@ -278,8 +291,18 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             let disposed = dispose(daemon, &workspace, force, deadline)?;
             Answer::new(200, &DisposeReply { ok: true, disposed, workspace })
         }
+        Route::Reset => {
+            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            workspace.local_path()?;
+            let reset = daemon.instances.reset(&workspace.path);
+            Answer::new(200, &ResetReply { ok: true, reset, workspace })
+        }
         Route::Start => {
+            let Start { workspace } = parse(&body)?;
+            let workspace = workspace.map(|id| daemon.store.snapshot().find(&id).cloned()).transpose()?;
             daemon.supervisor.endpoint(deadline)?;
+            // Now that the version of opencode is known.
+            workspace.map_or(Ok(()), |workspace| daemon.instances.check_fence(&workspace))?;
             Answer::new(200, &daemon.health())
         }
         Route::Shutdown => {
@@ -300,10 +323,11 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
             .as_ref()
             .filter(|_| usage.loaded)
             .map_or(0, |endpoint| endpoint.running_sessions(Path::new(&workspace.path), deadline).unwrap_or(0));
-        let state = match (usage.loaded, running) {
-            (false, _) => InstanceState::Cold,
-            (true, 0) => InstanceState::Warm,
-            (true, _) => InstanceState::Busy,
+        let state = match (usage.fenced, usage.loaded, running) {
+            (true, _, _) => InstanceState::Fenced,
+            (false, false, _) => InstanceState::Cold,
+            (false, true, 0) => InstanceState::Warm,
+            (false, true, _) => InstanceState::Busy,
         };
         let evict_at = usage.evict_at.filter(|_| state == InstanceState::Warm);
         InstanceEntry { workspace: workspace.clone(), state, open_streams: usage.streams, evict_at }
@@ -334,9 +358,7 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
                 return Err(CallError::Failed(Error::InstanceBusy { workspace, sessions }));
             }
         }
-        let since = daemon.instances.disposing(&workspace.path);
-        endpoint.dispose(directory, deadline)?;
-        daemon.instances.disposed(endpoint.generation, &workspace.path, since);
+        daemon.instances.dispose(endpoint.generation, &workspace.path, || endpoint.dispose(directory, deadline))?;
         Ok(true)
     })?;
     if disposed {
@@ -348,7 +370,8 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
 
 /// The body as JSON; an empty one is `{}`.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
-    let body = if body.is_empty() { b"{}" } else { body };
+    // Command lines of this and earlier versions send `null` where there is nothing to say.
+    let body = if matches!(body, b"" | b"null") { b"{}" } else { body };
     // The library would take a list of the values too.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(Error::BadRequest("the body is not a JSON object".to_owned()));

@@ -32,6 +32,8 @@ pub enum EventKind {
     WorkspaceActivated { workspace: Arc<Workspace>, active_id: String },
     #[serde(rename = "instance.disposed")]
     InstanceDisposed { workspace_id: Option<String>, directory: String },
+    #[serde(rename = "instance.fenced")]
+    InstanceFenced { workspace_id: Option<String>, directory: String, output: String },
     #[serde(rename = "engine.starting")]
     EngineStarting { generation: u64, pid: u32 },
     #[serde(rename = "engine.ready")]

@@ -98,6 +98,8 @@ impl Daemon {
         }
         let ((workspace, created), active_id) =
             self.store.update(|state| Ok((state.add(place, name)?, state.active_id.clone())))?;
+        // A client may have loaded it directly before.
+        self.instances.register(&workspace.path);
         if created {
             self.events.publish(EventKind::WorkspaceAdded { workspace: workspace.clone(), active_id });
         } else if name.is_some() {
@@ -117,6 +119,8 @@ impl Daemon {
             let id = find(state)?.id.clone();
             Ok((change(state, &id)?, state.active_id.clone()))
         })?;
+        // One that was loaded before the change, which may be its removal, is evicted all the same.
+        self.instances.register(&workspace.path);
         self.events.publish(event(workspace.clone(), active_id));
         Ok(workspace)
     }
@@ -233,7 +237,8 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
     crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
 
-    let (events, instances) = (forever(Events::default()), forever(Instances::new(store, options.idle_ttl)));
+    let events = forever(Events::default());
+    let instances = forever(Instances::new(store, events, options.idle_ttl));
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
@@ -246,7 +251,7 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     // be deaf. The supervisor comes last, so that there is no opencode yet.
     spawn(|| store.write_behind())?;
     spawn(|| gate.serve(daemon))?;
-    spawn(|| instances.evict(handle, events))?;
+    spawn(|| instances.evict(handle))?;
     spawn(|| instances.listen(handle))?;
     spawn(|| control.serve(daemon))?;
     spawn(move || {

@@ -82,7 +82,11 @@ pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStr
     let timeout = request.only(TIMEOUT_HEADER)?;
     let begun = Instant::now();
     let deadline = begun + api::timeout(timeout)?;
-    let entered = daemon.instances.enter(&workspace.path, deadline)?;
+    let loads = is_known && engine::loads_instance(path);
+    if loads {
+        daemon.instances.check_fence(&workspace)?;
+    }
+    let entered = daemon.instances.enter(&workspace, deadline)?;
     if is_known {
         daemon.store.touch(&workspace.id);
     }
@@ -93,11 +97,19 @@ pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStr
     let mut tried = false;
     let result = loop {
         let (endpoint, upstream) = connect(daemon, deadline)?;
-        if is_known && engine::loads_instance(path) {
-            entered.loads(endpoint.generation);
+        // False when opencode has ended while the request waited for its turn: nothing was sent.
+        if loads && !entered.loads(endpoint.generation, deadline)? {
+            continue;
         }
         let head = rewrite(request, &target, directory, endpoint.listener.address, is_upgrade);
-        match Exchange::new(client, &upstream, head, is_upgrade)?.run(patience, stop) {
+        let exchanged = Exchange::new(client, &upstream, head, is_upgrade, &|| entered.replied())?.run(patience, stop);
+        if let Err(Error::OpencodeFault(_)) = &exchanged {
+            // What ended opencode by loading the instance would end the next one too.
+            if let Some(why) = entered.blame(&daemon.supervisor, &endpoint) {
+                return Err(why);
+            }
+        }
+        match exchanged {
             // opencode was just ending: what only reads may be asked again (RFC 9110, 9.2.2).
             Err(Error::OpencodeFault(_)) if !tried && is_safe(request) => {
                 tried = true;
@@ -341,13 +353,21 @@ struct Exchange<'a> {
     /// What came behind the request: of a tunnel, if it becomes one, and nobody's else.
     early: &'a [u8],
     reply: Reply,
+    /// Called when the head of the reply has come.
+    replied: &'a dyn Fn(),
     is_upgrade: bool,
     /// The end of the client's side was passed on.
     half_closed: bool,
 }
 
 impl<'a> Exchange<'a> {
-    fn new(client: &'a Client<'a>, upstream: &'a TcpStream, head: Vec<u8>, is_upgrade: bool) -> Result<Exchange<'a>> {
+    fn new(
+        client: &'a Client<'a>,
+        upstream: &'a TcpStream,
+        head: Vec<u8>,
+        is_upgrade: bool,
+        replied: &'a dyn Fn(),
+    ) -> Result<Exchange<'a>> {
         let mut body = match client.request.framing {
             Framing::Length(length) => Body::length(length),
             Framing::Chunked => Body::chunked(),
@@ -370,6 +390,7 @@ impl<'a> Exchange<'a> {
             body,
             early: &client.rest[belonging..],
             reply: Reply::Head,
+            replied,
             is_upgrade,
             half_closed: false,
         })
@@ -530,6 +551,7 @@ impl<'a> Exchange<'a> {
                 self.down.replace(rest);
                 continue;
             }
+            (self.replied)();
             let mut body = reply.body;
             self.reply = if reply.status == 101 && self.is_upgrade {
                 bytes.extend_from_slice(rest);

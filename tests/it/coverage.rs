@@ -17,7 +17,6 @@ const EXCEPTIONS: &[(&str, &str)] = &[
     ("code still_busy", "of a feature to come"),
     ("code daemon_too_old", "of a feature to come"),
     ("code session_not_found", "of a feature to come"),
-    ("code workspace_fenced", "of a feature to come"),
 ];
 
 /// The sources of these tests.

@@ -125,6 +125,7 @@ fn every_reply_is_as_described() {
         ("GET", "/workspaces/a", "/workspaces/{id}", None, 200),
         ("GET", "/instances", "/instances", None, 200),
         ("POST", "/instances/a/dispose", "/instances/{id}/dispose", Some(json!({"force": true})), 200),
+        ("POST", "/instances/a/reset", "/instances/{id}/reset", None, 200),
         ("GET", "/workspaces/none", "/workspaces/{id}", None, 404),
         ("POST", "/workspaces", "/workspaces", Some(json!({"path": "relative"})), 400),
         ("DELETE", "/workspaces/a", "/workspaces/{id}", None, 200),

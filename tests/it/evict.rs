@@ -1,5 +1,6 @@
 //! Instances that nobody uses are disposed, and only those.
 
+use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -26,6 +27,11 @@ fn warm<const N: usize>(host: &Host, names: [&str; N]) -> [std::path::PathBuf; N
 
 fn wait_disposed(host: &Host, directory: &Path) {
     wait_for("the disposal", || host.instance(directory).ends_with(&["dispose".to_owned()]));
+}
+
+/// The daemon has to be listening to see what clients do directly.
+fn wait_listened(host: &Host) {
+    wait_for("the events to be listened to", || host.recorded("streams").contains(&"open /global/event".to_owned()));
 }
 
 /// The entry of a workspace in `instance list`.
@@ -105,12 +111,86 @@ fn one_that_is_not_a_workspace_is_left_alone() {
 }
 
 #[test]
+fn a_directory_that_is_no_workspace_is_left_alone_by_the_next_daemon_too() {
+    let host = host("1s");
+    let stranger = host.project("stranger");
+    let [_keeps_the_list_written] = warm(&host, ["p"]);
+    wait_listened(&host);
+    host.opencode("POST", &format!("/session?directory={}", stranger.display())).send();
+    wait_for("it to be written down", || host.state()["opencode"]["strangers"] == json!([stranger]));
+    kill(host.daemon_pid(), Signal::KILL);
+    let [idle] = warm(&host, ["idle"]);
+    wait_disposed(&host, &idle);
+    assert_eq!(host.instance(&stranger), ["load"]);
+}
+
+#[test]
+fn an_instance_whose_workspace_was_removed_is_disposed() {
+    let host = host("1s");
+    let mut events = host.http("GET", "/events").events();
+    let [routed] = warm(&host, ["routed"]);
+    host.openwork(["workspace", "remove", "routed"]).ok();
+    wait_disposed(&host, &routed);
+    let event = events.find(|event| event["type"] == "instance.disposed").unwrap();
+    assert_eq!((&event["directory"], &event["workspaceId"]), (&json!(routed), &Value::Null));
+
+    // Loaded by a client that calls opencode directly.
+    let direct = host.project("direct");
+    host.add(&direct);
+    wait_listened(&host);
+    host.opencode("POST", &format!("/session?directory={}", direct.display())).send();
+    wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
+    host.openwork(["workspace", "remove", "direct"]).ok();
+    wait_disposed(&host, &direct);
+}
+
+#[test]
+fn an_instance_whose_workspace_was_removed_is_disposed_by_the_next_daemon() {
+    let host = host("1s");
+    let [removed, _other] = warm(&host, ["removed", "other"]);
+    // A stream keeps it until the daemon is gone.
+    let stream = host.routed("GET", "/w/removed/event").events();
+    wait_for("it to be written down", || {
+        host.state()["opencode"]["instances"].as_array().is_some_and(|loaded| loaded.contains(&json!(removed)))
+    });
+    host.openwork(["workspace", "remove", "removed"]).ok();
+    kill(host.daemon_pid(), Signal::KILL);
+    drop(stream);
+    assert_eq!(host.instance(&removed), ["load"]);
+    host.openwork(["daemon", "start"]).ok();
+    wait_disposed(&host, &removed);
+}
+
+#[test]
+fn an_instance_whose_workspace_was_renamed_or_whose_directory_is_gone_is_disposed() {
+    let host = host("1s");
+    let [renamed, gone] = warm(&host, ["renamed", "gone"]);
+    host.openwork(["workspace", "rename", "renamed", "other"]).ok();
+    fs::remove_dir_all(&gone).unwrap();
+    wait_disposed(&host, &renamed);
+    wait_disposed(&host, &gone);
+    assert!(!gone.exists());
+}
+
+#[test]
+fn an_instance_that_was_loaded_before_its_directory_became_a_workspace_is_disposed() {
+    let host = host("1s");
+    let late = host.project("late");
+    wait_listened(&host);
+    host.opencode("POST", &format!("/session?directory={}", late.display())).send();
+    let [idle] = warm(&host, ["idle"]);
+    wait_disposed(&host, &idle);
+    assert_eq!(host.instance(&late), ["load"]);
+    host.add(&late);
+    wait_disposed(&host, &late);
+}
+
+#[test]
 fn clients_that_go_to_opencode_directly_are_seen() {
     let host = host("1s");
     let direct = host.project("direct");
     host.add(&direct);
-    // The daemon has to be listening to see it.
-    wait_for("the events to be listened to", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    wait_listened(&host);
     let call = format!("/session?directory={}", direct.display());
     host.opencode("POST", &call).send();
     wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");

@@ -9,6 +9,7 @@ mod doc;
 mod engine;
 mod events;
 mod evict;
+mod fence;
 mod gate;
 mod import;
 mod packages;

@@ -1,33 +1,40 @@
-//! Which instances opencode has loaded, who uses them, and the eviction of those nobody uses.
+//! The instances of opencode: which are loaded, who uses them, the eviction of those nobody uses,
+//! and the fences around workspaces whose loading ends opencode.
 //!
-//! opencode keeps every instance for ever, has no list of them, and loads one by being asked
-//! about it. So account is kept here: of what is routed, and of what `/global/event` tells of
-//! clients that go to opencode directly. It is written into the state file (behind), for the
-//! daemon that adopts this opencode.
+//! opencode 1.x keeps every instance for ever, has no list of them, and loads one by being asked
+//! about it. Hence the [`Account`] of what is routed, and of what `/global/event` tells of clients
+//! that call opencode directly. It is written into the state file (behind), for the daemon that
+//! adopts this opencode. The account decides; this module has its lock, its clock and its threads.
 //!
-//! Invariants: nothing is asked about an instance that is not loaded in this account; one with
-//! an open stream is not evicted; a request that comes while its instance is being evicted waits
-//! for the end of that, so that it is never cut off.
+//! Invariant: the lock is never held over I/O.
 
-use std::collections::HashMap;
+mod account;
+mod fence;
+
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-use super::engine::Endpoint;
+pub use self::account::Failure;
+use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
+use self::fence::{Fence, Fences};
+use super::engine::{CallError, Endpoint};
 use super::events::{EventKind, Events};
 use super::supervisor::Handle;
 use crate::error::{Error, Result};
 use crate::log::now_ms;
-use crate::state::Store;
+use crate::state::{FenceRecord, State, Store};
 use crate::wire::from_json;
+use crate::workspace::Workspace;
 
-/// How long an eviction may take; then it is tried again later.
+/// How long an eviction may take before it is given up, to be tried again later.
 const EVICTION_LIMIT: Duration = Duration::from_secs(10);
-/// How long a request waits for the end of an eviction: it takes some milliseconds.
+/// How long a request waits for a disposal under way, which mostly takes some milliseconds.
 const PATIENCE: Duration = EVICTION_LIMIT;
 /// The pause before events are listened to again, when they ended and opencode did not.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
@@ -35,56 +42,58 @@ const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 const LISTEN_LIMIT: Duration = Duration::from_secs(10);
 /// The longest event that is read whole; longer ones (a large diff) are only skipped. Bytes.
 const EVENT_LIMIT: u64 = 1024 * 1024;
+/// How long the end of opencode may take to be reported: one that no longer listens and does not
+/// heed TERM is killed after 5 s, and looked at for 5 s before.
+const BLAME_LIMIT: Duration = Duration::from_secs(15);
+/// By how much the two clocks may drift apart before due times are translated anew: less than
+/// anybody notices, more than the scheduler takes between two readings. Milliseconds.
+const CLOCK_DRIFT: u64 = 100;
 
-/// The account.
+/// The instances of opencode.
 pub struct Instances {
     store: &'static Store,
-    /// Unused for so long, an instance is disposed; never when absent.
-    idle_ttl: Option<Duration>,
+    events: &'static Events,
     inner: Mutex<Inner>,
     changed: Condvar,
 }
 
-#[derive(Default)]
 struct Inner {
-    /// Of the opencode that this is about.
-    generation: u64,
-    by_directory: HashMap<String, Instance>,
-    /// What we are disposing ourselves, and since when: opencode tells of it too, and perhaps only
-    /// when it is loaded again.
-    own_disposals: Vec<(String, Instant)>,
+    account: Account,
+    /// The revision of the account that the store was told of.
+    noted: u64,
+    /// The last opencode whose end has been reported, and its consequences written down.
+    reported: u64,
+    /// The version of opencode, once known.
+    version: Option<String>,
     /// When the evicting thread looks next; `None`: when it is woken.
     next_look: Option<Instant>,
+    clock: Clock,
 }
 
-impl Inner {
-    /// Of what is neither loaded nor in use there is nothing to be known.
-    fn forget_unused(&mut self, directory: &str) {
-        if self.by_directory.get(directory).is_some_and(|instance| !instance.loaded && instance.streams == 0) {
-            self.by_directory.remove(directory);
+/// The two clocks, read at the same moment.
+#[derive(Clone, Copy)]
+struct Clock {
+    at: Instant,
+    unix_ms: u64,
+}
+
+impl Clock {
+    fn now() -> Clock {
+        Clock { at: Instant::now(), unix_ms: now_ms() }
+    }
+
+    /// A moment to come, in Unix milliseconds. The same moment gives the same number, until the
+    /// wall clock is set or the machine has slept.
+    fn unix_ms(&mut self, at: Instant) -> u64 {
+        let now = Clock::now();
+        let expected = self.unix_ms + now.at.duration_since(self.at).as_millis() as u64;
+        if expected.abs_diff(now.unix_ms) > CLOCK_DRIFT {
+            *self = now;
         }
-    }
-}
-
-struct Instance {
-    loaded: bool,
-    /// When a request that loads it was last on its way.
-    loaded_at: Option<Instant>,
-    /// Requests under way, streams among them.
-    streams: usize,
-    used: Instant,
-    used_ms: u64,
-    evicting: bool,
-}
-
-impl Instance {
-    fn new() -> Instance {
-        let used = Instant::now();
-        Instance { loaded: false, loaded_at: None, streams: 0, used, used_ms: now_ms(), evicting: false }
-    }
-
-    fn touch(&mut self) {
-        (self.used, self.used_ms) = (Instant::now(), now_ms());
+        match at.checked_duration_since(self.at) {
+            Some(later) => self.unix_ms + later.as_millis() as u64,
+            None => self.unix_ms.saturating_sub(self.at.duration_since(at).as_millis() as u64),
+        }
     }
 }
 
@@ -97,240 +106,391 @@ pub struct Usage {
     pub streams: usize,
     /// When it is due to be evicted, Unix milliseconds; none while in use, or never.
     pub evict_at: Option<u64>,
+    /// It may not be loaded.
+    pub fenced: bool,
 }
 
 /// A request under way; it counts as use until it is dropped.
 pub struct Use<'a> {
     instances: &'a Instances,
-    directory: &'a str,
+    workspace: &'a Workspace,
+    /// The opencode that the request was sent to and that has not replied yet.
+    unanswered: Cell<Option<u64>>,
 }
 
 impl Use<'_> {
-    /// The request goes to this opencode, and loads the instance.
-    pub fn loads(&self, generation: u64) {
-        self.instances.change(generation, self.directory, |instance| {
-            (instance.loaded, instance.loaded_at) = (true, Some(Instant::now()));
-        });
+    /// The request is about to be sent to this opencode, and loads the instance. Waits while another
+    /// instance has to be loaded alone. False when that opencode has ended.
+    ///
+    /// # Errors
+    /// `workspace_fenced`; `opencode_timeout` at the deadline.
+    pub fn loads(&self, generation: u64, deadline: Instant) -> Result<bool> {
+        let directory = &self.workspace.path;
+        let mut inner = self.instances.lock();
+        loop {
+            let now = Instant::now();
+            match inner.account.send(generation, directory, now) {
+                Turn::Go => {
+                    self.unanswered.set(Some(generation));
+                    self.instances.settle(&mut inner);
+                    return Ok(true);
+                }
+                Turn::Over => return Ok(false),
+                Turn::Fenced => return Err(fenced(&mut inner, self.workspace)),
+                Turn::Wait(_) if now >= deadline => {
+                    return Err(Error::OpencodeTimeout("was still loading another instance"));
+                }
+                Turn::Wait(until) => inner = self.instances.wait(inner, until.min(deadline)),
+            }
+        }
+    }
+
+    /// opencode has begun to answer.
+    pub fn replied(&self) {
+        if let Some(generation) = self.unanswered.take() {
+            let mut inner = self.instances.lock();
+            inner.account.replied(generation, &self.workspace.path);
+            self.instances.changed.notify_all();
+        }
+    }
+
+    /// After the connection to this opencode broke before a reply: why, if opencode ended while the
+    /// request loaded the instance. Such a request is not to be sent again. None when opencode lives,
+    /// when it was stopped, or when the instance had been loaded before.
+    pub fn blame(&self, supervisor: &Handle, endpoint: &Endpoint) -> Option<Error> {
+        let deadline = Instant::now() + BLAME_LIMIT;
+        let generation = self.unanswered.get().filter(|generation| *generation == endpoint.generation)?;
+        if supervisor.survives(endpoint, deadline) {
+            return None;
+        }
+        let mut inner = self.instances.lock();
+        // The supervisor reports the end, and then starts another.
+        while inner.account.generation() == generation && inner.reported != generation && Instant::now() < deadline {
+            inner = self.instances.wait(inner, deadline);
+        }
+        let directory = &self.workspace.path;
+        let end = inner.account.end().filter(|end| end.generation == generation)?;
+        let failure = end.failure.clone().filter(|_| end.loading.contains(directory))?;
+        if inner.account.fences().get(directory).is_some() {
+            return Some(fenced(&mut inner, self.workspace));
+        }
+        let Failure { how, output } = failure;
+        let mut why = format!("it {how} while it loaded the instance of {}", self.workspace.name);
+        if !output.is_empty() {
+            why.push_str(&format!("; its last output:\n{output}"));
+        }
+        Some(Error::OpencodeUnavailable(why))
     }
 }
 
 impl Drop for Use<'_> {
     fn drop(&mut self) {
         let mut inner = self.instances.lock();
-        if let Some(instance) = inner.by_directory.get_mut(self.directory) {
-            instance.streams -= 1;
-            instance.touch();
+        let unanswered = self.unanswered.take();
+        inner.account.leave(&self.workspace.path, unanswered, Instant::now());
+        if unanswered.is_some() {
+            self.instances.changed.notify_all();
         }
-        inner.forget_unused(self.directory);
-        self.instances.schedule(&inner);
+        self.instances.settle(&mut inner);
     }
 }
 
+/// The error of a request for a fenced workspace.
+fn fenced(inner: &mut Inner, workspace: &Workspace) -> Error {
+    let output = inner.account.fences().get(&workspace.path).map(|fence| fence.output.clone());
+    Error::WorkspaceFenced { workspace: workspace.name.clone(), output: output.unwrap_or_default() }
+}
+
+/// Whether a directory is a local workspace's.
+fn is_registered(state: &State, directory: &str) -> bool {
+    state.workspaces.iter().any(|workspace| workspace.is_local() && workspace.path == directory)
+}
+
 impl Instances {
-    /// An account of nothing.
-    pub fn new(store: &'static Store, idle_ttl: Option<Duration>) -> Instances {
-        Instances { store, idle_ttl, inner: Mutex::default(), changed: Condvar::new() }
+    /// Nothing is loaded; the fences are those of the state file. An instance unused for `idle_ttl`
+    /// is disposed; never when absent.
+    pub fn new(store: &'static Store, events: &'static Events, idle_ttl: Option<Duration>) -> Instances {
+        let mut fences = Fences::default();
+        fences.restore(store.snapshot().fences.iter().map(|record| {
+            let FenceRecord { directory, version, output, .. } = record.clone();
+            (directory, Fence { version, output })
+        }));
+        let account = Account::new(idle_ttl, fences);
+        let noted = account.revision();
+        let inner = Inner { account, noted, reported: 0, version: None, next_look: None, clock: Clock::now() };
+        Instances { store, events, inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another opencode: this is what it has loaded.
-    pub fn begin(&self, generation: u64, directories: Vec<String>) {
-        let mut inner = self.lock();
-        inner.generation = generation;
-        inner.own_disposals.clear();
-        inner.by_directory.retain(|_, instance| {
-            instance.loaded = false;
-            instance.streams > 0
-        });
-        for directory in directories {
-            inner.by_directory.entry(directory).or_insert_with(Instance::new).loaded = true;
-        }
-        self.schedule(&inner);
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, until: Instant) -> MutexGuard<'a, Inner> {
+        let rest = until.saturating_duration_since(Instant::now());
+        self.changed.wait_timeout(inner, rest).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// A request for an instance begins. One that is just being evicted is waited for.
+    /// After a change of the account: notes what is loaded, and wakes the evicting thread if it would
+    /// otherwise look too late. Use makes due times later, so that it mostly need not be woken.
+    fn settle(&self, inner: &mut Inner) {
+        if inner.noted != inner.account.revision() {
+            inner.noted = inner.account.revision();
+            let (mut loaded, mut strangers) = (Vec::new(), Vec::new());
+            for (directory, ours) in inner.account.loaded() {
+                loaded.push(directory.clone());
+                if !ours {
+                    strangers.push(directory.clone());
+                }
+            }
+            self.store.note_instances(loaded, strangers);
+        }
+        if inner.next_look.is_none() && inner.account.first_due().is_some() {
+            self.changed.notify_all();
+        }
+    }
+
+    // --- The supervisor's reports ---
+
+    /// Another opencode has been started or adopted: what it has loaded, and which of that is no
+    /// workspace's (not known for what an earlier version has written).
+    pub fn begin(&self, generation: u64, loaded: Vec<String>, strangers: Option<&[String]>) {
+        let state = self.store.snapshot();
+        let loaded = loaded.into_iter().map(|directory| {
+            let ours = match strangers {
+                Some(strangers) => !strangers.contains(&directory),
+                None => is_registered(&state, &directory),
+            };
+            (directory, ours)
+        });
+        let mut inner = self.lock();
+        inner.account.begin(generation, loaded, Instant::now());
+        // What is loaded comes from the state file, or is nothing: there is no news in it.
+        inner.noted = inner.account.revision();
+        self.settle(&mut inner);
+        self.changed.notify_all();
+    }
+
+    /// opencode is of this version: fences that another version has earned are lifted.
+    pub fn version_is(&self, version: &str) {
+        let mut inner = self.lock();
+        inner.version = Some(version.to_owned());
+        let lifted = inner.account.fences().version_is(version);
+        drop(inner);
+        if lifted {
+            crate::log!("opencode is of another version: fences around workspaces are lifted");
+            self.write_fences();
+        }
+    }
+
+    /// opencode has ended: with a failure by itself, without one because we wanted it to.
+    pub fn ended(&self, generation: u64, failure: Option<Failure>) {
+        let mut inner = self.lock();
+        let version = inner.version.clone().unwrap_or_default();
+        let fenced = inner.account.ended(generation, failure, &version, Instant::now());
+        inner.noted = inner.account.revision();
+        drop(inner);
+        // What is told of a fence is on disk before.
+        if !fenced.is_empty() {
+            self.write_fences();
+        }
+        self.lock().reported = generation;
+        self.changed.notify_all();
+        let state = self.store.snapshot();
+        for (directory, Fence { output, .. }) in fenced {
+            let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory);
+            let workspace_id = workspace.map(|workspace| workspace.id.clone());
+            crate::log!("fenced {directory}: loading it has ended opencode twice");
+            self.events.publish(EventKind::InstanceFenced { workspace_id, directory, output });
+        }
+    }
+
+    /// Puts the fences into the state file. They hold in this daemon even if that fails.
+    fn write_fences(&self) {
+        let written = self.store.update(|state| {
+            // Read in here: changes of the file come one after the other.
+            let mut inner = self.lock();
+            let before = std::mem::take(&mut state.fences);
+            let all = inner.account.fences().all();
+            state.fences = all
+                .map(|(directory, fence)| {
+                    let known =
+                        before.iter().find(|known| known.directory == *directory && known.output == fence.output);
+                    known.cloned().unwrap_or_else(|| FenceRecord {
+                        directory: directory.clone(),
+                        version: fence.version.clone(),
+                        output: fence.output.clone(),
+                        fenced_at: now_ms(),
+                        extra: serde_json::Map::new(),
+                    })
+                })
+                .collect();
+            Ok(())
+        });
+        if let Err(e) = written {
+            crate::log!("{e}");
+        }
+    }
+
+    // --- Requests ---
+
+    /// Refuses what needs the instance of a fenced workspace, before it costs anything. While the
+    /// version of opencode is not known yet, nothing is refused: it may lift the fence.
+    ///
+    /// # Errors
+    /// `workspace_fenced`.
+    pub fn check_fence(&self, workspace: &Workspace) -> Result<()> {
+        let mut inner = self.lock();
+        match inner.version.is_some() && inner.account.fences().get(&workspace.path).is_some() {
+            true => Err(fenced(&mut inner, workspace)),
+            false => Ok(()),
+        }
+    }
+
+    /// Lifts the fence of a directory; whether there was one.
+    pub fn reset(&self, directory: &str) -> bool {
+        let was_fenced = self.lock().account.fences().reset(directory);
+        if was_fenced {
+            self.write_fences();
+        }
+        was_fenced
+    }
+
+    /// A request for the instance of a workspace begins. A disposal under way is waited for.
     ///
     /// # Errors
     /// `opencode_timeout` at the deadline.
-    pub fn enter<'a>(&'a self, directory: &'a str, deadline: Instant) -> Result<Use<'a>> {
+    pub fn enter<'a>(&'a self, workspace: &'a Workspace, deadline: Instant) -> Result<Use<'a>> {
         let patience = Instant::now() + PATIENCE;
         let mut inner = self.lock();
-        while inner.by_directory.get(directory).is_some_and(|instance| instance.evicting) {
+        loop {
             let now = Instant::now();
-            if now >= deadline {
-                return Err(Error::OpencodeTimeout("did not dispose the instance"));
+            match inner.account.enter(&workspace.path, now) {
+                Entry::Entered => break,
+                Entry::Wait if now >= deadline => {
+                    return Err(Error::OpencodeTimeout("did not dispose the instance"));
+                }
+                Entry::Wait if now >= patience => {
+                    inner.account.enter_anyway(&workspace.path, now);
+                    break;
+                }
+                Entry::Wait => inner = self.wait(inner, patience.min(deadline)),
             }
-            let rest = patience.min(deadline).saturating_duration_since(now);
-            if rest.is_zero() {
-                break;
-            }
-            inner = self.changed.wait_timeout(inner, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
-        let instance = inner.by_directory.entry(directory.to_owned()).or_insert_with(Instance::new);
-        instance.streams += 1;
-        instance.touch();
-        Ok(Use { instances: self, directory })
+        self.settle(&mut inner);
+        Ok(Use { instances: self, workspace, unanswered: Cell::new(None) })
     }
 
     /// Somebody means to use an instance.
     pub fn touch(&self, directory: &str) {
+        self.lock().account.touch(directory, Instant::now());
+    }
+
+    /// A directory is, or was until now, a workspace's: its instance is evicted like any other.
+    pub fn register(&self, directory: &str) {
         let mut inner = self.lock();
-        if let Some(instance) = inner.by_directory.get_mut(directory) {
-            instance.touch();
-        }
-        self.schedule(&inner);
+        inner.account.register(directory);
+        self.settle(&mut inner);
     }
 
-    /// An instance is going to be disposed: [`Instances::disposed`] is told since when.
-    pub fn disposing(&self, directory: &str) -> Instant {
-        let now = Instant::now();
+    /// Disposes an instance, by whatever `dispose` does; requests for it wait meanwhile.
+    ///
+    /// # Errors
+    /// Those of `dispose`.
+    pub fn dispose(
+        &self,
+        generation: u64,
+        directory: &str,
+        dispose: impl FnOnce() -> std::result::Result<(), CallError>,
+    ) -> std::result::Result<(), CallError> {
+        let since = self.lock().account.dispose(directory, Instant::now());
+        let result = dispose();
         let mut inner = self.lock();
-        inner.own_disposals.retain(|(_, since)| now.duration_since(*since) < EVICTION_LIMIT);
-        inner.own_disposals.push((directory.to_owned(), now));
-        now
-    }
-
-    /// An instance has been disposed. What has loaded it since that was begun is more than that.
-    pub fn disposed(&self, generation: u64, directory: &str, since: Instant) {
-        self.change(generation, directory, |instance| instance.loaded &= instance.loaded_at > Some(since));
-    }
-
-    /// opencode tells that an instance was disposed, by whomever.
-    fn told_disposed(&self, generation: u64, directory: &str) {
-        let own = {
-            let mut inner = self.lock();
-            let own = inner.own_disposals.iter().position(|(own, _)| own == directory);
-            own.map(|own| inner.own_disposals.swap_remove(own))
-        };
-        match own {
-            // Again, since what the instance did last was told in between.
-            Some((_, since)) => self.disposed(generation, directory, since),
-            None => self.change(generation, directory, |instance| instance.loaded = false),
-        }
+        inner.account.disposed(generation, directory, since, result.is_ok());
+        self.settle(&mut inner);
+        self.changed.notify_all();
+        result
     }
 
     /// Whether an instance is loaded.
     pub fn is_loaded(&self, directory: &str) -> bool {
-        self.lock().by_directory.get(directory).is_some_and(|instance| instance.loaded)
+        self.lock().account.is_loaded(directory)
     }
 
     /// Whether an instance is loaded in this opencode.
     pub fn is_loaded_in(&self, generation: u64, directory: &str) -> bool {
         let inner = self.lock();
-        inner.generation == generation && inner.by_directory.get(directory).is_some_and(|instance| instance.loaded)
+        inner.account.generation() == generation && inner.account.is_loaded(directory)
     }
 
     /// How an instance is used.
     pub fn usage(&self, directory: &str) -> Usage {
-        let inner = self.lock();
-        let Some(instance) = inner.by_directory.get(directory) else { return Usage::default() };
-        let due = self.idle_ttl.filter(|_| instance.loaded && instance.streams == 0);
-        Usage {
-            loaded: instance.loaded,
-            streams: instance.streams,
-            evict_at: due.map(|ttl| instance.used_ms + ttl.as_millis() as u64),
-        }
-    }
-
-    /// Changes what is known of an instance. News of an earlier opencode is dropped.
-    fn change(&self, generation: u64, directory: &str, change: impl FnOnce(&mut Instance)) {
         let mut inner = self.lock();
-        if inner.generation != generation {
-            return;
-        }
-        let instance = inner.by_directory.entry(directory.to_owned()).or_insert_with(Instance::new);
-        let before = instance.loaded;
-        change(instance);
-        let after = instance.loaded;
-        inner.forget_unused(directory);
-        if before != after {
-            let loaded = inner.by_directory.iter().filter(|(_, instance)| instance.loaded);
-            self.store.note_instances(loaded.map(|(directory, _)| directory.clone()).collect());
-        }
-        self.schedule(&inner);
+        let account::Usage { loaded, streams, due } = inner.account.usage(directory);
+        let evict_at = due.map(|due| inner.clock.unix_ms(due));
+        let fenced = inner.account.fences().get(directory).is_some();
+        Usage { loaded, streams, evict_at, fenced }
     }
 
-    /// When the instance that is due first is due.
-    fn first_due(&self, inner: &Inner) -> Option<(Instant, String)> {
-        let ttl = self.idle_ttl?;
-        let candidates = inner.by_directory.iter().filter(|(_, i)| i.loaded && i.streams == 0 && !i.evicting);
-        let (directory, instance) = candidates.min_by_key(|(_, instance)| instance.used)?;
-        Some((instance.used + ttl, directory.clone()))
-    }
-
-    /// Wakes the evicting thread only if it would otherwise look too late: use makes due times
-    /// later, so that it mostly need not be woken.
-    fn schedule(&self, inner: &Inner) {
-        let too_late = match (inner.next_look, self.idle_ttl) {
-            (None, Some(_)) => self.first_due(inner).is_some(),
-            (Some(_), _) | (_, None) => false,
-        };
-        if too_late {
-            self.changed.notify_all();
-        }
-    }
+    // --- Eviction ---
 
     /// Disposes instances as they become due, for as long as the daemon lives.
-    pub fn evict(&self, supervisor: &Handle, events: &Events) {
+    pub fn evict(&'static self, supervisor: &'static Handle) {
         let mut inner = self.lock();
         loop {
-            let due = self.first_due(&inner);
-            inner.next_look = due.as_ref().map(|(at, _)| *at);
-            let rest = due.as_ref().map(|(at, _)| at.saturating_duration_since(Instant::now()));
-            match (due, rest) {
-                (Some((_, directory)), Some(Duration::ZERO)) => {
-                    let generation = inner.generation;
-                    if let Some(instance) = inner.by_directory.get_mut(&directory) {
-                        instance.evicting = true;
-                    }
+            match inner.account.next(Instant::now()) {
+                Next::Evict(eviction) => {
                     drop(inner);
-                    let disposed = self.evict_one(supervisor, events, generation, &directory);
-                    inner = self.lock();
-                    if let Some(instance) = inner.by_directory.get_mut(&directory) {
-                        instance.evicting = false;
-                        if !disposed {
-                            instance.touch(); // busy, or not to be had: looked at again in as long
-                        }
+                    let shared = eviction.clone();
+                    // One that takes long must not hold up the others.
+                    if Builder::new().spawn(move || self.evict_one(supervisor, &shared)).is_err() {
+                        self.evict_one(supervisor, &eviction);
                     }
-                    self.changed.notify_all();
+                    inner = self.lock();
                 }
-                (Some(_), Some(rest)) => {
-                    inner = self.changed.wait_timeout(inner, rest).unwrap_or_else(PoisonError::into_inner).0;
+                Next::At(at) => {
+                    inner.next_look = Some(at);
+                    inner = self.wait(inner, at);
                 }
-                (None, _) | (_, None) => {
+                Next::Nothing => {
+                    inner.next_look = None;
                     inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 }
             }
         }
     }
 
-    /// Disposes an instance, unless it is not a workspace's, or a session is running in it.
-    fn evict_one(&self, supervisor: &Handle, events: &Events, generation: u64, directory: &str) -> bool {
-        let state = self.store.snapshot();
-        let Some(workspace) = state.workspaces.iter().find(|w| w.is_local() && w.path == directory) else {
-            return false;
-        };
-        let Some(endpoint) = supervisor.ready_now().filter(|endpoint| endpoint.generation == generation) else {
-            return false;
+    fn evict_one(&self, supervisor: &Handle, eviction: &Eviction) {
+        let outcome = self.try_to_evict(supervisor, eviction);
+        let mut inner = self.lock();
+        inner.account.evicted(eviction, outcome, Instant::now());
+        self.settle(&mut inner);
+        self.changed.notify_all();
+    }
+
+    /// Disposes an instance, unless a session is running in it.
+    fn try_to_evict(&self, supervisor: &Handle, eviction: &Eviction) -> Outcome {
+        let Eviction { generation, directory, .. } = eviction;
+        let Some(endpoint) = supervisor.ready_now().filter(|endpoint| endpoint.generation == *generation) else {
+            return Outcome::Failed;
         };
         let (path, deadline) = (Path::new(directory), Instant::now() + EVICTION_LIMIT);
         match endpoint.running_sessions(path, deadline) {
             Ok(0) => {}
-            Ok(_) | Err(_) => return false,
+            Ok(_) => return Outcome::Busy,
+            Err(_) => return Outcome::Failed,
         }
-        let since = self.disposing(directory);
-        if endpoint.dispose(path, deadline).is_err() {
-            return false;
+        if self.dispose(*generation, directory, || endpoint.dispose(path, deadline)).is_err() {
+            return Outcome::Failed;
         }
-        crate::log!("disposed the idle instance of {}", workspace.name);
-        self.disposed(generation, directory, since);
-        let (workspace_id, directory) = (Some(workspace.id.clone()), directory.to_owned());
-        events.publish(EventKind::InstanceDisposed { workspace_id, directory });
-        true
+        crate::log!("disposed the idle instance of {directory}");
+        let state = self.store.snapshot();
+        let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == *directory);
+        let (workspace_id, directory) = (workspace.map(|workspace| workspace.id.clone()), directory.clone());
+        self.events.publish(EventKind::InstanceDisposed { workspace_id, directory });
+        Outcome::Disposed
     }
+
+    // --- opencode's own events ---
 
     /// Listens to opencode's own events until the supervisor stops and the daemon ends.
     pub fn listen(&self, supervisor: &Handle) {
@@ -364,18 +524,17 @@ impl Instances {
         // Events about no instance have no directory, or "global".
         let Some(directory) = event.directory.filter(|directory| directory.starts_with('/')) else { return };
         let kind = event.payload.kind;
-        match kind.split('.').next().unwrap_or_default() {
-            "server" if kind == "server.instance.disposed" => self.told_disposed(generation, &directory),
-            "server" | "global" => {}
+        let sign = match kind.split('.').next().unwrap_or_default() {
+            "server" if kind == "server.instance.disposed" => Sign::Disposed,
+            "server" | "global" => return,
             // What somebody does; the rest an instance does by itself (watching files, say).
-            "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => {
-                self.change(generation, &directory, |instance| {
-                    instance.loaded = true;
-                    instance.touch();
-                });
-            }
-            _ => self.change(generation, &directory, |instance| instance.loaded = true),
-        }
+            "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => Sign::Used,
+            _ => Sign::Alive,
+        };
+        let ours = || is_registered(&self.store.snapshot(), &directory);
+        let mut inner = self.lock();
+        inner.account.told(generation, &directory, sign, ours, Instant::now());
+        self.settle(&mut inner);
     }
 }
 

@@ -22,7 +22,7 @@ use rustix::process::Signal;
 
 use super::engine::{self, CallError, Endpoint};
 use super::events::{EventKind, Events};
-use super::instances::Instances;
+use super::instances::{Failure, Instances};
 use crate::agent::Listener;
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
@@ -244,6 +244,29 @@ impl Handle {
     /// As [`Handle::endpoint`].
     pub fn successor(&self, endpoint: &Endpoint, deadline: Instant) -> Result<Endpoint> {
         self.wait(Some(endpoint.generation), deadline)
+    }
+
+    /// Whether an opencode is still there after a call to it broke off: it is looked at again. What
+    /// cannot be said by the deadline counts as alive.
+    pub fn survives(&self, endpoint: &Endpoint, deadline: Instant) -> bool {
+        let mut status = self.shared.lock();
+        let checks = status.checks;
+        let is_current = |status: &Status| {
+            status.ready.is_some()
+                && status.generation == endpoint.generation
+                && !wait::has_ended(&endpoint.listener.process)
+        };
+        if is_current(&status) {
+            let _ = self.events.send(Event::Suspect { generation: endpoint.generation });
+        }
+        while is_current(&status) {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if status.checks > checks || rest.is_zero() {
+                return true;
+            }
+            status = self.shared.changed.wait_timeout(status, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        false
     }
 
     /// With `suspect`, an opencode of that generation is believed only after another look at it.
@@ -587,7 +610,7 @@ impl Supervisor {
         self.generation = 1;
         // What it printed before is not about what happens now.
         self.log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
-        self.instances.begin(self.generation, record.instances);
+        self.instances.begin(self.generation, record.instances, record.strangers.as_deref());
         self.watch(&process);
         // One that listens was ready; one that does not yet is given the rest of its time.
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
@@ -677,6 +700,7 @@ impl Supervisor {
 
     fn version_checked(&mut self, binary: &std::path::Path, checked: Result<String>) {
         match checked.and_then(|version| {
+            self.instances.version_is(&version);
             self.version = Some(version);
             self.launch(binary)
         }) {
@@ -707,6 +731,7 @@ impl Supervisor {
             start_ticks,
             boot_id,
             instances: Vec::new(),
+            strangers: None,
             extra: serde_json::Map::new(),
         };
         self.started_at = record.started_at;
@@ -728,7 +753,7 @@ impl Supervisor {
         }
         self.generation += 1;
         self.address = address;
-        self.instances.begin(self.generation, Vec::new());
+        self.instances.begin(self.generation, Vec::new(), None);
         self.watch(&process);
         crate::log!("starting {} on {address} (pid {pid})", binary.display());
         self.events.publish(EventKind::EngineStarting { generation: self.generation, pid });
@@ -871,6 +896,7 @@ impl Supervisor {
         let pid = process.identity().pid;
         let how = if origin == Origin::Adopted { "adopted" } else { "ready" };
         crate::log!("opencode {version} is {how} on {} (pid {pid})", self.address);
+        self.instances.version_is(&version);
         self.version = Some(version);
         self.last_attempt = false;
         self.taken_ports = 0;
@@ -984,7 +1010,9 @@ impl Supervisor {
         let how = status.map_or_else(|| "ended".to_owned(), |status| format!("ended with {status}"));
         crate::log!("opencode (pid {pid}) {how}");
         self.events.publish(EventKind::EngineExited { generation, pid, reason: how.clone() });
-        self.instances.begin(generation, Vec::new());
+        // An end that we have brought about is nobody's fault, unless it was for a hang.
+        let by_itself = matches!((&then, self.want), (None | Some(Then::Fail(_)), Want::Run));
+        self.instances.ended(generation, by_itself.then(|| Failure { how: how.clone(), output: self.last_lines() }));
         if let Err(e) = self.store.update(|state| {
             state.opencode = None;
             Ok(())
@@ -1060,8 +1088,15 @@ impl Supervisor {
 
     /// What happened, with the last lines of the output of the current process.
     fn with_last_lines(&self, what: String) -> String {
-        let lines = log::tail(&self.data_dir.opencode_log(), self.log_start, LAST_LINES).unwrap_or_default();
-        if lines.is_empty() { what } else { format!("{what}; its last output:\n{}", lines.join("\n")) }
+        match self.last_lines() {
+            lines if lines.is_empty() => what,
+            lines => format!("{what}; its last output:\n{lines}"),
+        }
+    }
+
+    /// The last lines of the output of the current process; may be empty.
+    fn last_lines(&self) -> String {
+        log::tail(&self.data_dir.opencode_log(), self.log_start, LAST_LINES).unwrap_or_default().join("\n")
     }
 
     /// Tells everybody how it is.

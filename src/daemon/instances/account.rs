@@ -1,0 +1,639 @@
+//! The account: which instances opencode has loaded, which are used, busy or due, and which are
+//! suspected of ending opencode.
+//!
+//! Pure: it has no clock, thread, lock or socket. Callers report what happened and when, carry out
+//! what [`Account::next`] asks for, and report the outcome with [`Account::evicted`]. Reports about
+//! another opencode than the current one (its *generation*) are dropped.
+//!
+//! The life of an instance in the reports of a caller:
+//!
+//! ```text
+//! begin                          a new opencode, and what it has loaded
+//!   enter                        a request wants the instance: it waits while Entry::Wait
+//!     send                       the request goes to opencode: it waits while Turn::Wait
+//!       replied                  opencode answers: the instance is loaded
+//!   leave                        the request is over
+//!   told                         an event of opencode's: loaded, used, disposed, by whomever
+//!   listed                       opencode's own list of what it has loaded, where it has one
+//!   next → Evict … evicted       nobody uses it any more
+//!   dispose … disposed           our own disposal, within an eviction or for a user
+//! ended                          opencode is gone, and with it all it had loaded
+//! ```
+//!
+//! Invariants: an instance with a request under way is not evicted; a request that comes while its
+//! instance is being disposed waits; nothing is evicted that is not loaded, or that is no directory
+//! of the registry's, now or before; what is loaded stays in the account until it is disposed.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::fence::{Fence, Fences};
+
+/// Evictions under way at once: enough that one slow language server does not hold up the others,
+/// few enough that a hundred instances that fall due together do not flood opencode.
+const EVICTIONS: usize = 4;
+/// The pause after an eviction that failed, since opencode was not ready or did not answer.
+const RETRY: Duration = Duration::from_secs(30);
+/// A client that is attached to opencode directly loads the instance again within some 4 s of its
+/// eviction; a person who comes back takes longer.
+pub const REVIVAL: Duration = Duration::from_secs(10);
+/// How often the idle time of an instance that is revived again and again is doubled, at most: 30
+/// minutes become 32 hours.
+const DOUBLINGS: u32 = 6;
+/// How long an own disposal may be told by an event after it was reported: the event waits for
+/// whatever the instance does before.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
+/// How long other instances are kept waiting while a suspect is loaded, and a suspect while others
+/// are: loading takes 10 s at most, unless something is wrong.
+pub const ALONE: Duration = Duration::from_secs(10);
+/// How long an instance may still be loading after the client that asked for it has gone.
+const ORPHANED: Duration = Duration::from_secs(10);
+
+/// Whether a request may go on to its instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// It counts as use from now on, until it leaves.
+    Entered,
+    /// The instance is being disposed: try again when that is over.
+    Wait,
+}
+
+/// Whether a request that loads an instance may be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It counts as sent.
+    Go,
+    /// A suspect is loaded alone: try again at that time, or when a reply has come.
+    Wait(Instant),
+    /// The opencode that it was meant for has ended.
+    Over,
+    /// The workspace is fenced.
+    Fenced,
+}
+
+/// What opencode tells of an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sign {
+    /// It does something by itself, so it is there.
+    Alive,
+    /// Somebody uses it.
+    Used,
+    /// It has been disposed.
+    Disposed,
+}
+
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing, until something happens.
+    Nothing,
+    /// Look again at that time.
+    At(Instant),
+    /// Carry out this eviction, and report its outcome.
+    Evict(Eviction),
+}
+
+/// An eviction under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Eviction {
+    /// The opencode it is about.
+    pub generation: u64,
+    /// The directory of the instance.
+    pub directory: String,
+    /// When it was decided.
+    pub since: Instant,
+}
+
+/// How an eviction went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The instance has been disposed.
+    Disposed,
+    /// A session is running: that is use.
+    Busy,
+    /// The instance was not loaded after all.
+    #[allow(dead_code, reason = "only opencode 2.x can say so without loading it")]
+    Absent,
+    /// opencode could not be asked, or refused.
+    Failed,
+}
+
+/// Why opencode ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// A predicate: `ended with exit status: 1`.
+    pub how: String,
+    /// Its last lines of output; may be empty.
+    pub output: String,
+}
+
+/// The end of an opencode.
+#[derive(Clone, Debug)]
+pub struct End {
+    /// Which one.
+    pub generation: u64,
+    /// None for an end that openwork has brought about.
+    pub failure: Option<Failure>,
+    /// The directories whose instances were being loaded.
+    pub loading: Vec<String>,
+}
+
+/// How an instance is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Whether it is loaded.
+    pub loaded: bool,
+    /// Requests under way, streams among them.
+    pub streams: usize,
+    /// When it is due to be evicted; none while in use, or never.
+    pub due: Option<Instant>,
+}
+
+/// What is known of the loading of an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Load {
+    Cold,
+    /// A request of ours that loads it was sent at this time, and none was answered yet.
+    Loading(Instant),
+    /// An event told of it first, at this time: somebody else has loaded it, or is about to.
+    Told(Instant),
+    /// It has answered.
+    Loaded,
+}
+
+#[derive(Debug)]
+struct Instance {
+    load: Load,
+    /// When a request that loads it was last sent.
+    sent: Option<Instant>,
+    /// When a client last gave up such a request before the reply.
+    given_up: Option<Instant>,
+    /// Requests sent to this opencode and not answered yet.
+    unanswered: usize,
+    /// Requests under way, streams among them.
+    streams: usize,
+    /// Disposals and evictions under way, for which requests wait.
+    held: usize,
+    evicting: bool,
+    /// Its directory is one of the registry's, or was while the instance was loaded.
+    ours: bool,
+    used: Instant,
+    /// Not to be evicted before.
+    not_before: Option<Instant>,
+    /// How often its idle time is doubled.
+    doublings: u32,
+}
+
+impl Instance {
+    fn new(now: Instant) -> Instance {
+        Instance {
+            load: Load::Cold,
+            sent: None,
+            given_up: None,
+            unanswered: 0,
+            streams: 0,
+            held: 0,
+            evicting: false,
+            ours: false,
+            used: now,
+            not_before: None,
+            doublings: 0,
+        }
+    }
+
+    fn is_loaded(&self) -> bool {
+        self.load != Load::Cold
+    }
+
+    /// Whether a request of ours is loading it at this time.
+    fn is_loading(&self, now: Instant) -> bool {
+        let is_wanted = self.unanswered > 0 || self.given_up.is_some_and(|at| now.duration_since(at) < ORPHANED);
+        matches!(self.load, Load::Loading(_)) && is_wanted
+    }
+}
+
+/// The account. See the head of the module.
+pub struct Account {
+    idle_ttl: Option<Duration>,
+    generation: u64,
+    end: Option<End>,
+    instances: HashMap<String, Instance>,
+    /// Disposals of our own and when they began: opencode tells of them too, perhaps only when the
+    /// instance is loaded again.
+    own_disposals: Vec<(String, Instant)>,
+    /// Directories evicted lately: when, and how often their idle time was doubled by then.
+    evicted: HashMap<String, (Instant, u32)>,
+    fences: Fences,
+    /// Counts the changes of what is loaded.
+    revision: u64,
+}
+
+impl Account {
+    /// An account of nothing. An instance unused for `idle_ttl` is evicted; never when absent.
+    pub fn new(idle_ttl: Option<Duration>, fences: Fences) -> Account {
+        Account {
+            idle_ttl,
+            generation: 0,
+            end: None,
+            instances: HashMap::new(),
+            own_disposals: Vec::new(),
+            evicted: HashMap::new(),
+            fences,
+            revision: 0,
+        }
+    }
+
+    // --- opencode ---
+
+    /// Another opencode has been started or adopted: what it has loaded, and whether each is ours.
+    pub fn begin(&mut self, generation: u64, loaded: impl IntoIterator<Item = (String, bool)>, now: Instant) {
+        self.generation = generation;
+        self.end = None;
+        self.clear(now);
+        for (directory, ours) in loaded {
+            let instance = self.instances.entry(directory).or_insert_with(|| Instance::new(now));
+            (instance.load, instance.ours) = (Load::Loaded, ours);
+        }
+        self.revision += 1;
+    }
+
+    /// opencode has ended. With a failure, it ended by itself, and whatever was being loaded is
+    /// suspected of it. Returns the directories that are fenced for it.
+    pub fn ended(
+        &mut self,
+        generation: u64,
+        failure: Option<Failure>,
+        version: &str,
+        now: Instant,
+    ) -> Vec<(String, Fence)> {
+        if generation != self.generation || self.is_over() {
+            return Vec::new();
+        }
+        let of = |is: &dyn Fn(&Instance) -> bool| -> Vec<String> {
+            self.instances.iter().filter(|(_, i)| is(i)).map(|(directory, _)| directory.clone()).collect()
+        };
+        let loading = if failure.is_some() { of(&|i| i.is_loading(now)) } else { Vec::new() };
+        let told_lately = |i: &Instance| matches!(i.load, Load::Told(at) if now.duration_since(at) < ALONE);
+        let certain = loading.len() == 1 && of(&told_lately).is_empty();
+        let mut fenced = Vec::new();
+        if let Some(Failure { how, output }) = &failure {
+            let output = if output.is_empty() { format!("opencode {how}") } else { output.clone() };
+            let fence = Fence { version: version.to_owned(), output };
+            let directories = self.fences.died(&loading, certain, &fence, now);
+            fenced = directories.into_iter().map(|directory| (directory, fence.clone())).collect();
+        }
+        self.end = Some(End { generation, failure, loading });
+        self.clear(now);
+        self.revision += 1;
+        fenced
+    }
+
+    /// How the current opencode ended, if it has.
+    pub fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    /// The current opencode.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn is_over(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// Nothing is loaded any more; requests and disposals under way stay in the account.
+    fn clear(&mut self, now: Instant) {
+        self.own_disposals.clear();
+        self.evicted.clear();
+        self.instances.retain(|_, instance| {
+            let Instance { streams, held, evicting, ours, used, .. } = *instance;
+            *instance = Instance { streams, held, evicting, ours, used, ..Instance::new(now) };
+            streams > 0 || held > 0
+        });
+    }
+
+    // --- Requests ---
+
+    /// A request for the instance of a workspace begins.
+    pub fn enter(&mut self, directory: &str, now: Instant) -> Entry {
+        let instance = self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now));
+        if instance.held > 0 {
+            return Entry::Wait;
+        }
+        self.enter_anyway(directory, now);
+        Entry::Entered
+    }
+
+    /// A request begins, although its instance is being disposed: that takes too long.
+    pub fn enter_anyway(&mut self, directory: &str, now: Instant) {
+        let instance = self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now));
+        instance.streams += 1;
+        instance.used = now;
+        self.register(directory);
+    }
+
+    /// A request that has entered is about to be sent to this opencode, and loads the instance.
+    pub fn send(&mut self, generation: u64, directory: &str, now: Instant) -> Turn {
+        if generation != self.generation || self.is_over() {
+            return Turn::Over;
+        }
+        if self.fences.get(directory).is_some() {
+            return Turn::Fenced;
+        }
+        let before = self.instances.get(directory).map_or(Load::Cold, |instance| instance.load);
+        if before == Load::Cold {
+            if let Some(until) = self.turn_at(directory, now) {
+                return Turn::Wait(until);
+            }
+        }
+        let instance = self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now));
+        instance.unanswered += 1;
+        instance.sent = Some(now);
+        if before == Load::Cold {
+            instance.load = Load::Loading(now);
+            // A person comes back, not a client that revives its instance.
+            instance.doublings = 0;
+            self.evicted.remove(directory);
+            self.revision += 1;
+        }
+        Turn::Go
+    }
+
+    /// When an instance may be loaded, if not now.
+    fn turn_at(&self, directory: &str, now: Instant) -> Option<Instant> {
+        let suspect = self.fences.is_suspect(directory, now);
+        let loading = self.instances.iter().filter(|(other, i)| *other != directory && i.is_loading(now));
+        loading
+            .filter(|(other, _)| suspect || self.fences.is_suspect(other, now))
+            .filter_map(|(_, instance)| match instance.load {
+                Load::Loading(since) => Some(since + ALONE),
+                Load::Cold | Load::Told(_) | Load::Loaded => None,
+            })
+            .filter(|until| *until > now)
+            .max()
+    }
+
+    /// opencode has begun to answer a request that was sent: its instance is loaded.
+    pub fn replied(&mut self, generation: u64, directory: &str) {
+        if let Some(instance) = self.current(generation, directory) {
+            instance.unanswered = instance.unanswered.saturating_sub(1);
+            if matches!(instance.load, Load::Loading(_) | Load::Told(_)) {
+                instance.load = Load::Loaded;
+                self.fences.loaded(directory);
+            }
+        }
+    }
+
+    /// A request is over. `unanswered`: the opencode that it was sent to and that has not replied.
+    pub fn leave(&mut self, directory: &str, unanswered: Option<u64>, now: Instant) {
+        if let Some(instance) = unanswered.and_then(|generation| self.current(generation, directory)) {
+            instance.unanswered = instance.unanswered.saturating_sub(1);
+            instance.given_up = Some(now);
+        }
+        if let Some(instance) = self.instances.get_mut(directory) {
+            instance.streams = instance.streams.saturating_sub(1);
+            instance.used = now;
+        }
+        self.forget_unused(directory);
+    }
+
+    /// Somebody means to use an instance.
+    pub fn touch(&mut self, directory: &str, now: Instant) {
+        if let Some(instance) = self.instances.get_mut(directory) {
+            instance.used = now;
+        }
+    }
+
+    /// A directory is one of the registry's. Its instance stays ours when the registry loses it.
+    pub fn register(&mut self, directory: &str) {
+        if let Some(instance) = self.instances.get_mut(directory) {
+            if !std::mem::replace(&mut instance.ours, true) && instance.is_loaded() {
+                self.revision += 1;
+            }
+        }
+    }
+
+    /// An instance of the current opencode.
+    fn current(&mut self, generation: u64, directory: &str) -> Option<&mut Instance> {
+        let is_current = generation == self.generation && !self.is_over();
+        self.instances.get_mut(directory).filter(|_| is_current)
+    }
+
+    /// Of an instance that is neither loaded nor in use there is nothing to remember.
+    fn forget_unused(&mut self, directory: &str) {
+        let is_unused = |instance: &Instance| !instance.is_loaded() && instance.streams == 0 && instance.held == 0;
+        if self.instances.get(directory).is_some_and(is_unused) {
+            self.instances.remove(directory);
+        }
+    }
+
+    // --- What opencode says ---
+
+    /// opencode tells something of an instance. `ours` is asked when the account does not know yet
+    /// whether the directory is one of the registry's.
+    pub fn told(&mut self, generation: u64, directory: &str, sign: Sign, ours: impl FnOnce() -> bool, now: Instant) {
+        if generation != self.generation || self.is_over() {
+            return;
+        }
+        match sign {
+            Sign::Disposed => self.told_disposed(directory, now),
+            Sign::Alive | Sign::Used => {
+                self.found(directory, ours, now);
+                if let (Sign::Used, Some(instance)) = (sign, self.instances.get_mut(directory)) {
+                    instance.used = now;
+                    instance.load = Load::Loaded;
+                }
+            }
+        }
+    }
+
+    /// An instance turns out to be loaded.
+    fn found(&mut self, directory: &str, ours: impl FnOnce() -> bool, now: Instant) {
+        let instance = self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now));
+        if instance.is_loaded() {
+            return;
+        }
+        instance.load = Load::Told(now);
+        instance.ours = instance.ours || ours();
+        instance.used = now;
+        instance.not_before = None;
+        if let Some((evicted_at, doublings)) = self.evicted.remove(directory) {
+            let revived = now.duration_since(evicted_at) < REVIVAL;
+            instance.doublings = if revived { (doublings + 1).min(DOUBLINGS) } else { 0 };
+        }
+        self.revision += 1;
+    }
+
+    fn told_disposed(&mut self, directory: &str, now: Instant) {
+        let own = self.own_disposals.iter().position(|(own, _)| own == directory);
+        match own.map(|own| self.own_disposals.swap_remove(own)) {
+            // Applied a second time: before it, opencode told what the instance did last.
+            Some((_, since)) => self.gone(directory, since),
+            None => {
+                if let Some(instance) = self.instances.get_mut(directory) {
+                    // A request under way may load it again.
+                    let load = if instance.unanswered > 0 { Load::Loading(now) } else { Load::Cold };
+                    self.set_load(directory, load);
+                }
+            }
+        }
+    }
+
+    /// An instance has been disposed by what began at `since`. A request sent after that has
+    /// loaded it again.
+    fn gone(&mut self, directory: &str, since: Instant) {
+        if self.instances.get(directory).is_some_and(|instance| instance.sent.is_none_or(|sent| sent <= since)) {
+            self.set_load(directory, Load::Cold);
+        }
+    }
+
+    fn set_load(&mut self, directory: &str, load: Load) {
+        if let Some(instance) = self.instances.get_mut(directory) {
+            let before = instance.is_loaded();
+            instance.load = load;
+            if before != instance.is_loaded() {
+                self.revision += 1;
+            }
+        }
+        self.forget_unused(directory);
+    }
+
+    /// opencode's own list of what it has loaded, asked for at `asked`; for an opencode that has one.
+    #[allow(dead_code, reason = "opencode 1.x has no such list, 2.x has")]
+    pub fn listed(
+        &mut self,
+        generation: u64,
+        directories: &[String],
+        asked: Instant,
+        ours: impl Fn(&str) -> bool,
+        now: Instant,
+    ) {
+        if generation != self.generation || self.is_over() {
+            return;
+        }
+        for directory in directories {
+            self.found(directory, || ours(directory), now);
+        }
+        // What was first told after the question may not be in the answer.
+        let told_before = |load: Load| !matches!(load, Load::Told(at) if at > asked);
+        let absent = |(directory, instance): (&String, &Instance)| {
+            let is_absent = instance.is_loaded() && told_before(instance.load) && !directories.contains(directory);
+            is_absent.then(|| directory.clone())
+        };
+        for directory in self.instances.iter().filter_map(absent).collect::<Vec<_>>() {
+            if self.instances.get(&directory).is_some_and(|instance| instance.unanswered == 0) {
+                self.gone(&directory, asked);
+            }
+        }
+    }
+
+    // --- Disposals and evictions ---
+
+    /// A disposal of our own begins: requests wait for it. Returns when, for [`Account::disposed`].
+    pub fn dispose(&mut self, directory: &str, now: Instant) -> Instant {
+        self.own_disposals.retain(|(_, since)| now.duration_since(*since) < TOLD_WITHIN);
+        self.own_disposals.push((directory.to_owned(), now));
+        self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now)).held += 1;
+        now
+    }
+
+    /// A disposal of our own is over.
+    pub fn disposed(&mut self, generation: u64, directory: &str, since: Instant, done: bool) {
+        if let Some(instance) = self.instances.get_mut(directory) {
+            instance.held = instance.held.saturating_sub(1);
+        }
+        if done && generation == self.generation && !self.is_over() {
+            self.gone(directory, since);
+        }
+        self.forget_unused(directory);
+    }
+
+    /// When the first instance is due, without beginning its eviction.
+    pub fn first_due(&self) -> Option<Instant> {
+        self.instances.values().filter(|instance| instance.held == 0).filter_map(|i| self.due(i)).min()
+    }
+
+    /// When an instance is due to be evicted, if nobody uses it before.
+    fn due(&self, instance: &Instance) -> Option<Instant> {
+        let ttl = self.idle_ttl.filter(|_| instance.is_loaded() && instance.ours && instance.streams == 0)?;
+        let due = instance.used + ttl.saturating_mul(1 << instance.doublings);
+        Some(instance.not_before.map_or(due, |not_before| due.max(not_before)))
+    }
+
+    /// What is to be done next. An eviction counts as begun.
+    pub fn next(&mut self, now: Instant) -> Next {
+        let evicting = self.instances.values().filter(|instance| instance.evicting).count();
+        let candidates = self.instances.iter().filter(|(_, instance)| instance.held == 0);
+        let first = candidates.filter_map(|(directory, i)| Some((self.due(i)?, directory))).min();
+        match first {
+            None => Next::Nothing,
+            Some((due, _)) if due > now => Next::At(due),
+            // Looked at again when one of them is over.
+            Some(_) if evicting >= EVICTIONS => Next::Nothing,
+            Some((_, directory)) => {
+                let directory = directory.clone();
+                if let Some(instance) = self.instances.get_mut(&directory) {
+                    instance.held += 1;
+                    instance.evicting = true;
+                }
+                Next::Evict(Eviction { generation: self.generation, directory, since: now })
+            }
+        }
+    }
+
+    /// How an eviction went.
+    pub fn evicted(&mut self, eviction: &Eviction, outcome: Outcome, now: Instant) {
+        let Eviction { generation, directory, since } = eviction;
+        let retry = now + self.idle_ttl.unwrap_or(RETRY).min(RETRY);
+        let is_current = *generation == self.generation && !self.is_over();
+        let Some(instance) = self.instances.get_mut(directory) else { return };
+        instance.held = instance.held.saturating_sub(1);
+        instance.evicting = false;
+        let doublings = instance.doublings;
+        if is_current {
+            match outcome {
+                Outcome::Disposed => {
+                    self.evicted.retain(|_, (at, _)| now.duration_since(*at) < REVIVAL);
+                    self.evicted.insert(directory.clone(), (now, doublings));
+                }
+                Outcome::Busy => instance.used = now,
+                Outcome::Absent => self.gone(directory, *since),
+                Outcome::Failed => instance.not_before = Some(retry),
+            }
+        }
+        self.forget_unused(directory);
+    }
+
+    // --- Questions ---
+
+    /// Whether an instance is loaded.
+    pub fn is_loaded(&self, directory: &str) -> bool {
+        self.instances.get(directory).is_some_and(Instance::is_loaded)
+    }
+
+    /// How an instance is used.
+    pub fn usage(&self, directory: &str) -> Usage {
+        let Some(instance) = self.instances.get(directory) else { return Usage::default() };
+        Usage { loaded: instance.is_loaded(), streams: instance.streams, due: self.due(instance) }
+    }
+
+    /// Every loaded instance, and whether its directory is one of the registry's, now or before.
+    pub fn loaded(&self) -> impl Iterator<Item = (&String, bool)> {
+        self.instances.iter().filter(|(_, i)| i.is_loaded()).map(|(directory, i)| (directory, i.ours))
+    }
+
+    /// Changes whenever [`Account::loaded`] does.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// The workspaces that may not be loaded.
+    pub fn fences(&mut self) -> &mut Fences {
+        &mut self.fences
+    }
+}
+
+#[cfg(test)]
+#[path = "account_tests.rs"]
+mod tests;
