@@ -207,7 +207,8 @@ errors! {
         "choose one with `openwork workspace switch <ws>`, or name it";
     /// There is no opencode to start.
     OpencodeNotFound(why: String), "opencode_not_found", 5, [503], ("no opencode to start: {why}"),
-        "install it (npm install -g opencode-ai), or name it: `openwork daemon restart --opencode-bin FILE`";
+        "`openwork daemon restart` uses the PATH of this shell; or name the program with --opencode-bin FILE, or \
+         install it (npm install -g opencode-ai)";
     /// opencode is of a version whose protocol openwork does not speak.
     OpencodeUnsupported { path: PathBuf, version: String }, "opencode_unsupported", 5, [503],
         ("{} is version {version:?}; only 1.x is supported", shown(path)),

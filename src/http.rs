@@ -67,24 +67,31 @@ impl<S: Socket> Timed<S> {
         }
         self.socket.limit(Some(rest))
     }
-}
 
-/// The kernel's name for a socket's time limit is "would block".
-fn timed_out(e: io::Error) -> io::Error {
-    if e.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { e }
-}
-
-impl<S: Socket> Read for Timed<S> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.limit()?;
-        self.socket.read(buffer).map_err(timed_out)
+    /// Makes a call of the kernel's within the rest of the time.
+    fn within(&mut self, mut call: impl FnMut(&mut S) -> io::Result<usize>) -> io::Result<usize> {
+        loop {
+            self.limit()?;
+            match call(&mut self.socket) {
+                // A socket with a time limit is interrupted by Ctrl-Z and fg too.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // The kernel's name for its time limit is "would block".
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+                other => return other,
+            }
+        }
     }
 }
 
-impl<S: Socket> Write for Timed<S> {
+impl<S: Socket + Read> Read for Timed<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.within(|socket| socket.read(buffer))
+    }
+}
+
+impl<S: Socket + Write> Write for Timed<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.limit()?;
-        self.socket.write(buffer).map_err(timed_out)
+        self.within(|socket| socket.write(buffer))
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -144,6 +144,34 @@ pub fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|e| Error::io("make absolute the path", path, e))
 }
 
+/// The opencode to start: `given` (the option), else `opencode` on this process's PATH, else
+/// `~/.opencode/bin/opencode`, where its own installer puts it.
+///
+/// # Errors
+/// `opencode_not_found`.
+pub fn find_opencode(given: Option<&Path>) -> Result<(PathBuf, Metadata)> {
+    let executable = |path: &Path| {
+        fs::metadata(path).ok().filter(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+    };
+    if let Some(given) = given {
+        return match executable(given) {
+            Some(metadata) => Ok((given.to_owned(), metadata)),
+            None => Err(Error::OpencodeNotFound(format!("{} is not a program", given.display()))),
+        };
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .filter(|directory| directory.is_absolute())
+        .map(|directory| directory.join("opencode"))
+        .chain(home().ok().map(|home| home.join(".opencode/bin/opencode")))
+        .find_map(|candidate| executable(&candidate).map(|metadata| (candidate, metadata)))
+        .ok_or_else(|| {
+            // cron and git hooks start daemons too, and their PATH is not that of a shell.
+            let path = path.to_string_lossy();
+            Error::OpencodeNotFound(format!("neither in ~/.opencode/bin nor on the PATH of the daemon, {path}"))
+        })
+}
+
 /// Whether nothing exists at a path, by the error of a look at it.
 fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)

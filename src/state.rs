@@ -442,6 +442,12 @@ fn ambiguous(selector: &str, candidates: &[&Arc<Workspace>]) -> Error {
     Error::WorkspaceAmbiguous { selector: selector.to_owned(), candidates }
 }
 
+/// Variables by which the environment of a daemon gives opencode's credentials, as that of OpenWork's
+/// own orchestrator does.
+pub const USERNAME_VARIABLE: &str = "OPENWORK_OPENCODE_USERNAME";
+/// See [`USERNAME_VARIABLE`].
+pub const PASSWORD_VARIABLE: &str = "OPENWORK_OPENCODE_PASSWORD";
+
 /// The credentials of opencode: made once, kept.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -456,20 +462,44 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// Reads the credentials, making them when there are none.
+    /// Reads the credentials, creating them when there are none. A user name or password that is
+    /// given replaces the stored one for good: commands read the file.
     ///
     /// # Errors
-    /// `state_corrupt` when the file cannot be understood: a new password would lock us out of
-    /// an opencode that runs with the old one.
-    pub fn load_or_create(data_dir: &DataDir) -> Result<Auth> {
+    /// `state_corrupt` when the file makes no sense: a new password would lock us out of an opencode
+    /// that runs with the old one. `usage` for given ones that cannot be sent.
+    pub fn load_or_create(data_dir: &DataDir, username: Option<String>, password: Option<String>) -> Result<Auth> {
         let path = data_dir.auth();
-        if let Some(auth) = Auth::read(&path)? {
+        let stored = Auth::read(&path)?;
+        let is_stored = stored.is_some() && username.is_none() && password.is_none();
+        let mut auth = match stored {
+            Some(auth) => auth,
+            None => {
+                let opencode_password = random_hex(32)?;
+                Auth { opencode_username: "opencode".to_owned(), opencode_password, extra: Map::new() }
+            }
+        };
+        if is_stored {
             return Ok(auth);
         }
-        let auth =
-            Auth { opencode_username: "opencode".to_owned(), opencode_password: random_hex(32)?, extra: Map::new() };
+        auth.opencode_username = username.unwrap_or(auth.opencode_username);
+        auth.opencode_password = password.unwrap_or(auth.opencode_password);
+        auth.check().map_err(|why| Error::usage(format!("{USERNAME_VARIABLE}, {PASSWORD_VARIABLE}: {why}")))?;
         write_whole(&path, &auth)?;
         Ok(auth)
+    }
+
+    /// Whether opencode can run with these, and HTTP carry them.
+    fn check(&self) -> std::result::Result<(), &'static str> {
+        let (name, password) = (&self.opencode_username, &self.opencode_password);
+        // Without a password anybody could make opencode run anything.
+        if name.is_empty() || password.is_empty() {
+            return Err("the user name or the password is empty");
+        }
+        if name.contains(|c: char| c == ':' || c.is_control()) || password.contains(char::is_control) {
+            return Err("the user name or the password has a character that cannot be sent");
+        }
+        Ok(())
     }
 
     /// Reads the credentials; none when there is no file.
@@ -480,16 +510,7 @@ impl Auth {
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: AUTH_HINT };
         let Some(bytes) = read_whole(path, AUTH_HINT)? else { return Ok(None) };
         let auth: Auth = from_json(&bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
-        // Whoever can be called without a password can be made to run anything.
-        if auth.opencode_password.is_empty() || auth.opencode_username.is_empty() {
-            return Err(corrupt("the user name or the password is empty".to_owned()));
-        }
-        let breaks_basic = |c: char| c.is_control();
-        if auth.opencode_username.contains(|c| c == ':' || breaks_basic(c))
-            || auth.opencode_password.contains(breaks_basic)
-        {
-            return Err(corrupt("the user name or the password has a character that cannot be sent".to_owned()));
-        }
+        auth.check().map_err(|why| corrupt(why.to_owned()))?;
         Ok(Some(auth))
     }
 }

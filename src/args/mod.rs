@@ -138,6 +138,8 @@ pub struct Invocation {
     pub timeout_given: bool,
     /// The options of a daemon that this command starts.
     pub daemon: Options,
+    /// What the user should know about the command line, though it is carried out.
+    pub warning: Option<&'static str>,
 }
 
 /// Whether the result is wanted as JSON, even if the rest of the command line has a mistake.
@@ -164,6 +166,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
         timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
         timeout_given: timeout.is_some(),
         daemon: Options::default(),
+        warning: None,
     };
     if given.has("--version") {
         return Ok(invocation);
@@ -180,6 +183,9 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     // An environment with mistakes harms only a command that can start a daemon.
     if row.takes_daemon_options() {
         invocation.daemon = values::daemon_options(&given)?;
+        let any = given.values("--cors").iter().any(|origin| origin == values::ANY_ORIGIN);
+        invocation.warning =
+            any.then_some("--cors '*' is ignored: every web page could call the daemon; name the origins");
     }
     if row.name.starts_with("daemon ") {
         invocation.timeout = timeout.unwrap_or(DEFAULT_DAEMON_TIMEOUT);

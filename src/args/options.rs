@@ -76,6 +76,8 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, 6175, or any)").env("OPENWORK_OPENCODE_PORT"),
     value("--idle-ttl", "DURATION", RUNS_DAEMON, "Dispose instances unused for this long: 90s, 30m (the default), 2h; 0 for never").env("OPENWORK_IDLE_TTL"),
     value("--cors", "ORIGIN", RUNS_DAEMON, "Allow calls from web pages of this origin; repeatable"),
+    value("--opencode-workdir", "DIR", RUNS_DAEMON, "Accepted for compatibility, without effect"),
+    flag("--allow-external", RUNS_DAEMON, "Accepted for compatibility, without effect"),
     value("--daemon-host", "HOST", RUNS_DAEMON, "Only 127.0.0.1 or localhost"),
     value("--opencode-host", "ADDRESS", RUNS_DAEMON, "Have opencode listen on this address of 127.0.0.0/8"),
 ];

@@ -17,6 +17,9 @@ const LONGEST_TIMEOUT: f64 = 86_400.0;
 /// The longest duration: as good as for ever, and times so far away can still be calculated. Seconds.
 const TEN_YEARS: u64 = 10 * 365 * 86_400;
 
+/// The `--cors` of OpenWork's desktop program: every web page. It is taken, and not obeyed.
+pub const ANY_ORIGIN: &str = "*";
+
 /// The options of a daemon.
 ///
 /// # Errors
@@ -41,7 +44,7 @@ pub fn daemon_options(given: &Given<'_>) -> Result<Options> {
         port: port("--daemon-port")?,
         engine: EngineOptions { binary, port: port("--opencode-port")?, host },
         idle_ttl: Some(idle_ttl).filter(|ttl| !ttl.is_zero()),
-        origins: given.values("--cors").into_iter().map(origin).collect::<Result<_>>()?,
+        origins: given.values("--cors").into_iter().filter(|o| o != ANY_ORIGIN).map(origin).collect::<Result<_>>()?,
     })
 }
 

@@ -51,9 +51,14 @@ const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
 /// Runs a command line; the exit status. `detached`: this process is the daemon in the background.
 pub fn main(argv: &[OsString], detached: bool) -> u8 {
     let mut output = Output::new(args::wants_json(argv));
-    let result = args::parse(argv, |name| std::env::var_os(name)).and_then(|invocation| match detached {
-        true => run_daemon(&invocation, true),
-        false => run(invocation, &mut output),
+    let result = args::parse(argv, |name| std::env::var_os(name)).and_then(|invocation| {
+        if let Some(warning) = invocation.warning {
+            note(&format!("warning: {warning}\n"));
+        }
+        match detached {
+            true => run_daemon(&invocation, true),
+            false => run(invocation, &mut output),
+        }
     });
     match result {
         Ok(()) => 0,

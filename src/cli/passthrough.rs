@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde::Serialize;
@@ -19,6 +19,7 @@ use super::{WORKSPACE_VARIABLE, encoded, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
+use crate::paths::find_opencode;
 use crate::state::{Auth, State};
 use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
@@ -284,7 +285,25 @@ fn become_opencode<const N: usize>(
         Ok(prepared) => prepared,
         Err(e) => return e,
     };
-    let before = before(base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned());
-    let error = Command::new(&binary).args(before).args(args).envs(variables).exec();
-    Error::io("run", &binary, error)
+    let arguments: Vec<OsString> = before(base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned())
+        .into_iter()
+        .chain(args.iter().cloned())
+        .collect();
+    let become_program = |program: &Path| Command::new(program).args(&arguments).envs(&variables).exec();
+    let error = become_program(&binary);
+    if error.kind() != io::ErrorKind::NotFound {
+        return Error::io("run", &binary, error);
+    }
+    // Removed or moved since the daemon found it, by an upgrade for example.
+    let given = client.autostart.as_ref().and_then(|options| options.engine.binary.as_deref());
+    match find_opencode(given) {
+        Ok((found, _)) => {
+            let error = become_program(&found);
+            Error::io("run", &found, error)
+        }
+        Err(_) => {
+            let place = binary.display();
+            Error::OpencodeNotFound(format!("{place}, which the daemon runs, is gone, and this shell has no other"))
+        }
+    }
 }

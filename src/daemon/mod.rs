@@ -43,7 +43,7 @@ use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
 use crate::paths::{DataDir, create_private};
-use crate::state::{Auth, DaemonRecord, State, Store};
+use crate::state::{Auth, DaemonRecord, PASSWORD_VARIABLE, State, Store, USERNAME_VARIABLE};
 use crate::system::{limits, process};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
@@ -209,7 +209,7 @@ fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
 fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOnce()) -> Result<()> {
     let _ = log::bound(&data_dir.daemon_log());
     let store = forever(Store::open(data_dir)?);
-    let auth = Auth::load_or_create(data_dir)?;
+    let auth = Auth::load_or_create(data_dir, variable(USERNAME_VARIABLE)?, variable(PASSWORD_VARIABLE)?)?;
     let listener = bind(options.port, &store.snapshot())?;
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
     let port = listener.local_addr().map_err(no_socket)?.port();
@@ -280,11 +280,19 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     // Held until the process has ended.
     std::mem::forget(lock);
     if supervised.is_err() {
-        let what = "the supervisor failed; opencode is left for the next daemon";
-        return Err(Error::Internal(what.to_owned()));
+        crate::log!("the supervisor failed; opencode is left for the next daemon");
+        // Ended by a signal, the daemon is started again by its service manager; an exit status of 1
+        // says that a repetition would fail in the same way (see the unit).
+        std::process::abort();
     }
     crate::log!("stopped");
     Ok(())
+}
+
+/// A variable of the environment, if it is set to something.
+fn variable(name: &str) -> Result<Option<String>> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty());
+    value.map(|value| value.into_string().map_err(|_| Error::usage(format!("{name} is not UTF-8")))).transpose()
 }
 
 /// Keeps a value for as long as the process lives: the daemon's threads share it.

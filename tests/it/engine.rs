@@ -275,6 +275,24 @@ fn it_is_found_on_the_path_and_at_home() {
 
 // --- When it cannot be started ---
 
+/// cron and git hooks start daemons too, with a PATH of their own.
+#[test]
+fn without_an_opencode_the_path_of_the_daemon_is_named() {
+    let mut host = Host::new();
+    let opencode = host.get("OPENWORK_OPENCODE_BIN").to_owned();
+    host.unset("OPENWORK_OPENCODE_BIN");
+    host.set("PATH", "/nowhere/bin:/nor/here");
+    host.add(host.project("p"));
+    let bin = host.project("bin");
+    std::os::unix::fs::symlink(opencode, bin.join("opencode")).unwrap();
+    host.set("PATH", bin);
+    let error = host.openwork(["workspace", "path"]).fails(5, "opencode_not_found");
+    assert!(error["message"].as_str().unwrap().contains("PATH of the daemon, /nowhere/bin:/nor/here"), "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("`openwork daemon restart`"), "{error}");
+    host.openwork(["daemon", "restart"]).ok();
+    host.openwork(["workspace", "path"]).ok();
+}
+
 #[test]
 fn without_an_opencode_the_rest_works() {
     let mut host = Host::new();

@@ -12,6 +12,7 @@ mod evict;
 mod fence;
 mod gate;
 mod import;
+mod orchestrator;
 mod packages;
 mod passthrough;
 mod registry;

@@ -1,5 +1,7 @@
 //! What packages ship: completions, the manual page, the unit for systemd.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -229,8 +231,28 @@ fn what_the_unit_says_runs_the_daemon() {
     let daemon = daemon.spawn();
     wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
     assert_eq!(host.daemon_pid(), daemon.pid());
+    // systemd must not start again and again what cannot start: a second daemon, or wrong options.
+    let refused = [host.openwork(["daemon"]).exits(1), host.openwork(["daemon", "--idle-ttl=soon"]).exits(2)];
+    let statuses: Vec<_> = refused.iter().map(|output| output.status.code().unwrap().to_string()).collect();
+    assert!(unit.contains(&format!("\nRestartPreventExitStatus={}\n", statuses.join(" "))), "{unit}");
+    assert!(unit.contains("\nRestart=on-failure\n") && unit.contains("\nOOMPolicy=continue\n"), "{unit}");
     host.openwork(["daemon", "stop"]).ok();
     assert!(daemon.wait().status.success());
+}
+
+/// Else systemd would start again what somebody has stopped.
+#[test]
+fn a_stop_that_cannot_write_the_state_file_is_a_stop() {
+    let host = Host::unprivileged();
+    let daemon = host.openwork(["daemon"]).spawn();
+    wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o500)).unwrap();
+    host.openwork(["daemon", "stop"]).ok();
+    let output = daemon.wait();
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(output.stderr.contains("cannot"), "{output:?}");
+    assert_eq!(host.processes(), [0; 0]);
 }
 
 #[test]

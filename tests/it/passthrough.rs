@@ -338,3 +338,45 @@ fn what_is_said_about_proxies_is_kept() {
     assert_eq!(no_proxy("", ".corp"), ".corp,127.0.0.1,localhost");
     assert_eq!(no_proxy("a, localhost", "b,a"), "a,localhost,b,127.0.0.1");
 }
+
+#[test]
+fn an_opencode_that_has_moved_is_looked_for_again() {
+    let mut host = Host::new();
+    let (bin, other) = (host.project("bin"), host.project("other"));
+    fs::copy(host.get("OPENWORK_OPENCODE_BIN"), bin.join("opencode")).unwrap();
+    host.unset("OPENWORK_OPENCODE_BIN");
+    host.set("PATH", &bin);
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["attach"]).ok();
+    fs::rename(bin.join("opencode"), other.join("opencode")).unwrap();
+    for command in ["attach", "run"] {
+        let error = host.openwork([command]).fails(5, "opencode_not_found");
+        assert!(error["message"].as_str().unwrap().contains(bin.to_str().unwrap()), "{error}");
+    }
+    host.set("PATH", &other);
+    host.openwork(["attach"]).ok();
+    check_client(&host, &project, &["attach"], &[]);
+}
+
+/// Ctrl-Z and fg interrupt a read with a time limit.
+#[test]
+fn a_call_survives_a_pause_of_its_command() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    host.openwork(["daemon", "start"]).ok();
+    let call = host.openwork(["api", "/event", "--timeout", "60"]).spawn();
+    wait_for("the stream", || call.stdout_so_far().contains("server.connected"));
+    for _ in 0..3 {
+        kill(call.pid(), Signal::STOP);
+        let stat = format!("/proc/{}/stat", call.pid());
+        wait_for("the pause", || fs::read_to_string(&stat).unwrap().contains(") T "));
+        kill(call.pid(), Signal::CONT);
+        wait_for("the end of the pause", || !fs::read_to_string(&stat).unwrap().contains(") T "));
+    }
+    // The stream goes on, and opencode ends it with the instance.
+    host.openwork(["instance", "dispose", "--force"]).ok();
+    wait_for("an event after the pause", || call.stdout_so_far().contains("server.instance.disposed"));
+    kill(call.pid(), Signal::TERM);
+    call.wait();
+}

@@ -5,12 +5,12 @@
 //! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
 //! connection is proven to lead to that socket (`agent`).
 
-use std::fs::{self, Metadata};
+use std::fs::Metadata;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,8 +23,7 @@ use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
 use crate::http::{is_json, percent_encode};
 use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
-use crate::paths;
-use crate::state::{Auth, BinaryRecord};
+use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, USERNAME_VARIABLE};
 use crate::system::limits;
 use crate::system::process::Process;
 use crate::wire::from_json;
@@ -230,30 +229,6 @@ pub fn takes_ticket(path: &str, query: &str) -> bool {
     id.is_some_and(|id| !id.is_empty() && !id.contains('/')) && query.split('&').any(|p| p.starts_with("ticket="))
 }
 
-/// The opencode to start: `given` (the option), else `opencode` on PATH, else
-/// `~/.opencode/bin/opencode`, where its own installer puts it.
-///
-/// # Errors
-/// `opencode_not_found`.
-pub fn find_binary(given: Option<&Path>) -> Result<(PathBuf, Metadata)> {
-    let executable = |path: &Path| {
-        fs::metadata(path).ok().filter(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
-    };
-    if let Some(given) = given {
-        return match executable(given) {
-            Some(metadata) => Ok((given.to_owned(), metadata)),
-            None => Err(Error::OpencodeNotFound(format!("{} is not a program", given.display()))),
-        };
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .filter(|directory| directory.is_absolute())
-        .map(|directory| directory.join("opencode"))
-        .chain(paths::home().ok().map(|home| home.join(".opencode/bin/opencode")))
-        .find_map(|candidate| executable(&candidate).map(|metadata| (candidate, metadata)))
-        .ok_or_else(|| Error::OpencodeNotFound("neither on PATH nor in ~/.opencode/bin".to_owned()))
-}
-
 /// What is remembered of a binary, its version still to be asked.
 pub fn record(path: &Path, metadata: &Metadata) -> BinaryRecord {
     BinaryRecord {
@@ -321,8 +296,15 @@ pub fn launch_command(binary: &Path, address: SocketAddrV4, auth: &Auth) -> Comm
 
 /// What is not passed on: what is about the daemon alone, and what `openwork env` says of one
 /// workspace, which the agent's shells of all would believe.
-const NOT_PASSED_ON: [&str; 5] =
-    [NOTIFY_SOCKET, ALLOCATOR_MARK, "OPENWORK_WORKSPACE", "OPENWORK_DIRECTORY", "OPENCODE_BASE_URL"];
+const NOT_PASSED_ON: [&str; 7] = [
+    NOTIFY_SOCKET,
+    ALLOCATOR_MARK,
+    USERNAME_VARIABLE,
+    PASSWORD_VARIABLE,
+    "OPENWORK_WORKSPACE",
+    "OPENWORK_DIRECTORY",
+    "OPENCODE_BASE_URL",
+];
 
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";

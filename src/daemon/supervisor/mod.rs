@@ -631,7 +631,7 @@ impl Supervisor {
     /// Begins a start: finds the binary and its version.
     fn start(&mut self) {
         self.release = None;
-        let (binary, metadata) = match engine::find_binary(self.options.binary.as_deref()) {
+        let (binary, metadata) = match crate::paths::find_opencode(self.options.binary.as_deref()) {
             Ok(found) => found,
             Err(e) => return self.failed(e),
         };
