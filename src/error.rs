@@ -188,7 +188,7 @@ errors! {
     DaemonStartFailed(why: String), "daemon_start_failed", 1, [], ("the daemon did not start: {why}");
     /// A daemon holds the lock and does not respond.
     DaemonUnresponsive(why: String), "daemon_unresponsive", 1, [], ("the daemon does not respond: {why}"),
-        "check `openwork logs daemon`; end the process named in daemon.lock if it is stuck";
+        "check `openwork logs daemon`; `openwork daemon stop --force` ends a daemon that is stuck";
     /// A bug, or a file that should exist and does not.
     Internal(why: String), "internal", 1, [500], ("{why}");
     /// No daemon runs, and the command must not start one.

@@ -69,7 +69,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row("daemon run", "", (0, 0), false, "The same", |_| Ok(Command::DaemonRun)),
     row("daemon start", "", (0, 0), true, "Start the daemon in the background and wait until opencode is ready", |_| Ok(Command::DaemonStart)),
     row("daemon stop", "", (0, 0), false, "Stop the daemon and opencode",
-        |given| Ok(Command::DaemonStop { keep_opencode: given.has("--keep-opencode") })),
+        |given| Ok(Command::DaemonStop { keep_opencode: given.has("--keep-opencode"), force: given.has("--force") })),
     row("daemon restart", "", (0, 0), true, "Restart the daemon; opencode keeps running",
         |given| Ok(Command::DaemonRestart { all: given.has("--all") })),
     row("daemon status", "", (0, 0), false, "The same as status", |_| Ok(Command::Status)),

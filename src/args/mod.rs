@@ -38,7 +38,7 @@ pub enum Command {
     Version,
     DaemonRun,
     DaemonStart,
-    DaemonStop { keep_opencode: bool },
+    DaemonStop { keep_opencode: bool, force: bool },
     DaemonRestart { all: bool },
     Status,
     WorkspaceAdd { path: PathBuf, name: Option<String> },

@@ -62,7 +62,7 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--name", "NAME", &["workspace add", "workspace add-remote"], "Name the workspace (default: its directory or host)"),
     value("--directory", "DIR", &["workspace add-remote"], "The directory on the remote server"),
     flag("--quiet", &["workspace list", "workspace current"], "Print only ids").short("-q"),
-    flag("--force", &["instance dispose"], "Dispose even while a session is running"),
+    flag("--force", &["instance dispose", "daemon stop"], "Dispose even while a session is running; end a daemon that does not respond"),
     value("--data", "BODY", &["api"], "Send this body: text, @file, or @- for standard input").short("-d"),
     value("--header", "NAME:VALUE", &["api"], "Send this header; repeatable").short("-H"),
     flag("--include", &["api"], "Print the head of the reply too").short("-i"),

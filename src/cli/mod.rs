@@ -18,7 +18,7 @@ use std::iter::once;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +34,7 @@ use crate::log::{now_ms, timestamp};
 use crate::options::Options;
 use crate::paths::{self, DataDir};
 use crate::state::State;
+use crate::system;
 use crate::system::process::{self, Process};
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, Health, InstanceList, Listed, PathReply, Phase, Rename,
@@ -45,6 +46,10 @@ use crate::workspace::{Kind, Workspace, location, looks_like_path};
 pub const DETACHED_COMMAND: &str = "__daemon";
 /// The hidden command by which a shell asks what could stand where the cursor is.
 pub const COMPLETE_COMMAND: &str = "__complete";
+/// How long a daemon may take to reply to a stop: it replies first and stops then.
+const STOP_REPLY: Duration = Duration::from_secs(10);
+/// How long a daemon that does not respond has for a stop in good order before it is killed.
+const TERM_PATIENCE: Duration = Duration::from_secs(2);
 /// The environment variable that names a workspace where none is given.
 const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
 
@@ -100,7 +105,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
         Command::Man => print_text(out, &manual::page()),
         Command::ServicePrint => print_text(out, &service(&invocation)?),
         Command::DaemonStart => start(&client()?, out),
-        Command::DaemonStop { keep_opencode } => stop(&client()?, out, keep_opencode),
+        Command::DaemonStop { keep_opencode, force } => stop(&client()?, out, keep_opencode, force),
         Command::DaemonRestart { all } => restart(&client()?, out, all),
         Command::Status => status(&client()?, out),
         Command::WorkspaceAdd { ref path, ref name } => add(&client()?, out, path, name.clone()),
@@ -295,44 +300,73 @@ struct Stopped {
     stopped: bool,
 }
 
-fn stop(client: &Client, out: &mut Output, keep_opencode: bool) -> Result<()> {
-    let stopped = Stopped { ok: true, stopped: stop_running(client, keep_opencode)? };
+fn stop(client: &Client, out: &mut Output, keep_opencode: bool, force: bool) -> Result<()> {
+    let stopped = Stopped { ok: true, stopped: stop_running(client, keep_opencode, force)? };
     out.print(&stopped, |stopped| {
         let done = match (stopped.stopped, keep_opencode) {
             (false, _) => "the daemon is not running",
             (true, false) => "stopped",
-            (true, true) => "stopped; opencode goes on",
+            (true, true) => "stopped; opencode keeps running",
         };
         format!("{done}\n")
     })
 }
 
-/// Stops the daemon; whether one was running.
-fn stop_running(client: &Client, keep_opencode: bool) -> Result<bool> {
+/// Stops the daemon, with `force` also one that does not respond; whether one was running.
+fn stop_running(client: &Client, keep_opencode: bool, force: bool) -> Result<bool> {
     let mut stopped = false;
     loop {
-        let address = match client.find()? {
-            // Somebody has started another since.
-            Some(_) if stopped => return Ok(true),
-            Some(address) => address,
-            // A daemon takes over what another has left, and then ends it in good order. That other
-            // may have been killed just now, while it was asked to stop.
-            // Where it listens meanwhile does not matter.
-            None if !keep_opencode && has_orphan(client)? => {
-                client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+        match stop_one(client, keep_opencode, force, stopped) {
+            Ok(true) => stopped = true,
+            Ok(false) => return Ok(stopped),
+            Err(e @ Error::DaemonUnresponsive(_)) if force => {
+                end_unresponsive(client, e)?;
+                stopped = true;
             }
-            None => return Ok(stopped),
-        };
-        let daemon = process::open(address.pid);
-        match client.ask_at::<Done>(&address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
-            Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
             Err(e) => return Err(e),
         }
-        if let Some(daemon) = daemon {
-            client.wait_until_gone(&daemon)?;
-        }
-        stopped = true;
     }
+}
+
+/// Stops the daemon that runs now; false when there is none, or `stopped` says that this command has
+/// stopped one already: then the user has started the next one.
+fn stop_one(client: &Client, keep_opencode: bool, force: bool, stopped: bool) -> Result<bool> {
+    let soon = |limit| client.deadline.min(Instant::now() + limit);
+    let within = |deadline| Client { data_dir: client.data_dir.clone(), deadline, autostart: None };
+    let found = if force { within(soon(STOP_REPLY)).find() } else { client.find() };
+    let address = match found? {
+        Some(_) if stopped => return Ok(false),
+        Some(address) => address,
+        // The opencode of a daemon that was killed, perhaps just now, while it was asked to stop. The
+        // next daemon takes that opencode over and ends it in good order; its port does not matter.
+        None if !keep_opencode && has_orphan(client)? => {
+            client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+        }
+        None => return Ok(false),
+    };
+    let daemon = process::open(address.pid);
+    match within(soon(STOP_REPLY)).ask_at::<Done>(&address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
+        Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
+        Err(e) => return Err(e),
+    }
+    if let Some(daemon) = daemon {
+        client.wait_until_gone(&daemon)?;
+    }
+    Ok(true)
+}
+
+/// Ends a daemon that does not respond, if it is proven to be ours: a process of our user that holds
+/// the lock. Its opencode stays, as after a crash.
+fn end_unresponsive(client: &Client, unresponsive: Error) -> Result<()> {
+    let path = client.data_dir.daemon_lock();
+    let Some(file) = lock::if_held(&path)? else { return Ok(()) };
+    let holder = system::lock::holder(&file, &path).map_err(|e| Error::io("find the process that holds", &path, e))?;
+    let Some(holder) = holder else { return Err(unresponsive) };
+    note(&format!("ending the daemon (pid {}), which does not respond\n", holder.pid));
+    holder.end(client.deadline.min(Instant::now() + TERM_PATIENCE));
+    // Killing takes no time, but the deadline may have passed in the attempts before.
+    let patient = Client { data_dir: client.data_dir.clone(), deadline: Instant::now() + STOP_REPLY, autostart: None };
+    patient.wait_until_gone(&holder.pidfd)
 }
 
 /// Whether an opencode lives whose daemon was killed.
@@ -353,7 +387,7 @@ fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
             return Err(Error::PortInUse { port, option: "--daemon-port" });
         }
     }
-    stop_running(client, !all)?;
+    stop_running(client, !all, false)?;
     start(client, out)
 }
 

@@ -285,10 +285,11 @@ fn become_opencode<const N: usize>(
         Ok(prepared) => prepared,
         Err(e) => return e,
     };
-    let arguments: Vec<OsString> = before(base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned())
-        .into_iter()
-        .chain(args.iter().cloned())
-        .collect();
+    let arguments: Vec<OsString> =
+        before(base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned())
+            .into_iter()
+            .chain(args.iter().cloned())
+            .collect();
     let become_program = |program: &Path| Command::new(program).args(&arguments).envs(&variables).exec();
     let error = become_program(&binary);
     if error.kind() != io::ErrorKind::NotFound {

@@ -2,10 +2,12 @@
 //!
 //! - `process`: processes by pidfd, their identity, the marker in their environment, the sweep
 //! - `socket`: who listens on a port, and whose connection one is
+//! - `lock`: which process holds a file lock
 //! - `wait`: poll(2) on flags, pipes, sockets and pidfds
 //! - `limits`: resource limits, and inherited descriptors
 
 pub mod limits;
+pub mod lock;
 pub mod process;
 pub mod socket;
 pub mod wait;

@@ -493,6 +493,59 @@ fn one_that_does_not_answer_is_not_waited_for() {
 }
 
 #[test]
+fn one_that_is_frozen_is_ended_by_force() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    kill(daemon, Signal::STOP);
+    let error = host.openwork(["daemon", "stop", "--timeout", "1"]).fails(1, "daemon_unresponsive");
+    assert!(error["hint"].as_str().unwrap().contains("`openwork daemon stop --force`"), "{error}");
+    assert!(is_alive(daemon) && is_alive(opencode));
+    // opencode is ended in good order, by a daemon that takes it over.
+    let output = host.openwork(["daemon", "stop", "--force"]).ok();
+    assert!(output.stderr.contains(&format!("pid {daemon}")), "{output:?}");
+    assert!(!is_alive(daemon) && !is_alive(opencode));
+    assert!(host.requests().iter().any(|request| request["target"] == "/global/dispose"));
+    assert_eq!(host.processes(), [0; 0]);
+    assert_eq!(host.names(), ["p"]);
+}
+
+#[test]
+fn force_is_only_for_a_daemon_that_does_not_answer() {
+    let host = Host::new();
+    host.exercises(["option --force"]);
+    assert_eq!(host.openwork(["daemon", "stop", "--force"]).ok().stdout, "the daemon is not running\n");
+    host.add(host.project("p"));
+    host.opencode_pid();
+    let output = host.openwork(["daemon", "stop", "--force"]).ok();
+    assert_eq!((&*output.stdout, &*output.stderr), ("stopped\n", ""));
+    // One that answers ends by itself.
+    assert!(fs::read_to_string(host.file("daemon.log")).unwrap().contains("stopping, as asked"));
+    // opencode can stay here too.
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    kill(daemon, Signal::STOP);
+    host.openwork(["daemon", "stop", "--force", "--keep-opencode"]).ok();
+    assert!(!is_alive(daemon) && is_alive(opencode));
+}
+
+/// A process whose number stands in the lock file, and which does not hold the lock.
+#[test]
+fn force_ends_nothing_that_does_not_hold_the_lock() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let daemon = host.daemon_pid();
+    let mut stranger = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+    let text = fs::read_to_string(host.file("daemon.lock")).unwrap();
+    kill(daemon, Signal::STOP);
+    fs::write(host.file("daemon.lock"), text.replace(&daemon.to_string(), &stranger.id().to_string())).unwrap();
+    host.openwork(["daemon", "stop", "--force"]).ok();
+    assert!(!is_alive(daemon) && is_alive(stranger.id()));
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[test]
 fn a_dead_one_is_not_asked() {
     // What it has left in the lock file may by now be anybody's.
     let host = Host::new();
