@@ -598,7 +598,8 @@ struct Daemon<'host> {
 impl Daemon<'_> {
     /// In the background, as its users have it.
     fn start(host: &Host) -> Daemon<'_> {
-        run(&mut host.openwork(["daemon", "start"]));
+        // Where what asks opencode itself looks for it.
+        run(&mut host.openwork(["daemon", "start", "--opencode-host", "127.0.0.1"]));
         let lock = fs::read_to_string(host.path("data/daemon.lock")).expect("a lock file");
         let [pid, port, ..] = lock.split_whitespace().collect::<Vec<_>>()[..] else {
             panic!("no pid and port: {lock}")

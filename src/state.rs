@@ -12,6 +12,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -67,7 +68,7 @@ pub struct EngineRecord {
     pub pid: u32,
     /// Of its listening socket.
     pub port: u16,
-    /// `http://127.0.0.1:<port>`.
+    /// `http://<address>:<port>`, an address of 127.0.0.0/8.
     pub base_url: String,
     /// Unix milliseconds.
     pub started_at: u64,
@@ -100,6 +101,14 @@ impl EngineRecord {
             boot_id: self.boot_id.clone(),
             engine_id: self.engine_id.clone(),
         }
+    }
+
+    /// Where opencode listens. A base URL that is not an address of 127.0.0.0/8 (other programs
+    /// write `localhost`) means 127.0.0.1.
+    pub fn address(&self) -> SocketAddrV4 {
+        let given = self.base_url.strip_prefix("http://").and_then(|rest| rest.parse::<SocketAddrV4>().ok());
+        let ip = given.map(|address| *address.ip()).filter(Ipv4Addr::is_loopback);
+        SocketAddrV4::new(ip.unwrap_or(Ipv4Addr::LOCALHOST), self.port)
     }
 }
 
@@ -160,6 +169,7 @@ pub struct Binaries {
 
 /// The ports last used, so that addresses stay the same; 0 is none yet.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Ports {
     /// The daemon's.
     #[serde(default)]
@@ -167,9 +177,27 @@ pub struct Ports {
     /// opencode's.
     #[serde(default)]
     pub opencode: u16,
+    /// The address of 127.0.0.0/8 that opencode listened on; openwork 0.1 wrote none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub opencode_host: Option<String>,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
+}
+
+impl Ports {
+    /// Where opencode listened last. `None` for openwork 0.1, which used 127.0.0.1:6175, where any
+    /// web page can find it.
+    pub fn opencode_address(&self) -> Option<SocketAddrV4> {
+        let ip = self.opencode_host.as_ref()?.parse::<Ipv4Addr>().ok().filter(Ipv4Addr::is_loopback)?;
+        (self.opencode != 0).then(|| SocketAddrV4::new(ip, self.opencode))
+    }
+
+    /// Keeps the address for the next start.
+    pub fn keep_opencode_address(&mut self, address: SocketAddrV4) {
+        self.opencode = address.port();
+        self.opencode_host = Some(address.ip().to_string());
+    }
 }
 
 /// The whole file. The shape is that of OpenWork's own orchestrator, with fields added.
@@ -475,7 +503,7 @@ impl Auth {
         let mut auth = match stored {
             Some(auth) => auth,
             None => {
-                let opencode_password = random_hex(32)?;
+                let opencode_password = random_hex::<32>()?;
                 Auth { opencode_username: "opencode".to_owned(), opencode_password, extra: Map::new() }
             }
         };
@@ -515,12 +543,17 @@ impl Auth {
     }
 }
 
-/// Random bytes of the kernel as hex.
-pub fn random_hex(bytes: usize) -> Result<String> {
+/// Random bytes from the kernel.
+pub fn random_bytes<const N: usize>() -> Result<[u8; N]> {
     let source = Path::new("/dev/urandom");
-    let mut buffer = vec![0; bytes];
-    File::open(source).and_then(|mut file| file.read_exact(&mut buffer)).map_err(|e| Error::io("read", source, e))?;
-    Ok(buffer.iter().map(|byte| format!("{byte:02x}")).collect())
+    let mut bytes = [0; N];
+    File::open(source).and_then(|mut file| file.read_exact(&mut bytes)).map_err(|e| Error::io("read", source, e))?;
+    Ok(bytes)
+}
+
+/// Random bytes as hex.
+pub fn random_hex<const N: usize>() -> Result<String> {
+    Ok(random_bytes::<N>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// The state in memory and on disk.

@@ -97,7 +97,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
 pub struct ProcessInfo {
     /// Process id.
     pub pid: u32,
-    /// Where it listens, on 127.0.0.1.
+    /// Where it listens: the daemon on 127.0.0.1, opencode on an address of 127.0.0.0/8.
     pub port: u16,
     /// The same as a URL.
     pub base_url: String,

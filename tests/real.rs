@@ -126,6 +126,24 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
 }
 
 #[test]
+fn it_works_at_any_loopback_address() {
+    let host = real();
+    let project = host.project("p");
+    host.add(&project);
+    host.openwork(["daemon", "restart", "--all", "--opencode-host", "127.83.12.9"]).ok();
+    path(&host, &["p"]);
+    let (pid, address) = (host.opencode_pid(), host.opencode_address());
+    assert_eq!(address.ip().to_string(), "127.83.12.9");
+    // Directly, too, and for the daemon that comes after this one.
+    assert_eq!(host.opencode("GET", "/global/health").send().status, 200);
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    path(&host, &["p"]);
+    assert_eq!((host.opencode_pid(), host.opencode_address()), (pid, address));
+}
+
+#[test]
 fn a_stop_leaves_nothing() {
     let host = real();
     host.add(host.project("p"));

@@ -73,11 +73,11 @@ pub const OPTIONS: &[OptionRow] = &[
     flag("--all", &["daemon restart"], "Restart opencode too"),
     value("--daemon-port", "PORT", RUNS_DAEMON, "Listen on this port (default: the last one, 6174, or any)").env("OPENWORK_DAEMON_PORT"),
     value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
-    value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, 6175, or any)").env("OPENWORK_OPENCODE_PORT"),
+    value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, else a random one)").env("OPENWORK_OPENCODE_PORT"),
     value("--idle-ttl", "DURATION", RUNS_DAEMON, "Dispose instances unused for this long: 90s, 30m (the default), 2h; 0 for never").env("OPENWORK_IDLE_TTL"),
     value("--cors", "ORIGIN", RUNS_DAEMON, "Allow calls from web pages of this origin; repeatable"),
     value("--opencode-workdir", "DIR", RUNS_DAEMON, "Accepted for compatibility, without effect"),
     flag("--allow-external", RUNS_DAEMON, "Accepted for compatibility, without effect"),
     value("--daemon-host", "HOST", RUNS_DAEMON, "Only 127.0.0.1 or localhost"),
-    value("--opencode-host", "ADDRESS", RUNS_DAEMON, "Have opencode listen on this address of 127.0.0.0/8"),
+    value("--opencode-host", "ADDRESS", RUNS_DAEMON, "Have opencode listen on this address of 127.0.0.0/8 (default: the last one, else a random one)"),
 ];

@@ -291,7 +291,9 @@ fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
     let binary = State::read(&client.data_dir.state())?.binaries.unwrap_or_default().opencode.map(|known| known.path);
     let is_another = |wanted: &Path| binary.as_deref().is_some_and(|path| Path::new(path) != wanted);
     let other_port = options.engine.port.is_some_and(|port| port != opencode.port);
-    Ok(other_port || options.engine.binary.as_deref().is_some_and(is_another))
+    let url = |ip| format!("http://{ip}:{}", opencode.port);
+    let other_host = options.engine.host.is_some_and(|ip| url(ip) != opencode.base_url);
+    Ok(other_port || other_host || options.engine.binary.as_deref().is_some_and(is_another))
 }
 
 #[derive(Serialize)]

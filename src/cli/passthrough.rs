@@ -206,7 +206,7 @@ fn variables(client: &Client, address: &Address, workspace: &Workspace) -> Resul
     // Or the client sends the password to a proxy.
     let mut no_proxy: Vec<String> = Vec::new();
     let given = ["NO_PROXY", "no_proxy"].iter().filter_map(std::env::var_os);
-    for hosts in given.chain(["127.0.0.1,localhost".into()]) {
+    for hosts in given.chain(["127.0.0.1,localhost,127.0.0.0/8".into()]) {
         for host in hosts.to_string_lossy().split(',').map(str::trim).filter(|host| !host.is_empty()) {
             if !no_proxy.iter().any(|given| given == host) {
                 no_proxy.push(host.to_owned());

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -394,10 +394,11 @@ fn ports_are_remembered() {
 fn a_port_that_is_asked_for_and_taken_is_an_error() {
     let host = Host::new();
     host.exercises(["code port_in_use", "variable OPENWORK_DAEMON_PORT"]);
-    for variable in ["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
-        let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    for (variable, ip) in [("OPENWORK_DAEMON_PORT", "127.0.0.1"), ("OPENWORK_OPENCODE_PORT", "127.83.12.9")] {
+        let taken = TcpListener::bind((ip, 0)).unwrap();
         let port = taken.local_addr().unwrap().port().to_string();
-        let error = host.openwork(["daemon", "start"]).env(variable, &port).fails(1, "port_in_use");
+        let start = host.openwork(["daemon", "start", "--opencode-host", "127.83.12.9"]);
+        let error = start.env(variable, &port).fails(1, "port_in_use");
         assert!(error["message"].as_str().unwrap().contains(&port), "{error}");
         host.openwork(["daemon", "stop"]).ok();
     }
@@ -423,7 +424,7 @@ fn options_that_an_opencode_taken_over_does_not_have_are_not_passed_over_in_sile
     host.openwork(["daemon", "start"]).ok();
     let pid = host.opencode_pid();
     let port = format!("--opencode-port={}", free_port());
-    for options in [&port, "--opencode-bin=/bin/true"] {
+    for options in [&port, "--opencode-host=127.1.2.3", "--opencode-bin=/bin/true"] {
         let output = host.openwork(["daemon", "restart", options]).ok();
         assert!(output.stderr.contains("opencode goes on as it was"), "{output:?}");
         assert_eq!(host.opencode_pid(), pid);
@@ -469,10 +470,63 @@ fn only_loopback_is_listened_on() {
     assert!(unit.contains(" --opencode-host=127.8.9.10"), "{unit}");
     assert_eq!(host.processes(), [0; 0]);
     host.openwork(["daemon", "start", "--daemon-host", "127.0.0.1", "--opencode-host", "localhost"]).ok();
-    let opencode = host.health()["opencode"]["port"].as_u64().unwrap() as u16;
-    for port in [host.port(), opencode] {
+    for port in [host.port(), host.opencode_address().port()] {
         assert_eq!(sockets(port, LISTEN), [(LOOPBACK.to_owned(), 0)]);
     }
+}
+
+#[test]
+fn opencode_listens_where_no_web_page_finds_it() {
+    let mut host = Host::new();
+    host.unset("OPENWORK_OPENCODE_PORT");
+    let started_at = |host: &Host, options: &[&str]| {
+        host.openwork(["daemon", "start"].iter().chain(options)).ok();
+        let address = host.opencode_address();
+        assert_eq!(sockets(address.port(), LISTEN).len(), 1);
+        host.openwork(["daemon", "stop"]).ok();
+        address
+    };
+    // openwork 0.1 wrote the port alone, and had 127.0.0.1.
+    host.write_state(json!({"version": 1, "workspaces": [], "ports": {"daemon": 0, "opencode": 6175}}).to_string());
+    let random = started_at(&host, &[]);
+    assert!(random.ip().is_loopback() && random.ip() != Ipv4Addr::LOCALHOST && random.port() != 6175, "{random}");
+    // The state file keeps the address and the port.
+    assert_eq!(started_at(&host, &[]), random);
+    let ports = &host.state()["ports"];
+    assert_eq!((&ports["opencodeHost"], &ports["opencode"]), (&json!(random.ip().to_string()), &json!(random.port())));
+    let another = Host::new();
+    assert_ne!(started_at(&another, &[]).ip(), random.ip());
+
+    // Each option is about its own half, and holds from then on.
+    let port = free_port();
+    let with_port = started_at(&host, &["--opencode-port", &port.to_string()]);
+    assert_eq!(with_port, SocketAddr::new(random.ip(), port));
+    let options = ["--opencode-host", "127.0.0.1", "--opencode-port", &port.to_string()];
+    assert_eq!(started_at(&host, &options).to_string(), format!("127.0.0.1:{port}"));
+    assert_eq!(started_at(&host, &[]).to_string(), format!("127.0.0.1:{port}"));
+
+    // A port that is taken there is changed, the address is kept.
+    let _taken = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let changed = started_at(&host, &[]);
+    assert_eq!(changed.ip().to_string(), "127.0.0.1");
+    assert_ne!(changed.port(), port);
+}
+
+#[test]
+fn an_opencode_of_openwork_0_1_keeps_its_address_until_it_is_started_anew() {
+    let host = Host::new();
+    host.openwork(["daemon", "start", "--opencode-host", "127.0.0.1"]).ok();
+    let (pid, address) = (host.opencode_pid(), host.opencode_address());
+    host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+    let mut state = host.state();
+    state["ports"].as_object_mut().unwrap().remove("opencodeHost").unwrap();
+    host.write_state(state.to_string());
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!((host.opencode_pid(), host.opencode_address()), (pid, address));
+    host.openwork(["workspace", "add", "/"]).ok();
+    host.openwork(["workspace", "path", "/"]).ok();
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    assert_ne!(host.opencode_address().ip(), address.ip());
 }
 
 // --- When it does not answer ---

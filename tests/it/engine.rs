@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -140,8 +140,9 @@ fn it_is_started_on_loopback_with_a_password_and_an_empty_directory() {
     host.openwork(["daemon", "start"]).ok();
 
     let start = host.starts().remove(0);
-    let port = start["port"].to_string();
-    assert_eq!(start["argv"], json!(["serve", "--hostname", "127.0.0.1", "--port", port]));
+    let address = Host::start_address(&start);
+    assert!(address.ip().is_loopback() && address.ip() != Ipv4Addr::LOCALHOST, "{address}");
+    assert_eq!(start["argv"][0], "serve");
     assert_eq!(start["cwd"], host.file("opencode").to_str().unwrap());
     assert_eq!(fs::read_dir(host.file("opencode")).unwrap().count(), 0);
 
@@ -164,7 +165,7 @@ fn it_is_put_down_so_that_it_can_be_proved_ours() {
     let opencode = &host.state()["opencode"];
     assert_eq!(opencode["pid"], pid);
     assert_eq!(opencode["port"].to_string(), host.get("OPENWORK_OPENCODE_PORT"));
-    assert_eq!(opencode["baseUrl"], format!("http://127.0.0.1:{}", opencode["port"]));
+    assert_eq!(opencode["baseUrl"], format!("http://{}", host.opencode_address()));
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     assert_eq!(opencode["bootId"], boot_id.trim());
     assert_eq!(opencode["startTicks"], stat_field(pid, START_TIME));
@@ -204,8 +205,7 @@ fn only_the_process_that_was_started_gets_the_password() {
     host.behave("FAKE_NEVER_LISTEN=1");
     let starting = host.openwork(["daemon", "start", "--timeout", "4", "--json"]).spawn();
     wait_for("opencode to be started", || host.starts().len() == 1);
-    let port: u16 = host.get("OPENWORK_OPENCODE_PORT").parse().unwrap();
-    let squatter = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let squatter = TcpListener::bind(Host::start_address(&host.starts()[0])).unwrap();
     squatter.set_nonblocking(true).unwrap();
     let mut heard = Vec::new();
     while is_alive(starting.pid()) {
@@ -396,12 +396,14 @@ fn a_default_port_that_turns_out_taken_is_changed() {
     host.add(host.project("p"));
     // The port was free when opencode was started, and is taken when opencode wants it.
     wait_for("opencode to be started", || host.starts().len() == 1);
-    let port = host.starts()[0]["port"].as_u64().unwrap();
-    let _faster = TcpListener::bind(("127.0.0.1", port as u16)).unwrap();
+    let taken = Host::start_address(&host.starts()[0]);
+    let _faster = TcpListener::bind(taken).unwrap();
     host.hold(false);
     host.openwork(["workspace", "path", "p"]).ok();
     assert_eq!(host.starts().len(), 2);
-    assert_ne!(host.health()["opencode"]["port"], port);
+    let address = host.opencode_address();
+    assert_eq!(address.ip(), taken.ip());
+    assert_ne!(address.port(), taken.port());
 }
 
 // --- When it is slow ---
@@ -427,9 +429,9 @@ fn who_takes_the_port_of_a_living_opencode_gets_no_password() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     host.add(host.project("p"));
-    let (pid, port) = (host.opencode_pid(), host.health()["opencode"]["port"].as_u64().unwrap() as u16);
+    let (pid, address) = (host.opencode_pid(), host.opencode_address());
     host.routed("POST", "/w/p/stop-listening").send();
-    let impostor = until("the port", || TcpListener::bind(("127.0.0.1", port)).ok());
+    let impostor = until("the port", || TcpListener::bind(address).ok());
     impostor.set_nonblocking(true).unwrap();
     let asked = host.openwork(["api", "p", "/path", "--timeout", "20"]).spawn();
     let path = host.openwork(["workspace", "path", "p", "--timeout", "20"]).spawn();

@@ -223,7 +223,7 @@ fn other_shells_are_served_in_their_language() {
     assert!(fish.contains(r"it\'s a \\ p'"), "the quoting of fish");
     host.openwork(["env", "--shell", "powershell"]).fails(2, "usage");
     let kept = host.openwork(["env", "--json"]).env("NO_PROXY", "internal.example,localhost").secret().ok().object();
-    assert_eq!(kept["NO_PROXY"], "internal.example,localhost,127.0.0.1");
+    assert_eq!(kept["NO_PROXY"], "internal.example,localhost,127.0.0.1,127.0.0.0/8");
 }
 
 #[test]
@@ -335,8 +335,8 @@ fn what_is_said_about_proxies_is_kept() {
         assert_eq!(env["NO_PROXY"], env["no_proxy"]);
         env["NO_PROXY"].as_str().unwrap().to_owned()
     };
-    assert_eq!(no_proxy("", ".corp"), ".corp,127.0.0.1,localhost");
-    assert_eq!(no_proxy("a, localhost", "b,a"), "a,localhost,b,127.0.0.1");
+    assert_eq!(no_proxy("", ".corp"), ".corp,127.0.0.1,localhost,127.0.0.0/8");
+    assert_eq!(no_proxy("a, localhost", "b,a"), "a,localhost,b,127.0.0.1,127.0.0.0/8");
 }
 
 #[test]

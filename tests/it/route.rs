@@ -160,7 +160,7 @@ fn a_request_is_passed_on_as_it_is() {
             assert_eq!(header(&got, name), [value], "{name}");
         }
         // What it has to be for opencode.
-        assert_eq!(header(&got, "host"), [format!("127.0.0.1:{}", host.health()["opencode"]["port"])]);
+        assert_eq!(header(&got, "host"), [host.opencode_address().to_string()]);
         assert_eq!(header(&got, "authorization"), [host.credentials()]);
         assert_eq!(header(&got, "x-opencode-directory").len(), 1);
     }

@@ -301,13 +301,18 @@ impl Host {
         Http { host: Some(self), request: Request::new(local(self.port()), method, target) }
     }
 
-    /// A call to opencode itself, past the daemon, with its credentials.
-    pub fn opencode(&self, method: &str, target: &str) -> Http<'_> {
+    /// Waits for opencode and returns its address.
+    pub fn opencode_address(&self) -> SocketAddr {
         self.opencode_pid();
         let health = self.health();
         let url = health["opencode"]["baseUrl"].as_str().expect("the URL of opencode");
-        let address: SocketAddr = url.strip_prefix("http://").unwrap().parse().expect("an address and a port");
-        Http { host: None, request: Request::new(address, method, target) }.header("Authorization", self.credentials())
+        url.strip_prefix("http://").unwrap().parse().expect("an address and a port")
+    }
+
+    /// A call to opencode itself, past the daemon, with its credentials.
+    pub fn opencode(&self, method: &str, target: &str) -> Http<'_> {
+        let request = Request::new(self.opencode_address(), method, target);
+        Http { host: None, request }.header("Authorization", self.credentials())
     }
 
     /// A call of OpenCode's through the daemon: `/w/<ws>/…`, with its credentials.
@@ -378,6 +383,13 @@ impl Host {
 
     fn recorded_json(&self, name: &str) -> Vec<Value> {
         self.recorded(name).iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Where a start was told to listen.
+    pub fn start_address(start: &Value) -> SocketAddr {
+        let argument = |at: usize| start["argv"][at].as_str().unwrap();
+        assert_eq!((argument(1), argument(3)), ("--hostname", "--port"), "{start}");
+        SocketAddr::new(argument(2).parse().unwrap(), argument(4).parse().unwrap())
     }
 
     /// Every start so far, as `{pid, port, argv, cwd}`.

@@ -7,7 +7,7 @@
 
 use std::fs::Metadata;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddrV4, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -22,8 +22,8 @@ use ureq::{Agent, Body};
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
 use crate::http::{is_json, percent_encode};
-use crate::options::{ALLOCATOR_MARK, NOTIFY_SOCKET};
-use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, USERNAME_VARIABLE};
+use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
+use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
 use crate::system::limits;
 use crate::system::process::Process;
 use crate::wire::from_json;
@@ -227,6 +227,62 @@ pub fn takes_ticket(path: &str, query: &str) -> bool {
     let path = path.strip_prefix("/api").unwrap_or(path);
     let id = path.strip_prefix("/pty/").and_then(|rest| rest.strip_suffix("/connect"));
     id.is_some_and(|id| !id.is_empty() && !id.contains('/')) && query.split('&').any(|p| p.starts_with("ticket="))
+}
+
+/// How often a random port may turn out to be taken: with most of them free, twice is rare.
+const PORT_TRIES: usize = 100;
+
+/// Where opencode is to listen: the address and port asked for, else those used last, else random
+/// ones. opencode 1.18 answers some requests without the password, and loads a directory for them:
+/// a web page can send such requests to a known address, and cannot search 2^40 of them.
+///
+/// # Errors
+/// `port_in_use` for a port that was asked for; `opencode_start_failed` when no port is free.
+pub fn choose_address(options: &EngineOptions, ports: &Ports) -> Result<SocketAddrV4> {
+    let last = ports.opencode_address();
+    let ip = match options.host.or(last.map(|last| *last.ip())) {
+        Some(ip) => ip,
+        None => random_loopback()?,
+    };
+    if let Some(port) = options.port {
+        return match is_free(SocketAddrV4::new(ip, port)) {
+            true => Ok(SocketAddrV4::new(ip, port)),
+            false => Err(Error::PortInUse { port, option: "--opencode-port" }),
+        };
+    }
+    if let Some(address) = last.map(|last| SocketAddrV4::new(ip, last.port())).filter(|address| is_free(*address)) {
+        return Ok(address);
+    }
+    for _ in 0..PORT_TRIES {
+        let port = u16::from_ne_bytes(random_bytes()?);
+        // Those below 1024 are root's.
+        if port >= 1024 && is_free(SocketAddrV4::new(ip, port)) {
+            return Ok(SocketAddrV4::new(ip, port));
+        }
+    }
+    let listener = TcpListener::bind((ip, 0)).and_then(|listener| listener.local_addr());
+    let port = listener.map_err(|e| Error::OpencodeStartFailed(format!("no free port on {ip}: {e}")))?.port();
+    Ok(SocketAddrV4::new(ip, port))
+}
+
+/// A random address of 127.0.0.0/8 outside of 127.0.0.0/16, where other programs have theirs;
+/// 127.0.0.1 where the loopback interface has no other.
+fn random_loopback() -> Result<Ipv4Addr> {
+    loop {
+        let ip = match random_bytes::<3>()? {
+            [0, ..] | [255, 255, 255] => continue,
+            [a, b, c] => Ipv4Addr::new(127, a, b, c),
+        };
+        return Ok(match TcpListener::bind((ip, 0)) {
+            Err(e) if e.kind() == io::ErrorKind::AddrNotAvailable => Ipv4Addr::LOCALHOST,
+            _ => ip,
+        });
+    }
+}
+
+/// Whether nothing listens there.
+pub fn is_free(address: SocketAddrV4) -> bool {
+    TcpListener::bind(address).is_ok()
 }
 
 /// What is remembered of a binary, its version still to be asked.

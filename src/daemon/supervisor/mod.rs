@@ -12,7 +12,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -35,8 +35,6 @@ use crate::system::socket;
 use crate::system::wait::{self, Flag};
 use crate::wire::{EngineInfo, Phase as PhaseName, ProcessInfo};
 
-/// The default port of opencode.
-const DEFAULT_PORT: u16 = 6175;
 /// How long `--version` may take: half a second warm, more from a cold disk.
 const VERSION_LIMIT: Duration = Duration::from_secs(20);
 /// How long opencode may take to be ready: 1 to 3 s, and 10 s for the first instance of a HOME.
@@ -605,7 +603,7 @@ impl Supervisor {
         };
         crate::log!("found opencode (pid {}) of an earlier daemon", record.pid);
         let now = Instant::now();
-        self.address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, record.port);
+        self.address = record.address();
         self.started_at = record.started_at;
         self.generation = 1;
         // What it printed before is not about what happens now.
@@ -647,7 +645,7 @@ impl Supervisor {
         }
         self.attempt += 1;
         let failed = |e| Error::OpencodeStartFailed(format!("cannot run {} --version: {e}", binary.display()));
-        let spawned = random_hex(16).and_then(|id| {
+        let spawned = random_hex::<16>().and_then(|id| {
             let mut command = engine::version_command(&binary, &self.data_dir.opencode_cwd());
             Process::spawn(&mut command, &id).map_err(failed)
         });
@@ -711,8 +709,8 @@ impl Supervisor {
 
     /// Starts the process: it is written down before it can do anything.
     fn launch(&mut self, binary: &std::path::Path) -> Result<()> {
-        let (port, engine_id) = (self.choose_port()?, random_hex(16)?);
-        let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+        let address = engine::choose_address(&self.options, &self.store.snapshot().ports)?;
+        let engine_id = random_hex::<16>()?;
         let (log_path, cwd) = (self.data_dir.opencode_log(), self.data_dir.opencode_cwd());
         let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
         let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
@@ -724,7 +722,7 @@ impl Supervisor {
         let Identity { pid, start_ticks, boot_id, engine_id } = process.identity().clone();
         let record = EngineRecord {
             pid,
-            port,
+            port: address.port(),
             base_url: format!("http://{address}"),
             started_at: now_ms(),
             engine_id,
@@ -737,7 +735,7 @@ impl Supervisor {
         self.started_at = record.started_at;
         let written = self.store.update(|state| {
             state.opencode = Some(record);
-            state.ports.opencode = port;
+            state.ports.keep_opencode_address(address);
             Ok(())
         });
         let told = written.and_then(|()| {
@@ -767,23 +765,6 @@ impl Supervisor {
             listens_since: None,
         };
         Ok(())
-    }
-
-    /// The port asked for; else the one used last, 6175, any.
-    fn choose_port(&self) -> Result<u16> {
-        if let Some(port) = self.options.port {
-            return match is_free(port) {
-                true => Ok(port),
-                false => Err(Error::PortInUse { port, option: "--opencode-port" }),
-            };
-        }
-        let last = self.store.snapshot().ports.opencode;
-        if let Some(port) = [last, DEFAULT_PORT].into_iter().find(|port| *port != 0 && is_free(*port)) {
-            return Ok(port);
-        }
-        TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-            .and_then(|listener| Ok(listener.local_addr()?.port()))
-            .map_err(|e| Error::OpencodeStartFailed(format!("no free port: {e}")))
     }
 
     /// Keeps the logs from growing without end.
@@ -1037,7 +1018,7 @@ impl Supervisor {
 
     /// Whether a start failed because somebody was faster at a port that nobody asked for.
     fn port_was_taken(&mut self) -> bool {
-        let taken = self.options.port.is_none() && !is_free(self.address.port()) && self.taken_ports < PORT_TRIES;
+        let taken = self.options.port.is_none() && !engine::is_free(self.address) && self.taken_ports < PORT_TRIES;
         if taken {
             self.taken_ports += 1;
         }
@@ -1135,8 +1116,4 @@ impl Supervisor {
 /// Runs something that may block.
 fn in_background(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     std::thread::Builder::new().spawn(work).map(|_| ())
-}
-
-fn is_free(port: u16) -> bool {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
