@@ -20,7 +20,9 @@
 //!   engine     opencode itself: command line and protocol
 //!   instances  what opencode has loaded
 //!   events     who is told what happened
-//! state        the state file, and the credentials
+//! state/       the state file, and the credentials
+//!   records    what it says of processes, binaries and ports
+//!   store      in memory and on disk
 //! repair       saving what can be read of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json

@@ -1,0 +1,103 @@
+//! The credentials of opencode, in a file of their own, and where randomness comes from.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::file::{read_whole, write_whole};
+use crate::error::{Error, Result};
+use crate::paths::DataDir;
+use crate::wire::from_json;
+
+/// What to do about a credentials file that makes no sense.
+const AUTH_HINT: &str =
+    "nothing was changed; restore the file, or end opencode and remove it: the next daemon makes a new password";
+
+/// Variables by which the environment of a daemon gives opencode's credentials, as that of OpenWork's
+/// own orchestrator does.
+pub const USERNAME_VARIABLE: &str = "OPENWORK_OPENCODE_USERNAME";
+/// See [`USERNAME_VARIABLE`].
+pub const PASSWORD_VARIABLE: &str = "OPENWORK_OPENCODE_PASSWORD";
+
+/// The credentials of opencode: made once, kept.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Auth {
+    /// The user name of the Basic credentials.
+    pub opencode_username: String,
+    /// The password: 32 random bytes as hex.
+    pub opencode_password: String,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Auth {
+    /// Reads the credentials, creating them when there are none. A user name or password that is
+    /// given replaces the stored one for good: commands read the file.
+    ///
+    /// # Errors
+    /// `state_corrupt` when the file makes no sense: a new password would lock us out of an opencode
+    /// that runs with the old one. `usage` for given ones that cannot be sent.
+    pub fn load_or_create(data_dir: &DataDir, username: Option<String>, password: Option<String>) -> Result<Auth> {
+        let path = data_dir.auth();
+        let stored = Auth::read(&path)?;
+        let is_stored = stored.is_some() && username.is_none() && password.is_none();
+        let mut auth = match stored {
+            Some(auth) => auth,
+            None => {
+                let opencode_password = random_hex::<32>()?;
+                Auth { opencode_username: "opencode".to_owned(), opencode_password, extra: Map::new() }
+            }
+        };
+        if is_stored {
+            return Ok(auth);
+        }
+        auth.opencode_username = username.unwrap_or(auth.opencode_username);
+        auth.opencode_password = password.unwrap_or(auth.opencode_password);
+        auth.check().map_err(|why| Error::usage(format!("{USERNAME_VARIABLE}, {PASSWORD_VARIABLE}: {why}")))?;
+        write_whole(&path, &auth)?;
+        Ok(auth)
+    }
+
+    /// Whether opencode can run with these, and HTTP carry them.
+    fn check(&self) -> std::result::Result<(), &'static str> {
+        let (name, password) = (&self.opencode_username, &self.opencode_password);
+        // Without a password anybody could make opencode run anything.
+        if name.is_empty() || password.is_empty() {
+            return Err("the user name or the password is empty");
+        }
+        if name.contains(|c: char| c == ':' || c.is_control()) || password.contains(char::is_control) {
+            return Err("the user name or the password has a character that cannot be sent");
+        }
+        Ok(())
+    }
+
+    /// Reads the credentials; none when there is no file.
+    ///
+    /// # Errors
+    /// `state_corrupt`, as for [`Auth::load_or_create`].
+    pub fn read(path: &Path) -> Result<Option<Auth>> {
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: AUTH_HINT };
+        let Some(bytes) = read_whole(path, AUTH_HINT)? else { return Ok(None) };
+        let auth: Auth = from_json(&bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
+        auth.check().map_err(|why| corrupt(why.to_owned()))?;
+        Ok(Some(auth))
+    }
+}
+
+/// Random bytes from the kernel.
+pub fn random_bytes<const N: usize>() -> Result<[u8; N]> {
+    let source = Path::new("/dev/urandom");
+    let mut bytes = [0; N];
+    File::open(source).and_then(|mut file| file.read_exact(&mut bytes)).map_err(|e| Error::io("read", source, e))?;
+    Ok(bytes)
+}
+
+/// Random bytes as hex.
+pub fn random_hex<const N: usize>() -> Result<String> {
+    Ok(random_bytes::<N>()?.iter().map(|byte| format!("{byte:02x}")).collect())
+}

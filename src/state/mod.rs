@@ -1,0 +1,310 @@
+//! The state file: the registry of workspaces and what is known of the running processes.
+//!
+//! Invariants: the daemon is the only writer. What readers see ([`Store::snapshot`]) is on disk,
+//! but for `lastUsedAt`, which is written behind. A write replaces the file whole (temporary
+//! file, fsync, rename, fsync of the directory), and memory changes only after the disk has.
+//! Fields that we do not know survive at every level. A file that cannot be understood is never
+//! touched.
+//!
+//! Readers take a snapshot and hold no lock while they use it, so that nobody who only reads
+//! ever waits for the disk.
+
+mod auth;
+mod file;
+mod records;
+mod store;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::{Map, Value};
+
+pub use self::auth::{Auth, PASSWORD_VARIABLE, USERNAME_VARIABLE, random_bytes, random_hex};
+use self::file::read_whole;
+pub use self::file::write_whole;
+pub use self::records::{Binaries, BinaryRecord, DaemonRecord, EngineRecord, FenceRecord, Ports};
+pub use self::store::Store;
+use crate::error::{Error, Result};
+use crate::log::now_ms;
+use crate::wire::from_json;
+use crate::workspace::{self, Place, Workspace, check_name};
+
+/// The version of the file that we read and write.
+const VERSION: u64 = 1;
+/// How many workspaces are named that an ambiguous selector could mean.
+const SHOWN_CANDIDATES: usize = 10;
+
+/// What to do about a state file that makes no sense.
+const STATE_HINT: &str = "nothing was changed; `openwork state repair` saves what can be read of a state file";
+
+/// The whole file. The shape is that of OpenWork's own orchestrator, with fields added.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// Of the shape.
+    pub version: u64,
+    /// Null when none runs.
+    #[serde(default)]
+    pub daemon: Option<DaemonRecord>,
+    /// Null when none runs.
+    #[serde(default)]
+    pub opencode: Option<EngineRecord>,
+    /// Versions remembered.
+    #[serde(default)]
+    pub binaries: Option<Binaries>,
+    /// Of the openwork that wrote this.
+    #[serde(default)]
+    pub cli_version: Option<String>,
+    /// Ports last used.
+    #[serde(default)]
+    pub ports: Ports,
+    /// Workspaces that may not be loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fences: Vec<FenceRecord>,
+    /// The active workspace; empty when none is.
+    #[serde(default)]
+    pub active_id: String,
+    /// The one before it; empty when there was none.
+    #[serde(default)]
+    pub previous_id: String,
+    /// In the order they were added.
+    #[serde(serialize_with = "as_json")]
+    pub workspaces: Vec<Arc<Workspace>>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// Each workspace by the JSON it keeps.
+fn as_json<S: Serializer>(workspaces: &[Arc<Workspace>], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(workspaces.iter().map(|workspace| workspace.json()))
+}
+
+impl Default for State {
+    fn default() -> State {
+        State {
+            version: VERSION,
+            daemon: None,
+            opencode: None,
+            binaries: None,
+            cli_version: None,
+            ports: Ports::default(),
+            fences: Vec::new(),
+            active_id: String::new(),
+            previous_id: String::new(),
+            workspaces: Vec::new(),
+            extra: Map::new(),
+        }
+    }
+}
+
+impl State {
+    /// Reads the state file; one that is not there is an empty registry.
+    ///
+    /// # Errors
+    /// `state_corrupt`, `state_too_new`; nothing is touched.
+    pub fn read(path: &Path) -> Result<State> {
+        let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: STATE_HINT };
+        let Some(bytes) = read_whole(path, STATE_HINT)? else { return Ok(State::default()) };
+        match from_json::<State>(&bytes) {
+            Ok(state) if state.version == VERSION => Ok(state),
+            Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
+            Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
+            Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
+            Err(e) => {
+                // A newer file may have another shape: its version says so before our shape fails.
+                let version = from_json::<Value>(&bytes).ok().and_then(|v| v.get("version")?.as_u64());
+                Err(match version {
+                    Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
+                    _ => corrupt(format!("not a state file: {e}")),
+                })
+            }
+        }
+    }
+
+    /// The workspace with this id.
+    pub fn get(&self, id: &str) -> Option<&Arc<Workspace>> {
+        self.workspaces.iter().find(|workspace| workspace.id == id)
+    }
+
+    /// The active workspace.
+    pub fn active(&self) -> Option<&Arc<Workspace>> {
+        self.get(&self.active_id)
+    }
+
+    /// Which workspace a selector means: exact id, exact name, a path in or of it (deepest
+    /// first), a unique prefix of a name or of an id. `@active` is the active one, `-` the one
+    /// before it. A path must be absolute here.
+    ///
+    /// # Errors
+    /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
+    pub fn find(&self, selector: &str) -> Result<&Arc<Workspace>> {
+        let not_found = || Error::WorkspaceNotFound(selector.to_owned());
+        match selector {
+            "-" => return self.get(&self.previous_id).ok_or_else(not_found),
+            // A script's unset variable, which is a prefix of everything.
+            "" => return Err(not_found()),
+            _ => {}
+        }
+        if let Some(found) = self.identified(selector)? {
+            return Ok(found);
+        }
+        if workspace::looks_like_path(selector) {
+            let path = Path::new(selector);
+            return path.is_absolute().then(|| self.containing(path)).flatten().ok_or_else(not_found);
+        }
+        // Every id begins with `ws-`: that much of it says nothing.
+        let is_prefix = |w: &&Arc<Workspace>| {
+            w.name.starts_with(selector) || (selector.len() > "ws-".len() && w.id.starts_with(selector))
+        };
+        let candidates: Vec<_> = self.workspaces.iter().filter(is_prefix).collect();
+        match candidates[..] {
+            [] => Err(not_found()),
+            [one] => Ok(one),
+            _ => Err(ambiguous(selector, &candidates)),
+        }
+    }
+
+    /// The workspace that is this directory or contains it, the deepest first.
+    /// The workspace with this id, this name or this directory, or `@active`. For changes: when a
+    /// request is repeated after its workspace has gone, it must not find another one, of which the
+    /// selector is a prefix, or which contains the directory.
+    ///
+    /// # Errors
+    /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
+    pub fn find_exactly(&self, selector: &str) -> Result<&Arc<Workspace>> {
+        let at_path = || self.workspaces.iter().find(|w| w.is_local() && !w.path.is_empty() && w.path == selector);
+        let found = self.identified(selector)?.or_else(at_path);
+        found.ok_or_else(|| Error::WorkspaceNotFound(selector.to_owned()))
+    }
+
+    /// The workspace with this id or name, or `@active`.
+    fn identified(&self, selector: &str) -> Result<Option<&Arc<Workspace>>> {
+        if selector == "@active" {
+            return self.active().map(Some).ok_or(Error::NoActiveWorkspace);
+        }
+        if let Some(found) = self.get(selector) {
+            return Ok(Some(found));
+        }
+        // Names are unique here, but perhaps not in the file of another program.
+        let named: Vec<_> = self.workspaces.iter().filter(|w| w.name == selector).collect();
+        match named[..] {
+            [] => Ok(None),
+            [one] => Ok(Some(one)),
+            _ => Err(ambiguous(selector, &named)),
+        }
+    }
+
+    fn containing(&self, path: &Path) -> Option<&Arc<Workspace>> {
+        let path = workspace::resolve_as_far_as_possible(path);
+        let local = || self.workspaces.iter().filter(|w| w.is_local() && !w.path.is_empty());
+        let depth = |path: &Path| path.components().count();
+        let stored = local().filter(|w| path.starts_with(&w.path)).max_by_key(|w| depth(Path::new(&w.path)));
+        // Another program may have stored a path with a link in it, or a link has come since.
+        stored.or_else(|| {
+            let resolved = local().filter_map(|w| Some((fs::canonicalize(&w.path).ok()?, w)));
+            let containing = resolved.filter(|(at, _)| path.starts_with(at));
+            containing.max_by_key(|(at, _)| depth(at)).map(|(_, w)| w)
+        })
+    }
+
+    /// Adds what is not there; what is there only gets the name, if one was given.
+    /// The first workspace becomes active. Returns it and whether it was created.
+    ///
+    /// # Errors
+    /// `invalid_name`, `name_taken`.
+    pub fn add(&mut self, place: Place, name: Option<&str>) -> Result<(Arc<Workspace>, bool)> {
+        if let Some(existing) = place.entry(&self.workspaces).cloned() {
+            let id = existing.id.clone();
+            return Ok((name.map_or(Ok(existing), |name| self.rename(&id, name))?, false));
+        }
+        let name = match name {
+            Some(name) => {
+                self.check_free_name(name, &place.id())?;
+                name.to_owned()
+            }
+            None => self.free_name(place.derived_name()),
+        };
+        let workspace = Arc::new(place.into_workspace(name, now_ms()));
+        if self.workspaces.is_empty() {
+            self.active_id.clone_from(&workspace.id);
+        }
+        self.workspaces.push(workspace.clone());
+        Ok((workspace, true))
+    }
+
+    /// Gives a workspace another name.
+    ///
+    /// # Errors
+    /// `invalid_name`, `name_taken`, `workspace_not_found`.
+    pub fn rename(&mut self, id: &str, name: &str) -> Result<Arc<Workspace>> {
+        self.check_free_name(name, id)?;
+        let workspace = self.get_mut(id)?;
+        name.clone_into(&mut workspace.name);
+        Ok(self.find(id)?.clone())
+    }
+
+    /// Removes a workspace; if it was active, none is.
+    ///
+    /// # Errors
+    /// `workspace_not_found`.
+    pub fn remove(&mut self, id: &str) -> Result<Arc<Workspace>> {
+        let index = self.workspaces.iter().position(|w| w.id == id);
+        let index = index.ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))?;
+        for role in [&mut self.active_id, &mut self.previous_id] {
+            if role == id {
+                role.clear();
+            }
+        }
+        Ok(self.workspaces.remove(index))
+    }
+
+    /// Makes a workspace the active one.
+    ///
+    /// # Errors
+    /// `workspace_not_found`.
+    pub fn activate(&mut self, id: &str) -> Result<Arc<Workspace>> {
+        self.get_mut(id)?.last_used_at = Some(now_ms());
+        if self.active_id != id {
+            self.previous_id = std::mem::replace(&mut self.active_id, id.to_owned());
+        }
+        Ok(self.find(id)?.clone())
+    }
+
+    fn get_mut(&mut self, id: &str) -> Result<&mut Workspace> {
+        let found = self.workspaces.iter_mut().find(|w| w.id == id);
+        found.map(Workspace::edit).ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
+    }
+
+    fn check_free_name(&self, name: &str, for_id: &str) -> Result<()> {
+        check_name(name)?;
+        match self.workspaces.iter().find(|w| w.name == name && w.id != for_id) {
+            Some(holder) => Err(Error::NameTaken { name: name.to_owned(), id: holder.id.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// The name itself, or with `-2`, `-3`, … when it is taken.
+    pub fn free_name(&self, name: String) -> String {
+        let taken: std::collections::HashSet<&str> = self.workspaces.iter().map(|w| w.name.as_str()).collect();
+        if !taken.contains(name.as_str()) {
+            return name;
+        }
+        let numbered = |n: usize| {
+            let suffix = format!("-{n}");
+            let base: String = name.chars().take(100 - suffix.len()).collect();
+            base + &suffix
+        };
+        (2..).map(numbered).find(|name| !taken.contains(name.as_str())).unwrap_or(name)
+    }
+}
+
+/// The selector could mean any of these.
+fn ambiguous(selector: &str, candidates: &[&Arc<Workspace>]) -> Error {
+    let shown = candidates.iter().take(SHOWN_CANDIDATES).map(|w| format!("{} ({})", w.name, w.id));
+    let rest = candidates.len().checked_sub(SHOWN_CANDIDATES).filter(|rest| *rest > 0);
+    let candidates = shown.chain(rest.map(|rest| format!("and {rest} more"))).collect();
+    Error::WorkspaceAmbiguous { selector: selector.to_owned(), candidates }
+}

@@ -1,0 +1,166 @@
+//! The records of the state file about processes, binaries and ports. Fields of other versions
+//! survive in `extra`.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::system::process::Identity;
+
+/// The daemon that runs, or ran.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DaemonRecord {
+    /// Process id.
+    pub pid: u32,
+    /// Of its listening socket.
+    pub port: u16,
+    /// `http://127.0.0.1:<port>`.
+    pub base_url: String,
+    /// Unix milliseconds.
+    pub started_at: u64,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The opencode that runs, with what proves it ours. Written before it can do anything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EngineRecord {
+    /// Process id; it leads its process group.
+    pub pid: u32,
+    /// Of its listening socket.
+    pub port: u16,
+    /// `http://<address>:<port>`, an address of 127.0.0.0/8.
+    pub base_url: String,
+    /// Unix milliseconds.
+    pub started_at: u64,
+    /// Random; in its environment as `OPENWORK_ENGINE`.
+    #[serde(default)]
+    pub engine_id: String,
+    /// Start time of the process in clock ticks since boot, `/proc/<pid>/stat` field 22.
+    #[serde(default)]
+    pub start_ticks: u64,
+    /// `/proc/sys/kernel/random/boot_id` when it was started.
+    #[serde(default)]
+    pub boot_id: String,
+    /// Directories whose instances are loaded, as far as is known; written behind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub instances: Vec<String>,
+    /// Those of them that are and were no workspace's; absent in the files of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strangers: Option<Vec<String>>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl EngineRecord {
+    /// What proves a process to be this one.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            pid: self.pid,
+            start_ticks: self.start_ticks,
+            boot_id: self.boot_id.clone(),
+            engine_id: self.engine_id.clone(),
+        }
+    }
+
+    /// Where opencode listens. A base URL that is not an address of 127.0.0.0/8 (other programs
+    /// write `localhost`) means 127.0.0.1.
+    pub fn address(&self) -> SocketAddrV4 {
+        let given = self.base_url.strip_prefix("http://").and_then(|rest| rest.parse::<SocketAddrV4>().ok());
+        let ip = given.map(|address| *address.ip()).filter(Ipv4Addr::is_loopback);
+        SocketAddrV4::new(ip.unwrap_or(Ipv4Addr::LOCALHOST), self.port)
+    }
+}
+
+/// A binary and its version, remembered with size and time: asking costs half a second.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BinaryRecord {
+    /// Where it is.
+    #[serde(default)]
+    pub path: String,
+    /// What it said when asked.
+    #[serde(default)]
+    pub actual_version: Option<String>,
+    /// Always `external`: we ship none.
+    #[serde(default)]
+    pub source: Option<String>,
+    /// Bytes, when it was asked.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// Modification time, Unix nanoseconds in decimal, when it was asked.
+    #[serde(default)]
+    pub modified: Option<String>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// A workspace that may not be loaded, since that has ended opencode twice.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FenceRecord {
+    /// The directory of the workspace.
+    pub directory: String,
+    /// The version of opencode that ended; another version is given another try.
+    #[serde(default)]
+    pub version: String,
+    /// The last output of opencode before its end.
+    #[serde(default)]
+    pub output: String,
+    /// Unix milliseconds.
+    #[serde(default)]
+    pub fenced_at: u64,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The binaries we know.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Binaries {
+    /// The opencode last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub opencode: Option<BinaryRecord>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The ports last used, so that addresses stay the same; 0 is none yet.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ports {
+    /// The daemon's.
+    #[serde(default)]
+    pub daemon: u16,
+    /// opencode's.
+    #[serde(default)]
+    pub opencode: u16,
+    /// The address of 127.0.0.0/8 that opencode listened on; openwork 0.1 wrote none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub opencode_host: Option<String>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Ports {
+    /// Where opencode listened last. `None` for openwork 0.1, which used 127.0.0.1:6175, where any
+    /// web page can find it.
+    pub fn opencode_address(&self) -> Option<SocketAddrV4> {
+        let ip = self.opencode_host.as_ref()?.parse::<Ipv4Addr>().ok().filter(Ipv4Addr::is_loopback)?;
+        (self.opencode != 0).then(|| SocketAddrV4::new(ip, self.opencode))
+    }
+
+    /// Keeps the address for the next start.
+    pub fn keep_opencode_address(&mut self, address: SocketAddrV4) {
+        self.opencode = address.port();
+        self.opencode_host = Some(address.ip().to_string());
+    }
+}
