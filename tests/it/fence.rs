@@ -53,8 +53,8 @@ fn the_request_that_ends_opencode_is_told_why_and_not_repeated() {
     reply.refused(503, "opencode_unavailable");
     let why = format!(
         "opencode is not available: it ended with exit status: 7 while it loaded the instance of bad; its last \
-         output:\nopencode server listening on http://127.0.0.1:{}\nfake: plugin of {} ends the process",
-        host.get("OPENWORK_OPENCODE_PORT"),
+         output:\nopencode server listening on http://{}\nfake: plugin of {} ends the process",
+        Host::start_address(&host.starts()[0]),
         bad.display()
     );
     assert_eq!(message(&reply), why);
