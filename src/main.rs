@@ -20,6 +20,7 @@
 //!   engine     opencode itself: command line and protocol
 //!   instances  what opencode has loaded
 //!   events     who is told what happened
+//!   handover   becomes its successor at a restart
 //! state/       the state file, and the credentials
 //!   records    what it says of processes, binaries and ports
 //!   store      in memory and on disk
@@ -53,13 +54,17 @@ mod workspace;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use daemon::Start;
+
 fn main() -> ExitCode {
     let mut argv: Vec<OsString> = std::env::args_os().skip(1).collect();
-    match argv.first().and_then(|first| first.to_str()) {
+    let start = match argv.first().and_then(|first| first.to_str()) {
         Some(daemon::engine::LAUNCH_COMMAND) => return daemon::engine::become_when_told(&argv[1..]).into(),
         Some(cli::COMPLETE_COMMAND) => return cli::complete(&argv[1..]).into(),
-        Some(cli::DETACHED_COMMAND) => argv[0] = "daemon".into(),
-        _ => return cli::main(&argv, false).into(),
-    }
-    cli::main(&argv, true).into()
+        Some(cli::DETACHED_COMMAND) => Start::Detached,
+        Some(daemon::handover::COMMAND) => Start::Successor,
+        _ => return cli::main(&argv, Start::Foreground).into(),
+    };
+    argv[0] = "daemon".into();
+    cli::main(&argv, start).into()
 }

@@ -22,6 +22,9 @@ pub const API_VERSION: u32 = 1;
 /// The header by which a client says how long it will wait, in seconds (a decimal number).
 pub const TIMEOUT_HEADER: &str = "X-Openwork-Timeout";
 
+/// The largest body of a control request. Bytes.
+pub const BODY_LIMIT: usize = 1024 * 1024;
+
 /// The header with the code of an error that is ours and not opencode's.
 pub const ERROR_HEADER: &str = "X-Openwork-Error";
 
@@ -67,6 +70,8 @@ pub enum Route {
     Events,
     /// Waits for opencode to be ready, trying again if it had failed.
     Start,
+    /// Has the daemon become its successor.
+    Restart,
     /// Stops the daemon.
     Shutdown,
 }
@@ -88,6 +93,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("POST", "/instances/:id/reset", Route::Reset),
     ("GET", "/events", Route::Events),
     ("POST", "/start", Route::Start),
+    ("POST", "/restart", Route::Restart),
     ("POST", "/shutdown", Route::Shutdown),
 ];
 
@@ -438,6 +444,31 @@ pub struct Start {
     /// The workspace whose instance is wanted: refused if it is fenced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<String>,
+}
+
+/// Body of `POST /restart`. The strings are percent-encoded, since none of them has to be UTF-8.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Restart {
+    /// The path of the openwork that the daemon becomes.
+    pub program: String,
+    /// Options of `openwork daemon`, each with its value behind `=`; those of the daemon when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<Vec<String>>,
+    /// Its environment, as `NAME=VALUE`.
+    pub environment: Vec<String>,
+    /// opencode is stopped, and started anew.
+    #[serde(default)]
+    pub all: bool,
+}
+
+/// `POST /restart`; the daemon restarts after the reply.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RestartReply {
+    /// Always true.
+    pub ok: bool,
+    /// `daemon.startedAt` of `/health` until the successor answers. Unix milliseconds.
+    pub started_at: u64,
 }
 
 /// Body of `POST /shutdown`.

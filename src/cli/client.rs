@@ -5,10 +5,12 @@
 //! connection is then proven to lead to that socket (`agent`). A port that a dead daemon had may be
 //! anybody's, and so is the port of a daemon in another container or on another machine.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,11 +24,11 @@ use super::DETACHED_COMMAND;
 use super::output::Waiting;
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Code, Error, Result};
-use crate::http::{self, Request, Timed};
+use crate::http::{self, Request, Timed, percent_encode};
 use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
 use crate::system::{process, socket, wait};
-use crate::wire::{Done, Failure, TIMEOUT_HEADER, from_json};
+use crate::wire::{BODY_LIMIT, Done, Failure, Health, Restart, RestartReply, TIMEOUT_HEADER, from_json};
 use crate::{lock, log};
 
 /// How often a lock is looked at while somebody else is about to change it.
@@ -44,6 +46,10 @@ const FAILURE_LIMIT: u64 = 1024 * 1024;
 const SOON: Duration = Duration::from_millis(250);
 /// How much of its log is told when a daemon ends without a word. Lines.
 const LAST_LINES: usize = 10;
+
+/// What of the environment is not for a daemon. Started from a shell of the agent's, it would carry
+/// the marker of the opencode that it is going to end.
+const NOT_THE_DAEMONS: [&str; 2] = [MARKER, NOTIFY_SOCKET];
 
 /// A running daemon.
 #[derive(Clone, Debug)]
@@ -180,10 +186,7 @@ impl Client {
         let mut command = Command::new(&program);
         command.arg(DETACHED_COMMAND).arg("--data-dir").arg(self.data_dir.path());
         command.args(options.arguments());
-        // Started from a shell of the agent's, it would carry the marker of the opencode that it
-        // is going to end.
-        command.env_remove(MARKER).env_remove(NOTIFY_SOCKET);
-        for variable in without {
+        for variable in without.iter().chain(&NOT_THE_DAEMONS) {
             command.env_remove(variable);
         }
         command.envs(allocator(|name| std::env::var_os(name).is_none()));
@@ -392,6 +395,49 @@ impl Client {
     fn connect(&self, address: &Address) -> Result<TcpStream> {
         let deadline = self.deadline.max(Instant::now() + Duration::from_millis(1));
         address.listener.connect(deadline).map_err(|e| self.lost(address, &e))
+    }
+
+    /// Has a daemon become its successor: this program, with this environment, and with the options of
+    /// this command if it has any. With `all`, opencode is stopped first. False when the daemon
+    /// cannot do that.
+    ///
+    /// # Errors
+    /// What the daemon replies; `daemon_unresponsive`.
+    pub fn hand_over(&self, address: &Address, all: bool) -> Result<bool> {
+        let program = std::env::current_exe();
+        let program = program.map_err(|e| Error::Internal(format!("cannot find this program: {e}")))?;
+        let options = self.autostart.as_ref().filter(|options| !options.is_default());
+        let encode = |text: &OsStr| percent_encode(text.as_bytes());
+        let variables = std::env::vars_os().filter(|(name, _)| !NOT_THE_DAEMONS.iter().any(|not| name == not));
+        let allocator = allocator(|name| std::env::var_os(name).is_none());
+        let allocator = allocator.into_iter().map(|(name, value)| (name.into(), value.into()));
+        let variable = |(name, value): (OsString, OsString)| format!("{}={}", encode(&name), encode(&value));
+        let restart = Restart {
+            program: encode(program.as_os_str()),
+            options: options.map(|options| options.arguments().iter().map(|option| encode(option)).collect()),
+            environment: variables.chain(allocator).map(variable).collect(),
+            all,
+        };
+        // An environment that no request can hold.
+        if to_json(&restart)?.len() > BODY_LIMIT {
+            return Ok(false);
+        }
+        let before: RestartReply = match self.ask_at(address, "POST", "/restart", &restart) {
+            Err(e) if e.code() == Code::NotFound => return Ok(false),
+            other => other?,
+        };
+        let _waiting = Waiting::new("the daemon to restart");
+        loop {
+            // One that has ended instead has said why in its log, and is started anew.
+            let Some(health) = self.read::<Health>("/health")? else { return Ok(true) };
+            if health.daemon.started_at != before.started_at {
+                return Ok(true);
+            }
+            if Instant::now() >= self.deadline {
+                return Err(Error::DaemonUnresponsive("it has not restarted before the deadline".to_owned()));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
     }
 
     /// Whether a daemon that no longer answers is on its way out: then its lock is free within a

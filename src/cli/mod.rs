@@ -22,11 +22,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::client::{Client, decode, to_json};
+use self::client::{Address, Client, decode, to_json};
 use self::output::{Output, Waiting, clean, duration, megabytes, note, table};
 use crate::agent;
 use crate::args::{self, Command, Invocation};
-use crate::daemon;
+use crate::daemon::{self, Start};
 use crate::error::{Code, Error, Result};
 use crate::http::percent_encode;
 use crate::lock;
@@ -53,16 +53,17 @@ const TERM_PATIENCE: Duration = Duration::from_secs(2);
 /// The environment variable that names a workspace where none is given.
 const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
 
-/// Runs a command line; the exit status. `detached`: this process is the daemon in the background.
-pub fn main(argv: &[OsString], detached: bool) -> u8 {
+/// Runs a command line; the exit status. A `start` other than that in the foreground is for
+/// `daemon`, whose failures go to its log.
+pub fn main(argv: &[OsString], start: Start) -> u8 {
     let mut output = Output::new(args::wants_json(argv));
     let result = args::parse(argv, |name| std::env::var_os(name)).and_then(|invocation| {
         if let Some(warning) = invocation.warning {
             note(&format!("warning: {warning}\n"));
         }
-        match detached {
-            true => run_daemon(&invocation, true),
-            false => run(invocation, &mut output),
+        match start {
+            Start::Detached | Start::Successor => run_daemon(&invocation, start),
+            Start::Foreground => run(invocation, &mut output),
         }
     });
     match result {
@@ -70,7 +71,7 @@ pub fn main(argv: &[OsString], detached: bool) -> u8 {
         // What opencode answered is the result.
         Err(e @ Error::Refused { json: true, .. }) => e.code().exit_status(),
         // The client that started it has been told, and reports it.
-        Err(e) if detached => {
+        Err(e) if start != Start::Foreground => {
             crate::log!("{e}");
             e.code().exit_status()
         }
@@ -81,9 +82,9 @@ pub fn main(argv: &[OsString], detached: bool) -> u8 {
     }
 }
 
-fn run_daemon(invocation: &Invocation, detached: bool) -> Result<()> {
+fn run_daemon(invocation: &Invocation, start: Start) -> Result<()> {
     let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
-    daemon::run(&data_dir, &absolute_options(&invocation.daemon)?, detached)
+    daemon::run(&data_dir, &absolute_options(&invocation.daemon)?, start)
 }
 
 fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
@@ -100,7 +101,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
     match invocation.command {
         Command::Help { ref topic } => help::print(out, topic.as_deref()),
         Command::Version => version(out),
-        Command::DaemonRun => run_daemon(&invocation, false),
+        Command::DaemonRun => run_daemon(&invocation, Start::Foreground),
         Command::Completions { shell } => print_text(out, complete::script(shell)),
         Command::Man => print_text(out, &manual::page()),
         Command::ServicePrint => print_text(out, &service(&invocation)?),
@@ -271,11 +272,17 @@ fn start(client: &Client, out: &mut Output) -> Result<()> {
     if let (Some(address), true) = (&running, asks_for_options) {
         note(&format!("the daemon already runs, on port {}; `openwork daemon restart` takes options\n", address.port));
     }
+    wait_until_ready(client, out, running.is_none())
+}
+
+/// Waits for opencode, and prints where it and the daemon are. A daemon that is new may have been
+/// given options that its opencode was not started with.
+fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<()> {
     client.ensure()?;
     let waiting = Waiting::new("opencode");
     let health: Health = client.ask("POST", "/start", &())?;
     drop(waiting);
-    if running.is_none() && keeps_another_opencode(client, &health)? {
+    if is_new && keeps_another_opencode(client, &health)? {
         note("opencode goes on as it was: its port and program are those of the next one (`daemon restart --all`)\n");
     }
     out.print(&health, |health| {
@@ -389,8 +396,13 @@ fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
             return Err(Error::PortInUse { port, option: "--daemon-port" });
         }
     }
-    stop_running(client, !all, false)?;
-    start(client, out)
+    let is_elsewhere = |address: &Address| port.is_some_and(|port| port != address.port);
+    match client.find()? {
+        Some(address) if !is_elsewhere(&address) && client.hand_over(&address, all)? => {}
+        // A daemon of 0.1.0 cannot hand over, and at another port there is nothing to hand over.
+        Some(_) | None => drop(stop_running(client, !all, false)?),
+    }
+    wait_until_ready(client, out, true)
 }
 
 fn status(client: &Client, out: &mut Output) -> Result<()> {

@@ -18,14 +18,15 @@ use tiny_http::{Method, Request, Server};
 
 use super::engine::CallError;
 use super::events::EventKind;
+use super::handover::Successor;
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
 use crate::http::percent_decode;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,
-    InstanceState, Listed, PathReply, ROUTES, Rename, ResetReply, Route, Shutdown, Start, TIMEOUT_HEADER,
-    WorkspaceList, WorkspaceReply, from_json,
+    InstanceState, Listed, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, Shutdown, Start,
+    TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -140,8 +141,8 @@ fn listen() -> Result<Server> {
 fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     let mut headers = String::new();
-    let (status, body, shutdown) = match answer {
-        Ok(Answer { status, body, shutdown }) => (status, body, shutdown),
+    let (status, body, end) = match answer {
+        Ok(Answer { status, body, end }) => (status, body, end),
         Err(e) => {
             headers.push_str(&format!("{ERROR_HEADER}: {}\r\n", e.code().name()));
             if let Error::MethodNotAllowed { allow, .. } = &e {
@@ -159,9 +160,16 @@ fn handle(daemon: &Daemon, mut request: Request) {
     if let Err(e) = written {
         crate::log!("a reply was not taken: {e}");
     }
-    if let Some(Shutdown { keep_opencode }) = shutdown {
-        crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
-        daemon.supervisor.stop(keep_opencode);
+    match end {
+        None => {}
+        Some(AfterReply::Stop(Shutdown { keep_opencode })) => {
+            crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
+            daemon.stop(keep_opencode);
+        }
+        Some(AfterReply::Restart { keep_opencode }) => {
+            crate::log!("restarting, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
+            daemon.supervisor.stop(keep_opencode);
+        }
     }
 }
 
@@ -177,13 +185,19 @@ fn contain_panic<T>(handler: impl FnOnce() -> Result<T>) -> Result<T> {
 struct Answer {
     status: u16,
     body: Vec<u8>,
-    shutdown: Option<Shutdown>,
+    end: Option<AfterReply>,
+}
+
+/// What is done after a reply.
+enum AfterReply {
+    Stop(Shutdown),
+    Restart { keep_opencode: bool },
 }
 
 impl Answer {
     fn new(status: u16, value: &impl Serialize) -> Result<Answer> {
         let body = serde_json::to_vec(value).map_err(|e| Error::Internal(format!("cannot write JSON: {e}")))?;
-        Ok(Answer { status, body, shutdown: None })
+        Ok(Answer { status, body, end: None })
     }
 }
 
@@ -217,7 +231,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         Route::Doc => {
             let description = include_str!("../assets/openapi.json");
             let body = description.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes();
-            Ok(Answer { status: 200, body, shutdown: None })
+            Ok(Answer { status: 200, body, end: None })
         }
         Route::List => {
             let state = daemon.store.latest();
@@ -305,9 +319,15 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             workspace.map_or(Ok(()), |workspace| daemon.instances.check_fence(&workspace))?;
             Answer::new(200, &daemon.health())
         }
+        Route::Restart => {
+            let restart: Restart = parse(&body)?;
+            daemon.ending.hand_over(Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?)?;
+            let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at })?;
+            Ok(Answer { end: Some(AfterReply::Restart { keep_opencode: !restart.all }), ..reply })
+        }
         Route::Shutdown => {
             let shutdown: Shutdown = parse(&body)?;
-            Ok(Answer { shutdown: Some(shutdown), ..Answer::new(200, &Done { ok: true })? })
+            Ok(Answer { end: Some(AfterReply::Stop(shutdown)), ..Answer::new(200, &Done { ok: true })? })
         }
     }
 }

@@ -21,21 +21,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Builder};
+use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, getrlimit};
 
 use super::events::Subscription;
-use super::head::{BODY_LIMIT, Framing, HEADER_LIMIT, Head, cors_headers};
+use super::head::{Framing, HEADER_LIMIT, Head, cors_headers};
 use super::router;
 use super::{Daemon, api};
 use crate::error::{Error, Result};
 use crate::http::{self, Response, Timed, is_json};
 use crate::system::socket;
 use crate::system::wait::{self, Flag};
-use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
+use crate::wire::{BODY_LIMIT, ERROR_HEADER, Failure, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
@@ -77,6 +77,8 @@ pub struct Gate {
     listener: TcpListener,
     port: u16,
     origins: Vec<String>,
+    /// Raised when no more connections are to be accepted.
+    closing: Flag,
     /// Raised when the daemon ends: routed streams break off.
     stop: Flag,
     connections: Connections,
@@ -145,16 +147,16 @@ impl Connections {
         self.closed.notify_all();
     }
 
-    /// Ends all: at once those that have asked nothing yet, the others after they were answered
-    /// or [`DRAIN_TIME`] is over.
-    fn drain(&self) {
+    /// Ends all after they were answered, or [`DRAIN_TIME`] is over; `at_once`, if they have asked
+    /// nothing yet.
+    fn drain(&self, at_once: bool) {
         let deadline = Instant::now() + DRAIN_TIME;
         let mut open = self.lock();
         open.closed = true;
         while !open.by_id.is_empty() {
             let rest = deadline.saturating_duration_since(Instant::now());
             for connection in open.by_id.values() {
-                if rest.is_zero() || connection.reading.load(Ordering::Relaxed) {
+                if rest.is_zero() || (at_once && connection.reading.load(Ordering::Relaxed)) {
                     let _ = connection.stream.shutdown(Shutdown::Both);
                 }
             }
@@ -185,19 +187,33 @@ impl Gate {
     /// # Errors
     /// Those of the operating system.
     pub fn new(listener: TcpListener, origins: &[String]) -> io::Result<Gate> {
+        // The thread that accepts waits for connections and for the end.
+        listener.set_nonblocking(true)?;
         // The standard library asks for 128; a client beyond that waits a second to try again.
         rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
-        Ok(Gate { listener, port, origins, stop: Flag::new()?, connections: Connections::default() })
+        let (closing, stop) = (Flag::new()?, Flag::new()?);
+        Ok(Gate { listener, port, origins, closing, stop, connections: Connections::default() })
     }
 
-    /// Accepts connections for as long as the daemon lives, and gives each a thread.
+    /// The listening socket.
+    pub fn listener(&self) -> &TcpListener {
+        &self.listener
+    }
+
+    /// Accepts connections until [`Gate::close`], and gives each a thread.
     pub fn serve(&'static self, daemon: &'static Daemon) {
+        use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
         loop {
-            match self.listener.accept() {
+            let accepted = match wait::wait_readable(&self.listener, &self.closing, None) {
+                Ok(true) => self.listener.accept(),
+                Ok(false) => return,
+                Err(e) => Err(e),
+            };
+            match accepted {
                 Ok((stream, peer)) => self.take(daemon, stream, peer),
-                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(e) if matches!(e.kind(), Interrupted | ConnectionAborted | WouldBlock) => {}
                 Err(e) => {
                     crate::log!("cannot accept a connection: {e}");
                     thread::sleep(EXHAUSTED_PAUSE);
@@ -229,12 +245,22 @@ impl Gate {
         }
     }
 
-    /// Ends the connections: those without a request at once, the others after their reply, but
-    /// within [`DRAIN_TIME`]. The listening socket stays open until the process has ended, so that
-    /// nobody else can listen there while `daemon.lock` names it.
-    pub fn close(&self) {
+    /// Accepts no more connections: `accepting`, the thread of [`Gate::serve`], ends. Those that come
+    /// wait at the listening socket, which stays open: nobody else can listen there while
+    /// `daemon.lock` names it.
+    pub fn close(&self, accepting: JoinHandle<()>) {
+        self.closing.raise();
+        let _ = accepting.join();
+    }
+
+    /// Ends the connections, each after its reply, but within [`DRAIN_TIME`]. With `at_once`, those
+    /// whose request has not come are not waited for, and streams break off.
+    pub fn drain(&self, at_once: bool) {
+        if at_once {
+            self.stop.raise();
+        }
+        self.connections.drain(at_once);
         self.stop.raise();
-        self.connections.drain();
     }
 
     /// Serves the one request of a connection.

@@ -7,11 +7,10 @@
 //! Source of the format: RFC 9112.
 
 use crate::error::{Error, Result};
+use crate::wire::BODY_LIMIT;
 
 /// The most header lines; as many as common servers allow.
 pub const HEADER_LIMIT: usize = 100;
-/// The largest body of a control request. Bytes.
-pub const BODY_LIMIT: usize = 1024 * 1024;
 
 /// A head that was understood. Header names are compared without case.
 pub struct Head<'h> {

@@ -13,6 +13,7 @@ mod api;
 pub mod engine;
 mod events;
 mod gate;
+pub mod handover;
 mod head;
 mod instances;
 mod router;
@@ -35,6 +36,7 @@ use signal_hook::iterator::Signals;
 
 use self::events::{EventKind, Events};
 use self::gate::Gate;
+use self::handover::{End, Ending};
 use self::instances::Instances;
 use self::supervisor::{Context, Handle, Supervisor};
 use crate::error::{Error, Result};
@@ -61,6 +63,9 @@ const CONTROL_SOCKET: &str = "control.sock";
 /// What the handlers of requests work with.
 struct Daemon {
     info: ProcessInfo,
+    data_dir: DataDir,
+    options: Options,
+    ending: Ending,
     /// What a routed request must have as its `Authorization`.
     authorization: String,
     store: &'static Store,
@@ -71,6 +76,12 @@ struct Daemon {
 }
 
 impl Daemon {
+    /// Stops for good.
+    fn stop(&self, keep_opencode: bool) {
+        self.ending.stop();
+        self.supervisor.stop(keep_opencode);
+    }
+
     fn health(&self) -> Health {
         let (state, status) = (self.store.snapshot(), self.supervisor.status());
         let measured = |mut info: ProcessInfo| {
@@ -126,14 +137,29 @@ impl Daemon {
     }
 }
 
-/// Runs a daemon to its end. In the background (`detached`) it has a session of its own, holds no
-/// descriptor of who started it, and says on its standard output in one line of JSON whether it
-/// listens.
+/// How a daemon starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// As the command that a terminal or a service manager runs.
+    Foreground,
+    /// In the background, for a client: in a session of its own, without a descriptor of the client's.
+    /// Says on its standard output in one line of JSON whether it listens.
+    Detached,
+    /// In the place of a daemon, whose process it is.
+    Successor,
+}
+
+/// Runs a daemon to its end.
 ///
 /// # Errors
 /// Whatever keeps it from starting. Detached, they are told on standard output too.
-pub fn run(data_dir: &DataDir, options: &Options, detached: bool) -> Result<()> {
+pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     limits::raise_descriptor_limit();
+    if start == Start::Successor {
+        let (lock, listener) = handover::receive(data_dir)?;
+        return prepare(data_dir).and_then(|()| serve(data_dir, options, lock, Some(listener), || {}));
+    }
+    let detached = start == Start::Detached;
     if detached {
         limits::close_inherited_descriptors();
         // Fails only for the leader of a group, which is what a shell's job control makes of a
@@ -146,7 +172,7 @@ pub fn run(data_dir: &DataDir, options: &Options, detached: bool) -> Result<()> 
         }
     };
     let result = prepare(data_dir).and_then(|()| match take_lock(data_dir)? {
-        Some(lock) => serve(data_dir, options, lock, || tell(Ok(()))),
+        Some(lock) => serve(data_dir, options, lock, None, || tell(Ok(()))),
         // A lost race: what was wanted is there.
         None if detached => {
             tell(Ok(()));
@@ -206,11 +232,19 @@ fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
     }
 }
 
-fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOnce()) -> Result<()> {
+/// Serves until the end, at the socket that a predecessor handed over or at a new one.
+fn serve(
+    data_dir: &DataDir,
+    options: &Options,
+    lock: Lock,
+    handed_over: Option<TcpListener>,
+    listening: impl FnOnce(),
+) -> Result<()> {
     let _ = log::bound(&data_dir.daemon_log());
     let store = forever(Store::open(data_dir)?);
     let auth = Auth::load_or_create(data_dir, variable(USERNAME_VARIABLE)?, variable(PASSWORD_VARIABLE)?)?;
-    let listener = bind(options.port, &store.snapshot())?;
+    let is_successor = handed_over.is_some();
+    let listener = handed_over.map_or_else(|| bind(options.port, &store.snapshot()), Ok)?;
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
     let port = listener.local_addr().map_err(no_socket)?.port();
     let signals = |e| Error::Internal(format!("cannot handle signals: {e}"));
@@ -230,11 +264,14 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
         state.ports.daemon = port;
         Ok(())
     })?;
-    // Where a process lives says whether its pid and port mean anything to who reads them.
-    let place = process::place().map(|place| format!(" {place}")).unwrap_or_default();
-    (&lock.file)
-        .write_all(format!("{} {port}{place}\n", info.pid).as_bytes())
-        .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
+    // The text of a predecessor is true of its successor.
+    if !is_successor {
+        // Where a process lives says whether its pid and port mean anything to who reads them.
+        let place = process::place().map(|place| format!(" {place}")).unwrap_or_default();
+        (&lock.file)
+            .write_all(format!("{} {port}{place}\n", info.pid).as_bytes())
+            .map_err(|e| Error::io("write", data_dir.daemon_lock(), e))?;
+    }
     crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
 
     let events = forever(Events::default());
@@ -242,15 +279,27 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);
     let authorization = basic(&auth.opencode_username, &auth.opencode_password);
-    let daemon = forever(Daemon { info, authorization, store, supervisor, control, instances, events });
-    let handle = &daemon.supervisor;
+    let (data_dir, options, ending) = (data_dir.clone(), options.clone(), Ending::default());
     let engine = options.engine.clone();
     let context = Context { data_dir: data_dir.clone(), options: engine, auth, store, instances, events };
+    let daemon = forever(Daemon {
+        info,
+        data_dir,
+        options,
+        ending,
+        authorization,
+        store,
+        supervisor,
+        control,
+        instances,
+        events,
+    });
+    let handle = &daemon.supervisor;
     let supervision = Supervisor::new(handle, receiver, context);
     // A thread that cannot be had ends the daemon: one without all of them would hold the lock and
     // be deaf. The supervisor comes last, so that there is no opencode yet.
     spawn(|| store.write_behind())?;
-    spawn(|| gate.serve(daemon))?;
+    let accepting = spawn(|| gate.serve(daemon))?;
     spawn(|| instances.evict(handle))?;
     spawn(|| instances.listen(handle))?;
     spawn(|| control.serve(daemon))?;
@@ -259,16 +308,22 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
             // A closed terminal is no reason to end.
             if signal != SIGHUP {
                 crate::log!("stopping on signal {signal}");
-                handle.stop(false);
+                daemon.stop(false);
             }
         }
     })?;
     let supervision = spawn(|| supervision.run())?;
     listening();
     let supervised = supervision.join();
-    events.close();
-    gate.close();
-    let _ = std::fs::remove_file(CONTROL_SOCKET);
+    gate.close(accepting);
+    let successor = match daemon.ending.take() {
+        End::Successor(successor) if supervised.is_ok() => Some(successor),
+        End::Successor(_) | End::Stop | End::None => None,
+    };
+    if successor.is_none() {
+        events.close();
+    }
+    gate.drain(successor.is_none());
     let written = store.update(|state| {
         state.daemon = None;
         Ok(())
@@ -277,6 +332,10 @@ fn serve(data_dir: &DataDir, options: &Options, lock: Lock, listening: impl FnOn
     if let Err(e) = written {
         crate::log!("{e}");
     }
+    if let Some(successor) = successor {
+        return Err(successor.succeed(&lock, gate.listener()));
+    }
+    let _ = std::fs::remove_file(CONTROL_SOCKET);
     // Held until the process has ended.
     std::mem::forget(lock);
     if supervised.is_err() {

@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -125,10 +125,22 @@ impl Process {
         if self.child.is_some() {
             self.signal(Signal::KILL);
         }
-        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        let status = match &mut self.child {
+            Some(child) => child.wait().ok(),
+            None => reap(&self.pidfd),
+        };
         sweep(&self.identity.engine_id);
         status
     }
+}
+
+/// Reaps a process that has ended, if it is a child of ours: one that this process started as another
+/// program, before it became its own successor.
+fn reap(pidfd: &OwnedFd) -> Option<ExitStatus> {
+    let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG).ok()??;
+    // As wait(2) spells it.
+    let raw = status.exit_status().map(|code| code << 8).or(status.terminating_signal());
+    raw.map(ExitStatus::from_raw)
 }
 
 fn hold(child: &Child) -> io::Result<(OwnedFd, u64, String)> {

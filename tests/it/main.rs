@@ -17,6 +17,7 @@ mod packages;
 mod passthrough;
 mod registry;
 mod repeat;
+mod restart;
 mod route;
 mod selectors;
 mod state;

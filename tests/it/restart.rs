@@ -1,0 +1,168 @@
+//! `daemon restart`: the daemon becomes its successor in place. The port and the lock are never free.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use serde_json::json;
+
+use crate::support::{Host, Signal, fake_opencode, free_port, is_alive, kill, until, wait_for, wait_gone};
+
+fn started_at(host: &Host) -> u64 {
+    host.health()["daemon"]["startedAt"].as_u64().unwrap()
+}
+
+#[test]
+fn a_restart_keeps_pid_port_lock_and_opencode() {
+    let host = Host::new();
+    host.exercises(["command daemon restart"]);
+    let project = host.project("p");
+    let id = host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    let (daemon, port, opencode, before) = (host.daemon_pid(), host.port(), host.opencode_pid(), started_at(&host));
+    for _ in 0..3 {
+        host.openwork(["daemon", "restart"]).ok();
+        assert_eq!((host.daemon_pid(), host.port(), host.opencode_pid()), (daemon, port, opencode));
+    }
+    assert!(started_at(&host) > before);
+    assert_eq!(host.openwork(["workspace", "current"]).json()["workspace"]["id"], id.as_str());
+    assert_eq!(host.state()["daemon"]["pid"], daemon);
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!(host.starts().len(), 1);
+    host.runs_one_of_each();
+}
+
+#[test]
+fn no_connection_is_refused_and_the_port_is_never_free() {
+    const CLIENTS: usize = 8;
+    const RESTARTS: usize = 20;
+    let host = Host::new();
+    host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).ok();
+    let port = host.port();
+    let (done, asked, failures) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            let (host, done, asked, failures) = (&host, &done, &asked, &failures);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    // A connection is taken, and what is asked over it is answered: by whichever.
+                    if TcpStream::connect(("127.0.0.1", port)).is_err() {
+                        failures.fetch_add(1, Ordering::Relaxed);
+                    }
+                    let target = if client % 2 == 0 { "/health" } else { "/w/p/path" };
+                    match host.routed("GET", target).try_send() {
+                        Some(reply) if matches!(reply.status, 200 | 503) => {}
+                        other => panic!("{target}: {other:?}"),
+                    }
+                    asked.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                if let Ok(taken) = TcpListener::bind(("127.0.0.1", port)) {
+                    drop(taken);
+                    panic!("the port was free");
+                }
+            }
+        });
+        for _ in 0..RESTARTS {
+            host.openwork(["daemon", "restart"]).ok();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(failures.into_inner(), 0, "refused connections");
+    assert!(asked.into_inner() > RESTARTS, "clients were busy meanwhile");
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn a_successor_has_the_environment_and_the_options_of_who_restarts() {
+    let mut host = Host::new();
+    for option in ["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT", "OPENWORK_OPENCODE_BIN"] {
+        host.unset(option);
+    }
+    std::os::unix::fs::symlink(fake_opencode(), host.path("opencode")).unwrap();
+    host.set("PATH", format!("{}:{}", host.path("").display(), host.get("PATH")));
+    host.openwork(["daemon", "start", "--idle-ttl", "77m"]).env("ONLY_BEFORE", "1").ok();
+    let pid = host.daemon_pid();
+    let environment = || fs::read(format!("/proc/{pid}/environ")).unwrap();
+    let arguments = || String::from_utf8(fs::read(format!("/proc/{pid}/cmdline")).unwrap()).unwrap();
+    host.openwork(["daemon", "restart"]).env("ONLY_AFTER", "ä\u{1}=2").env("NOTIFY_SOCKET", "/nowhere").ok();
+    let variables: BTreeSet<String> =
+        environment().split(|byte| *byte == 0).map(|v| String::from_utf8_lossy(v).into_owned()).collect();
+    assert!(variables.contains("ONLY_AFTER=ä\u{1}=2"), "{variables:?}");
+    assert!(
+        variables.iter().all(|v| !v.starts_with("ONLY_BEFORE") && !v.starts_with("NOTIFY_SOCKET")),
+        "{variables:?}"
+    );
+    // Without options of its own, the successor has those of the daemon.
+    assert!(arguments().contains("--idle-ttl=4620s"), "{:?}", arguments());
+    host.openwork(["daemon", "restart", "--idle-ttl", "1h"]).ok();
+    assert!(arguments().contains("--idle-ttl=3600s"), "{:?}", arguments());
+    assert_eq!(host.daemon_pid(), pid);
+}
+
+#[test]
+fn a_restart_to_another_port_stops_and_starts() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode, port) = (host.daemon_pid(), host.opencode_pid(), free_port());
+    host.openwork(["daemon", "restart", "--daemon-port", &port.to_string()]).ok();
+    assert_eq!((host.port(), host.opencode_pid()), (port, opencode));
+    assert_ne!(host.daemon_pid(), daemon);
+}
+
+#[test]
+fn a_restart_of_all_starts_opencode_anew() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode, port) = (host.daemon_pid(), host.opencode_pid(), host.port());
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    assert_eq!((host.daemon_pid(), host.port()), (daemon, port));
+    assert!(host.opencode_pid() != opencode && !is_alive(opencode));
+    host.runs_one_of_each();
+}
+
+#[test]
+fn opencode_is_reaped_and_replaced_after_a_restart() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "restart"]).ok();
+    let opencode = host.opencode_pid();
+    kill(opencode, Signal::KILL);
+    wait_gone(opencode);
+    until("another opencode", || host.health()["opencode"]["pid"].as_u64().filter(|pid| *pid != u64::from(opencode)));
+    // Its parent is the daemon, which it outlived as another program: no zombie stays.
+    wait_for("opencode to be reaped", || !fs::exists(format!("/proc/{opencode}")).unwrap());
+}
+
+#[test]
+fn a_program_that_is_none_leaves_the_daemon_as_it_was() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, before) = (host.daemon_pid(), started_at(&host));
+    let restart = |body| host.http("POST", "/restart").json(body).fails(400, "bad_request");
+    restart(json!({"program": "/nowhere/openwork", "environment": []}));
+    restart(json!({"program": "/", "environment": ["=x"]}));
+    restart(json!({"program": "%zz", "environment": []}));
+    restart(json!({"environment": []}));
+    assert_eq!((host.daemon_pid(), started_at(&host)), (daemon, before));
+}
+
+#[test]
+fn a_successor_that_fails_is_replaced() {
+    let host = Host::new();
+    host.exercises(["route POST /restart"]);
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    // It cannot be a daemon, and ends at once.
+    host.http("POST", "/restart").json(json!({"program": "/bin/true", "environment": []})).ok();
+    wait_gone(daemon);
+    assert!(is_alive(opencode));
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+}
