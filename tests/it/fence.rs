@@ -189,6 +189,25 @@ fn instances_that_were_loaded_before_are_not_blamed() {
 }
 
 #[test]
+fn a_kill_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
+    let (host, bad) = host();
+    poison(&host, &[]);
+    host.behave("FAKE_LOAD_MS=1000");
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    for round in 1..=3 {
+        thread::scope(|scope| {
+            let reply = scope.spawn(|| host.routed("GET", "/w/bad/path").send().status);
+            wait_for("the loading", || loadings(&host, &bad) == 2 * round - 1);
+            kill(host.opencode_pid(), Signal::KILL);
+            // The workspace is not at fault: the request is sent again.
+            assert_eq!(reply.join().unwrap(), 200);
+        });
+        host.openwork(["instance", "dispose", "bad"]).ok();
+    }
+    assert_eq!(state(&host, "bad"), "cold");
+}
+
+#[test]
 fn a_stop_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
     let (host, bad) = host();
     poison(&host, &[]);

@@ -13,7 +13,9 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -991,8 +993,12 @@ impl Supervisor {
         let how = status.map_or_else(|| "ended".to_owned(), |status| format!("ended with {status}"));
         crate::log!("opencode (pid {pid}) {how}");
         self.events.publish(EventKind::EngineExited { generation, pid, reason: how.clone() });
-        // An end that we have brought about is nobody's fault, unless it was for a hang.
-        let by_itself = matches!((&then, self.want), (None | Some(Then::Fail(_)), Want::Run));
+        let by_itself = match (&then, self.want) {
+            // Ended by us, for a hang that may well be the doing of a workspace.
+            (Some(Then::Fail(_)), Want::Run) => true,
+            (None, Want::Run) => !status.is_some_and(was_sent_a_signal),
+            (Some(Then::Start | Then::Stop), _) | (_, Want::Stop { .. }) => false,
+        };
         self.instances.ended(generation, by_itself.then(|| Failure { how: how.clone(), output: self.last_lines() }));
         if let Err(e) = self.store.update(|state| {
             state.opencode = None;
@@ -1116,4 +1122,11 @@ impl Supervisor {
 /// Runs something that may block.
 fn in_background(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     std::thread::Builder::new().spawn(work).map(|_| ())
+}
+
+/// Whether a process was ended by a signal that other processes send: the user, or the kernel for
+/// want of memory. A program that fails by itself exits, or raises another signal.
+fn was_sent_a_signal(status: ExitStatus) -> bool {
+    let sent = [Signal::HUP, Signal::INT, Signal::KILL, Signal::TERM];
+    status.signal().is_some_and(|signal| sent.iter().any(|sent| sent.as_raw() == signal))
 }
