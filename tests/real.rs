@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 #[path = "real/route.rs"]
 mod route;
@@ -155,4 +155,37 @@ fn a_stop_leaves_nothing() {
     // It starts again on the same port at once.
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(host.health()["opencode"]["port"].to_string(), host.get("OPENWORK_OPENCODE_PORT"));
+}
+
+#[test]
+fn a_workspace_with_a_plugin_that_ends_opencode_is_fenced() {
+    let mut host = real();
+    // opencode installs packages before it loads a plugin, and here it can not: it gives up at once.
+    host.set("npm_config_fetch_retries", "0");
+    let (bad, good) = (host.project("bad"), host.project("good"));
+    let plugin = host.path("end.js");
+    fs::write(&plugin, "console.error('the plugin ends it'); process.exit(7)\n").unwrap();
+    let config = json!({"plugin": [format!("file://{}", plugin.display())]});
+    fs::write(bad.join("opencode.json"), config.to_string()).unwrap();
+    for project in [&bad, &good] {
+        host.add(project);
+    }
+    path(&host, &["good"]);
+    let first = host.openwork(["workspace", "path", "bad", "--timeout", "80"]).fails(5, "opencode_unavailable");
+    let message = first["message"].as_str().unwrap();
+    assert!(message.contains("exit status: 7 while it loaded the instance of bad"), "{message}");
+    assert!(message.contains("the plugin ends it"), "{message}");
+    path(&host, &["good"]);
+    let reply = host.routed("GET", "/w/bad/session").header("X-Openwork-Timeout", "80").send();
+    reply.refused(503, "workspace_fenced");
+    path(&host, &["good"]);
+    let pid = host.opencode_pid();
+    host.openwork(["api", "bad", "/session"]).fails(5, "workspace_fenced");
+    host.openwork(["run", "bad", "--", "hello"]).fails(5, "workspace_fenced");
+    assert_eq!((host.opencode_pid(), host.health()["engine"]["restarts"].as_u64()), (pid, Some(2)));
+
+    fs::remove_file(bad.join("opencode.json")).unwrap();
+    host.openwork(["instance", "reset", "bad"]).ok();
+    assert_eq!(path(&host, &["bad"])["directory"], bad.to_str().unwrap());
+    assert_eq!(host.opencode_pid(), pid);
 }
