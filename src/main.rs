@@ -5,11 +5,14 @@
 //!
 //! ```text
 //! main         parse, run, report, exit status
-//! args         tables of commands and options; argv and environment to a Command
+//! args/        tables of commands and options; argv and environment to a Command
 //! cli/         one function per command; never writes state, but to repair it
 //!   client     finds, starts and asks the daemon
-//!   output     one value, printed for people or as JSON
+//!   daemon     start, stop, restart, status
+//!   workspace  the registry, and which workspace a selector means
+//!   passthrough: OpenCode's own calls and clients: api, env, attach, run
 //!   import     takes over the workspaces of another program
+//!   output     one value, printed for people or as JSON
 //!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
 //!   gate       the public port: limits and policy, one request per connection

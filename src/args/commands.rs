@@ -10,7 +10,7 @@ use super::parser::{Given, unknown};
 use super::values::{after, choice, number, shown, text};
 use super::{Api, Command, CompletedShell, Data, Log, Shell};
 use crate::error::{Error, Result};
-use crate::wire::TIMEOUT_HEADER;
+use crate::wire::{AddRemote, TIMEOUT_HEADER};
 
 /// A row of the table of commands.
 #[derive(Serialize)]
@@ -167,11 +167,11 @@ fn help_topic(given: &Given<'_>) -> Result<Option<String>> {
 
 fn add_remote(given: &mut Given<'_>) -> Result<Command> {
     let not_text = |url: OsString| Error::InvalidUrl { url: shown(&url).into_owned(), why: "it is not UTF-8" };
-    Ok(Command::WorkspaceAddRemote {
+    Ok(Command::WorkspaceAddRemote(AddRemote {
         base_url: given.next().into_string().map_err(not_text)?,
         directory: given.value("--directory").map(|directory| text("--directory", directory)).transpose()?,
         name: given.name()?,
-    })
+    }))
 }
 
 fn rename(given: &mut Given<'_>) -> Result<Command> {

@@ -23,6 +23,7 @@ pub use self::options::{OPTIONS, OptionRow};
 use self::parser::Given;
 use crate::error::{Error, Result};
 use crate::options::Options;
+use crate::wire::AddRemote;
 
 /// How long a command may take when `--timeout` does not say.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -42,7 +43,7 @@ pub enum Command {
     DaemonRestart { all: bool },
     Status,
     WorkspaceAdd { path: PathBuf, name: Option<String> },
-    WorkspaceAddRemote { base_url: String, directory: Option<String>, name: Option<String> },
+    WorkspaceAddRemote(AddRemote),
     WorkspaceList { quiet: bool },
     WorkspaceSwitch { selector: OsString },
     WorkspaceCurrent { quiet: bool },
@@ -126,6 +127,8 @@ pub enum Log {
 pub struct Invocation {
     /// What to do.
     pub command: Command,
+    /// Its name in the table of commands.
+    pub name: &'static str,
     /// `--data-dir`, else `OPENWORK_DATA_DIR`.
     pub data_dir: Option<PathBuf>,
     /// `XDG_DATA_HOME`.
@@ -160,6 +163,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     let timeout = given.value("--timeout").map(|text| values::seconds(&text)).transpose()?;
     let mut invocation = Invocation {
         command: Command::Version,
+        name: "version",
         data_dir: given.value("--data-dir").map(PathBuf::from),
         xdg_data_home: env("XDG_DATA_HOME").map(PathBuf::from),
         autostart: false,
@@ -191,6 +195,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
         invocation.timeout = timeout.unwrap_or(DEFAULT_DAEMON_TIMEOUT);
     }
     invocation.autostart = row.autostart && !given.has("--no-autostart");
+    invocation.name = row.name;
     invocation.command = (row.make)(&mut given)?;
     Ok(invocation)
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::client::{Address, Client, failure};
 use super::output::{Output, Waiting};
-use super::{WORKSPACE_VARIABLE, encoded, target};
+use super::workspace::{WORKSPACE_VARIABLE, encoded, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;

@@ -15,7 +15,6 @@ use crate::support::exercised::everything;
 const EXCEPTIONS: &[(&str, &str)] = &[
     ("code internal", "takes a bug; that a panic costs one request is a unit test of src/daemon/api.rs"),
     ("code still_busy", "of a feature to come"),
-    ("code daemon_too_old", "of a feature to come"),
     ("code session_not_found", "of a feature to come"),
 ];
 

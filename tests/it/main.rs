@@ -24,3 +24,4 @@ mod state;
 #[path = "../support/mod.rs"]
 mod support;
 mod trust;
+mod version;

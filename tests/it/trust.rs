@@ -31,7 +31,7 @@ impl Drop for Idle {
 }
 
 /// A data directory whose lock this process holds, with this text in it, and credentials.
-fn held(host: &Host, text: &str) -> File {
+pub fn held(host: &Host, text: &str) -> File {
     host.write_state(r#"{"version":1,"activeId":"","workspaces":[]}"#);
     fs::write(host.file(AUTH), format!(r#"{{"opencodeUsername":"opencode","opencodePassword":"{}"}}"#, "5".repeat(64)))
         .unwrap();

@@ -1,0 +1,216 @@
+//! The commands about the daemon itself: start, stop, restart, status.
+
+use std::borrow::Cow;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::VERSION;
+use super::client::{Address, Client};
+use super::output::{self, Output, Waiting, duration, megabytes, note, table};
+use super::workspace::named;
+use crate::error::{Code, Error, Result};
+use crate::lock;
+use crate::log::now_ms;
+use crate::options::Options;
+use crate::state::State;
+use crate::system;
+use crate::system::process::{self, Process};
+use crate::wire::{Done, Health, Phase, ProcessInfo, Shutdown, WorkspaceReply};
+
+/// How long a daemon may take to reply to a stop: it replies first and stops then.
+const STOP_REPLY: Duration = Duration::from_secs(10);
+/// How long a daemon that does not respond has for a stop in good order before it is killed.
+const TERM_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Starts the daemon, and waits until opencode is ready.
+pub fn start(client: &Client, out: &mut Output) -> Result<()> {
+    let asks_for_options = client.autostart.as_ref().is_some_and(|options| !options.is_default());
+    let running = client.find()?;
+    if let (Some(address), true) = (&running, asks_for_options) {
+        note(&format!("the daemon already runs, on port {}; `openwork daemon restart` takes options\n", address.port));
+    }
+    wait_until_ready(client, out, running.is_none())
+}
+
+/// Waits for opencode, and prints where it and the daemon are. A new daemon may have been given options
+/// that its opencode was not started with.
+fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<()> {
+    client.ensure()?;
+    let waiting = Waiting::new("opencode");
+    let health: Health = client.ask("POST", "/start", &())?;
+    drop(waiting);
+    if is_new && keeps_another_opencode(client, &health)? {
+        note("opencode goes on as it was: its port and program are those of the next one (`daemon restart --all`)\n");
+    }
+    out.print(&health, |health| {
+        let opencode = health.opencode.as_ref().map_or_else(String::new, |opencode| opencode.base_url.clone());
+        let version = health.engine.version.as_deref().unwrap_or_default();
+        format!("openwork is ready on {}, opencode {version} on {opencode}\n", health.daemon.base_url)
+    })
+}
+
+/// Whether the opencode that was taken over is not the one that was asked for.
+fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
+    let (Some(options), Some(opencode)) = (&client.autostart, &health.opencode) else { return Ok(false) };
+    let binary = State::read(&client.data_dir.state())?.binaries.unwrap_or_default().opencode.map(|known| known.path);
+    let is_another = |wanted: &Path| binary.as_deref().is_some_and(|path| Path::new(path) != wanted);
+    let other_port = options.engine.port.is_some_and(|port| port != opencode.port);
+    let url = |ip| format!("http://{ip}:{}", opencode.port);
+    let other_host = options.engine.host.is_some_and(|ip| url(ip) != opencode.base_url);
+    Ok(other_port || other_host || options.engine.binary.as_deref().is_some_and(is_another))
+}
+
+#[derive(Serialize)]
+struct Stopped {
+    ok: bool,
+    stopped: bool,
+}
+
+/// Stops the daemon and opencode.
+pub fn stop(client: &Client, out: &mut Output, keep_opencode: bool, force: bool) -> Result<()> {
+    let stopped = Stopped { ok: true, stopped: stop_running(client, keep_opencode, force)? };
+    out.print(&stopped, |stopped| {
+        let done = match (stopped.stopped, keep_opencode) {
+            (false, _) => "the daemon is not running",
+            (true, false) => "stopped",
+            (true, true) => "stopped; opencode keeps running",
+        };
+        format!("{done}\n")
+    })
+}
+
+/// Stops the daemon, with `force` also one that does not respond; whether one was running.
+fn stop_running(client: &Client, keep_opencode: bool, force: bool) -> Result<bool> {
+    let mut stopped = false;
+    loop {
+        match stop_one(client, keep_opencode, force, stopped) {
+            Ok(true) => stopped = true,
+            Ok(false) => return Ok(stopped),
+            Err(e @ Error::DaemonUnresponsive(_)) if force => {
+                end_unresponsive(client, e)?;
+                stopped = true;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Stops the daemon that runs now; false when there is none, or `stopped` says that this command has
+/// stopped one already: then the user has started the next one.
+fn stop_one(client: &Client, keep_opencode: bool, force: bool, stopped: bool) -> Result<bool> {
+    let soon = |limit| client.deadline.min(Instant::now() + limit);
+    let within = |deadline| Client { data_dir: client.data_dir.clone(), deadline, autostart: None };
+    let found = if force { within(soon(STOP_REPLY)).find() } else { client.find() };
+    let address = match found? {
+        Some(_) if stopped => return Ok(false),
+        Some(address) => address,
+        // The opencode of a daemon that was killed, perhaps just now, while it was asked to stop. The
+        // next daemon takes that opencode over and ends it in good order; its port does not matter.
+        None if !keep_opencode && has_orphan(client)? => {
+            client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+        }
+        None => return Ok(false),
+    };
+    let daemon = process::open(address.pid);
+    match within(soon(STOP_REPLY)).ask_at::<Done>(&address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
+        Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
+        Err(e) => return Err(e),
+    }
+    if let Some(daemon) = daemon {
+        client.wait_until_gone(&daemon)?;
+    }
+    Ok(true)
+}
+
+/// Ends a daemon that does not respond, if it is proven to be ours: a process of our user that holds
+/// the lock. Its opencode stays, as after a crash.
+fn end_unresponsive(client: &Client, unresponsive: Error) -> Result<()> {
+    let path = client.data_dir.daemon_lock();
+    let Some(file) = lock::if_held(&path)? else { return Ok(()) };
+    let holder = system::lock::holder(&file, &path).map_err(|e| Error::io("find the process that holds", &path, e))?;
+    let Some(holder) = holder else { return Err(unresponsive) };
+    note(&format!("ending the daemon (pid {}), which does not respond\n", holder.pid));
+    holder.end(client.deadline.min(Instant::now() + TERM_PATIENCE));
+    // Killing takes no time, but the deadline may have passed in the attempts before.
+    let patient = Client { data_dir: client.data_dir.clone(), deadline: Instant::now() + STOP_REPLY, autostart: None };
+    patient.wait_until_gone(&holder.pidfd)
+}
+
+/// Whether an opencode lives whose daemon was killed.
+fn has_orphan(client: &Client) -> Result<bool> {
+    let engine = State::read(&client.data_dir.state())?.opencode;
+    Ok(engine.is_some_and(|engine| Process::adopt(&engine.identity()).is_some()))
+}
+
+/// Restarts the daemon, with `all` opencode too.
+pub fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
+    if client.autostart.is_none() {
+        return Err(Error::usage("--no-autostart does not go with `daemon restart`"));
+    }
+    // One that works is not ended for one that could not start.
+    let port = client.autostart.as_ref().and_then(|options| options.port);
+    if let (Some(port), Some(address)) = (port, client.find()?) {
+        let is_taken = |e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse;
+        if port != address.port && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err_and(is_taken) {
+            return Err(Error::PortInUse { port, option: "--daemon-port" });
+        }
+    }
+    let is_elsewhere = |address: &Address| port.is_some_and(|port| port != address.port);
+    match client.find()? {
+        Some(address) if !is_elsewhere(&address) && client.hand_over(&address, all)? => {}
+        // A daemon of 0.1.0 cannot hand over, and at another port there is nothing to hand over.
+        Some(_) | None => drop(stop_running(client, !all, false)?),
+    }
+    wait_until_ready(client, out, true)
+}
+
+/// Shows the state of the daemon and of opencode.
+pub fn status(client: &Client, out: &mut Output) -> Result<()> {
+    let health: Health = client.read("/health")?.ok_or(Error::DaemonNotRunning)?;
+    if out.is_json() {
+        return out.print(&health, |_| String::new());
+    }
+    let active = match health.active_id.as_str() {
+        "" => None,
+        // It may have been removed since, or be missing in the file of another program.
+        _ => match client.read::<WorkspaceReply>("/workspaces/@active") {
+            Err(e) if e.code().exit_status() == Code::NoActiveWorkspace.exit_status() => None,
+            other => other?,
+        },
+    };
+    out.print(&health, |health| human_status(health, active.as_ref()))
+}
+
+fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
+    let process = |name: &str, state: &str, info: Option<&ProcessInfo>, version: &str| {
+        let about = info.map(|info| {
+            [
+                info.base_url.clone(),
+                format!("pid {}", info.pid),
+                format!("up {}", duration(now_ms().saturating_sub(info.started_at))),
+                info.memory.map_or_else(String::new, megabytes),
+                format!("version {version}"),
+            ]
+        });
+        let [url, pid, up, memory, version] = about.unwrap_or_default();
+        [name.to_owned(), state.to_owned(), url, pid, up, memory, version].map(Cow::from)
+    };
+    let version = health.engine.version.as_deref().unwrap_or("unknown");
+    let mut text = table([
+        process("daemon", "running", Some(&health.daemon), &health.cli_version),
+        process("opencode", health.engine.phase.name(), health.opencode.as_ref(), version),
+    ]);
+    text.push_str(&format!("restarts  {}\n", health.engine.restarts));
+    let active = active.map_or_else(|| "none".to_owned(), |active| named(&active.workspace.workspace));
+    text.push_str(&format!("active    {active} ({} in all)\n", health.workspace_count));
+    if health.cli_version != VERSION {
+        text.push_str(&format!("openwork  version {VERSION}; `openwork daemon restart` updates the daemon\n"));
+    }
+    if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready) {
+        text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));
+    }
+    text
+}

@@ -1,0 +1,270 @@
+//! The commands about the registry, and which workspace a selector means.
+
+use std::borrow::Cow;
+use std::cell::Cell;
+use std::ffi::OsStr;
+use std::iter::once;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::client::{Client, decode, to_json};
+use super::import::{Imported, import as import_file};
+use super::output::{Output, Waiting, clean, note, table};
+use crate::error::{Code, Error, Result};
+use crate::http::percent_encode;
+use crate::log::timestamp;
+use crate::paths;
+use crate::state::State;
+use crate::wire::{AddLocal, AddRemote, Listed, PathReply, Rename, WorkspaceList, WorkspaceReply};
+use crate::workspace::{Kind, Workspace, location, looks_like_path};
+
+/// The environment variable that names a workspace where none is given.
+pub const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
+
+/// A workspace for people: its name and where it is.
+pub fn named(workspace: &Workspace) -> String {
+    format!("{} ({})", clean(&workspace.name), clean(&workspace.location()))
+}
+
+/// Shows the active workspace.
+pub fn current(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
+    let reply = read_one(client, "@active")?;
+    out.print(&reply, |reply| {
+        let Workspace { id, name, .. } = &*reply.workspace.workspace;
+        format!("{}\n", clean(if quiet { id } else { name }))
+    })
+}
+
+/// Makes a workspace the active one.
+pub fn switch(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
+    let id = resolve(client, Some(selector))?.workspace.workspace.id.clone();
+    let reply: WorkspaceReply = client.ask("POST", &by_id(&id, "/activate"), &())?;
+    out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
+}
+
+/// Removes a workspace from the registry.
+pub fn remove(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
+    let mut found = resolve(client, Some(selector))?;
+    let target = by_id(&found.workspace.workspace.id, "");
+    let asked = Cell::new(0);
+    let reply = client.with_daemon(|address| {
+        asked.set(asked.get() + 1);
+        client.ask_at::<WorkspaceReply>(address, "DELETE", &target, &())
+    });
+    let reply = match reply {
+        // The daemon that was asked first has removed it, and ended before it could say so.
+        Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
+            if found.active_id == found.workspace.workspace.id {
+                found.active_id.clear();
+            }
+            found
+        }
+        other => other?,
+    };
+    out.print(&reply, |reply| {
+        let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
+        format!("removed {}{files}\n", named(&reply.workspace.workspace))
+    })
+}
+
+/// Renames a workspace.
+pub fn rename(client: &Client, out: &mut Output, selector: &OsStr, name: &str) -> Result<()> {
+    let id = resolve(client, Some(selector))?.workspace.workspace.id.clone();
+    let reply: WorkspaceReply = client.ask("PATCH", &by_id(&id, ""), &Rename { name: name.to_owned() })?;
+    out.print(&reply, |reply| format!("renamed to {}\n", named(&reply.workspace.workspace)))
+}
+
+/// Asks OpenCode for the directory of a workspace.
+pub fn path(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<()> {
+    let target = target(client, selector, "/path")?;
+    client.ensure()?;
+    let waiting = Waiting::new("opencode");
+    let reply: PathReply = client.ask("GET", &target, &())?;
+    drop(waiting);
+    out.print(&reply, |reply| format!("{}\n", clean(reply.path["directory"].as_str().unwrap_or_default())))
+}
+
+fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
+    out.print(reply, |reply| {
+        let done = if reply.created == Some(true) { "added" } else { "already there:" };
+        let active = if reply.active_id == reply.workspace.workspace.id { ", active" } else { "" };
+        format!("{done} {} as {}{active}\n", named(&reply.workspace.workspace), reply.workspace.workspace.id)
+    })
+}
+
+/// Adds a directory.
+pub fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::PathNotFound(path.to_owned()));
+    }
+    let path = paths::absolute(path)?;
+    let Some(text) = path.to_str() else { return Err(Error::PathNotUtf8(path)) };
+    let reply = client.ask("POST", "/workspaces", &AddLocal { path: text.to_owned(), name })?;
+    print_added(out, &reply)
+}
+
+/// What is shown of a workspace in a list: there may be ten thousand.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Row<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    path: Cow<'a, str>,
+    workspace_type: Kind,
+    base_url: Option<String>,
+    directory: Option<String>,
+    #[serde(default)]
+    missing: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Rows<'a> {
+    active_id: String,
+    #[serde(borrow)]
+    workspaces: Vec<Row<'a>>,
+}
+
+/// Adds a remote workspace.
+pub fn add_remote(client: &Client, out: &mut Output, body: &AddRemote) -> Result<()> {
+    print_added(out, &client.ask("POST", "/workspaces/remote", body)?)
+}
+
+/// Lists the workspaces.
+pub fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
+    let list = match client.read_soon("/workspaces")? {
+        Some(list) => list,
+        None => {
+            let state = State::read(&client.data_dir.state())?;
+            let workspaces = Listed::all(&state.workspaces);
+            to_json(&WorkspaceList { ok: true, active_id: state.active_id, workspaces })?
+        }
+    };
+    if out.is_json() {
+        out.write(&list)?;
+        return out.write(b"\n");
+    }
+    let Rows { active_id, workspaces } = decode(&list)?;
+    if quiet {
+        let ids: String = workspaces.iter().map(|row| format!("{}\n", clean(&row.id))).collect();
+        return out.write(ids.as_bytes());
+    }
+    if workspaces.is_empty() {
+        note("no workspaces yet: add one with `openwork workspace add <path>`\n");
+        return Ok(());
+    }
+    let rows = workspaces.iter().map(|row| {
+        let mark = if row.id == active_id { "*" } else { "" };
+        let mut place = location(row.workspace_type, &row.path, row.base_url.as_deref(), row.directory.as_deref());
+        if row.missing {
+            place += " (missing)";
+        }
+        [mark.into(), Cow::from(&*row.name), Cow::from(&*row.id), place]
+    });
+    out.write(table(once(["", "NAME", "ID", "WHERE"].map(Cow::from)).chain(rows)).as_bytes())
+}
+
+/// Shows a workspace.
+pub fn info(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<()> {
+    let reply = read_one(client, &text_selector(client, selector)?)?;
+    out.print(&reply, |reply| {
+        let workspace = &reply.workspace.workspace;
+        let date = |ms: Option<u64>| ms.filter(|ms| *ms > 0).map_or_else(|| "unknown".to_owned(), timestamp);
+        let row = |name: &'static str, value: String| [Cow::from(name), value.into()];
+        let is_active = reply.active_id == workspace.id;
+        let missing = if reply.workspace.missing { " (missing)" } else { "" };
+        table([
+            row("id", workspace.id.clone()),
+            row("name", workspace.name.clone()),
+            row("type", if workspace.is_local() { "local".to_owned() } else { "remote".to_owned() }),
+            row("where", workspace.location() + missing),
+            row("active", if is_active { "yes".to_owned() } else { "no".to_owned() }),
+            row("created", date(workspace.created_at)),
+            row("last used", date(workspace.last_used_at)),
+        ])
+    })
+}
+
+/// Adds the workspaces of another program's registry.
+pub fn import(client: &Client, out: &mut Output, file: &Path) -> Result<()> {
+    let import = import_file(client, file)?;
+    out.print(&import, |import| {
+        let line = |one: &Imported| {
+            let what = match (&one.workspace, &one.error) {
+                (Some(workspace), _) => named(workspace),
+                (None, Some(error)) => clean(&error.message).into_owned(),
+                (None, None) => String::new(),
+            };
+            format!("{} {what}\n", one.outcome.name())
+        };
+        import.workspaces.iter().map(line).collect()
+    })
+}
+
+/// Reads about one workspace: from the daemon, or from the state file when none answers at once.
+pub fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
+    match client.read_soon(&format!("/workspaces/{}", percent_encode(selector.as_bytes())))? {
+        Some(reply) => decode(&reply),
+        None => {
+            let state = State::read(&client.data_dir.state())?;
+            let workspace = Listed::new(state.find(selector)?);
+            Ok(WorkspaceReply { ok: true, active_id: state.active_id.clone(), workspace, created: None })
+        }
+    }
+}
+
+/// A selector as the daemon understands it: a path is made absolute, `-` is looked up, and one
+/// that is left out is `OPENWORK_WORKSPACE`, else the active one.
+pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String> {
+    let from_environment = || std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
+    let Some(selector) = selector.map(OsStr::to_owned).or_else(from_environment) else {
+        return Ok("@active".to_owned());
+    };
+    let not_found = |selector: &OsStr| Error::WorkspaceNotFound(selector.to_string_lossy().into_owned());
+    if selector == "-" {
+        let state = State::read(&client.data_dir.state())?;
+        return Ok(state.find("-")?.id.clone());
+    }
+    let is_path = looks_like_path(&String::from_utf8_lossy(selector.as_bytes())) && !is_stored_name(client, &selector);
+    let selector = if is_path { paths::absolute(Path::new(&selector))?.into_os_string() } else { selector };
+    match selector.to_str() {
+        // A workspace without a name, or an unset variable: neither means anything.
+        None | Some("") => Err(not_found(&selector)),
+        Some(text) => Ok(text.to_owned()),
+    }
+}
+
+/// Whether it is a name that looks like a path: no new one does, but another program's may.
+fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
+    if selector.as_bytes().starts_with(b"/") || matches!(selector.as_bytes(), b"." | b"..") {
+        return false;
+    }
+    let state = State::read(&client.data_dir.state());
+    state.is_ok_and(|state| state.workspaces.iter().any(|workspace| selector == OsStr::new(&workspace.name)))
+}
+
+/// A selector as a segment of a request target.
+pub fn encoded(client: &Client, selector: Option<&OsStr>) -> Result<String> {
+    Ok(percent_encode(text_selector(client, selector)?.as_bytes()))
+}
+
+/// The workspace that a selector means. A change is asked for by its id: when the daemon ends before
+/// it replies, the request is repeated, and by then the selector may mean another workspace.
+pub fn resolve(client: &Client, selector: Option<&OsStr>) -> Result<WorkspaceReply> {
+    client.ask("GET", &target(client, selector, "")?, &())
+}
+
+/// The target of a change of one workspace.
+pub fn by_id(id: &str, tail: &str) -> String {
+    format!("/workspaces/{}{tail}", percent_encode(id.as_bytes()))
+}
+
+/// The target of a request about one workspace.
+pub fn target(client: &Client, selector: Option<&OsStr>, tail: &str) -> Result<String> {
+    Ok(format!("/workspaces/{}{tail}", encoded(client, selector)?))
+}
