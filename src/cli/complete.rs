@@ -1,11 +1,11 @@
-//! Completion of command lines: a short script for each shell, which asks `openwork __complete`
-//! what could stand where the cursor is. So the tables of `args` are all there is to keep true,
-//! and workspaces are completed too; no daemon is asked or started.
+//! Completion of command lines: a short script for each shell asks `openwork __complete` what could
+//! stand at the cursor. So only the tables of `args` have to be kept true, and workspaces are completed
+//! too; no daemon is asked or started.
 //!
-//! `openwork __complete WORD…` takes the words after `openwork` up to the cursor, the last of them
-//! perhaps empty or begun, and prints a line for each thing that could stand there: the word, a
-//! tab, what it is. The shell leaves out what does not begin as the word does. `:directories` or
-//! `:files` instead means that the shell knows better.
+//! `openwork __complete WORD…` takes the words after `openwork` up to the cursor, of which the last may
+//! be empty or incomplete, and prints a line for each candidate: the word, a tab, a description. The
+//! shell drops candidates that do not start with the word. `:directories` or `:files` instead asks the
+//! shell to complete those itself.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use crate::state::State;
 
 use super::output::clean;
 
-/// The script of a shell.
+/// The completion script of a shell.
 pub fn script(shell: CompletedShell) -> &'static str {
     match shell {
         CompletedShell::Bash => include_str!("../assets/completions.bash"),
@@ -26,7 +26,7 @@ pub fn script(shell: CompletedShell) -> &'static str {
     }
 }
 
-/// What could stand at the cursor.
+/// The candidates for the cursor.
 enum Found {
     Words(Vec<(String, String)>),
     Directories,
@@ -43,14 +43,14 @@ impl Found {
     }
 }
 
-/// Prints what could stand where the last word is; nothing when that cannot be said.
+/// Prints the candidates for the last word; nothing when there are none.
 pub fn print(words: &[OsString]) {
     let text = match found(words) {
         Found::Directories => ":directories\n".to_owned(),
         Found::Files => ":files\n".to_owned(),
         Found::Words(words) => words.iter().map(|(word, about)| format!("{word}\t{}\n", clean(about))).collect(),
     };
-    // To whom could a failure be told?
+    // A failure has no reader: the shell shows nothing of it.
     let _ = io::stdout().write_all(text.as_bytes());
 }
 
@@ -78,7 +78,7 @@ fn found(words: &[OsString]) -> Found {
         match (row.value, attached) {
             (None, _) => given.push((row, OsStr::new(""))),
             (Some(_), Some(value)) => given.push((row, value)),
-            // bash takes `=` for a word of its own.
+            // bash splits at `=`.
             (Some(_), None) => match rest.next().map(|value| if value == "=" { rest.next() } else { Some(value) }) {
                 Some(Some(value)) => given.push((row, value)),
                 _ => return value_of(row),
@@ -90,13 +90,13 @@ fn found(words: &[OsString]) -> Found {
     match row {
         _ if takes_options => options(row, &given),
         Some(CommandRow { name: "help", .. }) => next_words(&own),
-        // Some commands are the first word of others too.
+        // Some commands are also the first word of others.
         Some(row) if !own.is_empty() || !is_first_word(row.name) => argument(row, own.len(), is_behind, &given),
         _ => next_words(&arguments),
     }
 }
 
-/// What a command can have more of.
+/// The options that a command still takes.
 fn options(row: Option<&CommandRow>, given: &[(&OptionRow, &OsStr)]) -> Found {
     let is_for = |option: &&OptionRow| option.commands.is_empty() || row.is_some_and(|row| option.is_for(row.name));
     let repeats = |option: &OptionRow| ["--header", "--cors"].contains(&option.name);
@@ -117,14 +117,14 @@ fn is_first_word(word: &str) -> bool {
     COMMANDS.iter().any(|row| row.name.split_once(' ').is_some_and(|(first, _)| first == word))
 }
 
-/// The words that commands go on with.
+/// The next word of a command's name.
 fn next_words(words: &[&OsString]) -> Found {
     let Some(first) = words.first().map(|word| canonical(word)) else {
         let mut found: Vec<(String, String)> = Vec::new();
         for row in COMMANDS {
             let (first, second) = row.name.split_once(' ').unwrap_or((row.name, ""));
             match found.iter_mut().find(|(word, _)| word == first) {
-                // Of the first word of several, the second ones are what it is.
+                // The first word of several commands is described by their second words.
                 Some((_, about)) => *about = format!("{about}, {second}").trim_start_matches(", ").to_owned(),
                 None if is_first_word(first) => found.push((first.to_owned(), second.to_owned())),
                 None => found.push((first.to_owned(), row.summary.to_owned())),
@@ -139,9 +139,9 @@ fn next_words(words: &[&OsString]) -> Found {
     }
 }
 
-/// What the next argument of a command could be, by the way its arguments are written.
+/// The candidates for an argument, by the way the table writes the arguments of the command.
 fn argument(row: &CommandRow, position: usize, is_behind: bool, given: &[(&OptionRow, &OsStr)]) -> Found {
-    // What is behind `--` is opencode's, of the commands that pass it on.
+    // Behind `--` stand arguments for opencode, which openwork does not know.
     if is_behind && row.passes_on() {
         return Found::Files;
     }

@@ -30,7 +30,10 @@ pub fn start(client: &Client, out: &mut Output) -> Result<()> {
     let asks_for_options = client.autostart.as_ref().is_some_and(|options| !options.is_default());
     let running = client.find()?;
     if let (Some(address), true) = (&running, asks_for_options) {
-        note(&format!("the daemon already runs, on port {}; `openwork daemon restart` takes options\n", address.port));
+        note(&format!(
+            "the daemon already runs on port {}; `openwork daemon restart` applies the options\n",
+            address.port
+        ));
     }
     wait_until_ready(client, out, running.is_none())
 }
@@ -43,7 +46,7 @@ fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<(
     let health: Health = client.ask("POST", "/start", &())?;
     drop(waiting);
     if is_new && keeps_another_opencode(client, &health)? {
-        note("opencode goes on as it was: its port and program are those of the next one (`daemon restart --all`)\n");
+        note("opencode keeps running with its port and program; `openwork daemon restart --all` changes them\n");
     }
     out.print(&health, |health| {
         let opencode = health.opencode.as_ref().map_or_else(String::new, |opencode| opencode.base_url.clone());
@@ -52,7 +55,7 @@ fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<(
     })
 }
 
-/// Whether the opencode that was taken over is not the one that was asked for.
+/// Whether the daemon has adopted an opencode that is not the one asked for.
 fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
     let (Some(options), Some(opencode)) = (&client.autostart, &health.opencode) else { return Ok(false) };
     let binary = State::read(&client.data_dir.state())?.binaries.unwrap_or_default().opencode.map(|known| known.path);
@@ -139,7 +142,7 @@ fn end_unresponsive(client: &Client, unresponsive: Error) -> Result<()> {
     patient.wait_until_gone(&holder.pidfd)
 }
 
-/// Whether an opencode lives whose daemon was killed.
+/// Whether an opencode runs whose daemon was killed.
 fn has_orphan(client: &Client) -> Result<bool> {
     let engine = State::read(&client.data_dir.state())?.opencode;
     Ok(engine.is_some_and(|engine| Process::adopt(&engine.identity()).is_some()))
@@ -148,9 +151,9 @@ fn has_orphan(client: &Client) -> Result<bool> {
 /// Restarts the daemon, with `all` opencode too.
 pub fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
     if client.autostart.is_none() {
-        return Err(Error::usage("--no-autostart does not go with `daemon restart`"));
+        return Err(Error::usage("`daemon restart` cannot be used with --no-autostart"));
     }
-    // One that works is not ended for one that could not start.
+    // A daemon that works must not be stopped for a port that its successor cannot have.
     let port = client.autostart.as_ref().and_then(|options| options.port);
     if let (Some(port), Some(address)) = (port, client.find()?) {
         let is_taken = |e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse;
@@ -175,7 +178,7 @@ pub fn status(client: &Client, out: &mut Output) -> Result<()> {
     }
     let active = match health.active_id.as_str() {
         "" => None,
-        // It may have been removed since, or be missing in the file of another program.
+        // The active workspace may be gone by now, or missing in the file of another program.
         _ => match client.read::<WorkspaceReply>("/workspaces/@active") {
             Err(e) if e.code().exit_status() == Code::NoActiveWorkspace.exit_status() => None,
             other => other?,

@@ -101,7 +101,7 @@ fn overview(group: Option<&str>) -> String {
     text
 }
 
-/// The other commands that share the first word of this one.
+/// The commands that share the first word of this one.
 fn siblings(row: &CommandRow) -> String {
     let mut text = String::new();
     let is_sibling = |other: &&CommandRow| other.name.split_once(' ').is_some_and(|(group, _)| group == row.name);

@@ -1,8 +1,8 @@
-//! Taking over the workspaces of another program: of a state file like ours, which is that of
-//! OpenWork's own orchestrator, or of the `openwork-workspaces.json` of OpenWork's desktop program.
+//! Imports the workspaces of another program, from the state file of OpenWork's own orchestrator, whose
+//! format ours is, or from the `openwork-workspaces.json` of OpenWork's desktop program.
 //!
-//! Both are an object with a list `workspaces`; an entry of the desktop's has a `displayName` too,
-//! may lack any field or have null in it, and may hold tokens, which are neither taken nor printed.
+//! Both are an object with a list `workspaces`. A desktop entry also has a `displayName`, may lack any
+//! field or have null there, and may hold tokens, which are neither imported nor printed.
 
 use std::fs;
 use std::io;
@@ -33,15 +33,15 @@ struct Entry {
     directory: Option<String>,
 }
 
-/// What has become of the entries, in their order.
+/// The outcome for every entry, in the order of the file.
 #[derive(Serialize)]
 pub struct Import {
     ok: bool,
-    /// Of each entry.
+    /// One for each entry.
     pub workspaces: Vec<Imported>,
 }
 
-/// What has become of an entry.
+/// The outcome for one entry.
 #[derive(Serialize)]
 pub struct Imported {
     /// See [`Outcome`].
@@ -60,11 +60,11 @@ pub struct Imported {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It is in the registry now.
+    /// The registry has it now.
     Added,
-    /// It was there, and is as it was.
+    /// The registry had it already; it is unchanged.
     Kept,
-    /// It cannot be.
+    /// It cannot be a workspace here.
     Refused,
 }
 
@@ -79,19 +79,19 @@ impl Outcome {
     }
 }
 
-/// Adds the workspaces of a file; what is there already stays as it is, and an entry that cannot be
-/// added does not keep the others from it.
+/// Adds the workspaces of a file. Workspaces that exist already stay unchanged; an entry that is refused
+/// does not affect the others.
 ///
 /// # Errors
-/// When the file cannot be read or has no such list; when the daemon cannot be asked or cannot
-/// write, and then what was added before stays.
+/// When the file cannot be read or has no such list; when the daemon cannot be reached or cannot write:
+/// what was added before then stays.
 pub fn import(client: &Client, file: &Path) -> Result<Import> {
     let bytes = fs::read(file).map_err(|e| match e.kind() {
         io::ErrorKind::PermissionDenied => Error::io("read", file, e),
         _ => Error::BadRequest(format!("cannot read {}: {e}", file.display())),
     })?;
     let registry: Registry = from_json(&bytes)
-        .map_err(|e| Error::BadRequest(format!("{} is no list of workspaces: {e}", file.display())))?;
+        .map_err(|e| Error::BadRequest(format!("{} has no list of workspaces: {e}", file.display())))?;
     let list: WorkspaceList = client.ask("GET", "/workspaces", &())?;
     let there: Vec<_> = list.workspaces.into_iter().map(|listed| listed.workspace).collect();
     let import_one = |entry: Value| {
@@ -141,7 +141,7 @@ fn add(client: &Client, there: &[Arc<Workspace>], entry: Entry) -> Result<(Outco
     };
     let name = [&entry.display_name, &entry.name].into_iter().flatten().find(|name| !name.trim().is_empty());
     let reply = match ask(name.cloned()) {
-        // Another has the name, or it is none for us: it gets one made from where it is.
+        // The name is taken, or not allowed here: the daemon derives one from the path or host.
         Err(e) if matches!(e.code(), Code::NameTaken | Code::InvalidName) => ask(None),
         other => other,
     }?;
@@ -149,7 +149,7 @@ fn add(client: &Client, there: &[Arc<Workspace>], entry: Entry) -> Result<(Outco
     Ok((outcome, reply.workspace.workspace))
 }
 
-/// Whether it is the entry that is wrong, and not what it was asked of.
+/// Whether the entry itself is at fault, and not the daemon.
 fn is_of_the_entry(e: &Error) -> bool {
     use Code::*;
     matches!(

@@ -1,4 +1,4 @@
-//! `openwork logs`: the logs are files, and are read as such, daemon or not.
+//! `openwork logs`: reads the log files, whether a daemon runs or not.
 
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
@@ -12,7 +12,7 @@ use crate::args::Log;
 use crate::error::{Error, Result};
 use crate::paths::open_private;
 
-/// How often a log that is followed is looked at: people read no faster.
+/// How often `--follow` looks for new lines: people read no faster.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Serialize)]
@@ -22,10 +22,10 @@ struct Lines {
     lines: Vec<String>,
 }
 
-/// Prints a log, or its last lines, and with `follow` what is added to it, `until` some time if there is one.
+/// Prints a log or its last lines, and with `follow` new lines too, until `until` if there is one.
 ///
 /// # Errors
-/// `usage` for `follow` as JSON, which has no end; when the log cannot be read.
+/// `usage` for `follow` with JSON, an object without an end; when the log cannot be read.
 pub fn print(
     client: &Client,
     out: &mut Output,
@@ -35,7 +35,9 @@ pub fn print(
     last: Option<usize>,
 ) -> Result<()> {
     if follow && out.is_json() {
-        return Err(Error::usage("--follow has no end, and so no JSON object: leave one of them out"));
+        return Err(Error::usage(
+            "--follow and --json exclude each other: a followed log never becomes one JSON object",
+        ));
     }
     let (path, name) = match log {
         Log::Opencode => (client.data_dir.opencode_log(), "opencode"),
@@ -46,7 +48,7 @@ pub fn print(
     let mut lines = Vec::new();
     match open_private(&path, OpenOptions::new().read(true)) {
         Ok(file) => position = read_lines(BufReader::new(file), follow, &mut lines).map_err(failed)?,
-        // No log yet is an empty log.
+        // A log that does not exist yet is empty.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(failed(e)),
     }
@@ -61,7 +63,7 @@ pub fn print(
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             Err(e) => return Err(failed(e)),
         };
-        // It is cut when it has grown too long, and then begins anew.
+        // The daemon truncates a log that has grown too long.
         if file.metadata().map_err(failed)?.len() < position {
             position = 0;
         }
@@ -75,8 +77,8 @@ pub fn print(
     Ok(())
 }
 
-/// Reads lines to the end; how many bytes that were. Bytes that are not UTF-8 are replaced. A line
-/// that is not at its end yet is left where only `whole` ones are wanted.
+/// Reads lines to the end of the file and returns how many bytes they have. Bytes that are not UTF-8
+/// are replaced. With `whole`, a last line without its end is left for the next read.
 fn read_lines(mut reader: impl BufRead, whole: bool, lines: &mut Vec<String>) -> io::Result<u64> {
     let mut length = 0;
     loop {

@@ -1,5 +1,5 @@
-//! The manual page, for man(1): what stands in the tables of `args` and `error` comes from there,
-//! so that it cannot be forgotten, and the rest is in `assets/manual-*.man`.
+//! The manual page, for man(1): commands, options and errors come from the tables of `args` and `error`,
+//! so that none is forgotten; the prose is in `assets/manual-*.man`.
 
 use std::fmt::Write;
 
@@ -36,7 +36,7 @@ pub fn page() -> String {
     page
 }
 
-/// The prose: before the commands, between them and the options, behind those.
+/// The prose before the commands, between commands and options, and after the options.
 const PARTS: [&str; 3] = [
     include_str!("../assets/manual-1.man"),
     include_str!("../assets/manual-2.man"),
@@ -51,7 +51,7 @@ fn bold(text: &str) -> String {
     format!("\\fB{}\\fR", plain(text))
 }
 
-/// Text that roff prints as it is.
+/// Text escaped for roff.
 fn plain(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }

@@ -1,4 +1,4 @@
-//! The commands: one function each. They ask the daemon, or read; they never write the state.
+//! The commands, one function each. They ask the daemon, or read files; only `state repair` writes.
 
 mod client;
 mod complete;
@@ -35,12 +35,12 @@ use crate::{agent, lock};
 
 /// The hidden command by which a client starts a daemon in the background.
 pub const DETACHED_COMMAND: &str = "__daemon";
-/// The hidden command by which a shell asks what could stand where the cursor is.
+/// The hidden command by which a shell asks for the candidates at the cursor.
 pub const COMPLETE_COMMAND: &str = "__complete";
 /// The version of this command.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Runs a command line; the exit status. A `start` other than that in the foreground is for
+/// Runs a command line and returns its exit status. A `start` other than the one in the foreground is for
 /// `daemon`, whose failures go to its log.
 pub fn main(argv: &[OsString], start: Start) -> u8 {
     let mut output = Output::new(args::wants_json(argv));
@@ -55,9 +55,9 @@ pub fn main(argv: &[OsString], start: Start) -> u8 {
     });
     match result {
         Ok(()) => 0,
-        // What opencode answered is the result.
+        // opencode's reply is the result, and has been printed.
         Err(e @ Error::Refused { json: true, .. }) => e.code().exit_status(),
-        // The client that started it has been told, and reports it.
+        // The client that started this daemon reports the error to its user.
         Err(e) if start != Start::Foreground => {
             crate::log!("{e}");
             e.code().exit_status()
@@ -199,7 +199,7 @@ fn reset(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<
     })
 }
 
-/// Prints what is a file of another program's.
+/// Prints a file for another program.
 fn print_text(out: &mut Output, text: &str) -> Result<()> {
     #[derive(Serialize)]
     struct Text<'a> {
@@ -216,13 +216,13 @@ fn service(invocation: &Invocation) -> Result<String> {
     service::unit(&program, is_named.then_some(data_dir.path()), &absolute_options(&invocation.daemon)?)
 }
 
-/// What could stand where the last of these words is, for a shell.
+/// Prints the candidates for the last of these words, for a shell.
 pub fn complete(words: &[OsString]) -> u8 {
     complete::print(words);
     0
 }
 
-/// The daemon works in another directory.
+/// The options with an absolute path: the daemon works in another directory.
 fn absolute_options(options: &Options) -> Result<Options> {
     let mut options = options.clone();
     if let Some(binary) = &options.engine.binary {
@@ -252,12 +252,13 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
     })
 }
 
-/// The one command that writes the state file: the daemon, which else does, refuses to start on it.
+/// Repairs the state file. The daemon, otherwise its only writer, refuses to start with a corrupt one.
 fn repair(client: &Client, out: &mut Output) -> Result<()> {
     let path = client.data_dir.state();
     client.data_dir.create()?;
-    let lock = lock::try_exclusive(&client.data_dir.daemon_lock())?
-        .ok_or_else(|| Error::BadRequest("a daemon is running, and its registry is whole: stop it first".to_owned()))?;
+    let lock = lock::try_exclusive(&client.data_dir.daemon_lock())?.ok_or_else(|| {
+        Error::BadRequest("a daemon is running, so the state file is not corrupt; stop the daemon first".to_owned())
+    })?;
     let repair = crate::repair::repair(&path)?;
     drop(lock);
     out.print(&repair, |repair| {
@@ -282,8 +283,8 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
     })
 }
 
-/// The events of the daemon, a line each, until it ends, nobody reads, or the time is over, if one
-/// was given.
+/// Prints the daemon's events, one a line, until the daemon ends, the reader closes the pipe, or the
+/// given time is over.
 fn events(client: &Client, out: &mut Output, timeout_given: bool) -> Result<()> {
     let mut lines = BufReader::new(client.events(timeout_given)?);
     let mut line = Vec::new();

@@ -1,8 +1,8 @@
 //! One value, printed for people or as JSON.
 //!
-//! Invariants: results go to standard output and everything else to standard error; a reader
-//! that has closed the pipe ends the output quietly, and any other failure to write is an error;
-//! what is printed for people holds no control characters of names, paths or logs.
+//! Invariants: results go to standard output, everything else to standard error; a closed pipe ends
+//! the output quietly, and any other failure to write is an error; text for people contains no
+//! control characters from names, paths or logs.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -17,38 +17,38 @@ use crate::error::{Error, Result};
 use crate::wire::Failure;
 use crate::workspace::is_unprintable;
 
-/// How long is waited before it is said what for.
+/// How long a wait may last before the terminal says what for.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// The widest column of a table that others are padded to, in characters: longer than paths are.
+/// The widest column that a table pads the others to, in characters: longer than most paths.
 const WIDEST: usize = 300;
 
-/// Where results go.
+/// The output of a command.
 pub struct Output {
     json: bool,
     closed: bool,
 }
 
 impl Output {
-    /// Output for people, or as JSON.
+    /// Prints for people, or JSON.
     pub fn new(json: bool) -> Output {
         Output { json, closed: false }
     }
 
-    /// Whether JSON is wanted.
+    /// Whether it prints JSON.
     pub fn is_json(&self) -> bool {
         self.json
     }
 
-    /// Whether nobody reads any more.
+    /// Whether the reader has closed the pipe.
     pub fn is_closed(&self) -> bool {
         self.closed
     }
 
-    /// Prints a value: as one JSON object, or as `human` makes of it (which ends with a newline).
+    /// Prints a value: as one JSON object, or as the text that `human` makes of it, with its newline.
     ///
     /// # Errors
-    /// When it cannot be written, but for a closed pipe.
+    /// When writing fails, unless the reader has closed the pipe.
     pub fn print<T: Serialize>(&mut self, value: &T, human: impl FnOnce(&T) -> String) -> Result<()> {
         if self.json {
             let mut line =
@@ -60,7 +60,7 @@ impl Output {
         }
     }
 
-    /// Prints bytes as they are.
+    /// Prints bytes unchanged.
     ///
     /// # Errors
     /// As [`Output::print`].
@@ -80,7 +80,7 @@ impl Output {
 
     /// Reports a failure: as JSON on standard output, else on standard error.
     pub fn fail(&mut self, error: &Error) {
-        // What cannot be said on standard output is said on the other.
+        // A failure of standard output goes to standard error.
         if self.json && self.print(&Failure::from(error), |_| String::new()).is_ok() {
             return;
         }
@@ -93,32 +93,32 @@ impl Output {
     }
 }
 
-/// Prints to standard error; a failure to do so is nobody's.
+/// Prints to standard error; a failure there cannot be reported anywhere.
 pub fn note(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Whether colour is wanted: only on a terminal, never with `NO_COLOR` or `TERM=dumb`.
+/// Whether to use colour: only on a terminal, never with `NO_COLOR` or `TERM=dumb`.
 fn colour(stream: &impl IsTerminal) -> bool {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     stream.is_terminal() && !set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Text without control characters, for one line; as it is when it is plain ASCII.
+/// Text for one line, its control characters replaced.
 pub fn clean(text: &str) -> Cow<'_, str> {
-    // Mostly there is nothing to do, and lists are long.
+    // Most text is plain ASCII, and lists are long.
     if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         return Cow::Borrowed(text);
     }
     text.chars().map(|c| if is_unprintable(c) { '\u{fffd}' } else { c }).collect::<String>().into()
 }
 
-/// Text without control characters, but for line ends and tabs.
+/// Text of several lines, its control characters but line ends and tabs replaced.
 pub fn clean_lines(text: &str) -> String {
     text.chars().map(|c| if is_unprintable(c) && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
-/// Rows with their columns aligned, each cell cleaned; without spaces at the ends of lines.
+/// Rows with aligned columns and cleaned cells, without spaces at the ends of lines.
 pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N]> + Clone) -> String {
     let width = |cell: &Cow<'_, str>| match cell {
         Cow::Borrowed(plain) => plain.len(),
@@ -132,7 +132,7 @@ pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N
             *widest = (*widest).max(width(&clean(cell)));
         }
     }
-    // What is wider sticks out: padding all rows for it would be worse.
+    // A wider cell sticks out: padding every row for it would be worse.
     widths = widths.map(|width| width.min(WIDEST));
     let spaces = " ".repeat(widths.iter().max().unwrap_or(&0) + 2);
     let mut text = String::with_capacity(count * widths.iter().map(|width| width + 2).sum::<usize>());
@@ -164,11 +164,11 @@ pub fn duration(ms: u64) -> String {
     }
 }
 
-/// Says on a terminal what is waited for, once it takes more than a second, until it is dropped.
+/// Tells a terminal what the command waits for, from the first second until it is dropped.
 pub struct Waiting(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl Waiting {
-    /// Begins to wait for something.
+    /// Starts a wait for `what`, a noun phrase.
     pub fn new(what: &'static str) -> Waiting {
         if !io::stderr().is_terminal() {
             return Waiting(None);

@@ -1,5 +1,5 @@
-//! Calls of OpenCode's own: `api`, and the environment for its other clients: `attach`, `run`,
-//! `env`. All go through the workspace's URL at the daemon, which outlives any opencode.
+//! OpenCode's own calls and clients: `api`, `attach`, `run`, and `env` for other clients. All use the
+//! workspace's URL at the daemon, which outlives every opencode.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -24,12 +24,12 @@ use crate::state::{Auth, State};
 use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
 
-/// How much of a body is passed on at once. Bytes.
+/// The chunk in which bodies are passed on. Bytes.
 const CHUNK: usize = 64 * 1024;
-/// The largest body that becomes part of a JSON object. Bytes.
+/// The largest body that `--json` puts into an object. Bytes.
 const JSON_BODY_LIMIT: usize = 256 * 1024 * 1024;
 
-/// The credentials of opencode, which the daemon has made.
+/// opencode's credentials, which the daemon has stored.
 fn credentials(client: &Client) -> Result<Auth> {
     let path = client.data_dir.auth();
     Auth::read(&path)?.ok_or_else(|| Error::Internal(format!("{} is not there", path.display())))
@@ -70,10 +70,10 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
         headers.push(("Content-Type", "application/json"));
     }
     let waiting = Waiting::new("opencode");
-    // Some calls are answered when a turn of the agent is over, which takes as long as it takes.
+    // Some calls are answered only after a turn of the agent, which may take hours.
     let deadline = timeout_given.then_some(client.deadline);
     let mut response = match &mut body {
-        // What only reads may be asked again, if the daemon was just ending.
+        // A read may be repeated when the daemon was just ending.
         None if matches!(call.method.as_str(), "GET" | "HEAD") => client
             .with_daemon(|address| client.open(address, &call.method, &target, &headers, deadline, |_| Ok(Ok(()))))?,
         None => client.open(&client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(Ok(())))?,
@@ -90,7 +90,7 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
     if out.is_json() || ours.is_some() {
         let bytes = response.bytes(JSON_BODY_LIMIT).map_err(lost)?;
         match ours {
-            // There is nothing but its head.
+            // The reply to a HEAD has no body.
             Some(code) if call.method == "HEAD" => {
                 let message = format!("the daemon refuses a HEAD with {code}");
                 return Err(Error::reported(ErrorBody { code, message, hint: None }, status));
@@ -116,7 +116,7 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
                 }
             }
         }
-        // For a person, a prompt begins at the start of a line.
+        // On a terminal, the prompt has to start on a line of its own.
         if last != b'\n' && io::stdout().is_terminal() {
             out.write(b"\n")?;
         }
@@ -127,10 +127,10 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
     }
 }
 
-/// What is to be sent.
+/// The body of a request.
 struct Body {
     reader: Box<dyn Read>,
-    /// Bytes, if that is known.
+    /// In bytes, if known.
     length: Option<u64>,
 }
 
@@ -151,8 +151,8 @@ fn open_body(data: &Data) -> Result<Body> {
             if !kind.is_file() {
                 return Ok(Body { reader: Box::new(file), length: None });
             }
-            // How long it is, is seen by reading: a file of /proc or /sys says something else, and
-            // one may grow. A large one is sent as it is read.
+            // The length is found by reading: files of /proc and /sys report another, and a file may
+            // grow meanwhile. A large file is sent in chunks as it is read.
             let mut bytes = Vec::new();
             (&file).take(CHUNK as u64).read_to_end(&mut bytes).map_err(failed)?;
             match bytes.len() {
@@ -164,10 +164,10 @@ fn open_body(data: &Data) -> Result<Body> {
     })
 }
 
-/// Sends the body, in chunks when its length is not known; how that went with the connection.
+/// Sends the body, in chunks when its length is unknown. The inner result is that of the connection.
 ///
 /// # Errors
-/// When what is to be sent cannot be read.
+/// When the body cannot be read.
 fn send_body(body: &mut Body, stream: &mut impl Write) -> Result<io::Result<()>> {
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -187,7 +187,7 @@ fn send_body(body: &mut Body, stream: &mut impl Write) -> Result<io::Result<()>>
     }
 }
 
-/// The local workspace that is meant, and where its URL is.
+/// The local workspace that a selector means, and the daemon that serves its URL.
 fn workspace(client: &Client, selector: Option<&OsStr>) -> Result<(Address, Workspace)> {
     let target = target(client, selector, "")?;
     let (address, reply) = client
@@ -200,10 +200,10 @@ fn workspace(client: &Client, selector: Option<&OsStr>) -> Result<(Address, Work
     }
 }
 
-/// What an OpenCode client needs to know, by the names of the environment.
+/// The environment for an OpenCode client.
 fn variables(client: &Client, address: &Address, workspace: &Workspace) -> Result<BTreeMap<&'static str, String>> {
     let auth = credentials(client)?;
-    // Or the client sends the password to a proxy.
+    // Without NO_PROXY the client would send the password to a proxy.
     let mut no_proxy: Vec<String> = Vec::new();
     let given = ["NO_PROXY", "no_proxy"].iter().filter_map(std::env::var_os);
     for hosts in given.chain(["127.0.0.1,localhost,127.0.0.0/8".into()]) {
@@ -229,7 +229,7 @@ fn base_url(address: &Address, workspace: &Workspace) -> String {
     format!("http://127.0.0.1:{}/w/{}", address.port, workspace.id)
 }
 
-/// Prints the variables as commands of a shell.
+/// Prints the environment for an OpenCode client as commands for a shell.
 ///
 /// # Errors
 /// As for a command about a workspace; `workspace_is_remote`, `path_not_found`.
@@ -271,14 +271,14 @@ fn become_opencode<const N: usize>(
     let prepare = || {
         let (address, workspace) = workspace(client, selector)?;
         let waiting = Waiting::new("opencode");
-        // Its binary is known once it is ready.
+        // The state file names the program once opencode is ready.
         let wanted = Start { workspace: Some(workspace.id.clone()) };
         let _: Health = client.ask_at(&address, "POST", "/start", &wanted)?;
         drop(waiting);
         let variables = variables(client, &address, &workspace)?;
         let binaries = State::read(&client.data_dir.state())?.binaries.unwrap_or_default();
         let binary = binaries.opencode.map(|binary| PathBuf::from(binary.path));
-        let binary = binary.ok_or_else(|| Error::OpencodeNotFound("the daemon has not said which".to_owned()))?;
+        let binary = binary.ok_or_else(|| Error::OpencodeNotFound("the state file does not name it".to_owned()))?;
         Ok((address, workspace, variables, binary))
     };
     let (address, workspace, variables, binary) = match prepare() {

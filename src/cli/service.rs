@@ -1,7 +1,7 @@
-//! A unit with which systemd keeps the daemon for a user.
+//! A systemd unit that runs the daemon for a user.
 //!
-//! systemd knows nothing of the shell's environment, so what that says about the daemon stands in
-//! the unit, as arguments.
+//! systemd does not have the shell's environment, so its settings for the daemon become arguments in
+//! the unit.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -9,11 +9,11 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::options::{Options, allocator};
 
-/// The unit: `program` is run as `openwork daemon`, in this data directory if one was named, with
-/// these options.
+/// The unit, which runs `program` as `openwork daemon` with these options, in this data directory if one
+/// was named.
 ///
 /// # Errors
-/// `usage` for what a unit cannot hold: it is UTF-8 without control characters.
+/// `usage` for a path that a unit cannot contain: a unit is UTF-8 without control characters.
 pub fn unit(program: &Path, data_dir: Option<&Path>, options: &Options) -> Result<String> {
     let mut arguments = vec![program.as_os_str().to_owned(), "daemon".into()];
     if let Some(data_dir) = data_dir {
@@ -25,9 +25,9 @@ pub fn unit(program: &Path, data_dir: Option<&Path>, options: &Options) -> Resul
         arguments.extend(options.arguments());
     }
     let mut command = arguments.iter().map(|argument| word(argument)).collect::<Result<Vec<_>>>()?;
-    // Variables are put in for all but the program.
+    // systemd expands variables in every word but the program.
     command.iter_mut().skip(1).for_each(|word| *word = word.replace('$', "$$"));
-    // As of a daemon that is started in the background.
+    // The same as for a daemon in the background.
     let variables: Vec<String> = allocator(|_| true).iter().map(|(name, value)| format!("{name}={value}")).collect();
     let unit = include_str!("../assets/openwork.service");
     Ok(unit.replace("@VARIABLES@", &variables.join(" ")).replace("@COMMAND@", &command.join(" ")))

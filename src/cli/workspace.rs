@@ -54,7 +54,7 @@ pub fn remove(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()>
         client.ask_at::<WorkspaceReply>(address, "DELETE", &target, &())
     });
     let reply = match reply {
-        // The daemon that was asked first has removed it, and ended before it could say so.
+        // The first daemon has removed it, and ended before it replied.
         Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
             if found.active_id == found.workspace.workspace.id {
                 found.active_id.clear();
@@ -105,7 +105,7 @@ pub fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>)
     print_added(out, &reply)
 }
 
-/// What is shown of a workspace in a list: there may be ten thousand.
+/// The fields of a workspace that a list shows, borrowed: there may be ten thousand workspaces.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Row<'a> {
@@ -206,7 +206,7 @@ pub fn import(client: &Client, out: &mut Output, file: &Path) -> Result<()> {
     })
 }
 
-/// Reads about one workspace: from the daemon, or from the state file when none answers at once.
+/// Reads one workspace from the daemon, or from the state file when no daemon answers at once.
 pub fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
     match client.read_soon(&format!("/workspaces/{}", percent_encode(selector.as_bytes())))? {
         Some(reply) => decode(&reply),
@@ -218,8 +218,8 @@ pub fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
     }
 }
 
-/// A selector as the daemon understands it: a path is made absolute, `-` is looked up, and one
-/// that is left out is `OPENWORK_WORKSPACE`, else the active one.
+/// A selector in the form for the daemon: a path becomes absolute, `-` becomes an id, and none becomes
+/// `OPENWORK_WORKSPACE`, else the active workspace.
 pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String> {
     let from_environment = || std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
     let Some(selector) = selector.map(OsStr::to_owned).or_else(from_environment) else {
@@ -233,13 +233,13 @@ pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String
     let is_path = looks_like_path(&String::from_utf8_lossy(selector.as_bytes())) && !is_stored_name(client, &selector);
     let selector = if is_path { paths::absolute(Path::new(&selector))?.into_os_string() } else { selector };
     match selector.to_str() {
-        // A workspace without a name, or an unset variable: neither means anything.
+        // An empty selector is a script's unset variable.
         None | Some("") => Err(not_found(&selector)),
         Some(text) => Ok(text.to_owned()),
     }
 }
 
-/// Whether it is a name that looks like a path: no new one does, but another program's may.
+/// Whether the selector is a name that looks like a path, as one from another program can.
 fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
     if selector.as_bytes().starts_with(b"/") || matches!(selector.as_bytes(), b"." | b"..") {
         return false;
@@ -248,13 +248,13 @@ fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
     state.is_ok_and(|state| state.workspaces.iter().any(|workspace| selector == OsStr::new(&workspace.name)))
 }
 
-/// A selector as a segment of a request target.
+/// A selector as a segment of a request's path.
 pub fn encoded(client: &Client, selector: Option<&OsStr>) -> Result<String> {
     Ok(percent_encode(text_selector(client, selector)?.as_bytes()))
 }
 
-/// The workspace that a selector means. A change is asked for by its id: when the daemon ends before
-/// it replies, the request is repeated, and by then the selector may mean another workspace.
+/// The workspace that a selector means. Changes are requested by its id: a request is repeated when the
+/// daemon ends before it replies, and by then the selector could mean another workspace.
 pub fn resolve(client: &Client, selector: Option<&OsStr>) -> Result<WorkspaceReply> {
     client.ask("GET", &target(client, selector, "")?, &())
 }

@@ -426,11 +426,11 @@ fn options_that_an_opencode_taken_over_does_not_have_are_not_passed_over_in_sile
     let port = format!("--opencode-port={}", free_port());
     for options in [&port, "--opencode-host=127.1.2.3", "--opencode-bin=/bin/true"] {
         let output = host.openwork(["daemon", "restart", options]).ok();
-        assert!(output.stderr.contains("opencode goes on as it was"), "{output:?}");
+        assert!(output.stderr.contains("opencode keeps running with its port and program"), "{output:?}");
         assert_eq!(host.opencode_pid(), pid);
     }
     let output = host.openwork(["daemon", "restart", "--all", &port]).ok();
-    assert!(!output.stderr.contains("goes on"), "{output:?}");
+    assert!(!output.stderr.contains("keeps running"), "{output:?}");
     assert!(output.stdout.contains(port.split_once('=').unwrap().1), "{output:?}");
 }
 
