@@ -170,3 +170,60 @@ fn a_frozen_daemon_does_not_hold_up_what_the_state_file_says() {
     }
     assert!(is_alive(host.daemon_pid()));
 }
+
+/// What takes two users: root, whose daemon it is, and an account without rights.
+mod as_root {
+    use std::io::Write;
+    use std::net::{SocketAddr, TcpStream};
+
+    use rustix::net::sockopt::{set_socket_linger, set_socket_reuseaddr};
+    use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+    use rustix::process::Uid;
+    use rustix::thread::set_thread_res_uid;
+
+    use super::*;
+    use crate::support::NOBODY;
+
+    /// A connection of another user's to a port, from a port that others may listen on.
+    fn connect_as_nobody(port: u16) -> TcpStream {
+        let connected = thread::spawn(move || {
+            // For this thread only: the kernel gives the sockets that it makes to that user.
+            let nobody = Uid::from_raw(NOBODY);
+            set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+            set_socket_reuseaddr(&socket, true).unwrap();
+            bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+            connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
+            TcpStream::from(socket)
+        });
+        connected.join().unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs root, to become another user"]
+    fn a_request_of_another_user_is_not_the_owners_who_listens_at_its_port() {
+        let host = Host::new();
+        host.openwork(["daemon", "start"]).ok();
+        let (port, project) = (host.port(), host.project("planted"));
+        let body = format!(r#"{{"path":"{}"}}"#, project.display());
+        let request = format!(
+            "POST /workspaces HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len(),
+        );
+        for attempt in 0..50 {
+            let mut stream = connect_as_nobody(port);
+            // The end is held back until somebody listens at the address that the request is from.
+            let (held_back, rest) = request.split_at(request.len() - if attempt % 2 == 0 { 1 } else { body.len() + 2 });
+            stream.write_all(held_back.as_bytes()).unwrap();
+            let owners = TcpListener::bind(stream.local_addr().unwrap()).unwrap();
+            stream.write_all(rest.as_bytes()).unwrap();
+            // With a reset, the connection is gone before the daemon looks whose it is.
+            set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+            drop(stream);
+            // A later connection is accepted later.
+            host.health();
+            drop(owners);
+        }
+        assert_eq!(host.openwork(["workspace", "list"]).json()["workspaces"].as_array().unwrap().len(), 0);
+    }
+}
