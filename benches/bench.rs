@@ -21,6 +21,16 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+#[allow(dead_code)] // What only the tests need.
+#[path = "../tests/support/http.rs"]
+mod http;
+#[allow(dead_code)]
+#[path = "../tests/support/processes.rs"]
+mod processes;
+
+use http::{Reply, Request, basic, local};
+use processes::{Process, Signal};
+
 /// A name on the command line, and what it measures.
 type Section = (&'static str, fn(&mut Report));
 
@@ -40,7 +50,6 @@ const SECTIONS: &[Section] = &[
 const OPENWORK: &str = env!("CARGO_BIN_EXE_openwork");
 /// Basic credentials of `opencode`, `bench`: known, so that opencode can be asked directly.
 const PASSWORD: &str = "bench";
-const AUTHORIZATION: &str = "Basic b3BlbmNvZGU6YmVuY2g=";
 /// Longer than the first start of opencode in a new home takes, so that only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// After so many requests of one kind opencode answers as fast as it ever will.
@@ -103,7 +112,7 @@ fn requests(report: &mut Report) {
         run(host.openwork(["workspace", "add"]).arg(host.project(name)));
         daemon.get(&format!("/workspaces/{name}/path")); // creates the instance
     }
-    let ask_opencode = || drop(ask(opencode, "GET", "/path", &opencode_headers(&directory)));
+    let ask_opencode = || drop(ask(&of_opencode(opencode, "GET", "/path", &directory)));
     let mut names = ["a", "b"].into_iter().cycle();
     let mut activate = || daemon.post(&format!("/workspaces/{}/activate", names.next().expect("a cycle")));
     let [direct, health, path] = in_turns(
@@ -156,27 +165,26 @@ fn routing(report: &mut Report) {
     let daemon = Daemon::start(&host);
     let (opencode, directory) = (daemon.opencode().1, host.project("a"));
     run(host.openwork(["workspace", "add"]).arg(&directory));
-    let headers = opencode_headers(&directory);
     // At first opencode compiles what it is asked, on a thread of its own: on a machine with few
     // processors it is that thread which would be measured.
     for _ in 0..WARM_UP {
-        ask(opencode, "GET", "/path", &headers);
+        ask(&of_opencode(opencode, "GET", "/path", &directory));
     }
     let [direct, routed] = in_turns(
         1000,
-        [&mut || drop(ask(opencode, "GET", "/path", &headers)), &mut || {
-            drop(ask(daemon.port, "GET", "/w/a/path", &headers))
+        [&mut || drop(ask(&of_opencode(opencode, "GET", "/path", &directory))), &mut || {
+            drop(ask(&of_opencode(daemon.port, "GET", "/w/a/path", &directory)))
         }],
     );
     report.print(&Figure::new("GET /path, asked directly", Ms(direct)));
     report.print(&Figure::new("GET /w/a/path", Ms(routed)).against(direct).at_most(Ms(direct + 0.2)));
 
     // Both streams get each event; each has a reader that notes when.
-    let mut near = stream(opencode, "/event", &headers);
-    let mut far = stream(daemon.port, "/w/a/event", &headers);
+    let mut near = stream(&of_opencode(opencode, "GET", "/event", &directory));
+    let mut far = stream(&of_opencode(daemon.port, "GET", "/w/a/event", &directory));
     let mut later = Vec::new();
     for _ in 0..200 {
-        ask_with_body(opencode, "/session", &headers, "{}");
+        ask(&of_opencode(opencode, "POST", "/session", &directory).json(&json!({})));
         let arrival = |stream: &mut TcpStream| {
             let mut seen = Vec::new();
             let mut buffer = [0; 4096];
@@ -207,11 +215,11 @@ fn streams(report: &mut Report) {
     let daemon = Daemon::start(&host);
     let directory = host.project("a");
     run(host.openwork(["workspace", "add"]).arg(&directory));
-    let headers = opencode_headers(&directory);
-    let ask_routed = || drop(ask(daemon.port, "GET", "/w/a/path", &headers));
+    let ask_routed = || drop(ask(&of_opencode(daemon.port, "GET", "/w/a/path", &directory)));
     let [before] = in_turns(300, [&mut || ask_routed()]);
     let empty = daemon.memory();
-    let open: Vec<TcpStream> = (0..200).map(|_| stream(daemon.port, "/w/a/event", &headers)).collect();
+    let open: Vec<TcpStream> =
+        (0..200).map(|_| stream(&of_opencode(daemon.port, "GET", "/w/a/event", &directory))).collect();
     let each = daemon.memory().saturating_sub(empty) / 200;
     let [after] = in_turns(300, [&mut || ask_routed()]);
     drop(open);
@@ -228,10 +236,11 @@ fn transfer(report: &mut Report) {
     let daemon = Daemon::start(&host);
     let (opencode, directory) = (daemon.opencode().1, host.project("a"));
     run(host.openwork(["workspace", "add"]).arg(&directory));
-    let headers = opencode_headers(&directory);
     let before = daemon.memory();
-    let down = |port, target: &str| download(port, &format!("{target}?bytes={GIGABYTE}"), &headers);
-    let up = |port, target: &str| upload(port, target, &headers);
+    let down = |port, target: &str| {
+        download(&of_opencode(port, "GET", &format!("{target}?bytes={GIGABYTE}"), &directory));
+    };
+    let up = |port, target: &str| upload(of_opencode(port, "POST", target, &directory));
     let [direct_down, routed_down, direct_up, routed_up] = in_turns(
         5,
         [
@@ -328,14 +337,13 @@ fn start_by_hand(host: &Host, project: &Path) -> (Running, Instant, Instant) {
     while !asked.iter_mut().any(|stream| matches!(stream.read(&mut [0; 1024]), Ok(1..))) {
         assert!(start.elapsed() < PATIENCE, "opencode does not answer");
         thread::sleep(Duration::from_millis(5));
-        if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
-            send(&mut stream, port, "GET", "/global/health", &opencode_headers(project)).expect("to be heard");
+        if let Ok(stream) = of_opencode(port, "GET", "/global/health", project).open() {
             stream.set_nonblocking(true).expect("a socket");
             asked.push(stream);
         }
     }
     let healthy = Instant::now();
-    ask(port, "GET", "/path", &opencode_headers(project));
+    ask(&of_opencode(port, "GET", "/path", project));
     (opencode, healthy, Instant::now())
 }
 
@@ -608,16 +616,16 @@ impl Daemon<'_> {
     }
 
     fn get(&self, target: &str) {
-        ask(self.port, "GET", target, "");
+        ask(&Request::new(local(self.port), "GET", target).header("Connection", "close"));
     }
 
     fn post(&self, target: &str) {
-        ask(self.port, "POST", target, "");
+        ask(&Request::new(local(self.port), "POST", target).header("Connection", "close"));
     }
 
     /// Process id and port.
     fn opencode(&self) -> (u32, u16) {
-        let health: Value = serde_json::from_slice(&ask(self.port, "GET", "/health", "")).expect("JSON");
+        let health = ask(&Request::new(local(self.port), "GET", "/health")).json();
         let number = |name: &str| health["opencode"][name].as_u64().expect("a ready opencode");
         (number("pid") as u32, number("port") as u16)
     }
@@ -655,74 +663,36 @@ fn field(text: &str, name: &str) -> u64 {
 
 /// Kills a process, if it is one of this host.
 fn kill(host: &Host, pid: u32) {
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    let home = [b"HOME=", host.path("home").as_os_str().as_encoded_bytes()].concat();
-    if environment.split(|byte| *byte == 0).any(|variable| variable == home) {
-        // The shell's own: not every machine has a program for it.
-        run(Command::new("/bin/sh").args(["-c", "kill -9 $0"]).arg(pid.to_string()));
+    if Process::of(pid).is_some_and(|process| process.has_home(&host.path("home"))) {
+        processes::kill(pid, Signal::KILL);
     }
 }
 
 // --- HTTP ---
 
-fn opencode_headers(directory: &Path) -> String {
-    // Our own directories need no percent-encoding, but for what stands above them.
+/// A request that opencode takes for this directory, whether it is sent to opencode or through `/w/`.
+fn of_opencode(port: u16, method: &str, target: &str, directory: &Path) -> Request {
+    // No character of our own directories needs encoding, but those above them may.
     let encoded: String = directory.to_str().expect("UTF-8").bytes().map(|byte| format!("%{byte:02X}")).collect();
-    format!("Authorization: {AUTHORIZATION}\r\nx-opencode-directory: {encoded}\r\n")
+    let request = Request::new(local(port), method, target).header("Connection", "close");
+    request.header("Authorization", basic("opencode", PASSWORD)).header("x-opencode-directory", encoded)
 }
 
-fn send(stream: &mut TcpStream, port: u16, method: &str, target: &str, headers: &str) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let length = if method == "GET" { "" } else { "Content-Length: 0\r\n" };
-    let head =
-        format!("{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n{length}{headers}\r\n");
-    stream.write_all(head.as_bytes())
-}
-
-/// One request on a connection of its own; the body of the answer, which has to be a good one.
-fn ask(port: u16, method: &str, target: &str, headers: &str) -> Vec<u8> {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
-    send(&mut stream, port, method, target, headers).expect("to be heard");
-    let (mut bytes, mut buffer) = (Vec::new(), [0; 16 * 1024]);
-    // opencode leaves a connection open for a while, whatever it is told: the length says when
-    // the answer is whole.
-    loop {
-        let count = stream.read(&mut buffer).expect("an answer");
-        assert!(count > 0, "{method} {target}: the answer is cut short");
-        bytes.extend_from_slice(&buffer[..count]);
-        let Some(end) = bytes.windows(4).position(|bytes| bytes == b"\r\n\r\n") else { continue };
-        let head = String::from_utf8_lossy(&bytes[..end]).to_ascii_lowercase();
-        if bytes.len() as u64 == end as u64 + 4 + field(&head, "\ncontent-length:") {
-            assert!(head.starts_with("http/1.1 200"), "{method} {target}: {}", String::from_utf8_lossy(&bytes));
-            return bytes.split_off(end + 4);
-        }
-    }
-}
-
-/// The same with a body of JSON; the answer is not looked at.
-fn ask_with_body(port: u16, target: &str, headers: &str, body: &str) {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
-    let head = format!(
-        "POST {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n{headers}\r\n{body}",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).expect("to be heard");
-    assert!(stream.read(&mut [0; 4096]).expect("an answer") > 0);
+/// Sends a request on a connection of its own. The reply has to be a good one.
+fn ask(request: &Request) -> Reply {
+    let reply = request.send().unwrap_or_else(|e| panic!("{} {}: {e}", request.method, request.target));
+    assert_eq!(reply.status, 200, "{} {}: {reply:?}", request.method, request.target);
+    reply
 }
 
 /// A stream of events whose first has come.
-fn stream(port: u16, target: &str, headers: &str) -> TcpStream {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
-    send(&mut stream, port, "GET", target, headers).expect("to be heard");
+fn stream(request: &Request) -> TcpStream {
+    let mut stream = request.open().expect("a connection");
     let mut seen = Vec::new();
     let mut buffer = [0; 4096];
     while !String::from_utf8_lossy(&seen).contains("data:") {
         let count = stream.read(&mut buffer).expect("an event");
-        assert!(count > 0, "{target}: the stream has ended");
+        assert!(count > 0, "{}: the stream has ended", request.target);
         seen.extend_from_slice(&buffer[..count]);
     }
     stream
@@ -736,23 +706,19 @@ fn drain(stream: &mut TcpStream) {
 }
 
 /// Reads a gigabyte and more: the head is small beside it.
-fn download(port: u16, target: &str, headers: &str) {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
-    send(&mut stream, port, "GET", target, headers).expect("to be heard");
+fn download(request: &Request) {
+    let mut stream = request.open().expect("a connection");
     let (mut seen, mut buffer) = (0, vec![0; 256 * 1024]);
     while seen < GIGABYTE {
         let count = stream.read(&mut buffer).expect("a body");
-        assert!(count > 0, "{target}: the body is cut short");
+        assert!(count > 0, "{}: the body is cut short", request.target);
         seen += count as u64;
     }
 }
 
 /// Sends a gigabyte, until it is answered.
-fn upload(port: u16, target: &str, headers: &str) {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
-    let head =
-        format!("POST {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {GIGABYTE}\r\n{headers}\r\n");
-    stream.write_all(head.as_bytes()).expect("to be heard");
+fn upload(request: Request) {
+    let mut stream = request.header("Content-Length", GIGABYTE.to_string()).open().expect("a connection");
     io::copy(&mut io::repeat(b'u').take(GIGABYTE), &mut stream).expect("to be heard");
     assert!(stream.read(&mut [0; 4096]).expect("an answer") > 0);
 }
