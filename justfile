@@ -22,6 +22,10 @@ lint:
 # All that has to hold: lint and test
 check: lint test
 
+# Show which lines the tests run, by file; `just coverage --html` writes pages too
+coverage *options:
+    scripts/coverage.sh {{ options }}
+
 # Measure what openwork costs, beside the same without it: all sections, or those named
 bench *sections:
     opencode=$(scripts/opencode.sh {{ opencode }}) && \

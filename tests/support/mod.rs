@@ -90,6 +90,10 @@ impl Host {
         host.set("OPENWORK_OPENCODE_BIN", opencode);
         host.set("OPENWORK_DAEMON_PORT", free_port().to_string());
         host.set("OPENWORK_OPENCODE_PORT", free_port().to_string());
+        // Where `just coverage` has the counters.
+        if let Some(profiles) = std::env::var_os("LLVM_PROFILE_FILE") {
+            host.set("LLVM_PROFILE_FILE", profiles);
+        }
         // A loopback call that goes through a proxy fails.
         for name in ["http_proxy", "https_proxy", "all_proxy"] {
             host.set(name, "http://127.0.0.1:9");
