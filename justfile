@@ -17,7 +17,7 @@ test:
 # Format and lint, warnings denied
 lint:
     cargo fmt --check
-    cargo clippy --locked --all-targets -- --deny warnings
+    cargo clippy --locked --bins --tests --benches --test real --test soak -- --deny warnings
 
 # All that has to hold: lint and test
 check: lint test

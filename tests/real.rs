@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 #[path = "real/route.rs"]
 mod route;
-#[allow(dead_code)] // What only the tests with the fake opencode need.
+#[allow(dead_code, unused_imports)] // What only the tests with the fake opencode need.
 #[path = "support/mod.rs"]
 mod support;
 

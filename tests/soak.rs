@@ -27,7 +27,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
-#[allow(dead_code)] // What only other tests need.
+#[allow(dead_code, unused_imports)] // What only other tests need.
 #[path = "support/mod.rs"]
 mod support;
 
