@@ -26,6 +26,9 @@ pub struct CommandRow {
     pub autostart: bool,
     /// What it does, in one line.
     pub summary: &'static str,
+    /// Whether it passes arguments on to opencode.
+    #[serde(skip)]
+    pub passes_on: bool,
     /// Makes the command of what was given, whose number of arguments is right.
     #[serde(skip)]
     pub make: fn(&mut Given<'_>) -> Result<Command>,
@@ -58,7 +61,13 @@ const fn row(
     summary: &'static str,
     make: fn(&mut Given<'_>) -> Result<Command>,
 ) -> CommandRow {
-    CommandRow { name, args, count, autostart, summary, make }
+    CommandRow { name, args, count, autostart, summary, passes_on: false, make }
+}
+
+impl CommandRow {
+    const fn passing_on(self) -> CommandRow {
+        CommandRow { passes_on: true, ..self }
+    }
 }
 
 /// Every command, in the order of the help.
@@ -86,16 +95,16 @@ pub const COMMANDS: &[CommandRow] = &[
         |given| Ok(Command::WorkspaceInfo { selector: given.optional() })),
     row("workspace path", "[<ws>]", (0, 1), true, "Ask OpenCode for the directory of a workspace (loads its instance)",
         |given| Ok(Command::WorkspacePath { selector: given.optional() })),
-    row("workspace remove", "<ws>", (1, 1), true, "Remove a workspace from the registry; its files stay",
-        |given| Ok(Command::WorkspaceRemove { selector: given.next() })),
+    row("workspace remove", "<ws>...", (1, usize::MAX), true, "Remove workspaces from the registry; their files stay",
+        |given| Ok(Command::WorkspaceRemove { selectors: std::mem::take(&mut given.words).into() })),
     row("workspace rename", "<ws> <name>", (2, 2), true, "Rename a workspace", rename),
     row("workspace import", "<file>", (1, 1), true, "Add the workspaces of another orchestrator's state file, or of OpenWork desktop's",
         |given| Ok(Command::WorkspaceImport { file: given.next().into() })),
     row("api", "[<ws>] [METHOD] <path>", (1, 3), true, "Make any OpenCode call in a workspace and print the reply as it arrives", api),
-    row("attach", "[<ws>] [-- ARGS]", (0, 1), true, "Open OpenCode's terminal interface in a workspace",
-        |given| Ok(Command::Attach { selector: given.optional(), args: given.take_trailing() })),
-    row("run", "[<ws>] -- ARGS", (0, 1), true, "Run `opencode run` in a workspace, against the warm server",
-        |given| Ok(Command::Run { selector: given.optional(), args: given.take_trailing() })),
+    row("attach", "[<ws>] [ARGS]", (0, 1), true, "Open OpenCode's terminal interface in a workspace",
+        |given| Ok(Command::Attach { selector: given.optional(), args: given.take_trailing() })).passing_on(),
+    row("run", "[-w <ws>] ARGS", (0, 1), true, "Run `opencode run ARGS` in a workspace, against the warm server",
+        |given| Ok(Command::Run { selector: given.optional(), args: given.take_trailing() })).passing_on(),
     row("env", "[<ws>]", (0, 1), true, "Print the environment for other OpenCode clients, for eval", env),
     row("events", "", (0, 0), true, "Print the daemon's events, one JSON object a line", |_| Ok(Command::Events)),
     row("instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm, cold or fenced", |_| Ok(Command::InstanceList)),
@@ -108,11 +117,22 @@ pub const COMMANDS: &[CommandRow] = &[
     row("completions", "bash|zsh|fish", (1, 1), false, "Print the completion script of a shell", completions),
     row("man", "", (0, 0), false, "Print the manual page", |_| Ok(Command::Man)),
     row("service print", "", (0, 0), false, "Print a systemd unit that runs the daemon with these options", |_| Ok(Command::ServicePrint)),
+    row("version", "", (0, 0), false, "Show the version", |_| Ok(Command::Version)),
     row("help", "[<command>]", (0, 2), false, "Show help", |given| Ok(Command::Help { topic: help_topic(given)? })),
 ];
 
 /// Short forms of words, wherever they stand in the name of a command.
-pub const ALIASES: &[(&str, &str)] = &[("ws", "workspace"), ("ls", "list"), ("rm", "remove")];
+pub const ALIASES: &[(&str, &str)] = &[
+    ("ws", "workspace"),
+    ("ls", "list"),
+    ("rm", "remove"),
+    ("mv", "rename"),
+    ("use", "switch"),
+    ("completion", "completions"),
+];
+
+/// The first word that may be left out where no other command has the name: `openwork add .`
+pub const OMISSIBLE: &str = "workspace";
 
 /// A word without its alias.
 pub fn canonical(word: &OsStr) -> &str {
@@ -141,19 +161,16 @@ pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static Comma
             let given = format!("{first} {}", second.to_string_lossy());
             Err(unknown("command", &given, COMMANDS.iter().map(|row| row.name).filter(|name| name.starts_with(first))))
         }
-        (None, false, _) => {
-            let given = words[0].to_string_lossy();
-            // The second word of a command alone: `ls`, `add`.
-            let is_meant = |row: &&CommandRow| row.name.split_once(' ').is_some_and(|(_, second)| second == first);
-            if let Some(row) = COMMANDS.iter().find(is_meant) {
-                return Err(Error::Usage {
-                    message: format!("unknown command `{given}`"),
-                    hint: Some(format!("did you mean `{}`?", row.name)),
+        (None, false, _) => match named(&format!("{OMISSIBLE} {first}")) {
+            Some(row) => Ok((Some(row), words[1..].to_vec())),
+            None => {
+                let names = COMMANDS.iter().flat_map(|row| {
+                    let (first, second) = row.name.split_once(' ').unwrap_or((row.name, ""));
+                    [row.name, first, if first == OMISSIBLE { second } else { "" }]
                 });
+                Err(unknown("command", &words[0].to_string_lossy(), names.filter(|name| !name.is_empty())))
             }
-            let names = COMMANDS.iter().flat_map(|row| [row.name, row.name.split(' ').next().unwrap_or_default()]);
-            Err(unknown("command", &given, names))
-        }
+        },
     }
 }
 

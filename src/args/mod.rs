@@ -18,7 +18,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::commands::{ALIASES, COMMANDS, CommandRow, METHODS, canonical, find_command};
+pub use self::commands::{ALIASES, COMMANDS, CommandRow, METHODS, OMISSIBLE, canonical, find_command};
 pub use self::options::{OPTIONS, OptionRow};
 use self::parser::Given;
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ pub enum Command {
     WorkspaceCurrent { quiet: bool },
     WorkspaceInfo { selector: Option<OsString> },
     WorkspacePath { selector: Option<OsString> },
-    WorkspaceRemove { selector: OsString },
+    WorkspaceRemove { selectors: Vec<OsString> },
     WorkspaceRename { selector: OsString, name: String },
     WorkspaceImport { file: PathBuf },
     Api(Api),
@@ -135,6 +135,8 @@ pub struct Invocation {
     pub xdg_data_home: Option<PathBuf>,
     /// Whether the command may start a daemon.
     pub autostart: bool,
+    /// Whether to print JSON.
+    pub json: bool,
     /// For the whole command.
     pub timeout: Duration,
     /// Whether `timeout` was given; else it is the default.
@@ -169,6 +171,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
         autostart: false,
         timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
         timeout_given: timeout.is_some(),
+        json: given.has("--json"),
         daemon: Options::default(),
         warning: None,
     };

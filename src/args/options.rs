@@ -22,6 +22,21 @@ pub struct OptionRow {
 /// The commands that run, start or describe a daemon.
 pub const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart", "service print"];
 
+/// The commands that take a workspace as their first argument.
+const TAKES_WORKSPACE: &[&str] = &[
+    "workspace switch",
+    "workspace info",
+    "workspace path",
+    "workspace remove",
+    "workspace rename",
+    "api",
+    "attach",
+    "run",
+    "env",
+    "instance dispose",
+    "instance reset",
+];
+
 const fn flag(name: &'static str, commands: &'static [&'static str], help: &'static str) -> OptionRow {
     OptionRow { name, short: None, value: None, env: None, commands, help }
 }
@@ -59,6 +74,7 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--timeout", "SECONDS", &[], "Limit the whole command (default: 30; daemon commands 60; api, events and logs -f none)"),
     flag("--help", &[], "Show help").short("-h"),
     flag("--version", &[], "Show the version").short("-V"),
+    value("--workspace", "WS", TAKES_WORKSPACE, "The workspace, instead of as an argument").short("-w"),
     value("--name", "NAME", &["workspace add", "workspace add-remote"], "Name the workspace (default: its directory or host)"),
     value("--directory", "DIR", &["workspace add-remote"], "The directory on the remote server"),
     flag("--quiet", &["workspace list", "workspace current"], "Print only ids").short("-q"),

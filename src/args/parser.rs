@@ -1,7 +1,7 @@
 //! From argv to words and options.
 //!
 //! Two steps. The first goes from left to right and spells every option out: `-fn5` becomes
-//! `--follow`, `--lines`, `5`. It refuses what no table knows, and a value that looks like an
+//! `--follow`, `--lines`, `5`. It ends where the arguments for opencode begin, and refuses what no table knows, and a value that looks like an
 //! option, which is a forgotten value more often than a meant one (`--name=--x` says it is meant).
 //! The second looks options up with pico-args, of which several may be repeated.
 //!
@@ -88,11 +88,8 @@ impl Given<'_> {
 /// # Errors
 /// `usage`, with the nearest word that fits.
 pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -> Result<Given<'e>> {
-    let (before, behind) = match argv.iter().position(|arg| arg == "--") {
-        Some(at) => (&argv[..at], &argv[at + 1..]),
-        None => (argv, &[][..]),
-    };
-    let mut arguments = Arguments::from_vec(spell_out(before)?);
+    let SpelledOut { spelled, mut trailing } = spell_out(argv)?;
+    let mut arguments = Arguments::from_vec(spelled);
     let mut options = Vec::new();
     for row in OPTIONS {
         let values = match row.value {
@@ -104,22 +101,23 @@ pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -
         }
     }
     let mut words = arguments.finish();
-    let mut trailing = Vec::new();
-    match find_command(&words.iter().collect::<Vec<_>>()) {
-        Ok((Some(row), _)) if row.passes_on() => trailing.extend_from_slice(behind),
-        _ => words.extend_from_slice(behind),
+    if passes_on(&words.iter().collect::<Vec<_>>()).is_none() {
+        words.append(&mut trailing);
     }
     let words: Vec<&OsString> = words.iter().collect();
     let (row, rest) = find_command(&words)?;
     let first = words.first().map(|word| canonical(word).to_owned());
-    Ok(Given { row, words: rest.into_iter().cloned().collect(), trailing, first, options, env })
+    let mut words: VecDeque<OsString> = rest.into_iter().cloned().collect();
+    // `-w` names the first argument of every command that takes a workspace.
+    let workspace = options.iter().find(|(row, _)| row.name == "--workspace").and_then(|(_, values)| values.last());
+    words.extend(workspace.cloned());
+    words.rotate_right(usize::from(workspace.is_some()));
+    Ok(Given { row, words, trailing, first, options, env })
 }
 
-impl CommandRow {
-    /// Whether what stands after `--` is for opencode.
-    pub fn passes_on(&self) -> bool {
-        self.args.contains("-- ARGS")
-    }
+/// The command of these words, if it passes arguments on to opencode.
+fn passes_on(words: &[&OsString]) -> Option<&'static CommandRow> {
+    find_command(words).ok().and_then(|(row, _)| row).filter(|row| row.passes_on)
 }
 
 /// Stands before each value, so that no value looks like an option to pico-args.
@@ -130,25 +128,42 @@ fn unmark(value: &OsStr) -> std::result::Result<OsString, Infallible> {
     Ok(OsStr::from_bytes(bytes.strip_prefix(&[MARK]).unwrap_or(bytes)).to_owned())
 }
 
-/// The same command line with every option by its long name, its value behind it and marked.
-fn spell_out(argv: &[OsString]) -> Result<Vec<OsString>> {
+/// A command line in which every option stands by its long name, with its value behind it and marked.
+struct SpelledOut {
+    spelled: Vec<OsString>,
+    /// What stands after `--`, or is for opencode.
+    trailing: Vec<OsString>,
+}
+
+fn spell_out(argv: &[OsString]) -> Result<SpelledOut> {
     let mut spelled: Vec<OsString> = Vec::with_capacity(argv.len());
-    let mut rest = argv.iter();
-    while let Some(arg) = rest.next() {
-        let bytes = arg.as_bytes();
-        if !bytes.starts_with(b"-") || bytes == b"-" {
+    let mut words: Vec<&OsString> = Vec::new();
+    let mut at = 0;
+    while let Some(arg) = argv.get(at) {
+        if arg == "--" {
+            return Ok(SpelledOut { spelled, trailing: argv[at + 1..].to_vec() });
+        }
+        if passes_on(&words).is_some_and(|row| is_for_opencode(row, words.len() - 1, &argv[at..])) {
+            return Ok(SpelledOut { spelled, trailing: argv[at..].to_vec() });
+        }
+        at += 1;
+        if is_word(arg) {
             spelled.push(arg.clone());
+            words.push(arg);
             continue;
         }
-        let (flags, row, attached) = if bytes.starts_with(b"--") { long(arg, argv)? } else { short(arg, argv)? };
+        let (flags, row, attached) = option(arg, argv)?;
         spelled.extend(flags.into_iter().map(|flag| flag.name.into()));
         spelled.push(row.name.into());
         match (row.value, attached) {
             (None, None) => {}
             (None, Some(_)) => return Err(Error::usage(format!("{} takes no value", row.name))),
             (Some(_), Some(value)) => spelled.push(marked(&value)),
-            (Some(what), None) => match rest.next() {
-                Some(value) if !value.as_bytes().starts_with(b"--") => spelled.push(marked(value)),
+            (Some(what), None) => match argv.get(at) {
+                Some(value) if !value.as_bytes().starts_with(b"--") => {
+                    spelled.push(marked(value));
+                    at += 1;
+                }
                 Some(value) => {
                     return Err(Error::Usage {
                         message: format!("{} needs a value ({what}), not {}", row.name, shown(value)),
@@ -159,11 +174,35 @@ fn spell_out(argv: &[OsString]) -> Result<Vec<OsString>> {
             },
         }
     }
-    Ok(spelled)
+    Ok(SpelledOut { spelled, trailing: Vec::new() })
+}
+
+/// A word, and not an option. `-` alone is the workspace that was active before.
+fn is_word(arg: &OsStr) -> bool {
+    let bytes = arg.as_bytes();
+    !bytes.starts_with(b"-") || bytes == b"-"
+}
+
+/// Whether the arguments of `attach` or `run` are for opencode from here on: from the first one that is
+/// neither the workspace nor an option of openwork's. `words`: how many arguments stand before.
+fn is_for_opencode(row: &CommandRow, words: usize, rest: &[OsString]) -> bool {
+    let Some(arg) = rest.first() else { return false };
+    if is_word(arg) {
+        // The first word after `attach` is the workspace; after `run` only one that stands before `--`.
+        let is_workspace = row.args.starts_with("[<ws>]") || rest.get(1).is_some_and(|next| next == "--");
+        return words > 0 || !is_workspace;
+    }
+    let is_ours = |option: &&OptionRow| option.is_for(row.name);
+    !option(arg, &[]).is_ok_and(|(flags, last, _)| flags.iter().all(is_ours) && is_ours(&last))
 }
 
 /// Flags, then an option with the value that is attached to it.
 type Spelled = (Vec<&'static OptionRow>, &'static OptionRow, Option<OsString>);
+
+/// The options of one argument.
+fn option(arg: &OsStr, argv: &[OsString]) -> Result<Spelled> {
+    if arg.as_bytes().starts_with(b"--") { long(arg, argv) } else { short(arg, argv) }
+}
 
 /// `--name` or `--name=value`.
 fn long(arg: &OsStr, argv: &[OsString]) -> Result<Spelled> {
@@ -292,6 +331,32 @@ mod tests {
         assert_eq!(given(&["logs", "-fn", "5"]).unwrap().value("--lines").unwrap(), "5");
         assert!(given(&["logs", "-fx5"]).is_err());
         assert!(given(&["logs", "-f="]).is_err());
+    }
+
+    #[test]
+    fn arguments_for_opencode_begin_where_ours_end() {
+        let check = |line: &str, words: &[&str], trailing: &[&str]| {
+            let given = given(&line.split(' ').collect::<Vec<_>>()).unwrap();
+            assert_eq!((Vec::from(given.words), given.trailing), (own(words), own(trailing)), "{line}");
+        };
+        fn own(words: &[&str]) -> Vec<OsString> {
+            words.iter().map(OsString::from).collect()
+        }
+        check("attach", &[], &[]);
+        check("attach web", &["web"], &[]);
+        check("attach - -c", &["-"], &["-c"]);
+        check("attach web hi --json", &["web"], &["hi", "--json"]);
+        check("attach web -- --json --", &["web"], &["--json", "--"]);
+        check("attach --json web -fq", &["web"], &["-fq"]);
+        check("run web", &[], &["web"]);
+        check("run web -- hi", &["web"], &["hi"]);
+        check("run hi there -- x", &[], &["hi", "there", "--", "x"]);
+        check("run -w web --no-autostart hi -w x", &["web"], &["hi", "-w", "x"]);
+        check("run --model x -- hi", &[], &["--model", "x", "--", "hi"]);
+        // Only these two: elsewhere what stands behind `--` are arguments like others.
+        check("info -- -w", &["-w"], &[]);
+        check("rm -w a b", &["a", "b"], &[]);
+        assert!(given(&["env", "-c"]).is_err());
     }
 
     #[test]

@@ -11,7 +11,9 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::path::Path;
 
-use crate::args::{COMMANDS, CommandRow, CompletedShell, METHODS, OPTIONS, OptionRow, canonical, find_command};
+use crate::args::{
+    COMMANDS, CommandRow, CompletedShell, METHODS, OMISSIBLE, OPTIONS, OptionRow, canonical, find_command,
+};
 use crate::paths::DataDir;
 use crate::state::State;
 
@@ -81,7 +83,7 @@ fn found(words: &[OsString]) -> Found {
             // bash splits at `=`.
             (Some(_), None) => match rest.next().map(|value| if value == "=" { rest.next() } else { Some(value) }) {
                 Some(Some(value)) => given.push((row, value)),
-                _ => return value_of(row),
+                _ => return value_of(row, &given),
             },
         }
     }
@@ -104,8 +106,9 @@ fn options(row: Option<&CommandRow>, given: &[(&OptionRow, &OsStr)]) -> Found {
     Found::words(OPTIONS.iter().filter(is_for).filter(is_new).map(|option| (option.name, option.help)))
 }
 
-fn value_of(row: &OptionRow) -> Found {
+fn value_of(row: &OptionRow, given: &[(&OptionRow, &OsStr)]) -> Found {
     match (row.name, row.value) {
+        ("--workspace", _) => workspaces(given),
         ("--shell", _) => Found::words([("sh", "also for bash and zsh"), ("fish", "")]),
         ("--data-dir", _) => Found::Directories,
         (_, Some("FILE")) => Found::Files,
@@ -123,6 +126,9 @@ fn next_words(words: &[&OsString]) -> Found {
         let mut found: Vec<(String, String)> = Vec::new();
         for row in COMMANDS {
             let (first, second) = row.name.split_once(' ').unwrap_or((row.name, ""));
+            if first == OMISSIBLE {
+                found.push((second.to_owned(), row.summary.to_owned()));
+            }
             match found.iter_mut().find(|(word, _)| word == first) {
                 // The first word of several commands is described by their second words.
                 Some((_, about)) => *about = format!("{about}, {second}").trim_start_matches(", ").to_owned(),
@@ -141,12 +147,15 @@ fn next_words(words: &[&OsString]) -> Found {
 
 /// The candidates for an argument, by the way the table writes the arguments of the command.
 fn argument(row: &CommandRow, position: usize, is_behind: bool, given: &[(&OptionRow, &OsStr)]) -> Found {
-    // Behind `--` stand arguments for opencode, which openwork does not know.
-    if is_behind && row.passes_on() {
-        return Found::Files;
-    }
-    let argument = row.args.split(' ').nth(position).unwrap_or_default();
-    match (row.name, argument.trim_matches(['[', ']'])) {
+    let arguments: Vec<&str> = row.args.split(' ').map(|argument| argument.trim_matches(['[', ']'])).collect();
+    let repeated = arguments.last().and_then(|last| last.strip_suffix("..."));
+    let argument = match arguments.get(position) {
+        // Arguments for opencode, which openwork does not know.
+        _ if row.passes_on && (is_behind || position > 0 || arguments[0] != "<ws>") => return Found::Files,
+        Some(argument) => argument.trim_end_matches("..."),
+        None => repeated.unwrap_or_default(),
+    };
+    match (row.name, argument) {
         ("api", "<ws>") => match workspaces(given) {
             Found::Words(mut words) => {
                 words.extend(METHODS.map(|method| (method.to_owned(), "method".to_owned())));

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::output::Output;
-use crate::args::{ALIASES, COMMANDS, CommandRow, OPTIONS, OptionRow};
+use crate::args::{ALIASES, COMMANDS, CommandRow, OMISSIBLE, OPTIONS, OptionRow};
 use crate::error::{Code, Result};
 use crate::wire::ROUTES;
 
@@ -13,8 +13,10 @@ const ABOUT: &str = "openwork keeps one opencode server alive and routes its cal
 
 /// What stands below the overview.
 const NOTES: &str = "
-`ws` is short for workspace, `ls` for list, `rm` for remove. <ws> is an id, a name, the beginning of either,
-a path in the workspace, or - for the previously active one; the default is OPENWORK_WORKSPACE, else the active one.
+The word `workspace` can be left out or shortened to `ws`; `ls`, `rm`, `mv` and `use` are short for list, remove,
+rename and switch. <ws> is an id, a name, the beginning of either, a path in the workspace, or - for the previously
+active one; the default is OPENWORK_WORKSPACE, else (for attach and run) the workspace of the working directory, else
+the active one.
 `openwork help <command>` says more; `openwork help --json` prints the tables.
 ";
 
@@ -80,12 +82,18 @@ fn tables() -> Tables {
     }
 }
 
-/// The other spelling of a command: every word by its alias.
+/// The other spellings of a command: its last word by its alias, and `workspace` left out or short.
 fn aliases(name: &str) -> Vec<String> {
     let short = |word: &str| ALIASES.iter().find(|(_, long)| *long == word).map(|(short, _)| *short);
-    let words: Vec<&str> = name.split(' ').map(|word| short(word).unwrap_or(word)).collect();
-    let spelled = words.join(" ");
-    if spelled == name { Vec::new() } else { vec![spelled] }
+    let (first, last) = name.split_once(' ').unwrap_or(("", name));
+    let firsts = match first {
+        OMISSIBLE => vec!["workspace ", "ws ", ""],
+        "" => vec![""],
+        _ => return short(last).map(|last| format!("{first} {last}")).into_iter().collect(),
+    };
+    let lasts = [Some(last), short(last)];
+    let spellings = firsts.iter().flat_map(|first| lasts.iter().flatten().map(move |last| format!("{first}{last}")));
+    spellings.filter(|spelling| spelling != name).collect()
 }
 
 fn overview(group: Option<&str>) -> String {
@@ -112,8 +120,9 @@ fn siblings(row: &CommandRow) -> String {
 fn command_help(row: &CommandRow) -> String {
     let usage = format!("openwork {} [options] {}", row.name, row.args);
     let mut text = format!("{}\n\nusage: {}\n", row.summary, usage.trim_end());
-    for alias in aliases(row.name) {
-        let _ = writeln!(text, "  also: openwork {alias}");
+    let also: Vec<String> = aliases(row.name).into_iter().map(|alias| format!("openwork {alias}")).collect();
+    if !also.is_empty() {
+        let _ = writeln!(text, "  also: {}", also.join(", "));
     }
     if row.options().next().is_some() {
         text.push_str("\noptions:\n");

@@ -43,8 +43,10 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Runs a command line and returns its exit status. A `start` other than the one in the foreground is for
 /// `daemon`, whose failures go to its log.
 pub fn main(argv: &[OsString], start: Start) -> u8 {
-    let mut output = Output::new(args::wants_json(argv));
-    let result = args::parse(argv, |name| std::env::var_os(name)).and_then(|invocation| {
+    let parsed = args::parse(argv, |name| std::env::var_os(name));
+    let json = parsed.as_ref().map_or_else(|_| args::wants_json(argv), |invocation| invocation.json);
+    let mut output = Output::new(json);
+    let result = parsed.and_then(|invocation| {
         if let Some(warning) = invocation.warning {
             note(&format!("warning: {warning}\n"));
         }
@@ -126,7 +128,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::WorkspaceCurrent { quiet } => workspace::current(&client()?, out, *quiet),
         Command::WorkspaceInfo { selector } => workspace::info(&client()?, out, selector.as_deref()),
         Command::WorkspaceSwitch { selector } => workspace::switch(&client()?, out, selector),
-        Command::WorkspaceRemove { selector } => workspace::remove(&client()?, out, selector),
+        Command::WorkspaceRemove { selectors } => workspace::remove(&client()?, out, selectors),
         Command::WorkspaceRename { selector, name } => workspace::rename(&client()?, out, selector, name),
         Command::WorkspaceImport { file } => workspace::import(&client()?, out, file),
         Command::WorkspacePath { selector } => workspace::path(&client()?, out, selector.as_deref()),

@@ -14,8 +14,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::client::{Address, Client, failure};
-use super::output::{Output, Waiting};
-use super::workspace::{WORKSPACE_VARIABLE, encoded, target};
+use super::output::{Output, Waiting, note};
+use super::workspace::{WORKSPACE_VARIABLE, encoded, named, selector_here, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
 use crate::http::basic;
@@ -269,7 +269,12 @@ fn become_opencode<const N: usize>(
     args: &[OsString],
 ) -> Error {
     let prepare = || {
-        let (address, workspace) = workspace(client, selector)?;
+        let here = selector_here(client, selector)?;
+        let (address, workspace) = workspace(client, Some(&here))?;
+        // A workspace that was not named may be another than the user thinks.
+        if selector.is_none() && io::stderr().is_terminal() {
+            note(&format!("{}\n", named(&workspace)));
+        }
         let waiting = Waiting::new("opencode");
         // The state file names the program once opencode is ready.
         let wanted = Start { workspace: Some(workspace.id.clone()) };

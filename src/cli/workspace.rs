@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::iter::once;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::client::{Client, decode, to_json};
 use super::import::{Imported, import as import_file};
@@ -44,29 +44,56 @@ pub fn switch(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()>
     out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
 }
 
-/// Removes a workspace from the registry.
-pub fn remove(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
-    let mut found = resolve(client, Some(selector))?;
+/// The reply to the removal of several workspaces.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Removed {
+    ok: bool,
+    active_id: String,
+    workspaces: Vec<Listed>,
+}
+
+/// Removes workspaces from the registry: all of them, or none when a selector is wrong.
+pub fn remove(client: &Client, out: &mut Output, selectors: &[OsString]) -> Result<()> {
+    let mut found: Vec<WorkspaceReply> = Vec::new();
+    for selector in selectors {
+        let reply = resolve(client, Some(selector))?;
+        if !found.iter().any(|other| other.workspace.workspace.id == reply.workspace.workspace.id) {
+            found.push(reply);
+        }
+    }
+    let removed = found.into_iter().map(|found| remove_one(client, found)).collect::<Result<Vec<_>>>()?;
+    let line = |reply: &WorkspaceReply| {
+        let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
+        format!("removed {}{files}\n", named(&reply.workspace.workspace))
+    };
+    match &removed[..] {
+        [one] => out.print(one, line),
+        several => {
+            let active_id = several.last().map_or_else(String::new, |reply| reply.active_id.clone());
+            let workspaces = several.iter().map(|reply| reply.workspace.clone()).collect();
+            out.print(&Removed { ok: true, active_id, workspaces }, |_| several.iter().map(line).collect())
+        }
+    }
+}
+
+fn remove_one(client: &Client, mut found: WorkspaceReply) -> Result<WorkspaceReply> {
     let target = by_id(&found.workspace.workspace.id, "");
     let asked = Cell::new(0);
     let reply = client.with_daemon(|address| {
         asked.set(asked.get() + 1);
         client.ask_at::<WorkspaceReply>(address, "DELETE", &target, &())
     });
-    let reply = match reply {
+    match reply {
         // The first daemon has removed it, and ended before it replied.
         Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
             if found.active_id == found.workspace.workspace.id {
                 found.active_id.clear();
             }
-            found
+            Ok(found)
         }
-        other => other?,
-    };
-    out.print(&reply, |reply| {
-        let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
-        format!("removed {}{files}\n", named(&reply.workspace.workspace))
-    })
+        other => other,
+    }
 }
 
 /// Renames a workspace.
@@ -236,6 +263,20 @@ pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String
         // An empty selector is a script's unset variable.
         None | Some("") => Err(not_found(&selector)),
         Some(text) => Ok(text.to_owned()),
+    }
+}
+
+/// The same for a command that people use where they are: without a selector and without
+/// `OPENWORK_WORKSPACE`, the workspace that contains the working directory comes before the active one.
+pub fn selector_here(client: &Client, selector: Option<&OsStr>) -> Result<OsString> {
+    let is_given = selector.is_some() || std::env::var_os(WORKSPACE_VARIABLE).is_some_and(|value| !value.is_empty());
+    let here = || {
+        let directory = paths::absolute(Path::new(".")).ok()?.into_os_string().into_string().ok()?;
+        State::read(&client.data_dir.state()).ok()?.find(&directory).ok().map(|workspace| workspace.id.clone())
+    };
+    match here().filter(|_| !is_given) {
+        Some(id) => Ok(id.into()),
+        None => text_selector(client, selector).map(OsString::from),
     }
 }
 

@@ -188,8 +188,60 @@ fn an_unknown_command_or_option_is_refused_with_the_nearest() {
 fn a_word_that_was_only_begun_or_stands_alone_is_understood() {
     let host = Host::new();
     check_suggests(&host, &["statu"], "`status`");
-    check_suggests(&host, &["ls"], "`workspace list`");
-    check_suggests(&host, &["add", "."], "`workspace add`");
+    check_suggests(&host, &["swich", "p"], "`switch`");
+}
+
+#[test]
+fn the_word_workspace_can_be_left_out() {
+    let host = Host::new();
+    host.exercises(["command version"]);
+    host.project("web");
+    host.openwork(["add", "projects/web"]).ok();
+    host.openwork(["add", host.project("api").to_str().unwrap()]).ok();
+    assert_eq!(host.openwork(["ls", "-q"]).ok().stdout.lines().count(), 2);
+    host.openwork(["use", "api"]).ok();
+    assert_eq!(host.openwork(["current"]).ok().stdout, "api\n");
+    host.openwork(["mv", "api", "server"]).ok();
+    host.openwork(["switch", "-"]).ok();
+    host.openwork(["info", "server"]).ok();
+    host.openwork(["rm", "web", "server"]).ok();
+    assert_eq!(host.names(), [""; 0]);
+    assert_eq!(host.openwork(["version"]).ok().stdout, host.openwork(["--version"]).ok().stdout);
+    assert_eq!(host.openwork(["completion", "bash"]).ok().stdout, host.openwork(["completions", "bash"]).ok().stdout);
+    // Where another command has the name, that one is meant.
+    assert_eq!(host.openwork(["status"]).json()["workspaceCount"], 0);
+}
+
+#[test]
+fn several_workspaces_are_removed_or_none() {
+    let host = Host::new();
+    for name in ["a", "b", "c"] {
+        host.add(host.project(name));
+    }
+    host.openwork(["workspace", "remove", "a", "nope"]).fails(4, "workspace_not_found");
+    assert_eq!(host.names(), ["a", "b", "c"]);
+    // Named twice, it is removed once.
+    let removed = host.openwork(["workspace", "remove", "a", "c", "./projects/a"]).json();
+    let names = removed["workspaces"].as_array().unwrap().iter().map(|workspace| &workspace["name"]);
+    assert_eq!(names.collect::<Vec<_>>(), ["a", "c"]);
+    assert_eq!(removed["activeId"], "");
+    assert_eq!(host.names(), ["b"]);
+}
+
+#[test]
+fn an_option_names_the_workspace_of_any_command() {
+    let host = Host::new();
+    host.exercises(["option --workspace", "option -w"]);
+    let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
+    assert_eq!(host.openwork(["info", "-w", "b"]).json()["workspace"]["id"], *b);
+    assert_eq!(host.openwork(["info", "--workspace=a"]).json()["workspace"]["id"], *a);
+    let path = host.project("b");
+    assert_eq!(host.openwork(["api", "-w", "b", "GET", "/path"]).json()["body"]["directory"], path.to_str().unwrap());
+    host.openwork(["rename", "-wb", "c"]).ok();
+    host.openwork(["rm", "-w", "c"]).ok();
+    assert_eq!(host.names(), ["a"]);
+    host.openwork(["info", "a", "-w", "a"]).fails(2, "usage");
+    host.openwork(["list", "-w", "a"]).fails(2, "usage");
 }
 
 #[test]

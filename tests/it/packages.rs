@@ -82,6 +82,8 @@ fn values_and_arguments_are_completed() {
         (&["daemon", "start", "--opencode-bin", ""], &[":files"]),
         (&["daemon", "start", "--opencode-bin", "=", "/o"], &[":files"]),
         (&["run", "web", "--", ""], &[":files"]),
+        (&["run", ""], &[":files"]),
+        (&["attach", "web", ""], &[":files"]),
         (&["workspace", "add", "--name", ""], &[]),
     ] {
         assert_eq!(completions(&host, words), found, "{words:?}");
@@ -101,7 +103,13 @@ fn workspaces_are_completed_without_a_daemon() {
         let words: Vec<&str> = ["ws"].iter().chain(command).chain(&[""]).copied().collect();
         assert_eq!(completions(&host, &words), ["my web", "b\u{fffd}c"]);
     }
-    for command in [&["attach", ""][..], &["run", ""], &["env", ""], &["instance", "dispose", ""]] {
+    for command in [
+        &["attach", ""][..],
+        &["run", "-w", ""],
+        &["env", "--workspace", ""],
+        &["instance", "dispose", ""],
+        &["rm", "a", ""],
+    ] {
         assert_eq!(completions(&host, command), ["my web", "b\u{fffd}c"], "{command:?}");
     }
     assert!(completions(&host, &["api", ""]).contains(&"my web".to_owned()));

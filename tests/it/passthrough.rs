@@ -380,3 +380,59 @@ fn a_call_survives_a_pause_of_its_command() {
     kill(call.pid(), Signal::TERM);
     call.wait();
 }
+
+#[test]
+fn what_is_not_ours_is_for_opencode() {
+    let host = Host::new();
+    let (p, q) = (host.project("p"), host.project("q"));
+    host.add(&p);
+    host.add(&q);
+    for (line, directory, after) in [
+        (&["attach", "-c"][..], &p, &["-c"][..]),
+        (&["attach", "q", "--continue", "--json"], &q, &["--continue", "--json"]),
+        (&["attach", "--timeout", "60", "q", "--no-autostart", "-s", "x"], &q, &["-s", "x"]),
+        (&["attach", "-w", "q", "-c"], &q, &["-c"]),
+    ] {
+        host.openwork(line).ok();
+        check_client(&host, directory, &["attach"], after);
+    }
+    for (line, directory, after) in [
+        (&["run", "fix the test"][..], &p, &["fix the test"][..]),
+        (&["run", "fix", "-w", "q", "--help"], &p, &["fix", "-w", "q", "--help"]),
+        (&["run", "-m", "x/y", "hi", "--", "--json"], &p, &["-m", "x/y", "hi", "--", "--json"]),
+        (&["run", "-w", "q", "--timeout=60", "-f", "file", "hi"], &q, &["-f", "file", "hi"]),
+        (&["--timeout", "60", "run", "q", "--", "hi", "-x"], &q, &["hi", "-x"]),
+        (&["run", "--", "q"], &p, &["q"]),
+    ] {
+        host.openwork(line).ok();
+        check_client(&host, directory, &["run", "--attach"], after);
+    }
+    // Before the first argument of opencode's, help is ours.
+    for line in [&["run", "--help"][..], &["attach", "-h"]] {
+        assert!(host.openwork(line).ok().stdout.contains("usage: openwork "), "{line:?}");
+    }
+    host.openwork(["run", "nope", "--", "x"]).fails(4, "workspace_not_found");
+}
+
+#[test]
+fn attach_and_run_work_where_they_are_called() {
+    let host = Host::new();
+    let (p, q) = (host.project("p"), host.project("q"));
+    host.add(&p);
+    let id = host.add(&q);
+    let inside = host.project("q/src");
+    host.openwork(["attach"]).cwd(&inside).ok();
+    check_client(&host, &q, &["attach"], &[]);
+    host.openwork(["run", "hi"]).cwd(&q).ok();
+    check_client(&host, &q, &["run", "--attach"], &["hi"]);
+    // What is named goes first: the argument, then the variable.
+    host.openwork(["run", "-w", "p", "hi"]).cwd(&inside).ok();
+    check_client(&host, &p, &["run", "--attach"], &["hi"]);
+    host.openwork(["attach"]).cwd(&p).env("OPENWORK_WORKSPACE", &id).ok();
+    check_client(&host, &q, &["attach"], &[]);
+    // Elsewhere it is the active one, and so it is for other commands everywhere.
+    host.openwork(["attach"]).cwd(host.home()).ok();
+    check_client(&host, &p, &["attach"], &[]);
+    let url = host.openwork(["env"]).cwd(&inside).secret().json();
+    assert_eq!(url["OPENWORK_DIRECTORY"], p.to_str().unwrap());
+}
