@@ -1,26 +1,26 @@
-//! What a daemon can be told: plain data, from the command line to the daemon.
+//! The options of a daemon: plain data, from the command line to the daemon.
 
 use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The environment variable by which everything that opencode starts is known to be its.
+/// The environment variable that marks everything that opencode starts as its own.
 pub const MARKER: &str = "OPENWORK_ENGINE";
 
-/// Where a service manager is told that *we* are ready: no business of what we start.
+/// The socket on which a service manager expects our readiness, and not that of our children.
 pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// What a daemon in the background has in its environment for glibc's allocator, unless its user has
-/// said something: one pool for all threads, given back to the system when it is free. Else a
-/// burst of large requests would stay resident, in each thread's own pool, for weeks.
+/// Settings of glibc's allocator in the environment of a daemon in the background, unless the user has
+/// set them: one pool for all threads, returned to the system when free. Otherwise the memory of a burst
+/// of large requests would stay resident for weeks, in the pool of each thread.
 const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
 
-/// The environment variable that names those of [`ALLOCATOR`] that are ours, separated by commas:
-/// they are not passed on to opencode.
+/// The environment variable that lists which of [`ALLOCATOR`] openwork has set, separated by commas:
+/// opencode does not get those.
 pub const ALLOCATOR_MARK: &str = "OPENWORK_ALLOCATOR";
 
-/// Those of [`ALLOCATOR`] that are `ours` to set, with [`ALLOCATOR_MARK`] that says which.
+/// Those of [`ALLOCATOR`] that openwork may set, by `ours`, and [`ALLOCATOR_MARK`] with their names.
 pub fn allocator(ours: impl Fn(&str) -> bool) -> Vec<(&'static str, String)> {
     let ours: Vec<_> = ALLOCATOR.into_iter().filter(|(name, _)| ours(name)).collect();
     let names: Vec<&str> = ours.iter().map(|(name, _)| *name).collect();
@@ -28,24 +28,24 @@ pub fn allocator(ours: impl Fn(&str) -> bool) -> Vec<(&'static str, String)> {
     ours.into_iter().map(|(name, value)| (name, value.to_owned())).chain([mark]).collect()
 }
 
-/// How long an instance may be unused, if nothing is said.
+/// The default of `--idle-ttl`.
 pub const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);
 
-/// What a daemon can be told.
+/// The options of a daemon.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// The port to listen on; chosen when absent.
     pub port: Option<u16>,
-    /// About opencode.
+    /// The options for opencode.
     pub engine: EngineOptions,
-    /// Unused for so long, an instance is disposed; never when absent.
+    /// An instance unused for this long is disposed; never when absent.
     pub idle_ttl: Option<Duration>,
-    /// Web pages that may ask, beside the usual ones.
+    /// Origins of web pages that may call the daemon, beside the built-in ones.
     pub origins: Vec<String>,
 }
 
 impl Options {
-    /// Whether nothing was asked for.
+    /// Whether all options have their defaults.
     pub fn is_default(&self) -> bool {
         let EngineOptions { binary, port, host } = &self.engine;
         self.port.or(*port).is_none()
@@ -55,7 +55,7 @@ impl Options {
             && self.idle_ttl == Some(DEFAULT_IDLE_TTL)
     }
 
-    /// The same as arguments of `openwork daemon`.
+    /// The options as arguments of `openwork daemon`.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Vec::new();
         let mut option = |name: &str, value: &OsStr| {
@@ -75,7 +75,7 @@ impl Options {
         if let Some(binary) = &self.engine.binary {
             option("--opencode-bin", binary.as_ref());
         }
-        // Also when it is never: said by the environment, it would hold for the daemon only.
+        // Always: the variable of this command must not be read again by the daemon.
         option("--idle-ttl", format!("{}s", self.idle_ttl.unwrap_or_default().as_secs()).as_ref());
         for origin in &self.origins {
             option("--cors", origin.as_ref());
@@ -84,10 +84,10 @@ impl Options {
     }
 }
 
-/// What it can be told about opencode.
+/// The options for opencode.
 #[derive(Clone, Debug, Default)]
 pub struct EngineOptions {
-    /// The one to start; searched for when absent.
+    /// The program; searched for when absent.
     pub binary: Option<PathBuf>,
     /// The port for opencode; chosen when absent.
     pub port: Option<u16>,
