@@ -21,7 +21,7 @@
 //!   api        the control plane behind it: one handler per route
 //!   supervisor the one thread that owns opencode
 //!   engine     opencode itself: command line and protocol
-//!   instances  what opencode has loaded
+//!   instances  what opencode has loaded, and what ends it by being loaded
 //!   events     who is told what happened
 //!   handover   becomes its successor at a restart
 //! state/       the state file, and the credentials

@@ -330,6 +330,15 @@ impl InstanceState {
     }
 }
 
+/// A session whose turn is running.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunningSession {
+    /// OpenCode's id of it.
+    pub id: String,
+    /// Null when OpenCode does not say in time.
+    pub title: Option<String>,
+}
+
 /// An instance in a list.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -340,6 +349,9 @@ pub struct InstanceEntry {
     pub state: InstanceState,
     /// Requests under way through the daemon, streams among them.
     pub open_streams: usize,
+    /// The sessions that are running in it.
+    #[serde(default)]
+    pub sessions: Vec<RunningSession>,
     /// When it will be disposed for want of use, Unix milliseconds; null while in use, or never.
     pub evict_at: Option<u64>,
 }

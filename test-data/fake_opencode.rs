@@ -528,6 +528,11 @@ impl Server {
                 let busy = self.settings.is_busy(&directory);
                 ok(stream, JSON, if busy { br#"{"ses_fake":{"type":"busy"}}"# } else { b"{}" })
             }
+            ("GET", "/session/ses_fake") => {
+                let session =
+                    format!("{{\"id\":\"ses_fake\",\"title\":\"mend {{it}}\",\"directory\":{}}}", json(&directory));
+                ok(stream, JSON, session.as_bytes())
+            }
             ("POST", "/session") => {
                 self.publish(&directory, "session.created", "{}");
                 ok(stream, JSON, format!("{{\"id\":\"ses_fake\",\"directory\":{}}}", json(&directory)).as_bytes())

@@ -30,7 +30,7 @@ use crate::http::percent_encode;
 use crate::log::now_ms;
 use crate::options::Options;
 use crate::paths::{self, DataDir};
-use crate::wire::{Dispose, DisposeReply, InstanceList, ResetReply};
+use crate::wire::{Dispose, DisposeReply, InstanceList, ResetReply, RunningSession};
 use crate::{agent, lock};
 
 /// The hidden command by which a client starts a daemon in the background.
@@ -233,11 +233,17 @@ fn absolute_options(options: &Options) -> Result<Options> {
     Ok(options)
 }
 
+/// Running sessions by their titles, or ids where a title is not known.
+fn titles_of(sessions: &[RunningSession]) -> String {
+    let titles = sessions.iter().map(|session| session.title.as_deref().unwrap_or(&session.id));
+    titles.collect::<Vec<_>>().join(", ")
+}
+
 fn instances(client: &Client, out: &mut Output) -> Result<()> {
     let list: InstanceList = client.ask("GET", "/instances", &())?;
     out.print(&list, |list| {
         let now = now_ms();
-        let titles = ["WORKSPACE", "STATE", "STREAMS", "LAST USED", "UNLOADS IN"].map(Cow::from);
+        let titles = ["WORKSPACE", "STATE", "STREAMS", "LAST USED", "UNLOADS IN", "RUNNING"].map(Cow::from);
         let rows = list.instances.iter().map(|instance| {
             let ago =
                 |at: u64| if at == 0 { String::new() } else { format!("{} ago", duration(now.saturating_sub(at))) };
@@ -247,6 +253,7 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
                 instance.open_streams.to_string().into(),
                 instance.workspace.last_used_at.map_or_else(String::new, ago).into(),
                 instance.evict_at.map_or_else(String::new, |at| duration(at.saturating_sub(now))).into(),
+                titles_of(&instance.sessions).into(),
             ]
         });
         let memory = list.memory.map_or_else(|| "not running".to_owned(), megabytes);

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tiny_http::{Method, Request, Server};
 
-use super::engine::CallError;
+use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
 use super::{CONTROL_SOCKET, Daemon};
@@ -25,8 +25,8 @@ use crate::http::percent_decode;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,
-    InstanceState, Listed, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, Shutdown, Start,
-    TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
+    InstanceState, Listed, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession,
+    Shutdown, Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -339,18 +339,16 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
     let deadline = deadline.min(Instant::now() + ASK_LIMIT);
     let describe = |workspace: &Arc<Workspace>| {
         let usage = daemon.instances.usage(&workspace.path);
-        let running = endpoint
-            .as_ref()
-            .filter(|_| usage.loaded)
-            .map_or(0, |endpoint| endpoint.running_sessions(Path::new(&workspace.path), deadline).unwrap_or(0));
-        let state = match (usage.fenced, usage.loaded, running) {
+        let endpoint = endpoint.as_ref().filter(|_| usage.loaded);
+        let sessions = endpoint.map_or_else(Vec::new, |endpoint| running_sessions(endpoint, workspace, deadline));
+        let state = match (usage.fenced, usage.loaded, sessions.is_empty()) {
             (true, _, _) => InstanceState::Fenced,
             (false, false, _) => InstanceState::Cold,
-            (false, true, 0) => InstanceState::Warm,
-            (false, true, _) => InstanceState::Busy,
+            (false, true, true) => InstanceState::Warm,
+            (false, true, false) => InstanceState::Busy,
         };
         let evict_at = usage.evict_at.filter(|_| state == InstanceState::Warm);
-        InstanceEntry { workspace: workspace.clone(), state, open_streams: usage.streams, evict_at }
+        InstanceEntry { workspace: workspace.clone(), state, open_streams: usage.streams, sessions, evict_at }
     };
     let engine_id = state.opencode.as_ref().map(|engine| engine.engine_id.as_str());
     InstanceList {
@@ -358,6 +356,16 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
         instances: state.workspaces.iter().filter(|workspace| workspace.is_local()).map(describe).collect(),
         memory: engine_id.and_then(process::family_memory),
     }
+}
+
+/// The sessions that are running in a loaded instance; none when opencode does not say. A session
+/// whose title opencode does not say is listed without one.
+fn running_sessions(endpoint: &Endpoint, workspace: &Workspace, deadline: Instant) -> Vec<RunningSession> {
+    let directory = Path::new(&workspace.path);
+    let ids = endpoint.running_sessions(directory, deadline).unwrap_or_default();
+    ids.into_iter()
+        .map(|id| RunningSession { title: endpoint.session_title(directory, &id, deadline).ok().flatten(), id })
+        .collect()
 }
 
 /// Disposes the instance of a workspace; false when it is not loaded.
@@ -372,7 +380,7 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
             return Ok(false);
         }
         if !force {
-            let sessions = endpoint.running_sessions(directory, deadline)?;
+            let sessions = endpoint.running_sessions(directory, deadline)?.len();
             if sessions > 0 {
                 let workspace = workspace.name.clone();
                 return Err(CallError::Failed(Error::InstanceBusy { workspace, sessions }));

@@ -236,6 +236,8 @@ fn the_list_says_how_it_is() {
     let states: Vec<_> = list["instances"].as_array().unwrap().iter().map(|entry| entry["state"].clone()).collect();
     // A remote one has no instance here.
     assert_eq!(states, ["busy", "warm", "cold"]);
+    let sessions = [0, 1, 2].map(|n| list["instances"][n]["sessions"].clone());
+    assert_eq!(sessions, [json!([{"id": "ses_fake", "title": "mend {it}"}]), json!([]), json!([])]);
     assert!(list["memory"].as_u64().unwrap() > 100_000);
     let used = list["instances"][1]["workspace"]["lastUsedAt"].as_u64().unwrap();
     let due = list["instances"][1]["evictAt"].as_u64().unwrap();
@@ -245,7 +247,7 @@ fn the_list_says_how_it_is() {
     assert_eq!(host.http("GET", "/instances").ok()["instances"], list["instances"]);
 
     let text = host.openwork(["instance", "ls"]).ok().stdout;
-    for word in ["busy", "warm", "cold"] {
+    for word in ["busy", "warm", "cold", "UNLOADS IN", "mend {it}"] {
         assert!(text.contains(word), "{text}");
     }
 }

@@ -527,6 +527,11 @@ mod with_git {
         let session = provided.hold("A");
         host.openwork(["daemon", "restart", "--idle-ttl", "5s"]).ok();
         assert_eq!(state(host, "A"), "busy");
+        let list = host.openwork(["instance", "list"]).json();
+        let running = &list["instances"][0]["sessions"];
+        assert_eq!((running.as_array().unwrap().len(), running[0]["id"].as_str()), (1, Some(&*session)));
+        let title = host.openwork(["api", "A", &format!("/session/{session}")]).json()["body"]["title"].clone();
+        assert_eq!(running[0]["title"], title);
         host.openwork(["instance", "dispose", "A"]).fails(1, "instance_busy");
         for _ in 0..2 {
             path(host, &["B"]);

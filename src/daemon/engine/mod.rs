@@ -171,15 +171,28 @@ impl Endpoint {
         }
     }
 
-    /// `GET /session/status`: how many sessions are running in an instance. Loads the instance.
-    pub fn running_sessions(&self, directory: &Path, deadline: Instant) -> std::result::Result<usize, CallError> {
+    /// `GET /session/status`: the ids of the sessions that are running in an instance. Loads the
+    /// instance.
+    pub fn running_sessions(&self, directory: &Path, deadline: Instant) -> std::result::Result<Vec<String>, CallError> {
         match self.ask("GET", "/session/status", Some(directory), deadline)? {
             Value::Object(sessions) => {
                 let is_idle = |status: &Value| status.get("type").and_then(Value::as_str) == Some("idle");
-                Ok(sessions.values().filter(|status| !is_idle(status)).count())
+                Ok(sessions.into_iter().filter(|(_, status)| !is_idle(status)).map(|(id, _)| id).collect())
             }
             _ => Err(CallError::Failed(Error::OpencodeFault("GET /session/status: not an object".to_owned()))),
         }
+    }
+
+    /// `GET /session/:id`: the title of a session; none when it has none. Loads the instance.
+    pub fn session_title(
+        &self,
+        directory: &Path,
+        id: &str,
+        deadline: Instant,
+    ) -> std::result::Result<Option<String>, CallError> {
+        let target = format!("/session/{}", percent_encode(id.as_bytes()));
+        let session = self.ask("GET", &target, Some(directory), deadline)?;
+        Ok(session.get("title").and_then(Value::as_str).filter(|title| !title.is_empty()).map(str::to_owned))
     }
 
     /// `POST /instance/dispose`. Loads the instance first if it was not loaded.

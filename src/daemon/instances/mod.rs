@@ -475,7 +475,7 @@ impl Instances {
         };
         let (path, deadline) = (Path::new(directory), Instant::now() + EVICTION_LIMIT);
         match endpoint.running_sessions(path, deadline) {
-            Ok(0) => {}
+            Ok(running) if running.is_empty() => {}
             Ok(_) => return Outcome::Busy,
             Err(_) => return Outcome::Failed,
         }
