@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::fstat;
 pub use rustix::process::Signal;
 use rustix::process::{Pid, geteuid, kill_process};
 
@@ -172,10 +173,12 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// Closes a listener and waits until its port is free: a process that another thread has just
-/// forked holds the socket as well, until it runs its program.
+/// Closes a listener and waits until the socket is gone: a process that another thread has just
+/// forked holds it as well, until it runs its program. The port may have another listener by then.
 pub fn close(listener: TcpListener) {
-    let port = listener.local_addr().unwrap().port();
+    let inode = fstat(&listener).unwrap().st_ino.to_string();
     drop(listener);
-    wait_for("the port to be free", || sockets(port, LISTEN).is_empty());
+    let tables = || ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default());
+    let is_listed = |table: &String| table.lines().any(|line| line.split_whitespace().nth(9) == Some(inode.as_str()));
+    wait_for("the listener to be closed", || !tables().iter().any(is_listed));
 }
