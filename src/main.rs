@@ -31,6 +31,7 @@
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json
 //! agent        HTTP calls to a proven listener
+//! framing      where a body ends, what the head of a reply says, percent coding
 //! http         HTTP as it is passed through
 //! system/      all that knows Linux: processes, sockets, waiting, limits
 //! options, lock, log, paths, error
@@ -43,6 +44,7 @@ mod args;
 mod cli;
 mod daemon;
 mod error;
+mod framing;
 mod http;
 mod lock;
 mod log;

@@ -26,7 +26,7 @@ use self::workspace::named;
 use crate::args::{self, Command, Invocation};
 use crate::daemon::Start;
 use crate::error::{Code, Error, Result};
-use crate::http::percent_encode;
+use crate::framing::percent_encode;
 use crate::log::now_ms;
 use crate::options::Options;
 use crate::paths::{self, DataDir};

@@ -18,7 +18,7 @@ use super::output::{Output, Waiting, note};
 use super::workspace::{WORKSPACE_VARIABLE, encoded, named, selector_here, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
-use crate::http::basic;
+use crate::framing::basic;
 use crate::paths::find_opencode;
 use crate::state::{Auth, State};
 use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};

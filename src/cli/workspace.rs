@@ -13,7 +13,7 @@ use super::client::{Client, decode, to_json};
 use super::import::{Imported, import as import_file};
 use super::output::{Output, Waiting, clean, note, table};
 use crate::error::{Code, Error, Result};
-use crate::http::percent_encode;
+use crate::framing::percent_encode;
 use crate::log::timestamp;
 use crate::paths;
 use crate::state::State;

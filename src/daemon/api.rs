@@ -21,7 +21,7 @@ use super::events::EventKind;
 use super::handover::Successor;
 use super::{CONTROL_SOCKET, Daemon};
 use crate::error::{Error, Result};
-use crate::http::percent_decode;
+use crate::framing::percent_decode;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,

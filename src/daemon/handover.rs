@@ -19,7 +19,7 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::http::percent_decode;
+use crate::framing::percent_decode;
 use crate::lock::Lock;
 use crate::options::NOTIFY_SOCKET;
 use crate::paths::DataDir;

@@ -40,7 +40,7 @@ use self::handover::{End, Ending};
 use self::instances::Instances;
 use self::supervisor::{Context, Handle, Supervisor};
 use crate::error::{Error, Result};
-use crate::http::basic;
+use crate::framing::basic;
 use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;

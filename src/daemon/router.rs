@@ -23,7 +23,7 @@ use super::api;
 use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, TOKEN_PARAMETER};
 use super::head::{Framing, Head, cors_headers};
 use crate::error::{Error, Result};
-use crate::http::{Body, parse_reply_head, percent_decode, percent_encode};
+use crate::framing::{Body, HEADER_LIMIT, parse_reply_head, percent_decode, percent_encode};
 use crate::system::wait::{Flag, timespec};
 use crate::wire::TIMEOUT_HEADER;
 use crate::workspace::Workspace;
@@ -570,7 +570,7 @@ impl<'a> Exchange<'a> {
 
     /// The head of the reply as the client gets it.
     fn reply_head(&self, head: &[u8], status: u16) -> Vec<u8> {
-        let mut headers = [httparse::EMPTY_HEADER; crate::http::HEADER_LIMIT];
+        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
         let mut parsed = httparse::Response::new(&mut headers);
         let _ = parsed.parse(head); // it was understood before
         let line = head.iter().position(|byte| *byte == b'\n').map_or(head.len(), |at| at + 1);

@@ -21,7 +21,7 @@ use ureq::{Agent, Body};
 
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
-use crate::http::{is_json, percent_encode};
+use crate::framing::{is_json, percent_encode};
 use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
 use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
 use crate::system::limits;

@@ -27,7 +27,7 @@ use super::events::{EventKind, Events};
 use super::instances::{Failure, Instances};
 use crate::agent::Listener;
 use crate::error::{Error, ErrorBody, Result};
-use crate::http::basic;
+use crate::framing::basic;
 use crate::log::{self, now_ms};
 use crate::options::EngineOptions;
 use crate::paths::DataDir;
