@@ -15,10 +15,13 @@
 //!   output     one value, printed for people or as JSON
 //!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
-//!   gate       the public port: limits and policy, one request per connection
-//!   head       the head of a request, understood or refused
-//!   router     /w/<ws>/…: rewrites the head, then copies bytes both ways
-//!   api        the control plane behind it: one handler per route
+//!   gate        the public port: limits and policy, one request per connection
+//!   connections how many there may be, and which go first
+//!   head        the head of a request, parsed or refused
+//!   reply       the replies that the daemon writes itself
+//!   router      /w/<ws>/…: who may pass, to which directory
+//!   exchange    one routed request on its way: copies bytes both ways
+//!   api         the control plane behind the gate: one handler per route
 //!   supervisor the one thread that owns opencode
 //!   engine     opencode itself: command line and protocol
 //!   instances  what opencode has loaded, and what ends it by being loaded

@@ -14,24 +14,26 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tiny_http::{Method, Request, Server};
+use tiny_http::{Request, Server};
 
 use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
-use super::{CONTROL_SOCKET, Daemon};
+use super::{CONTROL_SOCKET, Daemon, reply};
 use crate::error::{Error, Result};
 use crate::framing::percent_decode;
 use crate::system::process;
 use crate::wire::{
-    AddLocal, AddRemote, Dispose, DisposeReply, Done, ERROR_HEADER, Failure, InstanceEntry, InstanceList,
-    InstanceState, Listed, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession,
-    Shutdown, Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, InstanceEntry, InstanceList, InstanceState, Listed, PathReply,
+    ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, Shutdown, Start, TIMEOUT_HEADER,
+    WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
-/// By this the gate says that a request for `/health` is another user's.
+/// The header by which the gate says that a request for `/health` is another user's.
 pub const STRANGER_HEADER: &str = "X-Openwork-Stranger";
+/// The header by which the gate names the allowed origin that a request has.
+pub const ORIGIN_HEADER: &str = "X-Openwork-Origin";
 
 /// How long a request may take that does not say: as long as a command.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -75,11 +77,19 @@ impl ControlPlane {
         loop {
             let server = self.lock().clone();
             match server.recv() {
-                // A request without a thread is dropped: the library answers it, and the gate
-                // makes an error of that.
                 Ok(request) => {
-                    if let Err(e) = Builder::new().spawn(move || handle(daemon, request)) {
+                    let request = Arc::new(Mutex::new(Some(request)));
+                    let refused = request.clone();
+                    let take = |request: &Mutex<Option<Request>>| {
+                        request.lock().unwrap_or_else(PoisonError::into_inner).take()
+                    };
+                    let work = move || take(&request).map(|request| handle(daemon, request));
+                    if let Err(e) = Builder::new().spawn(work) {
                         crate::log!("cannot start a thread for a request: {e}");
+                        if let Some(request) = take(&refused) {
+                            let reply = Err(Error::Overloaded("threads"));
+                            answer_with(request, reply);
+                        }
                     }
                 }
                 // Another server has taken its place.
@@ -137,30 +147,10 @@ fn listen() -> Result<Server> {
     Server::from_listener(listener, None).map_err(|e| Error::Internal(format!("cannot serve: {e}")))
 }
 
-/// Answers one request, whatever happens while doing so.
+/// Answers a request, also when its handler panics.
 fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
-    let mut headers = String::new();
-    let (status, body, end) = match answer {
-        Ok(Answer { status, body, end }) => (status, body, end),
-        Err(e) => {
-            headers.push_str(&format!("{ERROR_HEADER}: {}\r\n", e.code().name()));
-            if let Error::MethodNotAllowed { allow, .. } = &e {
-                headers.push_str(&format!("Allow: {allow}\r\n"));
-            }
-            (e.http_status(), serde_json::to_vec(&Failure::from(&e)).unwrap_or_default(), None)
-        }
-    };
-    // Written by ourselves, and for the gate: the library would write a list of ten thousand
-    // workspaces in pieces of 8 KiB, with a change of threads for each.
-    let head = format!("HTTP/1.1 {status} \r\nContent-Length: {}\r\n{headers}\r\n", body.len());
-    let body = if *request.method() == Method::Head { &[][..] } else { &body };
-    let mut writer = request.into_writer();
-    let written = writer.write_all(head.as_bytes()).and_then(|()| writer.write_all(body)).and_then(|()| writer.flush());
-    if let Err(e) = written {
-        crate::log!("a reply was not taken: {e}");
-    }
-    match end {
+    match answer_with(request, answer) {
         None => {}
         Some(AfterReply::Stop(Shutdown { keep_opencode })) => {
             crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
@@ -181,11 +171,35 @@ fn contain_panic<T>(handler: impl FnOnce() -> Result<T>) -> Result<T> {
         .unwrap_or_else(|_| Err(Error::Internal("a bug: see `openwork logs daemon`".to_owned())))
 }
 
+/// Writes the reply, to the last byte: the gate passes it on as it is. Returns what is to be done
+/// after it.
+fn answer_with(request: Request, answer: Result<Answer>) -> Option<AfterReply> {
+    let method = request.method().to_string();
+    let origin = header(&request, ORIGIN_HEADER).map(str::to_owned);
+    let origin = origin.as_deref();
+    let (reply, after) = match answer {
+        Ok(Answer { status, body, after }) => (reply::json(&method, status, "", &body, origin), after),
+        Err(e) => (reply::error(&method, &e, origin), None),
+    };
+    // tiny_http would write a list of ten thousand workspaces in pieces of 8 KiB, with a change of
+    // threads for each.
+    let mut writer = request.into_writer();
+    if let Err(e) = writer.write_all(&reply).and_then(|()| writer.flush()) {
+        crate::log!("a reply was not taken: {e}");
+    }
+    after
+}
+
+/// The value of a header.
+fn header<'r>(request: &'r Request, name: &'static str) -> Option<&'r str> {
+    request.headers().iter().find(|header| header.field.equiv(name)).map(|header| header.value.as_str())
+}
+
 /// A reply, and what is to be done after it.
 struct Answer {
     status: u16,
     body: Vec<u8>,
-    end: Option<AfterReply>,
+    after: Option<AfterReply>,
 }
 
 /// What is done after a reply.
@@ -197,15 +211,14 @@ enum AfterReply {
 impl Answer {
     fn new(status: u16, value: &impl Serialize) -> Result<Answer> {
         let body = serde_json::to_vec(value).map_err(|e| Error::Internal(format!("cannot write JSON: {e}")))?;
-        Ok(Answer { status, body, end: None })
+        Ok(Answer { status, body, after: None })
     }
 }
 
 fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
     let method = request.method().to_string();
     let (route, selector) = find_route(&method, request.url().split('?').next().unwrap_or_default())?;
-    let header = request.headers().iter().find(|header| header.field.equiv(TIMEOUT_HEADER));
-    let patience = timeout(header.map(|header| header.value.as_str()));
+    let patience = timeout(header(request, TIMEOUT_HEADER));
     // Which is answered at once, whatever is said about waiting.
     let patience = if route == Route::Health { DEFAULT_TIMEOUT } else { patience? };
     let deadline = Instant::now() + patience;
@@ -221,9 +234,10 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
     match route {
         Route::Health => {
             let mut health = daemon.health();
-            if request.headers().iter().any(|header| header.field.equiv(STRANGER_HEADER)) {
-                // The output of opencode is its user's business.
+            if header(request, STRANGER_HEADER).is_some() {
+                // The output of opencode is its user's business, and an id proves a guessed path.
                 health.engine.last_error = None;
+                health.active_id.clear();
             }
             // As health checks expect. The body is the same in both cases.
             Answer::new(if health.ok { 200 } else { 503 }, &health)
@@ -231,7 +245,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         Route::Doc => {
             let description = include_str!("../assets/openapi.json");
             let body = description.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes();
-            Ok(Answer { status: 200, body, end: None })
+            Ok(Answer { status: 200, body, after: None })
         }
         Route::List => {
             let state = daemon.store.latest();
@@ -323,11 +337,11 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             let restart: Restart = parse(&body)?;
             daemon.ending.hand_over(Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?)?;
             let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at })?;
-            Ok(Answer { end: Some(AfterReply::Restart { keep_opencode: !restart.all }), ..reply })
+            Ok(Answer { after: Some(AfterReply::Restart { keep_opencode: !restart.all }), ..reply })
         }
         Route::Shutdown => {
             let shutdown: Shutdown = parse(&body)?;
-            Ok(Answer { end: Some(AfterReply::Stop(shutdown)), ..Answer::new(200, &Done { ok: true })? })
+            Ok(Answer { after: Some(AfterReply::Stop(shutdown)), ..Answer::new(200, &Done { ok: true })? })
         }
     }
 }

@@ -1,76 +1,56 @@
-//! The public port: every connection comes through here, and one request of each.
+//! The public port: every connection comes in here.
 //!
-//! The gate reads the head under a deadline, refuses what the policy refuses before anything
-//! else is read, reads a bounded body, and hands the request to the control plane behind it
-//! (`control.sock`). Why in front of an HTTP server that could listen itself: tiny_http has no
-//! bound on heads, bodies and time, and a single `Content-Length: 50000000000` ends the process;
-//! and a routed call has to be streamed, which it cannot do.
+//! The gate reads the head under a deadline, refuses what the policy refuses before anything else is
+//! read, reads a bounded body, and hands the request to the control plane (`control.sock`) or to the
+//! router. Why tiny_http does not listen here itself: it bounds neither heads nor bodies nor time, a
+//! single `Content-Length: 50000000000` ends the process, and it cannot stream a routed call.
 //!
-//! Invariants: what is refused is answered with one of our errors, and the connection is closed;
-//! nothing a client sends ends more than its own connection; a request that is passed on has
-//! exactly one reading (no smuggling), since only what was understood here is written anew.
+//! Invariants: a refused request is answered with one of our errors and its connection is closed;
+//! nothing a client sends ends more than its own connection; a request that is passed on has exactly
+//! one reading (no smuggling), because its head is written anew from the parsed one.
 //!
 //! Sources of the format: RFC 9110, RFC 9112; the Fetch standard for `Origin` and
 //! `Sec-Fetch-Site`.
 
-use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::io::fcntl_dupfd_cloexec;
-use rustix::process::{Resource, getrlimit};
-
-use super::events::Subscription;
-use super::head::{Framing, HEADER_LIMIT, Head, cors_headers};
-use super::router;
-use super::{Daemon, api};
+use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME};
+use super::events::{Next, Subscription};
+use super::head::{Framing, HEADER_LIMIT, Head};
+use super::{Daemon, api, reply, router};
 use crate::error::{Error, Result};
 use crate::framing::is_json;
-use crate::http::{self, Response, Timed};
-use crate::system::socket;
+use crate::http::Timed;
 use crate::system::wait::{self, Flag};
-use crate::wire::{BODY_LIMIT, ERROR_HEADER, Failure, TIMEOUT_HEADER};
+use crate::wire::{BODY_LIMIT, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
-/// How long a head may take: it is one packet.
-const HEAD_TIME: Duration = Duration::from_secs(2);
-/// How long the body of a control request may take.
+/// How long a head may take: it fits into one packet.
+pub const HEAD_TIME: Duration = Duration::from_secs(2);
+/// How long the body of a control request may take: 1 MiB over loopback needs milliseconds.
 const BODY_TIME: Duration = Duration::from_secs(5);
-/// How many connections at once: each is a thread, and up to two descriptors.
-const CONNECTION_LIMIT: usize = 1024;
-/// How much of an answer is passed on at once. Bytes.
+/// How much of a reply of the control plane is passed on at once. Bytes.
 const PIECE: usize = 64 * 1024;
-/// How many descriptors a connection may come to need: its own, and for the request it passes on
-/// the two ends of another.
-const PER_CONNECTION: u64 = 3;
-/// How many descriptors are kept for the requests of the connections that are taken: the library
-/// behind the gate does not survive it when there is none.
-const RESERVE: u64 = 32;
 /// How long a client may take to read a reply.
 const REPLY_TIME: Duration = Duration::from_secs(10);
-/// How much longer than the request's own deadline the control plane may take to say so.
+/// How much longer than the deadline of a request the control plane may take to report it.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
-/// How long what a client still sends is read after the reply: closing a socket with unread
-/// bytes would take the reply from it.
+/// How long the gate goes on reading after its reply: closing a socket with unread bytes resets the
+/// connection, and the client would lose the reply.
 const LINGER_TIME: Duration = Duration::from_millis(500);
-/// How much of it. Bytes.
+/// How much the gate reads in that time. Bytes.
 const LINGER_LIMIT: u64 = 1024 * 1024;
-/// How long requests in flight may take when the daemon stops: their replies are short.
-const DRAIN_TIME: Duration = Duration::from_secs(1);
-/// The pause when descriptors or memory for a connection are lacking: until some come back.
+/// The pause when descriptors or memory for a connection are lacking: until some are free again.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-
-/// How often a stream of events says that it is still there, when nothing happens.
+/// How often an event stream shows that it is alive while nothing happens.
 const HEARTBEAT: Duration = Duration::from_secs(15);
-/// The web pages that may ask: those of OpenWork's desktop program.
+/// The web pages that may send requests: those of OpenWork's desktop program.
 const ORIGINS: [&str; 3] = ["tauri://localhost", "http://tauri.localhost", "https://tauri.localhost"];
 
 /// The public port.
@@ -83,103 +63,6 @@ pub struct Gate {
     /// Raised when the daemon ends: routed streams break off.
     stop: Flag,
     connections: Connections,
-}
-
-/// The open connections, so that they can be counted and ended.
-#[derive(Default)]
-struct Connections {
-    open: Mutex<Open>,
-    closed: Condvar,
-}
-
-#[derive(Default)]
-struct Open {
-    last: u64,
-    by_id: HashMap<u64, Arc<Connection>>,
-    /// No more are taken in.
-    closed: bool,
-}
-
-/// One connection.
-pub struct Connection {
-    stream: TcpStream,
-    peer: SocketAddr,
-    /// Its head has not come yet: it may be ended without loss.
-    reading: AtomicBool,
-}
-
-/// The place of a connection among the open ones. Dropped, it ends the connection, also when
-/// serving it panics.
-struct Place {
-    connections: &'static Connections,
-    id: u64,
-    connection: Arc<Connection>,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = self.connection.stream.shutdown(Shutdown::Both);
-        self.connections.release(self.id);
-    }
-}
-
-impl Connections {
-    fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes a connection in, unless there are too many.
-    fn admit(&'static self, connection: &Arc<Connection>) -> Result<Place> {
-        let usable = usable_descriptors();
-        let has_descriptors = has_descriptors(&connection.stream, usable);
-        let mut open = self.lock();
-        let promised = (open.by_id.len() as u64 + 1) * PER_CONNECTION > usable;
-        if promised || !has_descriptors || open.closed || open.by_id.len() >= CONNECTION_LIMIT {
-            return Err(Error::Overloaded("connections"));
-        }
-        open.last += 1;
-        let id = open.last;
-        open.by_id.insert(id, connection.clone());
-        Ok(Place { connections: self, id, connection: connection.clone() })
-    }
-
-    fn release(&self, id: u64) {
-        self.lock().by_id.remove(&id);
-        self.closed.notify_all();
-    }
-
-    /// Ends all after they were answered, or [`DRAIN_TIME`] is over; `at_once`, if they have asked
-    /// nothing yet.
-    fn drain(&self, at_once: bool) {
-        let deadline = Instant::now() + DRAIN_TIME;
-        let mut open = self.lock();
-        open.closed = true;
-        while !open.by_id.is_empty() {
-            let rest = deadline.saturating_duration_since(Instant::now());
-            for connection in open.by_id.values() {
-                if rest.is_zero() || (at_once && connection.reading.load(Ordering::Relaxed)) {
-                    let _ = connection.stream.shutdown(Shutdown::Both);
-                }
-            }
-            if rest.is_zero() {
-                return;
-            }
-            open = self.closed.wait_timeout(open, rest).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-/// Whether more descriptors are free than are kept.
-fn has_descriptors(any: &TcpStream, usable: u64) -> bool {
-    // The kernel gives the lowest that is free.
-    let lowest = fcntl_dupfd_cloexec(any, 0).map(|free| free.as_raw_fd() as u64);
-    lowest.is_ok_and(|lowest| lowest < usable)
-}
-
-/// How many descriptors there may be, but for those that are kept.
-fn usable_descriptors() -> u64 {
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX));
-    limit - RESERVE.min(limit / 4)
 }
 
 impl Gate {
@@ -225,17 +108,18 @@ impl Gate {
 
     /// Gives a connection a thread, or refuses it.
     fn take(&'static self, daemon: &'static Daemon, stream: TcpStream, peer: SocketAddr) {
-        let connection = Arc::new(Connection { stream, peer, reading: AtomicBool::new(true) });
-        let place = match self.connections.admit(&connection) {
-            Ok(place) => place,
-            // The daemon ends: a connection that comes so late is closed like one not accepted.
+        let connection = Arc::new(Connection::new(stream, peer));
+        let slot = match self.connections.admit(&connection) {
+            Ok(slot) => Arc::new(slot),
+            // The daemon ends: a connection that comes so late is closed as if it had not been accepted.
             Err(_) if self.stop.is_raised() => return,
             Err(e) => return refuse(&connection.stream, &e),
         };
-        let refused = connection.clone();
+        // Without a thread the work is dropped, and must not end the connection before the refusal.
+        let (kept, refused) = (slot.clone(), connection.clone());
         let work = move || {
-            let _place = place;
-            // A panic costs this connection only; it has said so on standard error.
+            let _slot = slot;
+            // A panic costs only this connection; standard error has its message.
             if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, &connection))).is_err() {
                 crate::log!("a request failed (see above)");
             }
@@ -244,10 +128,11 @@ impl Gate {
             crate::log!("cannot start a thread for a connection: {e}");
             refuse(&refused.stream, &Error::Overloaded("threads"));
         }
+        drop(kept);
     }
 
-    /// Accepts no more connections: `accepting`, the thread of [`Gate::serve`], ends. Those that come
-    /// wait at the listening socket, which stays open: nobody else can listen there while
+    /// Accepts no more connections: `accepting`, the thread of [`Gate::serve`], ends. Connections that
+    /// come wait at the listening socket, which stays open: nobody else can listen there while
     /// `daemon.lock` names it.
     pub fn close(&self, accepting: JoinHandle<()>) {
         self.closing.raise();
@@ -264,7 +149,7 @@ impl Gate {
         self.stop.raise();
     }
 
-    /// Serves the one request of a connection.
+    /// Serves a connection, which is one request.
     fn connection(&self, daemon: &Daemon, connection: &Connection) {
         let stream = &connection.stream;
         let _ = stream.set_nodelay(true);
@@ -272,46 +157,45 @@ impl Gate {
         let (head_length, length) = match read_head(stream, &mut buffer) {
             Ok(Some(lengths)) => lengths,
             Ok(None) => return,
-            Err(e) => return reply_error(stream, &e, "GET", None),
+            Err(e) => return send(stream, &reply::error("GET", &e, None)),
         };
-        connection.reading.store(false, Ordering::Relaxed);
+        connection.set_unproven(false);
         let (head, rest) = buffer[..length].split_at(head_length);
         let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
         let request = match Head::parse(head, &mut headers) {
             Ok(request) => request,
-            Err(e) => return reply_error(stream, &e, "GET", None),
+            Err(e) => return send(stream, &reply::error("GET", &e, None)),
         };
         let origin = match self.admissible(&request) {
             Ok(origin) => origin,
-            Err(e) => return reply_error(stream, &e, request.method, None),
+            Err(e) => return send(stream, &reply::error(request.method, &e, None)),
         };
-        if request.method == "OPTIONS" && origin.is_some() {
-            let methods = "Access-Control-Allow-Methods: GET, POST, PUT, PATCH, DELETE\r\n";
-            let headers = "Access-Control-Allow-Headers: authorization, content-type, x-opencode-directory\r\n";
-            return send(stream, head_of(204, origin) + methods + headers, None, false);
+        if let (Some(origin), "OPTIONS") = (origin, request.method) {
+            return send(stream, &reply::preflight(origin));
         }
         let result = match request.path() {
             path if path.starts_with(router::PREFIX) => {
                 let routed =
-                    router::route(daemon, &router::Client { stream, request: &request, rest, origin }, &self.stop);
+                    router::route(daemon, &router::Client { connection, request: &request, rest, origin }, &self.stop);
                 let _ = stream.set_nonblocking(false);
                 routed.map(|upstream| {
                     finish(stream);
                     drop(upstream);
                 })
             }
-            "/events" if request.method == "GET" => {
-                check_user(connection).map(|()| stream_events(stream, &daemon.events.subscribe(), origin))
-            }
+            "/events" if request.method == "GET" => connection
+                .check_user()
+                .and_then(|()| daemon.events.subscribe())
+                .map(|subscription| stream_events(stream, &subscription, origin)),
             _ => self.control(daemon, connection, &request, rest, origin),
         };
         if let Err(e) = result {
-            reply_error(stream, &e, request.method, origin);
+            send(stream, &reply::error(request.method, &e, origin));
         }
     }
 
-    /// Refuses what no client of ours sends and a web page might. Returns the origin, if there
-    /// is one.
+    /// Refuses requests that no client of ours sends and a web page might. Returns the origin, if
+    /// there is one.
     fn admissible<'h>(&self, request: &Head<'h>) -> Result<Option<&'h str>> {
         let host = request.only("host")?.unwrap_or_default();
         let (name, port) = host.rsplit_once(':').unwrap_or((host, ""));
@@ -329,7 +213,7 @@ impl Gate {
         }
     }
 
-    /// Hands a request to the control plane, and its answer to the client.
+    /// Hands a request to the control plane, and passes its reply on as it comes.
     fn control(
         &self,
         daemon: &Daemon,
@@ -338,73 +222,64 @@ impl Gate {
         rest: &[u8],
         origin: Option<&str>,
     ) -> Result<()> {
-        let ours = match check_user(connection) {
-            Err(Error::ForbiddenUser) if request.path() == "/health" => false,
-            other => other.map(|()| true)?,
+        let is_stranger = match connection.check_user() {
+            Err(Error::ForbiddenUser) if request.path() == "/health" => true,
+            other => other.map(|()| false)?,
         };
         let body = read_body(&connection.stream, request, rest)?;
         let timeout = request.only(TIMEOUT_HEADER)?;
         let timeout = timeout.filter(|_| request.path() != "/health");
         let deadline = Instant::now() + api::timeout(timeout)? + CONTROL_GRACE;
-        let length = body.len().to_string();
-        let mut headers = vec![("Content-Length", length.as_str())];
-        if let Some(timeout) = timeout {
-            headers.push((TIMEOUT_HEADER, timeout));
+        let mut passed_on = format!(
+            "{} {} HTTP/1.1\r\nHost: openwork\r\nConnection: close\r\nContent-Length: {}\r\n",
+            request.method,
+            request.target,
+            body.len()
+        );
+        let stranger = is_stranger.then_some("yes");
+        for (name, value) in [(TIMEOUT_HEADER, timeout), (api::STRANGER_HEADER, stranger), (api::ORIGIN_HEADER, origin)]
+        {
+            if let Some(value) = value {
+                passed_on.push_str(&format!("{name}: {value}\r\n"));
+            }
         }
-        if !ours {
-            headers.push((api::STRANGER_HEADER, "yes"));
-        }
-        let head = http::Request { method: request.method, target: request.target, headers: &headers }.head("openwork");
+        passed_on.push_str("\r\n");
         let mut upstream = Timed::new(daemon.control.connect()?, Some(deadline));
-        let lost = |e: io::Error| Error::Internal(format!("the control plane does not answer: {e}"));
-        upstream.write_all(&head).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
-        // A handler that waits for opencode is not waited for when the daemon ends.
+        let lost = |e: io::Error| match e.kind() {
+            io::ErrorKind::TimedOut => Error::Internal("the control plane does not answer".to_owned()),
+            // Every handler replies: tiny_http had no thread to read the request with.
+            _ => Error::Overloaded("threads"),
+        };
+        upstream.write_all(passed_on.as_bytes()).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
+        // The end of the daemon does not wait for a handler that waits for opencode.
         if !wait::wait_readable(&upstream.socket, &self.stop, Some(deadline)).map_err(lost)?
             && !wait::wait_until_readable(&upstream.socket, Instant::now() + DRAIN_TIME / 2)
         {
             return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
         }
-        let mut response = Response::read(upstream, request.method).map_err(lost)?;
-        let mut head = head_of(response.status, origin);
-        for name in ["Allow", ERROR_HEADER] {
-            if let Some(value) = response.header(name) {
-                head.push_str(&format!("{name}: {value}\r\n"));
-            }
+        let mut buffer = vec![0; PIECE];
+        let mut count = upstream.read(&mut buffer).map_err(lost)?;
+        if count == 0 {
+            return Err(lost(io::ErrorKind::UnexpectedEof.into()));
         }
-        push_json_headers(&mut head, response.header("Content-Length").unwrap_or("0"));
-        // The whole answer, or as much of it as goes at once.
-        let mut buffer = head.into_bytes();
-        response.by_ref().take(PIECE as u64).read_to_end(&mut buffer).map_err(lost)?;
         let mut client = Timed::new(&connection.stream, Some(Instant::now() + REPLY_TIME));
-        while !buffer.is_empty() && client.write_all(&buffer).is_ok() {
-            buffer.clear();
-            // What is written cannot be taken back: the end of the connection says the rest.
-            if response.by_ref().take(PIECE as u64).read_to_end(&mut buffer).is_err() {
-                break;
-            }
+        while count > 0 && client.write_all(&buffer[..count]).is_ok() {
+            // A reply that breaks off cannot be replaced by an error: the connection just ends.
+            count = upstream.read(&mut buffer).unwrap_or(0);
         }
         finish(&connection.stream);
         Ok(())
     }
 }
 
-/// Control routes are for the daemon's own user, and for root.
-fn check_user(connection: &Connection) -> Result<()> {
-    match socket::peer_user(&connection.stream, connection.peer) {
-        Ok(Some(user)) if user == 0 || user == rustix::process::geteuid().as_raw() => Ok(()),
-        Ok(Some(_) | None) => Err(Error::ForbiddenUser),
-        Err(_) => Err(Error::Overloaded("connections")),
-    }
-}
-
-/// Reads until the end of the head: its length, and that of all that came. `None` when the
-/// client has gone.
+/// Reads until the end of the head. Returns the length of the head and of all that came; `None` when
+/// the client has gone.
 fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option<(usize, usize)>> {
     let deadline = Instant::now() + HEAD_TIME;
     let mut length: usize = 0;
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
-        // The end may stand across what came before and what comes now.
+        // The end of the head may begin in what came before.
         let from = length.saturating_sub(3);
         let read = match rest.is_zero() {
             true => Err(io::ErrorKind::WouldBlock.into()),
@@ -428,7 +303,7 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option
             let status = if buffer.contains(&b'\n') { 431 } else { 414 };
             return Err(Error::TooLarge { what: "head", limit: HEAD_LIMIT, status });
         }
-        // An end of the head with bare line feeds would never be found.
+        // The end of a head with bare line feeds would never be found.
         if buffer[from..length].windows(2).any(|pair| pair == b"\n\n") {
             return Err(Error::BadRequest("lines must end with CR LF".to_owned()));
         }
@@ -453,7 +328,7 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
     }
     let mut body = rest[..rest.len().min(length)].to_vec();
     let missing = length - body.len();
-    // Grows as it comes: memory is not given for a mere promise.
+    // The buffer grows with what comes, not with what Content-Length promises.
     (&mut stream).take(missing as u64).read_to_end(&mut body).map_err(|e| match e.kind() {
         io::ErrorKind::TimedOut => Error::BadRequest(format!("the body did not come within {} s", BODY_TIME.as_secs())),
         _ => Error::BadRequest(format!("the body did not come: {e}")),
@@ -464,45 +339,14 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
     }
 }
 
-fn reply_error(stream: &TcpStream, error: &Error, method: &str, origin: Option<&str>) {
-    let body = serde_json::to_vec(&Failure::from(error)).unwrap_or_default();
-    let mut head = head_of(error.http_status(), origin);
-    // By this our errors are told from opencode's.
-    head.push_str(&format!("{ERROR_HEADER}: {}\r\n", error.code().name()));
-    if matches!(error, Error::Unauthorized) {
-        head.push_str("WWW-Authenticate: Basic realm=\"opencode\"\r\n");
-    }
-    send(stream, head, Some(&body), method == "HEAD");
-}
-
-/// The head of an answer of ours, but for its body and its end.
-fn head_of(status: u16, origin: Option<&str>) -> String {
-    format!("HTTP/1.1 {status} {}\r\nConnection: close\r\n{}", reason(status), cors_headers(origin))
-}
-
-/// Answers, and reads on a little, so that the answer is not lost.
-fn send(stream: &TcpStream, mut head: String, body: Option<&[u8]>, head_only: bool) {
-    match body {
-        Some(body) => push_json_headers(&mut head, &body.len().to_string()),
-        None => head.push_str("\r\n"),
-    }
-    let mut bytes = head.into_bytes();
-    if let (Some(body), false) = (body, head_only) {
-        bytes.extend_from_slice(body);
-    }
-    let mut timed = Timed::new(stream, Some(Instant::now() + REPLY_TIME));
-    if timed.write_all(&bytes).is_ok() {
+/// Sends a whole reply and ends the connection.
+fn send(stream: &TcpStream, reply: &[u8]) {
+    if Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(reply).is_ok() {
         finish(stream);
     }
 }
 
-/// The rest of a head, about a body of JSON.
-fn push_json_headers(head: &mut String, length: &str) {
-    head.push_str("Content-Type: application/json\r\nCache-Control: no-store\r\n");
-    head.push_str(&format!("X-Content-Type-Options: nosniff\r\nContent-Length: {length}\r\n\r\n"));
-}
-
-/// Ends a connection after the last byte was written.
+/// Ends a connection after the last byte of a reply was written.
 fn finish(stream: &TcpStream) {
     if stream.shutdown(Shutdown::Write).is_ok() {
         let timed = Timed::new(stream, Some(Instant::now() + LINGER_TIME));
@@ -510,55 +354,22 @@ fn finish(stream: &TcpStream) {
     }
 }
 
-/// `GET /events`: server-sent events until the client goes, does not read, or the daemon stops.
+/// `GET /events`: server-sent events until the client hangs up, does not read, or the daemon stops.
 fn stream_events(stream: &TcpStream, events: &Subscription, origin: Option<&str>) {
-    let mut head = head_of(200, origin);
-    head.push_str("Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n");
-    let mut text: Arc<str> = head.into();
+    let mut text: Arc<str> = reply::event_stream(origin).into();
     while Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(text.as_bytes()).is_ok() {
-        text = match events.next(HEARTBEAT) {
-            Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => ": still here\n\n".into(),
-            Err(RecvTimeoutError::Disconnected) => return finish(stream),
+        text = match events.next(stream, HEARTBEAT) {
+            Next::Event(event) => event,
+            Next::Quiet => ": still here\n\n".into(),
+            Next::HungUp => return,
+            Next::Over => return finish(stream),
         };
     }
 }
 
 /// Refuses a connection without reading from it, and without waiting.
 fn refuse(stream: &TcpStream, error: &Error) {
-    let body = serde_json::to_string(&Failure::from(error)).unwrap_or_default();
-    let status = error.http_status();
-    let text = format!(
-        "HTTP/1.1 {status} {}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        reason(status),
-        body.len(),
-    );
     let _ = stream.set_nonblocking(true);
-    let _ = (&*stream).write(text.as_bytes());
+    let _ = (&*stream).write(&reply::error("GET", error, None));
     let _ = stream.shutdown(Shutdown::Write);
-}
-
-/// The words of a status (RFC 9110, 15).
-fn reason(status: u16) -> &'static str {
-    match status {
-        200 => "OK",
-        201 => "Created",
-        204 => "No Content",
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        409 => "Conflict",
-        411 => "Length Required",
-        413 => "Content Too Large",
-        414 => "URI Too Long",
-        415 => "Unsupported Media Type",
-        431 => "Request Header Fields Too Large",
-        500 => "Internal Server Error",
-        502 => "Bad Gateway",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        _ => "Unknown",
-    }
 }

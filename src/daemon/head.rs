@@ -1,8 +1,8 @@
-//! The head of a request, understood or refused.
+//! The head of a request, parsed or refused.
 //!
-//! Invariant: a head has exactly one reading (no smuggling). What another server might read
-//! otherwise, bare line feeds, two lengths, a length and a coding, is refused; what is passed on is
-//! written anew from what was understood.
+//! Invariant: a head has exactly one reading (no smuggling). A head that another server might read
+//! differently (bare line feeds, two lengths, a length and a coding) is refused, and the router
+//! writes a new head from the parsed one.
 //!
 //! Source of the format: RFC 9112.
 
@@ -12,37 +12,38 @@ use crate::wire::BODY_LIMIT;
 /// The most header lines; as many as common servers allow.
 pub const HEADER_LIMIT: usize = 100;
 
-/// A head that was understood. Header names are compared without case.
+/// A parsed head. Header names are compared without case.
 pub struct Head<'h> {
-    /// As it came; any token.
+    /// A token, as it came.
     pub method: &'h str,
-    /// In origin form: begins with `/`, visible ASCII only.
+    /// In origin form: a path of visible ASCII, perhaps with a query.
     pub target: &'h str,
     /// As they came.
     pub headers: &'h [httparse::Header<'h>],
     /// Of HTTP/1: 0 or 1.
     pub version: u8,
-    /// How the body is framed.
+    /// The framing of the body.
     pub framing: Framing,
 }
 
-/// How a body is framed.
+/// The framing of the body of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// So many bytes; 0 when nothing is said.
+    /// A length in bytes; 0 when the head says nothing.
     Length(u64),
     /// In chunks.
     Chunked,
 }
 
 impl<'h> Head<'h> {
-    /// Understands a head, or refuses it: one reading only.
+    /// Parses a head.
     ///
     /// # Errors
-    /// `bad_request`; `too_large` for too many headers or an impossible length.
+    /// `bad_request` when it has no reading or more than one; `too_large` for too many headers or a
+    /// length beyond 64 bits.
     pub fn parse(head: &'h [u8], headers: &'h mut [httparse::Header<'h>]) -> Result<Head<'h>> {
         let bad = |why: &str| Error::BadRequest(why.to_owned());
-        // The parser takes bare line feeds; another server behind or before us may not.
+        // httparse takes bare line feeds; the server behind us may not.
         let bare = |pair: &[u8]| (pair[1] == b'\n') != (pair[0] == b'\r');
         if head.first() == Some(&b'\n') || head.windows(2).any(bare) {
             return Err(bad("lines must end with CR LF"));
@@ -50,17 +51,22 @@ impl<'h> Head<'h> {
         let mut request = httparse::Request::new(headers);
         match request.parse(head) {
             Ok(httparse::Status::Complete(_)) => {}
-            Ok(httparse::Status::Partial) => return Err(bad("the head is not whole")),
+            Ok(httparse::Status::Partial) => return Err(bad("the head is incomplete")),
             Err(httparse::Error::TooManyHeaders) => {
                 return Err(Error::TooLarge { what: "number of headers", limit: HEADER_LIMIT, status: 431 });
             }
             Err(e) => return Err(Error::BadRequest(format!("not an HTTP request: {e}"))),
         }
         let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version) else {
-            return Err(bad("the head is not whole"));
+            return Err(bad("the head is incomplete"));
         };
-        if !target.starts_with('/') || !target.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(bad("the request target must be a path of visible ASCII"));
+        // httparse before 1.10 takes any visible characters.
+        if !method.bytes().all(is_token_byte) {
+            return Err(bad("the method is not a token"));
+        }
+        // A fragment is for the client alone; servers disagree on what one means in a request.
+        if !target.starts_with('/') || !target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') {
+            return Err(bad("the request target must be a path of visible ASCII without a fragment"));
         }
         let mut head = Head { method, target, headers: request.headers, version, framing: Framing::Length(0) };
         head.framing = head.find_framing()?;
@@ -87,17 +93,17 @@ impl<'h> Head<'h> {
         self.target.split_once('?').map_or(self.target, |(path, _)| path)
     }
 
-    /// Whether a header with a list of tokens has this one.
+    /// Whether a header that is a list of tokens contains this one.
     pub fn has_token(&self, name: &str, token: &str) -> bool {
         let values = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
         let mut tokens = values.flat_map(|header| header.value.split(|byte| *byte == b','));
         tokens.any(|given| given.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
     }
 
-    /// The value of a header that may stand there once.
+    /// The value of a header that may occur once.
     ///
     /// # Errors
-    /// `bad_request` when it stands there twice, or is not visible ASCII.
+    /// `bad_request` when it occurs twice or is not ASCII.
     pub fn only(&self, name: &str) -> Result<Option<&'h str>> {
         let mut found = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
         let Some(first) = found.next() else { return Ok(None) };
@@ -109,19 +115,30 @@ impl<'h> Head<'h> {
     }
 }
 
-/// What a web page is told of an allowed origin: never that it may send credentials of its own.
-pub fn cors_headers(origin: Option<&str>) -> String {
-    match origin {
-        Some(origin) => format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"),
-        None => String::new(),
-    }
+/// Whether a byte may stand in a token, such as a method (RFC 9110, 5.6.2).
+fn is_token_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// xorshift64: enough of a random number to break a parser, and the same every time.
+    #[test]
+    fn a_method_is_a_token_and_a_target_a_path() {
+        let accepts = |line: &str| {
+            let head = format!("{line} HTTP/1.1\r\n\r\n");
+            Head::parse(head.as_bytes(), &mut [httparse::EMPTY_HEADER; HEADER_LIMIT]).is_ok()
+        };
+        for good in ["GET /", "PROPFIND /a?b", "x!$%&'*+-.^_`|~0 /", "GET /;%23"] {
+            assert!(accepts(good), "{good}");
+        }
+        for bad in ["G@T{} /", "G/T /", "G,T /", "(GET) /", "G\"T /", "GET #", "GET /#/x", "GET /\u{e9}", "GET *"] {
+            assert!(!accepts(bad), "{bad}");
+        }
+    }
+
+    /// xorshift64: random enough to break a parser, and the same in every run.
     struct Random(u64);
 
     impl Random {
@@ -137,7 +154,7 @@ mod tests {
         }
     }
 
-    /// Parts of requests, good and bad, of which a head is put together.
+    /// Parts of good and bad requests, from which heads are put together.
     const LINES: &[&[u8]] = &[
         b"GET /health HTTP/1.1\r\n",
         b"POST /workspaces HTTP/1.1\r\n",
@@ -202,7 +219,7 @@ mod tests {
                     head.push(b'\n');
                 }
             }
-            // Its end is where it is found first, as in read_head.
+            // A head ends at its first empty line, as in read_head.
             if let Some(at) = head.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
                 head.truncate(at + 4);
             }

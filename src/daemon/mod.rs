@@ -10,12 +10,15 @@
 //! Held means alive; pids in files are hints.
 
 mod api;
+mod connections;
 pub mod engine;
 mod events;
+mod exchange;
 mod gate;
 pub mod handover;
 mod head;
 mod instances;
+mod reply;
 mod router;
 mod supervisor;
 

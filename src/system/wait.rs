@@ -94,6 +94,48 @@ pub fn wait_readable(fd: impl AsFd, flag: &Flag, deadline: Option<Instant>) -> i
     }
 }
 
+/// Why [`wait_with_peer`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// The descriptor is readable.
+    Readable,
+    /// The peer has closed its side of the connection, or broken it off.
+    HungUp,
+    /// Neither, before the deadline.
+    TimedOut,
+}
+
+/// Waits until a descriptor is readable or the peer of a socket hangs up. What the peer sends is not
+/// read and wakes nobody.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn wait_with_peer(fd: impl AsFd, peer: impl AsFd, deadline: Instant) -> io::Result<Woken> {
+    loop {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&peer, PollFlags::RDHUP)];
+        let rest = timespec(deadline.saturating_duration_since(Instant::now()));
+        match poll(&mut fds, Some(&rest)) {
+            Ok(0) => return Ok(Woken::TimedOut),
+            Ok(_) if !fds[1].revents().is_empty() => return Ok(Woken::HungUp),
+            Ok(_) => return Ok(Woken::Readable),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Waits for the deadline, unless a flag is raised or the connection ends in both directions before.
+pub fn pause(flag: &Flag, connection: impl AsFd, deadline: Instant) {
+    loop {
+        let rest = timespec(deadline.saturating_duration_since(Instant::now()));
+        // The kernel reports an end in both directions without being asked to.
+        let mut fds = [PollFd::new(flag, PollFlags::IN), PollFd::new(&connection, PollFlags::empty())];
+        if !matches!(poll(&mut fds, Some(&rest)), Err(Errno::INTR)) {
+            return;
+        }
+    }
+}
+
 /// Waits until a descriptor is readable; a pidfd is when its process has ended. False at the
 /// deadline.
 pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {

@@ -250,9 +250,10 @@ fn a_preflight_of_an_origin_on_the_list_is_answered() {
         let reply = preflight.header("Access-Control-Request-Method", "DELETE").send();
         assert_eq!((reply.status, &reply.body[..]), (204, &b""[..]), "{reply:?}");
         assert_eq!(reply.header("access-control-allow-origin"), Some("tauri://localhost"));
+        assert_eq!(reply.header("access-control-expose-headers"), Some("X-Openwork-Error"));
         assert_eq!(
             reply.header("access-control-allow-headers"),
-            Some("authorization, content-type, x-opencode-directory")
+            Some("authorization, content-type, x-opencode-directory, x-openwork-timeout")
         );
         let methods = reply.header("access-control-allow-methods").unwrap();
         assert!(["GET", "POST", "PATCH", "DELETE"].iter().all(|method| methods.contains(method)), "{methods}");

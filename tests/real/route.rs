@@ -213,11 +213,11 @@ fn a_terminal_of_opencode_is_in_its_workspace() {
 fn a_terminal_of_a_web_page_has_a_ticket() {
     let host = real();
     host.openwork(["daemon", "start"]).ok();
-    host.add(host.project("p"));
+    let workspace = host.add(host.project("p"));
     let id = Terminal::make(&host, "p");
     let ticket = host.routed("POST", &format!("/w/p/pty/{id}/connect-token")).header("X-OpenCode-Ticket", "1");
     let ticket = ticket.send().json()["ticket"].as_str().unwrap().to_owned();
-    let target = format!("/w/p/pty/{id}/connect?ticket={ticket}");
+    let target = format!("/w/{workspace}/pty/{id}/connect?ticket={ticket}");
     let mut terminal = Terminal::connect(&host, &target, "Origin: tauri://localhost\r\n");
     terminal.type_line("echo hello-$((40+2))");
     terminal.shows("hello-42");

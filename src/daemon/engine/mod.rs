@@ -21,7 +21,7 @@ use ureq::{Agent, Body};
 
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
-use crate::framing::{is_json, percent_encode};
+use crate::framing::{is_json, percent_decode, percent_encode};
 use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
 use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
 use crate::system::limits;
@@ -210,36 +210,61 @@ impl Endpoint {
 /// of the Basic credentials behind the scheme, percent-encoded.
 pub const TOKEN_PARAMETER: &str = "auth_token";
 
-/// The header that says which instance is meant; percent-encoded once.
+/// The header that chooses the instance: its directory, percent-encoded once.
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
-/// The parameter that `directory` in the query becomes at paths at which it does not only say which
-/// instance is meant, as the header does, but also which sessions are listed: those of that
-/// directory, and not all of the project (which directories outside of git share). opencode decodes
-/// it once more than usual, but for the coming protocol (`/api`).
+/// The headers that choose a place; the second one an experimental workspace of opencode's.
+pub const PLACE_HEADERS: [&str; 2] = [DIRECTORY_HEADER, "x-opencode-workspace"];
+
+/// Whether a query parameter with this decoded name chooses a place: a directory, or an experimental
+/// workspace of opencode's, which may be anywhere. opencode compares with case today.
+pub fn chooses_place(parameter: &[u8]) -> bool {
+    // `location[directory]` and `location[workspace]` are parts of `location`.
+    let name = parameter.split(|byte| *byte == b'[').next().unwrap_or_default();
+    [&b"directory"[..], b"workspace", b"location"].iter().any(|place| name.eq_ignore_ascii_case(place))
+}
+
+/// The segments of a path as opencode's router compares them: without empty ones, percent-decoded, in
+/// lower case, up to a `;` (find-my-way 9, with the options that opencode gives it).
+fn segments(path: &str) -> Vec<Vec<u8>> {
+    let path = path.split(';').next().unwrap_or_default();
+    let segments = path.split('/').filter(|segment| !segment.is_empty());
+    segments.map(|segment| percent_decode(segment).unwrap_or_else(|| segment.into()).to_ascii_lowercase()).collect()
+}
+
+/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
+/// a filter: it limits the list of sessions to those of that directory, which the header does not.
+/// opencode decodes the value once more than usual, except for the 2.x protocol (`/api`).
 pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
     let once = percent_encode(directory.as_os_str().as_encoded_bytes());
-    let value = match path {
-        "/session" | "/experimental/session" => percent_encode(once.as_bytes()),
-        "/api/session" => once,
+    let segments = segments(path);
+    let value = match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
+        [b"session"] | [b"experimental", b"session"] => percent_encode(once.as_bytes()),
+        [b"api", b"session"] => once,
         _ => return None,
     };
     Some(format!("directory={value}"))
 }
 
-/// Whether a call to this path loads the instance: all do but those about no instance, and
-/// those of the coming protocol (`/api`), which have their own kind.
+/// Whether a call to this path loads the instance: all do but those about no instance, and those of
+/// the 2.x protocol (`/api`), which has instances of its own.
 pub fn loads_instance(path: &str) -> bool {
-    !["/global/", "/auth/", "/api/"].iter().any(|prefix| path.starts_with(prefix)) && path != "/doc"
+    let segments = segments(path);
+    match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
+        [b"global" | b"auth" | b"api", _, ..] | [b"doc"] => false,
+        [..] => true,
+    }
 }
 
-/// Whether a call may have a ticket in its query for credentials: a terminal's, opened by a web
-/// page that can set no header. It was given out to somebody with credentials, works once, and
-/// opencode checks it.
+/// Whether a call may have a ticket in its query for credentials: a terminal's WebSocket, opened by a
+/// web page that can set no header. opencode gives tickets to users with credentials, takes each once,
+/// and checks it. Other spellings of the path, which no client uses, need credentials.
 pub fn takes_ticket(path: &str, query: &str) -> bool {
     let path = path.strip_prefix("/api").unwrap_or(path);
     let id = path.strip_prefix("/pty/").and_then(|rest| rest.strip_suffix("/connect"));
-    id.is_some_and(|id| !id.is_empty() && !id.contains('/')) && query.split('&').any(|p| p.starts_with("ticket="))
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    let has_ticket = query.split('&').any(|p| p.strip_prefix("ticket=").is_some_and(|ticket| !ticket.is_empty()));
+    id.is_some_and(|id| !id.is_empty() && id.bytes().all(is_plain)) && has_ticket
 }
 
 /// How often a random port may turn out to be taken: with most of them free, twice is rare.

@@ -1,0 +1,495 @@
+//! One routed request on its way: the request to opencode and the reply back, copied as the bytes
+//! come by one thread in `poll` over both sockets.
+//!
+//! Invariants: of the request, exactly one head and its body reach opencode; of the reply, the same
+//! reach the client; memory does not depend on the length of a body or stream; the end of either
+//! side is passed to the other at once.
+//!
+//! Sources of the format: RFC 9110 (7.6 on intermediaries, 7.8 on upgrades, 15.2 on interim
+//! replies), RFC 9112.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
+
+use super::head::Framing;
+use super::reply::cors_headers;
+use super::router::Client;
+use crate::error::{Error, Result};
+use crate::framing::{Body, HEADER_LIMIT, parse_reply_head};
+use crate::http::Timed;
+use crate::system::wait::{Flag, timespec};
+
+/// The first size of a buffer: events are smaller, and many streams are open for days. Bytes.
+const SMALL_BUFFER: usize = 8 * 1024;
+/// The size a filled buffer grows to: fewer system calls for a large body. Bytes.
+const LARGE_BUFFER: usize = 128 * 1024;
+/// The size of the kernel's buffers between two sockets. By itself the kernel grows them to megabytes
+/// for a large body, which have left the processor's cache when the other side reads them: copying
+/// takes almost twice as long. Bytes.
+const SOCKET_BUFFER: usize = 128 * 1024;
+/// The largest head of a reply; opencode's are below 1 KB. Bytes.
+const REPLY_HEAD_LIMIT: usize = 64 * 1024;
+/// How long a client may take to read the rest of an interim reply before an error: it is short.
+const INTERIM_TIME: Duration = Duration::from_secs(1);
+
+/// Headers that are about one connection (RFC 9110, 7.6.1).
+pub fn is_hop_by_hop(name: &str) -> bool {
+    ["connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "upgrade"]
+        .iter()
+        .any(|hop| name.eq_ignore_ascii_case(hop))
+}
+
+/// Adds a header line to a head.
+pub fn push_header(head: &mut Vec<u8>, header: &httparse::Header<'_>) {
+    for part in [header.name.as_bytes(), b": ", header.value, b"\r\n"] {
+        head.extend_from_slice(part);
+    }
+}
+
+/// Bytes on their way in one direction.
+struct Flow {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    /// The side that sends them has ended.
+    ended: bool,
+}
+
+impl Flow {
+    fn new(first: Vec<u8>) -> Flow {
+        let end = first.len();
+        let mut buffer = first;
+        buffer.resize(end.max(SMALL_BUFFER), 0);
+        Flow { buffer, start: 0, end, ended: false }
+    }
+
+    fn pending(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Whether there is room to read into, or can be made.
+    fn has_room(&self) -> bool {
+        !self.ended && (self.is_empty() || self.end < self.buffer.len())
+    }
+
+    /// Reads what has come; returns the number of bytes. At the end it sets `ended`.
+    fn read(&mut self, mut stream: &TcpStream) -> io::Result<usize> {
+        if self.is_empty() {
+            // One read has filled the buffer: this is no stream of small events.
+            if self.end == self.buffer.len() && self.end < LARGE_BUFFER {
+                self.buffer.resize(LARGE_BUFFER, 0);
+            }
+            (self.start, self.end) = (0, 0);
+        }
+        match stream.read(&mut self.buffer[self.end..]) {
+            Ok(0) => {
+                self.ended = true;
+                Ok(0)
+            }
+            Ok(count) => {
+                self.end += count;
+                Ok(count)
+            }
+            Err(e) if is_later(&e) => Ok(0),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Writes as much as the socket takes.
+    fn write(&mut self, mut stream: &TcpStream) -> io::Result<()> {
+        while !self.is_empty() {
+            match stream.write(&self.buffer[self.start..self.end]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => self.start += count,
+                Err(e) if is_later(&e) => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds bytes after the pending ones.
+    fn push(&mut self, bytes: &[u8]) {
+        let pending = [self.pending(), bytes].concat();
+        self.replace(pending);
+    }
+
+    /// Replaces the pending bytes.
+    fn replace(&mut self, bytes: Vec<u8>) {
+        let ended = self.ended;
+        *self = Flow::new(bytes);
+        self.ended = ended;
+    }
+}
+
+fn is_later(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// The connection headers of an event stream. The connection serves only one request, as always, but
+/// with `close` node's client takes a stream that breaks off for a complete one, and OpenCode's SDK
+/// does not connect again.
+const STAYS_OPEN: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
+
+fn is_event_stream(header: &httparse::Header<'_>) -> bool {
+    header.name.eq_ignore_ascii_case("content-type") && header.value.starts_with(b"text/event-stream")
+}
+
+fn is_chunked(header: &httparse::Header<'_>) -> bool {
+    header.name.eq_ignore_ascii_case("transfer-encoding") && header.value.eq_ignore_ascii_case(b"chunked")
+}
+
+/// How far the reply has come.
+enum Reply {
+    /// Its head is incomplete.
+    Head,
+    /// Its body is being passed on.
+    Body(Body),
+    /// It is an upgrade: both directions are bytes.
+    Tunnel,
+}
+
+/// What [`Exchange::wait_for_reply`] has waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The head of a reply.
+    Reply,
+    /// The head of the reply to an upgrade that opencode accepts.
+    Tunnel,
+    /// The client has gone, and wants no reply.
+    ClientGone,
+}
+
+/// A request and its reply on their way.
+pub struct Exchange<'a> {
+    client: &'a Client<'a>,
+    upstream: &'a TcpStream,
+    up: Flow,
+    down: Flow,
+    /// The interim replies (1xx) that the client has not read yet.
+    interim: Flow,
+    /// What is left of the body of the request.
+    body: Body,
+    /// Bytes after the request: they belong to the tunnel, if there will be one, and else to nothing.
+    early: &'a [u8],
+    reply: Reply,
+    is_upgrade: bool,
+    /// The end of the client's side was passed on.
+    half_closed: bool,
+}
+
+impl<'a> Exchange<'a> {
+    /// A request with its new head, and a connection to opencode on which nothing was sent.
+    ///
+    /// # Errors
+    /// `bad_request` when the body that has come is malformed.
+    pub fn new(
+        client: &'a Client<'a>,
+        upstream: &'a TcpStream,
+        head: Vec<u8>,
+        is_upgrade: bool,
+    ) -> Result<Exchange<'a>> {
+        let mut body = match client.request.framing {
+            Framing::Length(length) => Body::length(length),
+            Framing::Chunked => Body::chunked(),
+        };
+        let mut first = head;
+        let belonging = body.advance(client.rest).map_err(bad_chunks)?;
+        first.extend_from_slice(&client.rest[..belonging]);
+        let failed = |e| Error::Internal(format!("cannot pass on: {e}"));
+        let stream = client.stream();
+        stream.set_nonblocking(true).map_err(failed)?;
+        for socket in [stream, upstream] {
+            // A failure costs only speed.
+            let _ = set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
+            let _ = set_socket_send_buffer_size(socket, SOCKET_BUFFER);
+        }
+        Ok(Exchange {
+            client,
+            upstream,
+            up: Flow::new(first),
+            down: Flow::new(Vec::new()),
+            interim: Flow::new(Vec::new()),
+            body,
+            early: &client.rest[belonging..],
+            reply: Reply::Head,
+            is_upgrade,
+            half_closed: false,
+        })
+    }
+
+    /// Sends the request, and waits for the head of the reply; the client gets nothing of it yet.
+    /// Interim replies are passed on. `deadline` limits the wait.
+    ///
+    /// # Errors
+    /// What the client is to be told. `opencode_error` when opencode ends without a reply.
+    pub fn wait_for_reply(&mut self, deadline: Option<Instant>, stop: &Flag) -> Result<Answer> {
+        // A new connection takes a head at once. A failure shows below.
+        let _ = self.up.write(self.upstream);
+        loop {
+            let goes_on = self.step(deadline, stop).inspect_err(|_| self.end_interim());
+            match (goes_on?, &self.reply) {
+                (false, _) => return Ok(Answer::ClientGone),
+                (true, Reply::Head) => {}
+                (true, Reply::Body(_)) => return Ok(Answer::Reply),
+                (true, Reply::Tunnel) => return Ok(Answer::Tunnel),
+            }
+        }
+    }
+
+    /// Passes the reply on to its end, or the tunnel both ways. A failure can no longer be told: the
+    /// connection just ends.
+    pub fn pass_on(mut self, stop: &Flag) {
+        if self.down.write(self.client.stream()).is_err() {
+            return;
+        }
+        while !self.is_over() && self.step(None, stop).unwrap_or(false) {}
+    }
+
+    /// Writes the rest of an interim reply, so that what follows it is not taken for a part of it.
+    fn end_interim(&mut self) {
+        let stream = self.client.stream();
+        if !self.interim.is_empty() && stream.set_nonblocking(false).is_ok() {
+            let _ = Timed::new(stream, Some(Instant::now() + INTERIM_TIME)).write_all(self.interim.pending());
+        }
+    }
+
+    /// Waits for something to do and does it; false when the client or the reply has gone.
+    fn step(&mut self, deadline: Option<Instant>, stop: &Flag) -> Result<bool> {
+        let tunnel = matches!(self.reply, Reply::Tunnel);
+        let waits_for_head = matches!(self.reply, Reply::Head);
+        let reads_client = self.up.has_room() && (tunnel || !self.body.is_done());
+        // The next interim reply is not read before the client has taken the last.
+        let reads_upstream = self.down.has_room() && self.interim.is_empty();
+        let writes_client = !self.interim.is_empty() || !(waits_for_head || self.down.is_empty());
+        let mut client_events = PollFlags::empty();
+        let mut upstream_events = PollFlags::empty();
+        // The end of the client's side shows without a read of bytes that must not be passed on.
+        let waits_for_end = !self.half_closed && !tunnel && self.body.is_done() && self.up.is_empty();
+        client_events.set(PollFlags::RDHUP, waits_for_end);
+        client_events.set(PollFlags::IN, reads_client);
+        client_events.set(PollFlags::OUT, writes_client);
+        upstream_events.set(PollFlags::IN, reads_upstream);
+        upstream_events.set(PollFlags::OUT, !self.up.is_empty());
+        let timeout = deadline.map(remaining).transpose()?;
+        let client = self.client.stream();
+        let mut fds = [
+            PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(client.as_fd(), client_events),
+            PollFd::from_borrowed_fd(self.upstream.as_fd(), upstream_events),
+        ];
+        // A side that has ended, and of which nothing is wanted, would be ready for ever.
+        let watched = if upstream_events.is_empty() { 2 } else { 3 };
+        match poll(&mut fds[..watched], timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::Internal(format!("cannot wait for a connection: {e}"))),
+        }
+        let [stopping, client_ready, upstream_ready] = fds.map(|fd| fd.revents());
+        if !stopping.is_empty() {
+            return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
+        }
+        let gone = PollFlags::ERR | PollFlags::HUP;
+        // A client that has gone, rather than only finished sending, wants no reply.
+        if client_ready.intersects(gone) {
+            return Ok(false);
+        }
+        if reads_client && client_ready.intersects(PollFlags::IN) {
+            self.read_client()?;
+        }
+        if upstream_ready.intersects(PollFlags::IN | gone) && reads_upstream && !self.read_upstream()? {
+            return Ok(false);
+        }
+        // Mostly the socket takes bytes at once, so nothing asks it first.
+        let sent = self.up.write(self.upstream);
+        if let Err(e) = sent {
+            // opencode may have replied before it closed; that reply is still to be read or passed on.
+            if self.down.ended && matches!(self.reply, Reply::Head) {
+                return Err(broken(&e));
+            }
+            self.forget_client();
+        }
+        self.pass_end_of_client(client_ready.intersects(PollFlags::RDHUP));
+        let written = match waits_for_head {
+            true => self.interim.write(client),
+            false => self.down.write(client),
+        };
+        Ok(written.is_ok())
+    }
+
+    /// Drops what the client sends from now on: nobody takes it any more.
+    fn forget_client(&mut self) {
+        self.up = Flow::new(Vec::new());
+        self.up.ended = true;
+        self.body = Body::length(0);
+        self.half_closed = true;
+    }
+
+    /// Reads the next bytes of the request, or of a tunnel.
+    fn read_client(&mut self) -> Result<()> {
+        let before = self.up.end - self.up.start;
+        // A client that has broken off has ended.
+        let count = self.up.read(self.client.stream()).unwrap_or_else(|_| {
+            self.up.ended = true;
+            0
+        });
+        if !matches!(self.reply, Reply::Tunnel) {
+            let new = &self.up.pending()[before..];
+            let belonging = self.body.advance(new).map_err(bad_chunks)?;
+            self.up.end -= count - belonging;
+        }
+        Ok(())
+    }
+
+    /// Reads the next bytes of the reply; false when it is broken and the client has its beginning.
+    fn read_upstream(&mut self) -> Result<bool> {
+        let before = self.down.end - self.down.start;
+        match (self.down.read(self.upstream), &mut self.reply) {
+            (Err(e), Reply::Head) => return Err(broken(&e)),
+            // The bytes before the break are passed on; opencode takes no more.
+            (Err(_), _) => {
+                self.down.ended = true;
+                self.forget_client();
+            }
+            (Ok(_), Reply::Head) => self.take_head()?,
+            (Ok(_), Reply::Body(body)) => {
+                let pending = self.down.pending();
+                match body.advance(&pending[before.min(pending.len())..]) {
+                    Ok(belonging) => self.down.end = self.down.start + before + belonging,
+                    Err(_) => return Ok(false),
+                }
+            }
+            (Ok(_), Reply::Tunnel) => {}
+        }
+        Ok(true)
+    }
+
+    /// Rewrites the head of the reply for the client, once the head is complete.
+    fn take_head(&mut self) -> Result<()> {
+        loop {
+            let pending = self.down.pending();
+            let Some(at) = pending.windows(4).position(|bytes| bytes == b"\r\n\r\n") else {
+                if pending.len() >= REPLY_HEAD_LIMIT {
+                    return Err(Error::OpencodeFault("the head of its reply is too long".to_owned()));
+                }
+                if self.down.ended {
+                    return Err(Error::OpencodeFault("it closed the connection without a reply".to_owned()));
+                }
+                if self.down.end == self.down.buffer.len() {
+                    self.down.buffer.resize(REPLY_HEAD_LIMIT, 0);
+                }
+                return Ok(());
+            };
+            let (head, rest) = pending.split_at(at + 4);
+            let reply = parse_reply_head(head, self.client.request.method);
+            let reply = reply.map_err(|e| Error::OpencodeFault(format!("its reply is not HTTP: {e}")))?;
+            let mut bytes = self.reply_head(head, reply.status);
+            if (100..200).contains(&reply.status) && reply.status != 101 {
+                let rest = rest.to_vec();
+                // HTTP/1.0 has no interim replies (RFC 9110, 15.2).
+                if self.client.request.version > 0 {
+                    self.interim.push(&bytes);
+                }
+                self.down.replace(rest);
+                continue;
+            }
+            // The end of an interim reply that the client has not read yet comes before the reply.
+            bytes.splice(..0, self.interim.pending().iter().copied());
+            self.interim.replace(Vec::new());
+            let mut body = reply.body;
+            self.reply = if reply.status == 101 && self.is_upgrade {
+                bytes.extend_from_slice(rest);
+                self.up.push(self.early);
+                Reply::Tunnel
+            } else {
+                let broken = |e| Error::OpencodeFault(format!("its reply is not HTTP: {e}"));
+                let belonging = body.advance(rest).map_err(broken)?;
+                bytes.extend_from_slice(&rest[..belonging]);
+                Reply::Body(body)
+            };
+            self.down.replace(bytes);
+            return Ok(());
+        }
+    }
+
+    /// The head of a reply as the client gets it.
+    fn reply_head(&self, head: &[u8], status: u16) -> Vec<u8> {
+        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
+        let mut parsed = httparse::Response::new(&mut headers);
+        let _ = parsed.parse(head); // it has been parsed before
+        let line = head.iter().position(|byte| *byte == b'\n').map_or(head.len(), |at| at + 1);
+        let mut bytes = head[..line].to_vec();
+        let is_tunnel = status == 101 && self.is_upgrade;
+        for header in parsed.headers.iter() {
+            let cors = self.client.origin.is_some()
+                && !header.name.eq_ignore_ascii_case("access-control-expose-headers")
+                && (header.name.to_ascii_lowercase().starts_with("access-control-")
+                    || header.name.eq_ignore_ascii_case("vary"));
+            if !cors && (is_tunnel || !is_hop_by_hop(header.name)) {
+                push_header(&mut bytes, header);
+            }
+        }
+        if !is_tunnel && status >= 200 {
+            // A reply that ends with the connection has to say so.
+            let is_stream = parsed.headers.iter().any(is_event_stream) && parsed.headers.iter().any(is_chunked);
+            let asked_to_close = self.client.request.has_token("connection", "close");
+            bytes.extend_from_slice(if is_stream && !asked_to_close { STAYS_OPEN } else { b"Connection: close\r\n" });
+        }
+        bytes.extend_from_slice(cors_headers(self.client.origin).as_bytes());
+        bytes.extend_from_slice(b"\r\n");
+        bytes
+    }
+
+    /// Passes the end of the client's side on, once, and after all bytes before it.
+    fn pass_end_of_client(&mut self, hung_up: bool) {
+        // Bytes that the client has sent before its end are still to be read.
+        let body_is_over = self.body.is_done() && !matches!(self.reply, Reply::Tunnel);
+        let ended = self.up.ended || (hung_up && body_is_over);
+        if ended && !self.half_closed && self.up.is_empty() {
+            self.half_closed = true;
+            let _ = self.upstream.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Whether all is passed on.
+    fn is_over(&mut self) -> bool {
+        if !self.down.is_empty() {
+            return false;
+        }
+        match &self.reply {
+            Reply::Head => false,
+            Reply::Body(body) => body.is_done() || self.down.ended,
+            Reply::Tunnel => {
+                if self.down.ended {
+                    let _ = self.client.stream().shutdown(Shutdown::Write);
+                }
+                self.down.ended && (self.up.ended && self.up.is_empty())
+            }
+        }
+    }
+}
+
+/// How long until the deadline.
+fn remaining(deadline: Instant) -> Result<Timespec> {
+    let rest = deadline.saturating_duration_since(Instant::now());
+    if rest.is_zero() {
+        return Err(Error::OpencodeTimeout("did not answer"));
+    }
+    Ok(timespec(rest))
+}
+
+fn broken(e: &io::Error) -> Error {
+    Error::OpencodeFault(format!("the connection broke before a reply: {e}"))
+}
+
+fn bad_chunks(e: io::Error) -> Error {
+    Error::BadRequest(format!("the body is not as it is framed: {e}"))
+}
