@@ -64,9 +64,8 @@ impl<'h> Head<'h> {
         if !method.bytes().all(is_token_byte) {
             return Err(bad("the method is not a token"));
         }
-        // A fragment is for the client alone; servers disagree on what one means in a request.
-        if !target.starts_with('/') || !target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') {
-            return Err(bad("the request target must be a path of visible ASCII without a fragment"));
+        if !target.starts_with('/') || !target.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(bad("the request target must be a path of visible ASCII"));
         }
         let mut head = Head { method, target, headers: request.headers, version, framing: Framing::Length(0) };
         head.framing = head.find_framing()?;
@@ -130,10 +129,10 @@ mod tests {
             let head = format!("{line} HTTP/1.1\r\n\r\n");
             Head::parse(head.as_bytes(), &mut [httparse::EMPTY_HEADER; HEADER_LIMIT]).is_ok()
         };
-        for good in ["GET /", "PROPFIND /a?b", "x!$%&'*+-.^_`|~0 /", "GET /;%23"] {
+        for good in ["GET /", "PROPFIND /a?b", "x!$%&'*+-.^_`|~0 /", "GET /;#%23"] {
             assert!(accepts(good), "{good}");
         }
-        for bad in ["G@T{} /", "G/T /", "G,T /", "(GET) /", "G\"T /", "GET #", "GET /#/x", "GET /\u{e9}", "GET *"] {
+        for bad in ["G@T{} /", "G/T /", "G,T /", "(GET) /", "G\"T /", "GET #", "GET /\u{e9}", "GET *"] {
             assert!(!accepts(bad), "{bad}");
         }
     }

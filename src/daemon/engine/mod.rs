@@ -225,9 +225,9 @@ pub fn chooses_place(parameter: &[u8]) -> bool {
 }
 
 /// The segments of a path as opencode's router compares them: without empty ones, percent-decoded, in
-/// lower case, up to a `;` (find-my-way 9, with the options that opencode gives it).
+/// lower case, up to a `;` or `#` (find-my-way 9, with the options that opencode gives it).
 fn segments(path: &str) -> Vec<Vec<u8>> {
-    let path = path.split(';').next().unwrap_or_default();
+    let path = path.split([';', '#']).next().unwrap_or_default();
     let segments = path.split('/').filter(|segment| !segment.is_empty());
     segments.map(|segment| percent_decode(segment).unwrap_or_else(|| segment.into()).to_ascii_lowercase()).collect()
 }
