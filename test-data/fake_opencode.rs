@@ -30,7 +30,8 @@
 //! | `FAKE_POISON=DIR` | prints a line and exits with 7 half-way through loading this directory (also: the lines of `$FAKE_OPENCODE_DIR/poison`) |
 //! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
-//! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen.
+//! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` does,
+//! no disposal ends.
 //!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
@@ -476,6 +477,10 @@ impl Server {
     }
 
     fn authorizes(&self, request: &Request) -> bool {
+        // As the real one, it takes a ticket for credentials there, and nowhere else.
+        if request.path() == "/pty/x/connect" && request.query("ticket").as_deref() == Some("good") {
+            return true;
+        }
         let wanted = self.authorization.as_deref();
         self.settings.text("FAKE_AUTH") != Some("reject")
             && (wanted.is_none() || request.header("authorization") == wanted)
@@ -574,6 +579,7 @@ impl Server {
                 let _ = TcpStream::connect(stream.local_addr()?);
                 ok(stream, JSON, b"true")
             }
+            ("GET", "/interim") => interim(stream, request.number("count")),
             ("GET", "/pty/x/connect") if request.is("upgrade", "websocket") => {
                 return tunnel(&mut body.reader, stream);
             }
@@ -602,6 +608,9 @@ impl Server {
     }
 
     fn dispose(&self, directory: &str) {
+        while self.settings.file("hold-disposals").is_some_and(|path| path.exists()) {
+            thread::sleep(Duration::from_millis(5));
+        }
         self.publish(directory, "server.instance.disposed", &format!("{{\"directory\":{}}}", json(directory)));
         let mut instances = self.instances.lock().expect("the instances");
         instances.loaded.remove(directory);
@@ -721,6 +730,14 @@ fn chunked_with_trailers(mut stream: &TcpStream) -> io::Result<Next> {
     chunk(stream, b"two ")?;
     stream.write_all(b"0\r\nx-parts: 2\r\n\r\n")?;
     Ok(Next::KeepAlive)
+}
+
+/// Many interim replies of 1 KiB, and then the reply.
+fn interim(mut stream: &TcpStream, count: u64) -> io::Result<Next> {
+    for number in 0..count {
+        write!(stream, "HTTP/1.1 103 Early Hints\r\nLink: <{number}{}>\r\n\r\n", "x".repeat(1000))?;
+    }
+    ok(stream, JSON, b"true")
 }
 
 fn die_mid(mut stream: &TcpStream) -> io::Result<Next> {

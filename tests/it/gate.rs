@@ -4,13 +4,17 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
-use crate::support::{Host, LISTEN, NOBODY, Reply, Signal, connect, kill, read_to_close, sockets, until, wait_for};
+use crate::support::{
+    Host, LISTEN, NOBODY, Reply, Signal, connect, is_root, kill, read_to_close, sockets, until, wait_for,
+};
 
 /// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
 /// with the same workspaces.
@@ -264,8 +268,8 @@ fn a_preflight_of_an_origin_on_the_list_is_answered() {
 
 /// What takes two users: root, and an account without rights.
 mod as_root {
-    use std::os::unix::process::CommandExt;
-    use std::process::Command;
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
 
     use super::*;
 
@@ -284,6 +288,29 @@ mod as_root {
         let shutdown = "Content-Type: application/json\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}";
         let shutdown = gate.host.send_raw_as_another_user(&gate.request("POST /shutdown", shutdown));
         shutdown.refused(403, "forbidden_user");
+    }
+
+    #[test]
+    #[ignore = "needs root, to become another user"]
+    fn another_user_cannot_keep_the_owner_out() {
+        let gate = Gate::with(&[], "ulimit -n 4096");
+        // As many half-open heads as there are slots and more, again and again.
+        let script = r#"ulimit -n 4096; while :; do
+            for n in $(seq 1100); do { exec {fd}<>"/dev/tcp/127.0.0.1/$0" && printf 'GET /x HTTP/1.1\r\n' >&$fd; } || break; done
+            echo; sleep 1; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -gt 2 ] && eval "exec $fd>&-"; done
+        done 2>/dev/null"#;
+        let mut bash = Command::new("bash");
+        bash.args(["-c", script, &gate.host.port().to_string()]).uid(NOBODY).current_dir("/");
+        let mut attacker = bash.stdout(Stdio::piped()).spawn().unwrap();
+        let mut rounds = BufReader::new(attacker.stdout.take().unwrap()).lines();
+        rounds.next().expect("a first round").unwrap();
+        let threads = resources(gate.pid).1;
+        let replies: Vec<_> =
+            (0..200).map(|_| gate.host.http("GET", "/workspaces").try_send().map(|r| r.status)).collect();
+        attacker.kill().unwrap();
+        attacker.wait().unwrap();
+        assert!(threads > 500, "the attacker holds {threads} connections only");
+        assert!(replies.iter().all(|status| *status == Some(200)), "{replies:?}");
     }
 
     #[test]
@@ -754,6 +781,51 @@ fn above_the_limit_it_says_so_and_closes() {
     wait_for("it to take connections again", || {
         gate.host.http("GET", "/health").try_send().is_some_and(|reply| reply.status == 200)
     });
+}
+
+#[test]
+fn readers_that_hang_up_make_room_at_once() {
+    let gate = Gate::new();
+    gate.host.health();
+    let before = resources(gate.pid);
+    // More than there are slots, while nothing happens that could be written to them.
+    for _ in 0..1200 {
+        drop(gate.host.http("GET", "/events").events());
+    }
+    assert_eq!(gate.host.http("GET", "/health").send().status, 200);
+    wait_for("the daemon to let go of them", || {
+        let now = resources(gate.pid);
+        now.0 <= before.0 && now.1 <= before.1
+    });
+}
+
+#[test]
+fn without_a_thread_it_says_so_and_lives() {
+    let host = Host::unprivileged();
+    host.openwork(["daemon", "start"]).ok();
+    host.add(host.project("p"));
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    // As the daemon's own user: root may lack the right to limit others.
+    let limit = |soft: &str| {
+        let mut prlimit = Command::new("prlimit");
+        prlimit.args(["--pid", &daemon.to_string(), &format!("--nproc={soft}:")]);
+        if is_root() {
+            prlimit.uid(NOBODY);
+        }
+        assert!(prlimit.status().unwrap().success());
+    };
+    // The user has more threads than this, so the next one is refused.
+    limit("1");
+    for target in ["/health", "/workspaces", "/w/p/path"] {
+        let reply = host.routed("GET", target).send();
+        reply.refused(503, "overloaded");
+        assert_eq!(reply.header("x-openwork-error"), Some("overloaded"));
+    }
+    let hard = getrlimit(Resource::Nproc).maximum;
+    limit(&hard.map_or("unlimited".to_owned(), |hard| hard.to_string()));
+    host.routed("GET", "/w/p/path").send();
+    host.http("GET", "/workspaces").ok();
+    assert_eq!((host.daemon_pid(), host.opencode_pid()), (daemon, opencode));
 }
 
 #[test]

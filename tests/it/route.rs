@@ -9,7 +9,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, Reply, Signal, is_alive, kill, read_to_close, wait_for, wait_gone};
+use crate::support::{ESTABLISHED, Host, Reply, Signal, is_alive, kill, read_to_close, sockets, wait_for, wait_gone};
 
 /// A host with a warm opencode and two workspaces, `p` and `q`.
 fn host() -> (Host, PathBuf, PathBuf) {
@@ -79,12 +79,19 @@ fn no_other_directory_can_be_asked_for() {
         format!("location[directory]={other}"),
         "directory".to_owned(),
         "directory=".to_owned(),
+        "workspace=wrk_1".to_owned(),
+        "work%73pace=wrk_1".to_owned(),
+        "location%5Bworkspace%5D=wrk_1".to_owned(),
         "&&directory=/&&".to_owned(),
     ] {
         for path in ["path", "api/anything"] {
             host.routed("GET", &format!("/w/p/{path}?{query}")).send();
         }
     }
+    let with_headers = host.routed("GET", "/w/p/echo?a=b&workspace=wrk_1&location[workspace]=wrk_1&c");
+    let with_headers = with_headers.header("X-OpenCode-Workspace", "wrk_1").header("X-OpenCode-Directory", other);
+    let got = echo(&with_headers.send());
+    assert_eq!((&got["target"], header(&got, "x-opencode-workspace").len()), (&json!("/echo?a=b&c"), 0));
     let with_header = host.routed("GET", "/w/p/path").header("x-opencode-directory", other);
     assert_eq!(with_header.send().json()["directory"], p.to_str().unwrap());
     let twice = host.routed("GET", "/w/p/path").header("X-OpenCode-Directory", other);
@@ -258,6 +265,27 @@ fn only_the_request_is_passed_on() {
 }
 
 #[test]
+fn what_comes_after_a_body_in_pieces_is_not_passed_on() {
+    let (host, ..) = host();
+    let hidden = head(&host, "POST /w/p/session", "Content-Length: 0\r\n");
+    let pieces = [
+        ("Content-Length: 8\r\n", "the ", "body"),
+        ("Transfer-Encoding: chunked\r\n", "4\r\nthe ", "\r\n4\r\nbody\r\n0\r\n\r\n"),
+    ];
+    for (count, (framing, first, last)) in pieces.into_iter().enumerate() {
+        let mut stream = host.connect();
+        let request = head(&host, "POST /w/p/echo", framing) + first;
+        stream.write_all(request.as_bytes()).unwrap();
+        // The second piece comes when the first has reached opencode.
+        wait_for("opencode to have the head", || calls(&host).len() == count + 1);
+        stream.write_all((last.to_owned() + &hidden).as_bytes()).unwrap();
+        assert_eq!(echo(&Reply::parse(&read_to_close(&mut stream)).unwrap())["body"], "the body");
+    }
+    let calls = calls(&host);
+    assert!(calls.len() == 2 && calls.iter().all(|call| call["target"] == "/echo"), "{calls:?}");
+}
+
+#[test]
 fn a_request_has_one_idea_of_its_length() {
     let (host, ..) = host();
     for headers in [
@@ -389,11 +417,81 @@ fn one_that_dies_before_it_replies_is_an_error() {
 }
 
 #[test]
+fn only_a_request_that_changes_nothing_is_sent_again() {
+    let (host, ..) = host();
+    for (method, body, times) in [
+        ("GET", "", 2),
+        ("HEAD", "", 2),
+        ("GET", "body", 1),
+        ("POST", "", 1),
+        ("PUT", "body", 1),
+        ("PATCH", "", 1),
+        ("DELETE", "", 1),
+        ("OPTIONS", "", 1),
+    ] {
+        let before = calls(&host).len();
+        let request = host.routed(method, "/w/p/die-first").header("Content-Length", body.len().to_string());
+        assert_eq!(request.body(body).send().status, 502, "{method}");
+        let sent = &calls(&host)[before..];
+        assert_eq!(sent.len(), times, "{method} {body:?}: {sent:?}");
+    }
+}
+
+#[test]
+fn a_request_waits_for_the_disposal_of_its_instance() {
+    let host = Host::new();
+    let (p, q) = (host.project("p"), host.project("q"));
+    host.openwork(["daemon", "start", "--idle-ttl", "1s"]).ok();
+    host.add(&p);
+    host.add(&q);
+    let _stream = host.routed("GET", "/w/q/event").events();
+    let hold = host.path("fake/hold-disposals");
+    fs::write(&hold, "").unwrap();
+    host.routed("GET", "/w/p/path").send();
+    wait_for("the disposal to begin", || calls(&host).iter().any(|call| call["target"] == "/instance/dispose"));
+    let before = calls(&host).len();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| host.routed("GET", "/w/p/path").send());
+        // Other instances are not held up, and give the request time to be sent by mistake.
+        for _ in 0..20 {
+            host.routed("GET", "/w/q/path").send();
+        }
+        assert!(calls(&host)[before..].iter().all(|call| call["directory"] == q.to_str().unwrap()));
+        fs::remove_file(&hold).unwrap();
+        assert_eq!(waiting.join().unwrap().json()["directory"], p.to_str().unwrap());
+    });
+    assert_eq!(host.instance(&p)[..3], ["load", "dispose", "load"]);
+}
+
+#[test]
 fn one_that_dies_while_it_replies_is_a_broken_connection() {
     let (host, ..) = host();
     let reply = Reply::parse(&host.send_raw(head(&host, "GET /w/p/die-mid", ""))).unwrap();
     assert_eq!((reply.status, reply.header("content-length")), (200, Some("10")));
     assert_eq!(reply.body, b"half ");
+}
+
+#[test]
+fn interim_replies_come_whole_however_slowly_they_are_read() {
+    const COUNT: usize = 4000;
+    let (host, ..) = host();
+    let request = head(&host, &format!("GET /w/p/interim?count={COUNT}"), "");
+    let mut stream = host.connect();
+    stream.write_all(request.as_bytes()).unwrap();
+    let port = stream.local_addr().unwrap().port();
+    let waiting = || sockets(port, ESTABLISHED).iter().map(|(_, waiting)| *waiting).sum::<u32>();
+    wait_for("the client's buffer to fill", || waiting() > 50_000);
+    let text = String::from_utf8(read_to_close(&mut stream)).unwrap();
+    let (interim, reply) = text.split_at(text.find("HTTP/1.1 200").expect("the reply"));
+    for (number, one) in interim.split_terminator("\r\n\r\n").enumerate() {
+        assert_eq!(one, format!("HTTP/1.1 103 Early Hints\r\nLink: <{number}{}>", "x".repeat(1000)));
+    }
+    assert_eq!(interim.matches("HTTP/1.1 103").count(), COUNT);
+    assert!(reply.ends_with("\r\n\r\ntrue"), "{reply}");
+
+    // HTTP/1.0 has none.
+    let old = host.send_raw(request.replace("HTTP/1.1", "HTTP/1.0"));
+    assert!(!String::from_utf8(old).unwrap().contains(" 103 "));
 }
 
 // --- Upgrades ---
@@ -635,4 +733,149 @@ fn a_use_is_put_down() {
         host.routed("GET", "/w/q/path").send();
         used() > added
     });
+}
+
+#[test]
+fn credentials_are_taken_in_every_spelling() {
+    let (host, p, _) = host();
+    let credentials = host.credentials();
+    let token = credentials.strip_prefix("Basic ").unwrap();
+    for scheme in ["basic", "BASIC", "bAsIc"] {
+        let reply = host.http("GET", "/w/p/path").header("Authorization", format!("{scheme} {token}")).send();
+        assert_eq!(reply.json()["directory"], p.to_str().unwrap(), "{scheme}");
+    }
+    let encoded = token.replace('=', "%3D").replace('+', "%2B").replace('/', "%2F");
+    for token in [token, &encoded] {
+        let reply = host.http("GET", &format!("/w/p/path?x=1&auth_token={token}")).send();
+        assert_eq!(reply.json()["directory"], p.to_str().unwrap(), "{token}");
+    }
+    for query in ["", "?auth_token=", "?auth_token=wrong", "?auth_token=%zz", &format!("?auth_tokens={token}")] {
+        host.http("GET", &format!("/w/p/path{query}")).fails(401, "unauthorized");
+    }
+    // The header wins, as with opencode.
+    let wrong = host.http("GET", &format!("/w/p/path?auth_token={token}")).header("Authorization", "Basic wrong");
+    wrong.fails(401, "unauthorized");
+}
+
+// --- Tickets ---
+
+/// Opens a terminal's WebSocket without credentials, and returns all that comes.
+fn with_ticket(host: &Host, target: &str) -> String {
+    String::from_utf8(host.send_raw(ticket_head(host, "GET", target, "websocket"))).unwrap()
+}
+
+fn ticket_head(host: &Host, method: &str, target: &str, upgrade: &str) -> String {
+    let headers = format!("Connection: Upgrade\r\nUpgrade: {upgrade}\r\nSec-WebSocket-Key: x\r\n");
+    format!("{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n{headers}\r\n", host.port())
+}
+
+#[test]
+fn a_ticket_opens_the_terminal_of_a_loaded_instance() {
+    let (host, p, _) = host();
+    let id = host.add(&p);
+    host.routed("GET", "/w/p/path").send();
+    let mut stream = host.connect();
+    let head = ticket_head(&host, "GET", &format!("/w/{id}/pty/x/connect?ticket=good"), "WebSocket");
+    stream.write_all((head + "typed").as_bytes()).unwrap();
+    let mut begin = [0; 12];
+    stream.read_exact(&mut begin).unwrap();
+    assert_eq!(&begin, b"HTTP/1.1 101");
+    // An open terminal keeps its instance from eviction.
+    wait_for("the stream to be counted", || streams(&host, "p") == 1);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert!(read_to_close(&mut stream).ends_with(b"typed"));
+}
+
+#[test]
+fn a_refused_ticket_tells_nothing_and_changes_nothing() {
+    let (host, p, q) = host();
+    let (loaded, cold) = (host.add(&p), host.add(&q));
+    host.openwork(["workspace", "add-remote", "https://example.com", "--name", "far"]).ok();
+    host.routed("GET", "/w/p/path").send();
+    let used = host.http("GET", "/workspaces/q").ok()["workspace"]["lastUsedAt"].clone();
+    let before = calls(&host).len();
+    let ticket = "pty/x/connect?ticket";
+    let replies: Vec<String> = thread::scope(|scope| {
+        let targets = [
+            format!("/w/{loaded}/{ticket}=bad"),
+            format!("/w/{cold}/{ticket}=good"),
+            format!("/w/ws-000000000000/{ticket}=good"),
+            format!("/w/p/{ticket}=good"),
+            format!("/w/far/{ticket}=good"),
+            format!("/w/@active/{ticket}=good"),
+            format!("/w/{}/{ticket}=good", loaded.trim_end_matches(|last: char| last.is_ascii_alphanumeric())),
+            format!("/w/-/{ticket}=good"),
+            format!("/w/%zz/{ticket}=good"),
+        ];
+        let asked: Vec<_> = targets.into_iter().map(|target| scope.spawn(|| with_ticket(&host, &{ target }))).collect();
+        asked.into_iter().map(|asked| asked.join().unwrap()).collect()
+    });
+    Reply::parse(replies[0].as_bytes()).unwrap().refused(401, "unauthorized");
+    for reply in &replies[1..] {
+        assert_eq!(reply, &replies[0]);
+    }
+    // Only the good request about a loaded instance was opencode's to judge.
+    assert_eq!(calls(&host).len() - before, 1);
+    assert_eq!(host.instance(&q), [""; 0]);
+    assert_eq!((streams(&host, "p"), streams(&host, "q")), (0, 0));
+    assert_eq!(host.http("GET", "/workspaces/q").ok()["workspace"]["lastUsedAt"], used);
+}
+
+#[test]
+fn a_ticket_is_for_a_websocket_only() {
+    let (host, p, _) = host();
+    let id = host.add(&p);
+    host.routed("GET", "/w/p/path").send();
+    let before = calls(&host).len();
+    let target = |path: &str| format!("/w/{id}/{path}");
+    for request in [
+        ticket_head(&host, "POST", &target("pty/x/connect?ticket=good"), "websocket"),
+        ticket_head(&host, "HEAD", &target("pty/x/connect?ticket=good"), "websocket"),
+        ticket_head(&host, "GET", &target("pty/x/connect?ticket=good"), "h2c"),
+        ticket_head(&host, "GET", &target("pty/x/connect?ticket=good"), "websocket")
+            .replace("Connection: Upgrade\r\n", ""),
+        ticket_head(&host, "GET", &target("pty/x/connect?ticket="), "websocket"),
+        ticket_head(&host, "GET", &target("pty/x/connect?x=ticket"), "websocket"),
+        ticket_head(&host, "GET", &target("pty/x/y/connect?ticket=good"), "websocket"),
+        ticket_head(&host, "GET", &target("pty/../connect?ticket=good"), "websocket"),
+        ticket_head(&host, "GET", &target("path?ticket=good"), "websocket"),
+    ] {
+        let reply = Reply::parse(&host.send_raw(&request)).unwrap();
+        assert_eq!((reply.status, reply.header("x-openwork-error")), (401, Some("unauthorized")), "{request}");
+    }
+    assert_eq!(calls(&host).len(), before);
+}
+
+#[test]
+fn a_ticket_that_opencode_does_not_judge_is_not_waited_for() {
+    let (host, p, _) = host();
+    let id = host.add(&p);
+    host.routed("GET", "/w/p/path").send();
+    host.hang(true);
+    let reply = with_ticket(&host, &format!("/w/{id}/pty/x/connect?ticket=good"));
+    host.hang(false);
+    Reply::parse(reply.as_bytes()).unwrap().refused(401, "unauthorized");
+}
+
+#[test]
+fn without_credentials_a_known_workspace_looks_like_an_unknown_one() {
+    let (host, p, _) = host();
+    let id = host.add(&p);
+    for method in ["GET", "HEAD", "POST", "OPTIONS", "PROPFIND"] {
+        for rest in ["", "/", "/path", "/pty/x/connect?ticket=good", "/global/health", "?x"] {
+            for origin in ["", "Origin: tauri://localhost\r\n"] {
+                let ask = |selector: &str| {
+                    let line = format!("{method} /w/{selector}{rest} HTTP/1.1\r\n");
+                    host.send_raw(format!("{line}Host: 127.0.0.1:{}\r\n{origin}\r\n", host.port()))
+                };
+                let unknown = ask("nope");
+                let status = Reply::parse(&unknown).unwrap().status;
+                let preflight = method == "OPTIONS" && !origin.is_empty();
+                assert_eq!(status, if preflight { 204 } else { 401 });
+                for selector in ["p", &id, "@active", "-", "%ff", &p.to_str().unwrap().replace('/', "%2F"), "ws"] {
+                    assert_eq!(ask(selector), unknown, "{method} {selector}{rest}");
+                }
+            }
+        }
+    }
 }

@@ -223,6 +223,59 @@ fn a_terminal_of_a_web_page_has_a_ticket() {
     terminal.shows("hello-42");
 }
 
+/// Every parameter of opencode's API that is named like a place: query or header, and name.
+fn places(description: &Value) -> BTreeSet<String> {
+    let is_like_a_place = |name: &str| {
+        ["director", "workspace", "location", "worktree", "root", "cwd"].iter().any(|word| name.contains(word))
+    };
+    let mut places = BTreeSet::new();
+    let operations =
+        description["paths"].as_object().unwrap().values().flat_map(|path| path.as_object().unwrap().values());
+    for parameter in operations.flat_map(|operation| operation["parameters"].as_array().into_iter().flatten()) {
+        let (place, name) = (parameter["in"].as_str().unwrap(), parameter["name"].as_str().unwrap());
+        let parts = parameter["schema"]["properties"].as_object();
+        let parts = parts.into_iter().flatten().map(|(part, _)| format!("{name}[{part}]"));
+        for name in parts.chain([name.to_owned()]) {
+            if place != "path" && is_like_a_place(&name.to_lowercase()) {
+                places.insert(format!("{place} {name}"));
+            }
+        }
+    }
+    places
+}
+
+#[test]
+fn no_parameter_of_the_api_leads_out_of_the_workspace() {
+    let host = real();
+    host.openwork(["daemon", "start"]).ok();
+    let (p, q) = (host.project("p"), host.project("q"));
+    host.add(&p);
+    let places = places(&host.opencode("GET", "/doc").send().json());
+    // `roots` limits a list of sessions to those without a parent. A new name is to be looked at.
+    let known = [
+        "query directory",
+        "query location",
+        "query location[directory]",
+        "query location[workspace]",
+        "query roots",
+        "query workspace",
+    ];
+    assert_eq!(places, known.map(str::to_owned).into());
+    let elsewhere = q.to_str().unwrap();
+    for place in places.iter().filter_map(|place| place.strip_prefix("query ")) {
+        for value in [elsewhere, "wrk_1"] {
+            for path in ["path", "api/location"] {
+                let reply = host.routed("GET", &format!("/w/p/{path}?{place}={value}")).send();
+                assert_eq!(reply.json()["directory"], p.to_str().unwrap(), "{path}?{place}={value}");
+            }
+        }
+    }
+    for (name, value) in [("x-opencode-directory", elsewhere), ("x-opencode-workspace", "wrk_1")] {
+        let reply = host.routed("GET", "/w/p/path").header(name, value).send();
+        assert_eq!(reply.json()["directory"], p.to_str().unwrap(), "{name}");
+    }
+}
+
 #[test]
 fn what_is_large_comes_whole() {
     let host = real();
@@ -488,7 +541,7 @@ mod with_git {
             (id, project)
         });
         for (id, project) in &ids {
-            for list in ["/session", "/experimental/session"] {
+            for list in ["/session", "/experimental/session", "/session/", "//session", "/%73ession", "/SESSION"] {
                 // Whatever it is that the client takes for the directory.
                 let list = host.routed("GET", &format!("/w/{id}{list}?limit=50&directory=%2Felsewhere")).send().json();
                 let directories = list.as_array().unwrap().iter().map(|session| session["directory"].as_str().unwrap());
