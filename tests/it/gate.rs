@@ -810,7 +810,7 @@ fn without_a_thread_it_says_so_and_lives() {
         let mut prlimit = Command::new("prlimit");
         prlimit.args(["--pid", &daemon.to_string(), &format!("--nproc={soft}:")]);
         if is_root() {
-            prlimit.uid(NOBODY);
+            prlimit.uid(NOBODY).gid(NOBODY);
         }
         assert!(prlimit.status().unwrap().success());
     };
