@@ -125,6 +125,8 @@ mod tests {
 
     #[test]
     fn a_method_is_a_token_and_a_target_a_path() {
+        // httparse from 1.10 on refuses these itself.
+        assert!(!b"\"(),/:;<=>?@[\\]{} \t\x7f\xe9".iter().any(|byte| is_token_byte(*byte)));
         let accepts = |line: &str| {
             let head = format!("{line} HTTP/1.1\r\n\r\n");
             Head::parse(head.as_bytes(), &mut [httparse::EMPTY_HEADER; HEADER_LIMIT]).is_ok()

@@ -123,10 +123,7 @@ fn route_known(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpS
                 if !may_send_again(request, &error, tries) {
                     return Err(error);
                 }
-                // The wait for a successor begins now, however old the request is.
-                if timeout.is_none() {
-                    deadline = Instant::now() + api::timeout(None)?;
-                }
+                deadline = next_deadline(timeout, deadline, Instant::now())?;
                 daemon.supervisor.successor(&endpoint, deadline)?;
             }
             Err(e) => return Err(e),
@@ -144,6 +141,15 @@ fn route_known(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpS
 fn may_send_again(request: &Head<'_>, error: &Error, tries: u32) -> bool {
     let is_safe = matches!(request.method, "GET" | "HEAD") && request.framing == Framing::Length(0);
     matches!(error, Error::OpencodeFault(_)) && is_safe && tries == 1
+}
+
+/// The deadline for the wait for another opencode. The client's own limit, if there is one, is for the
+/// whole request; without one the wait begins anew, however old the request is.
+fn next_deadline(timeout: Option<&str>, deadline: Instant, now: Instant) -> Result<Instant> {
+    match timeout {
+        Some(_) => Ok(deadline),
+        None => Ok(now + api::timeout(None)?),
+    }
 }
 
 /// Routes the WebSocket of a terminal, opened with a ticket by a web page that can set no header.
@@ -346,8 +352,17 @@ fn rewrite(
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::time::{Duration, Instant};
 
-    use super::{Target, split, target};
+    use super::{Target, next_deadline, split, target};
+
+    #[test]
+    fn an_old_request_waits_for_the_next_opencode_as_long_as_a_new_one() {
+        let begun = Instant::now();
+        let (deadline, now) = (begun + Duration::from_secs(30), begun + Duration::from_secs(3600));
+        assert_eq!(next_deadline(None, deadline, now).unwrap(), now + Duration::from_secs(30));
+        assert_eq!(next_deadline(Some("30"), deadline, now).unwrap(), deadline);
+    }
 
     #[test]
     fn only_the_place_is_taken_out_of_a_target() {

@@ -777,6 +777,7 @@ fn above_the_limit_it_says_so_and_closes() {
         until("a connection to be turned away", || Some((open_all(), Reply::parse(&gate.host.send_raw(""))?)));
     assert!((LIMIT - CLOSING..=LIMIT).contains(&open), "{open}");
     turned_away.refused(503, "overloaded");
+    assert_eq!(turned_away.header("x-openwork-error"), Some("overloaded"));
     drop(streams);
     wait_for("it to take connections again", || {
         gate.host.http("GET", "/health").try_send().is_some_and(|reply| reply.status == 200)

@@ -423,3 +423,52 @@ pub fn become_when_told(command: &[std::ffi::OsString]) -> u8 {
     let _ = writeln!(io::stderr(), "openwork: cannot run {}: {error}", Path::new(program).display());
     127
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_routed_as_opencode_routes_it() {
+        let directory = Path::new("/p");
+        for path in ["/session", "/session/", "//session", "/%73ession", "/SESSION", "/session;x", "/session#x"] {
+            assert_eq!(directory_filter(path, directory).as_deref(), Some("directory=%252Fp"), "{path}");
+        }
+        assert_eq!(directory_filter("/api/session/", directory).as_deref(), Some("directory=%2Fp"));
+        for path in ["/session/x", "/sessions", "/%2Fsession", "/session%2F", "/", "/x/session"] {
+            assert_eq!(directory_filter(path, directory), None, "{path}");
+        }
+        for path in ["/global/health", "//global//event/", "/Global/health", "/auth/x", "/api/session", "/doc", "/doc/"]
+        {
+            assert!(!loads_instance(path), "{path}");
+        }
+        for path in ["/path", "/", "/doc/x", "/globals/x", "/x/global/y"] {
+            assert!(loads_instance(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_ticket_is_taken_for_a_terminal_only() {
+        for path in ["/pty/pty_1-x/connect", "/api/pty/x/connect"] {
+            assert!(takes_ticket(path, "a=b&ticket=t"), "{path}");
+            for query in ["", "ticket", "ticket=", "tickets=t", "a=ticket=t", "Ticket=t"] {
+                assert!(!takes_ticket(path, query), "{path}?{query}");
+            }
+        }
+        for path in
+            ["/pty/connect", "/pty//connect", "/pty/x/y/connect", "/pty/x/connect/", "/pty/%2e%2e/connect", "/x"]
+        {
+            assert!(!takes_ticket(path, "ticket=t"), "{path}");
+        }
+    }
+
+    #[test]
+    fn parameters_of_a_place_are_known_in_every_spelling() {
+        for name in ["directory", "Directory", "workspace", "location", "location[directory]", "directory[]"] {
+            assert!(chooses_place(name.as_bytes()), "{name}");
+        }
+        for name in ["", "directories", "mydirectory", "path", "[directory]", "auth_token", "ticket"] {
+            assert!(!chooses_place(name.as_bytes()), "{name}");
+        }
+    }
+}
