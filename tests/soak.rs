@@ -337,7 +337,8 @@ impl From<Process> for Running {
 
 impl Running {
     fn is_daemon(&self) -> bool {
-        self.argv.iter().any(|arg| arg == "__daemon")
+        // Started by a command, or by the daemon before it, at a restart.
+        self.argv.iter().any(|arg| arg == "__daemon" || arg == "__successor")
     }
 
     fn is_opencode(&self) -> bool {
