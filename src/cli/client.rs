@@ -11,6 +11,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ use crate::framing::percent_encode;
 use crate::http::{self, Request, Timed};
 use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
-use crate::system::{process, socket, wait};
+use crate::system::{self, process, socket, wait};
 use crate::wire::{BODY_LIMIT, Done, Failure, Health, Restart, RestartReply, TIMEOUT_HEADER, from_json};
 use crate::{lock, log};
 
@@ -115,7 +116,8 @@ impl Client {
                 return Err(Error::DaemonElsewhere(format!("{} is held", path.display())));
             }
         }
-        let listener = prove(pid, port, &file).map_err(|e| Error::io("look at the daemon that holds", &path, e))?;
+        let listener =
+            prove(pid, port, &file, &path).map_err(|e| Error::io("look at the daemon that holds", &path, e))?;
         Ok(Some(match listener {
             Some(listener) => Holder::Listening(Address { pid, port, listener }),
             // The text of a daemon before this holder, or one that is just ending.
@@ -472,15 +474,18 @@ impl Client {
 }
 
 /// Whether the process that the lock file names is a daemon of ours: it runs under our own user,
-/// holds the lock file open, and holds the listening socket at the port.
+/// holds the lock, and holds the listening socket at the port.
 ///
 /// # Errors
 /// When this process lacks a resource for the look.
-fn prove(pid: u32, port: u16, lock: &File) -> io::Result<Option<Listener>> {
+fn prove(pid: u32, port: u16, lock: &File, path: &Path) -> io::Result<Option<Listener>> {
     // Held first, looked at after: what is proven is true of the process behind the pidfd.
     let Some(process) = process::open(pid).filter(|_| process::is_ours(pid)) else { return Ok(None) };
+    if !system::lock::has_locked(pid, &lock.metadata()?, path) {
+        return Ok(None);
+    }
     let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
-    let socket = socket::listening_with_file(pid, address, lock)?.filter(|_| !wait::has_ended(&process));
+    let socket = socket::listening_itself(pid, address)?.filter(|_| !wait::has_ended(&process));
     Ok(socket.map(|socket| Listener { address, socket, process: Arc::new(process) }))
 }
 

@@ -52,9 +52,9 @@ pub fn holder(file: &File, path: &Path) -> io::Result<Option<Holder>> {
     Ok(None)
 }
 
-/// Whether a process has this file open with an exclusive lock on it, by proc(5): `/proc/<pid>/fdinfo/<fd>`
+/// Whether a process has this file, which lies at `path`, open with an exclusive lock on it, by proc(5): `/proc/<pid>/fdinfo/<fd>`
 /// has a line `lock: <n>: FLOCK  ADVISORY  WRITE <pid> …` for it.
-fn has_locked(pid: u32, file: &fs::Metadata, path: &Path) -> bool {
+pub fn has_locked(pid: u32, file: &fs::Metadata, path: &Path) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     entries.flatten().any(|entry| {
         // By its name first: a look at a file on a network mount that hangs would never return.

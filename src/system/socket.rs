@@ -3,10 +3,9 @@
 //! Invariants: a connection is identified by both of its addresses and counts only while it is
 //! established; a listener never answers for a connection, nor a connection for a listener.
 
-use std::fs::{self, File, ReadDir};
+use std::fs::{self, ReadDir};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::fs::fstat;
@@ -51,26 +50,13 @@ pub fn listening(process: &Process, address: SocketAddrV4) -> io::Result<Option<
     Ok(None)
 }
 
-/// The inode of the socket that listens on this address, if the process holds both the socket and
-/// this file open.
+/// The inode of the socket that listens on this address, if the process itself holds it.
 ///
 /// # Errors
 /// When this process lacks a resource for the look.
-pub fn listening_with_file(pid: u32, address: SocketAddrV4, file: &File) -> io::Result<Option<u32>> {
+pub fn listening_itself(pid: u32, address: SocketAddrV4) -> io::Result<Option<u32>> {
     let Some(inode) = listening_inode(address)? else { return Ok(None) };
-    let wanted = format!("socket:[{inode}]");
-    let file = file.metadata()?;
-    let is_file =
-        |at: &Path| fs::metadata(at).is_ok_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()));
-    let (mut holds_socket, mut holds_file) = (false, false);
-    for entry in open_files(pid)?.into_iter().flatten().flatten() {
-        match fs::read_link(entry.path()) {
-            Ok(target) if target == Path::new(&wanted) => holds_socket = true,
-            Ok(target) if target.is_absolute() && !holds_file => holds_file = is_file(&entry.path()),
-            Ok(_) | Err(_) => {}
-        }
-    }
-    Ok((holds_socket && holds_file).then_some(inode))
+    Ok(holds(pid, &format!("socket:[{inode}]"))?.then_some(inode))
 }
 
 /// The descriptors of a process, as links in `/proc/<pid>/fd`; none when the process has ended or
@@ -264,21 +250,19 @@ mod tests {
     }
 
     #[test]
-    fn a_process_has_to_hold_the_socket_and_the_file() {
+    fn a_listener_is_its_own_process_s() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = v4(listener.local_addr().unwrap());
-        let held = File::open("/proc/self/exe").unwrap();
         let me = std::process::id();
         let inode = listening_inode(address).unwrap();
         assert!(inode.is_some());
-        assert_eq!(listening_with_file(me, address, &held).unwrap(), inode);
-        // A file that only another process has open: the look itself opens nothing.
+        assert_eq!(listening_itself(me, address).unwrap(), inode);
         let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        assert_eq!(listening_with_file(other.id(), address, &held).unwrap(), None, "neither");
-        drop(listener);
-        assert_eq!(listening_with_file(me, address, &held).unwrap(), None, "no listener");
+        assert_eq!(listening_itself(other.id(), address).unwrap(), None);
         other.kill().unwrap();
         other.wait().unwrap();
+        drop(listener);
+        assert_eq!(listening_itself(me, address).unwrap(), None);
     }
 
     #[test]
