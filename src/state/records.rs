@@ -77,7 +77,8 @@ impl EngineRecord {
     }
 }
 
-/// A binary and its version, remembered with size and time: asking costs half a second.
+/// A binary and its version, remembered with what tells the file from a later one: asking costs half
+/// a second. Size and modification time alone do not, since npm dates every file 1985.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BinaryRecord {
@@ -93,12 +94,33 @@ pub struct BinaryRecord {
     /// Bytes, when it was asked.
     #[serde(default)]
     pub size: Option<u64>,
-    /// Modification time, Unix nanoseconds in decimal, when it was asked.
+    /// Modification time, Unix seconds in decimal with nine places, when it was asked.
     #[serde(default)]
     pub modified: Option<String>,
+    /// The path with links resolved, when it was asked.
+    #[serde(default)]
+    pub resolved: Option<String>,
+    /// The inode, when it was asked.
+    #[serde(default)]
+    pub inode: Option<u64>,
+    /// The time of its last change of any kind, as [`BinaryRecord::modified`], when it was asked. No
+    /// program can set it.
+    #[serde(default)]
+    pub changed: Option<String>,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
+}
+
+impl BinaryRecord {
+    /// Whether both are about the same file, unchanged. A record of openwork 0.1 is about no file.
+    pub fn is_same_file(&self, other: &BinaryRecord) -> bool {
+        let file = |record: &BinaryRecord| {
+            let BinaryRecord { path, size, modified, resolved, inode, changed, .. } = record.clone();
+            Some((path, size?, modified?, resolved?, inode?, changed?))
+        };
+        file(self).is_some_and(|ours| file(other) == Some(ours))
+    }
 }
 
 /// A workspace that may not be loaded, since that has ended opencode twice.

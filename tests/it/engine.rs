@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -240,9 +240,51 @@ fn the_version_is_asked_once_per_binary() {
     assert_eq!(asked_by_a_start(), (1, "1.18.33".to_owned()));
 
     // An upgrade in place.
-    assert!(Command::new("touch").args(["-d", "@0"]).arg(&binary).status().unwrap().success());
+    let touch = |path: &Path| assert!(Command::new("touch").args(["-d", "@0"]).arg(path).status().unwrap().success());
+    touch(&binary);
     host.behave("FAKE_VERSION=1.99.0");
     assert_eq!(asked_by_a_start(), (2, "1.99.0".to_owned()));
+    assert_eq!(asked_by_a_start(), (2, "1.99.0".to_owned()));
+
+    // One of npm's, which dates every file the same: the next has path, size and time of the last.
+    let next = host.path("next");
+    copy_program(fake_opencode(), &next);
+    touch(&next);
+    fs::rename(&next, &binary).unwrap();
+    host.behave("FAKE_VERSION=1.99.1");
+    assert_eq!(asked_by_a_start(), (3, "1.99.1".to_owned()));
+
+    // Another one behind a link that stays.
+    let link = host.path("link");
+    symlink(&binary, &link).unwrap();
+    let asked_by_link = || {
+        host.openwork(["daemon", "start"]).env("OPENWORK_OPENCODE_BIN", &link).ok();
+        host.openwork(["daemon", "stop"]).ok();
+        host.recorded("versions").len()
+    };
+    assert_eq!((asked_by_link(), asked_by_link()), (4, 4));
+    let moved = host.path("moved");
+    fs::rename(&binary, &moved).unwrap();
+    fs::remove_file(&link).unwrap();
+    symlink(&moved, &link).unwrap();
+    assert_eq!(asked_by_link(), 5);
+}
+
+#[test]
+fn a_binary_replaced_under_a_running_daemon_is_asked_at_the_next_start() {
+    let mut host = Host::new();
+    let binary = host.path("opencode");
+    copy_program(fake_opencode(), &binary);
+    host.set("OPENWORK_OPENCODE_BIN", &binary);
+    host.openwork(["daemon", "start"]).ok();
+    let before = host.opencode_pid();
+    let next = host.path("next");
+    copy_program(fake_opencode(), &next);
+    fs::rename(&next, &binary).unwrap();
+    host.behave("FAKE_VERSION=1.99.0");
+    kill(before, Signal::KILL);
+    until("the next opencode", || (host.opencode_pid() != before).then_some(()));
+    assert_eq!(host.health()["engine"]["version"], "1.99.0");
 }
 
 #[test]
@@ -251,7 +293,7 @@ fn it_is_found_on_the_path_and_at_home() {
     host.exercises(["option --opencode-bin"]);
     let place = |dir: &Path| {
         fs::create_dir_all(dir).unwrap();
-        std::os::unix::fs::symlink(fake_opencode(), dir.join("opencode")).unwrap();
+        symlink(fake_opencode(), dir.join("opencode")).unwrap();
         dir.to_owned()
     };
     let at_home = place(&host.path("home/.opencode/bin"));

@@ -5,7 +5,7 @@
 //! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
 //! connection is proven to lead to that socket (`agent`).
 
-use std::fs::Metadata;
+use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
@@ -325,12 +325,16 @@ pub fn is_free(address: SocketAddrV4) -> bool {
 
 /// What is remembered of a binary, its version still to be asked.
 pub fn record(path: &Path, metadata: &Metadata) -> BinaryRecord {
+    let time = |seconds: i64, nanoseconds: i64| Some(format!("{seconds}.{nanoseconds:09}"));
     BinaryRecord {
         path: path.to_string_lossy().into_owned(),
         actual_version: None,
         source: Some("external".to_owned()),
         size: Some(metadata.len()),
-        modified: Some(format!("{}.{:09}", metadata.mtime(), metadata.mtime_nsec())),
+        modified: time(metadata.mtime(), metadata.mtime_nsec()),
+        resolved: fs::canonicalize(path).ok().map(|path| path.to_string_lossy().into_owned()),
+        inode: Some(metadata.ino()),
+        changed: time(metadata.ctime(), metadata.ctime_nsec()),
         extra: Map::new(),
     }
 }

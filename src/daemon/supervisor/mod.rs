@@ -637,11 +637,7 @@ impl Supervisor {
         };
         let record = engine::record(&binary, &metadata);
         let known = self.store.snapshot().binaries.as_ref().and_then(|binaries| binaries.opencode.clone());
-        if let Some(version) = known
-            .filter(|known| {
-                (&known.path, &known.size, &known.modified) == (&record.path, &record.size, &record.modified)
-            })
-            .and_then(|known| known.actual_version)
+        if let Some(version) = known.filter(|known| known.is_same_file(&record)).and_then(|known| known.actual_version)
         {
             return self.version_checked(&binary, engine::check_version(&binary, &version));
         }
