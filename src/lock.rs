@@ -20,13 +20,17 @@ pub struct Lock {
 }
 
 /// Opens a lock file, creating it if need be, and tries to lock it for this process alone; `None`
-/// when another process holds it.
+/// when another process holds it. The file is emptied at once: its text is about the holder, and
+/// clients would take what the last one has left for an address of this one.
 pub fn try_exclusive(path: &Path) -> Result<Option<Lock>> {
     let file = open_private(path, OpenOptions::new().read(true).write(true).create(true));
     let mut lock = RwLock::new(file.map_err(|e| Error::io("open", path, e))?);
     // The guard would release the lock; without it the lock lasts as long as the open file.
     let locked = lock.try_write().map(std::mem::forget);
-    Ok(if_free(locked).map_err(|e| Error::io("lock", path, e))?.map(|()| Lock { file: lock.into_inner() }))
+    let Some(()) = if_free(locked).map_err(|e| Error::io("lock", path, e))? else { return Ok(None) };
+    let file = lock.into_inner();
+    file.set_len(0).map_err(|e| Error::io("empty", path, e))?;
+    Ok(Some(Lock { file }))
 }
 
 /// The file, if a process holds its lock. The look is a shared lock for a moment, so clients that

@@ -36,7 +36,7 @@
 //! agent        HTTP calls to a proven listener
 //! framing      where a body ends, what the head of a reply says, percent coding
 //! http         HTTP as it is passed through
-//! system/      all that knows Linux: processes, sockets, waiting, limits
+//! system/      all that knows Linux: processes, sockets, waiting, limits, disks that hang
 //! options, lock, log, paths, error
 //! ```
 //!

@@ -6,7 +6,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -14,9 +14,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::log::now_ms;
 use crate::paths::open_private;
-use crate::state::{EngineRecord, State, write_whole};
+use crate::state::{EngineRecord, State, keep_beside, write_whole};
 use crate::workspace::{Place, Workspace, is_id};
 
 /// What was done.
@@ -69,24 +68,11 @@ pub fn repair(path: &Path) -> Result<Repair> {
         Err(e) if e.kind() != io::ErrorKind::PermissionDenied => (State::default(), Vec::new()),
         Err(e) => return Err(Error::io("read", path, e)),
     };
-    let original = Some(keep(path)?.to_string_lossy().into_owned());
+    // Until the new file is in place, the old name stays too, if the original is a file.
+    let original = Some(keep_beside(path, "corrupt")?.to_string_lossy().into_owned());
     write_whole(path, &state)?;
     let workspaces = state.workspaces;
     Ok(Repair { ok: true, repaired: true, original, problem: Some(problem), workspaces, refused })
-}
-
-/// Gives the original another name; until the new file is there it keeps the old one too, if
-/// it is a file.
-fn keep(path: &Path) -> Result<PathBuf> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".corrupt-{}", now_ms()));
-    let kept = PathBuf::from(name);
-    fs::hard_link(path, &kept).or_else(|_| fs::rename(path, &kept)).map_err(|source| Error::StateWriteFailed {
-        what: "keep the original as",
-        path: kept.clone(),
-        source,
-    })?;
-    Ok(kept)
 }
 
 fn salvage(bytes: &[u8]) -> (State, Vec<String>) {

@@ -3,18 +3,21 @@
 //! Every reply is a JSON object with `ok`. The source of the format is this module; the README
 //! describes it for users.
 
-use std::num::NonZero;
+use std::borrow::Cow;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::thread::{self, Builder, available_parallelism};
+use std::sync::Arc;
+use std::time::Duration;
 
-use rustix::fs::{Access, AtFlags, Mode, OFlags, accessat, open};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::error::{Error, ErrorBody};
+use crate::system::disk;
 use crate::workspace::Workspace;
+
+/// How long a list waits to know which directories have gone: those on a mount that hangs would keep
+/// it for ever.
+const MISSING_LIMIT: Duration = Duration::from_secs(1);
 
 /// Of the control plane; it changes when a client would have to.
 pub const API_VERSION: u32 = 1;
@@ -27,6 +30,10 @@ pub const BODY_LIMIT: usize = 1024 * 1024;
 
 /// The header with the code of an error that is ours and not opencode's.
 pub const ERROR_HEADER: &str = "X-Openwork-Error";
+
+/// The header with what the daemon has to say beside its reply, percent-encoded: what it did with a
+/// state file that was edited by hand.
+pub const NOTICE_HEADER: &str = "X-Openwork-Notice";
 
 /// A value from its JSON.
 ///
@@ -58,6 +65,8 @@ pub enum Route {
     Remove,
     /// Makes it the active one.
     Activate,
+    /// Moves it to another directory.
+    Move,
     /// Asks OpenCode for its directory.
     Path,
     /// How the instances are.
@@ -87,6 +96,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PATCH", "/workspaces/:id", Route::Rename),
     ("DELETE", "/workspaces/:id", Route::Remove),
     ("POST", "/workspaces/:id/activate", Route::Activate),
+    ("POST", "/workspaces/:id/move", Route::Move),
     ("GET", "/workspaces/:id/path", Route::Path),
     ("GET", "/instances", Route::Instances),
     ("POST", "/instances/:id/dispose", Route::Dispose),
@@ -115,8 +125,7 @@ pub struct ProcessInfo {
 }
 
 /// What the supervisor is doing with opencode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// On its way.
     Starting,
@@ -147,8 +156,8 @@ impl Phase {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EngineInfo {
-    /// See [`Phase`].
-    pub phase: Phase,
+    /// The name of a [`Phase`]; a newer daemon may have others.
+    pub phase: Cow<'static, str>,
     /// Counts the processes this daemon has had.
     pub generation: u64,
     /// How many of them replaced one that had ended by itself.
@@ -211,58 +220,21 @@ impl Serialize for Listed {
 }
 
 impl Listed {
-    /// Looks whether the directory of a local one is there.
+    /// Looks whether the directory of a local one is there. On a mount that hangs it is taken to be.
     pub fn new(workspace: &Arc<Workspace>) -> Listed {
-        let missing = workspace.is_local() && !Path::new(&workspace.path).is_dir();
+        let missing = Listed::all(std::slice::from_ref(workspace)).first().is_some_and(|listed| listed.missing);
         Listed { workspace: workspace.clone(), missing }
     }
 
-    /// Looks for those in the order they were added; a directory that follows one beside it is
-    /// looked for from the one above them, and not from the root.
-    fn some(workspaces: &[Arc<Workspace>]) -> Vec<Listed> {
-        let mut listed = Vec::with_capacity(workspaces.len());
-        let (mut above, mut opened, mut place) = ("", None, String::new());
-        for workspace in workspaces {
-            let (parent, name) = workspace.path.rsplit_once('/').unwrap_or_default();
-            if parent != above {
-                (above, opened) = (parent, None);
-            } else if opened.is_none() && !parent.is_empty() {
-                opened = open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok();
-            }
-            listed.push(match &opened {
-                Some(above) => {
-                    // With the slash it is a directory, or an error.
-                    place.clear();
-                    place.extend([name, "/"]);
-                    let missing = accessat(above, &*place, Access::EXISTS, AtFlags::empty()).is_err();
-                    Listed { workspace: workspace.clone(), missing }
-                }
-                None => Listed::new(workspace),
-            });
-        }
-        listed
-    }
-
-    /// Looks for many; on several processors when it is worth it.
+    /// The same for many.
     pub fn all(workspaces: &[Arc<Workspace>]) -> Vec<Listed> {
-        // A look takes about a microsecond, to start a thread some tens, and it may be late: hence
-        // small parts, which are for whoever comes first.
-        const PART: usize = 500;
-        let parts: Vec<_> = workspaces.chunks(PART).map(|part| (part, OnceLock::new())).collect();
-        let threads = if parts.len() < 3 { 1 } else { available_parallelism().map_or(1, NonZero::get).min(8) };
-        let next = AtomicUsize::new(0);
-        let work = || {
-            while let Some((part, listed)) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let _ = listed.set(Listed::some(part));
-            }
-        };
-        thread::scope(|scope| {
-            for _ in 1..threads {
-                let _ = Builder::new().spawn_scoped(scope, work);
-            }
-            work();
+        let are_there = disk::all(MISSING_LIMIT, workspaces.to_vec(), |w| Path::new(&w.path), Path::is_dir);
+        let listed = workspaces.iter().zip(are_there);
+        let listed = listed.map(|(workspace, is_there)| Listed {
+            workspace: workspace.clone(),
+            missing: workspace.is_local() && is_there == Some(false),
         });
-        parts.into_iter().filter_map(|(_, listed)| listed.into_inner()).flatten().collect()
+        listed.collect()
     }
 }
 
@@ -305,8 +277,7 @@ pub struct PathReply {
 }
 
 /// Whether opencode has loaded an instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InstanceState {
     /// Loaded, and a session is running.
     Busy,
@@ -345,8 +316,8 @@ pub struct RunningSession {
 pub struct InstanceEntry {
     /// Whose it is.
     pub workspace: Arc<Workspace>,
-    /// See [`InstanceState`].
-    pub state: InstanceState,
+    /// The name of an [`InstanceState`]; a newer daemon may have others.
+    pub state: Cow<'static, str>,
     /// Requests under way through the daemon, streams among them.
     pub open_streams: usize,
     /// The sessions that are running in it.
@@ -440,6 +411,13 @@ pub struct AddRemote {
 pub struct Rename {
     /// The new name.
     pub name: String,
+}
+
+/// Body of `POST /workspaces/:id/move`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Move {
+    /// Absolute.
+    pub path: String,
 }
 
 /// Body of `POST /instances/:id/dispose`.

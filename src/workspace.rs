@@ -4,17 +4,21 @@
 //! New entries are validated here; those read from a file are taken as they are stored.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::system::disk;
 
 /// `ws-` and the first 12 hex digits of the SHA-1 of what the workspace is.
 pub type WorkspaceId = String;
@@ -22,15 +26,61 @@ pub type WorkspaceId = String;
 /// The longest name, in characters.
 const NAME_LIMIT: usize = 100;
 
-/// Where a workspace is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// How long a directory may take to be resolved: a disk that sleeps needs ten seconds to spin up.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
+/// How long the directories of other workspaces may take, when one of them is looked for through
+/// links: those on a mount that hangs are left out.
+const LINKS_LIMIT: Duration = Duration::from_secs(1);
+
+/// Where a workspace is: `workspaceType` on the wire and in the state file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
     /// A directory of this machine.
     #[default]
     Local,
     /// The URL of an OpenCode server elsewhere: an entry of the registry and no more.
     Remote,
+    /// A type that a newer version has written: the entry is kept and listed, and cannot be used.
+    Other(String),
+}
+
+impl Kind {
+    /// As on the wire.
+    pub fn name(&self) -> &str {
+        match self {
+            Kind::Local => "local",
+            Kind::Remote => "remote",
+            Kind::Other(name) => name,
+        }
+    }
+}
+
+impl Serialize for Kind {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Kind {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Kind, D::Error> {
+        struct Name;
+        impl Visitor<'_> for Name {
+            type Value = Kind;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the type of a workspace")
+            }
+
+            fn visit_str<E>(self, name: &str) -> std::result::Result<Kind, E> {
+                Ok(match name {
+                    "local" => Kind::Local,
+                    "remote" => Kind::Remote,
+                    other => Kind::Other(other.to_owned()),
+                })
+            }
+        }
+        deserializer.deserialize_str(Name)
+    }
 }
 
 /// A workspace as it stands in the state file and on the wire. Times are Unix milliseconds.
@@ -94,23 +144,35 @@ impl Workspace {
     /// The directory, of a local one.
     ///
     /// # Errors
-    /// `workspace_is_remote`.
+    /// `workspace_is_remote`; `bad_request` for a type that this version does not know.
     pub fn local_path(&self) -> Result<&Path> {
-        if self.is_local() { Ok(Path::new(&self.path)) } else { Err(Error::WorkspaceIsRemote(self.name.clone())) }
+        match &self.workspace_type {
+            Kind::Local => Ok(Path::new(&self.path)),
+            Kind::Remote => Err(Error::WorkspaceIsRemote(self.name.clone())),
+            Kind::Other(name) => Err(Error::BadRequest(format!(
+                "{} is a workspace of type {name:?}, which openwork {} does not support",
+                self.name,
+                env!("CARGO_PKG_VERSION")
+            ))),
+        }
     }
 
     /// Where it is, for people.
     pub fn location(&self) -> String {
-        location(self.workspace_type, &self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()
+        location(&self.workspace_type, &self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()
     }
 }
 
 /// Where a workspace is, for people: its path, or its URL and the directory there.
-pub fn location<'a>(kind: Kind, path: &'a str, base_url: Option<&'a str>, directory: Option<&str>) -> Cow<'a, str> {
+pub fn location<'a>(kind: &Kind, path: &'a str, base_url: Option<&'a str>, directory: Option<&str>) -> Cow<'a, str> {
     match (kind, base_url, directory) {
         (Kind::Remote, Some(url), None | Some("")) => url.into(),
         (Kind::Remote, Some(url), Some(directory)) => format!("{url} {directory}").into(),
         (Kind::Remote, None, _) | (Kind::Local, ..) => path.into(),
+        (Kind::Other(name), url, _) => {
+            let place = if path.is_empty() { url.unwrap_or_default() } else { path };
+            format!("{place} (type {name:?}, not supported)").trim_start().to_owned().into()
+        }
     }
 }
 
@@ -166,7 +228,7 @@ impl Place {
     }
 
     /// The entry of this place, if there is one: by its id, or, when another program has made the
-    /// entry, by where it is, perhaps through a link.
+    /// entry, by where it is. The disk is not asked.
     pub fn entry<'w>(&self, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
         let id = self.id();
         let is_it = |w: &&Arc<Workspace>| match self {
@@ -177,12 +239,14 @@ impl Place {
                     && w.directory.as_deref().unwrap_or_default() == directory.as_deref().unwrap_or_default()
             }
         };
-        let leads_there = |w: &&Arc<Workspace>| match self {
-            Place::Local(path) => w.is_local() && fs::canonicalize(&w.path).is_ok_and(|at| at == Path::new(path)),
-            Place::Remote { .. } => false,
-        };
-        let find = |is: &dyn Fn(&&'w Arc<Workspace>) -> bool| workspaces.iter().find(is);
-        find(&|w| w.id == id).or_else(|| find(&is_it)).or_else(|| find(&leads_there))
+        workspaces.iter().find(|w| w.id == id).or_else(|| workspaces.iter().find(is_it))
+    }
+
+    /// The entry of another program that leads to this place through a link. Asks the disk.
+    pub fn linked_entry<'w>(&self, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
+        let Place::Local(path) = self else { return None };
+        let found = workspaces.iter().zip(real_paths(workspaces));
+        found.filter(|(_, at)| at.as_deref() == Some(Path::new(path))).map(|(workspace, _)| workspace).next()
     }
 
     /// The name it has when none is given: the last part of the path, or the host; what a name
@@ -237,7 +301,18 @@ impl Place {
 }
 
 /// Resolves a directory that must be there.
+///
+/// # Errors
+/// As [`Place::local`]; `internal` when the file system does not answer.
 pub fn existing_directory(path: &Path) -> Result<PathBuf> {
+    let given = path.to_owned();
+    disk::within(RESOLVE_LIMIT, move || resolve_directory(&given)).unwrap_or_else(|| {
+        let hangs = io::Error::new(io::ErrorKind::TimedOut, "the file system does not respond");
+        Err(Error::io("resolve", path, hangs))
+    })
+}
+
+fn resolve_directory(path: &Path) -> Result<PathBuf> {
     let resolved = fs::canonicalize(path).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => Error::PathNotFound(path.to_owned()),
         io::ErrorKind::NotADirectory => Error::PathNotDirectory(path.to_owned()),
@@ -351,8 +426,14 @@ pub fn looks_like_path(selector: &str) -> bool {
 }
 
 /// The path with links resolved as far as it exists: a workspace whose directory has gone can
-/// still be named by it. Where nothing exists there are no links, and `..` is the part above.
+/// still be named by it. Where nothing exists there are no links, and `..` is the part above. A path
+/// on a mount that hangs stays as it is.
 pub fn resolve_as_far_as_possible(path: &Path) -> PathBuf {
+    let given = path.to_owned();
+    disk::within(RESOLVE_LIMIT, move || resolve_existing_part(&given)).unwrap_or_else(|| path.to_owned())
+}
+
+fn resolve_existing_part(path: &Path) -> PathBuf {
     let resolved = path.ancestors().find_map(|ancestor| Some((fs::canonicalize(ancestor).ok()?, ancestor)));
     let Some((mut resolved, ancestor)) = resolved else { return path.to_owned() };
     for component in path.strip_prefix(ancestor).into_iter().flat_map(Path::components) {
@@ -364,6 +445,22 @@ pub fn resolve_as_far_as_possible(path: &Path) -> PathBuf {
         }
     }
     resolved
+}
+
+/// The workspace whose directory, through a link, is this one or contains it, the deepest first.
+/// Asks the disk.
+pub fn containing_through_links<'w>(path: &Path, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
+    let found = workspaces.iter().zip(real_paths(workspaces));
+    let containing = found.filter_map(|(workspace, at)| Some((workspace, at.filter(|at| path.starts_with(at))?)));
+    containing.max_by_key(|(_, at)| at.components().count()).map(|(workspace, _)| workspace)
+}
+
+/// The directories of the local ones with links resolved; `None` for those that have gone, and for
+/// those on a mount that hangs.
+fn real_paths(workspaces: &[Arc<Workspace>]) -> Vec<Option<PathBuf>> {
+    let resolve = |at: &Path| fs::canonicalize(at).ok();
+    let resolved = disk::all(LINKS_LIMIT, workspaces.to_vec(), |w| Path::new(&w.path), resolve);
+    workspaces.iter().zip(resolved).map(|(w, at)| at.flatten().filter(|_| w.is_local())).collect()
 }
 
 #[cfg(test)]

@@ -98,6 +98,8 @@ pub const COMMANDS: &[CommandRow] = &[
     row("workspace remove", "<ws>...", (1, usize::MAX), true, "Remove workspaces from the registry; their files stay",
         |given| Ok(Command::WorkspaceRemove { selectors: std::mem::take(&mut given.words).into() })),
     row("workspace rename", "<ws> <name>", (2, 2), true, "Rename a workspace", rename),
+    row("workspace move", "<ws> <path>", (2, 2), true, "Follow the directory of a workspace to where it was moved",
+        |given| Ok(Command::WorkspaceMove { selector: given.next(), path: given.next().into() })),
     row("workspace import", "<file>", (1, 1), true, "Add the workspaces of another orchestrator's state file, or of OpenWork desktop's",
         |given| Ok(Command::WorkspaceImport { file: given.next().into() })),
     row("api", "[<ws>] [METHOD] <path>", (1, 3), true, "Make any OpenCode call in a workspace and print the reply as it arrives", api),

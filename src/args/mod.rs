@@ -51,6 +51,7 @@ pub enum Command {
     WorkspacePath { selector: Option<OsString> },
     WorkspaceRemove { selectors: Vec<OsString> },
     WorkspaceRename { selector: OsString, name: String },
+    WorkspaceMove { selector: OsString, path: PathBuf },
     WorkspaceImport { file: PathBuf },
     Api(Api),
     Attach { selector: Option<OsString>, args: Vec<OsString> },

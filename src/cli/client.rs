@@ -22,15 +22,15 @@ use ureq::Body;
 use ureq::http::Response;
 
 use super::DETACHED_COMMAND;
-use super::output::Waiting;
+use super::output::{Waiting, clean, note};
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Code, Error, Result};
-use crate::framing::percent_encode;
+use crate::framing::{percent_decode, percent_encode};
 use crate::http::{self, Request, Timed};
 use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
 use crate::system::{self, process, socket, wait};
-use crate::wire::{BODY_LIMIT, Done, Failure, Health, Restart, RestartReply, TIMEOUT_HEADER, from_json};
+use crate::wire::{BODY_LIMIT, Done, Failure, Health, NOTICE_HEADER, Restart, RestartReply, TIMEOUT_HEADER, from_json};
 use crate::{lock, log};
 
 /// How often a lock is looked at while somebody else is about to change it.
@@ -302,6 +302,10 @@ impl Client {
         // soon does without.
         let grace = if deadline < self.deadline { Duration::ZERO } else { GRACE };
         let mut response = self.call(address, (method, target), &headers, body, Limit::Whole(deadline + grace))?;
+        let notice = response.headers().get(NOTICE_HEADER).and_then(|notice| percent_decode(notice.to_str().ok()?));
+        if let Some(notice) = notice {
+            note(&format!("note: {}\n", clean(&String::from_utf8_lossy(&notice))));
+        }
         let status = response.status().as_u16();
         let reply = response.body_mut().with_config().limit(REPLY_LIMIT).read_to_vec();
         let reply = reply.map_err(|e| self.failed(address, e))?;

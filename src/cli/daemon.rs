@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::VERSION;
-use super::client::{Address, Client};
+use super::client::{Address, Client, decode};
 use super::output::{self, Output, Waiting, duration, megabytes, note, table};
 use super::workspace::named;
 use crate::error::{Code, Error, Result};
@@ -172,9 +172,12 @@ pub fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
 
 /// Shows the state of the daemon and of opencode.
 pub fn status(client: &Client, out: &mut Output) -> Result<()> {
-    let health: Health = client.read("/health")?.ok_or(Error::DaemonNotRunning)?;
+    let reply = client.read_bytes("/health")?.ok_or(Error::DaemonNotRunning)?;
+    let health: Health = decode(&reply)?;
+    // As it is: a newer daemon may say more than this version understands.
     if out.is_json() {
-        return out.print(&health, |_| String::new());
+        out.write(&reply)?;
+        return out.write(b"\n");
     }
     let active = match health.active_id.as_str() {
         "" => None,
@@ -204,7 +207,7 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
     let version = health.engine.version.as_deref().unwrap_or("unknown");
     let mut text = table([
         process("daemon", "running", Some(&health.daemon), &health.cli_version),
-        process("opencode", health.engine.phase.name(), health.opencode.as_ref(), version),
+        process("opencode", &health.engine.phase, health.opencode.as_ref(), version),
     ]);
     text.push_str(&format!("restarts  {}\n", health.engine.restarts));
     let active = active.map_or_else(|| "none".to_owned(), |active| named(&active.workspace.workspace));
@@ -212,7 +215,7 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
     if health.cli_version != VERSION {
         text.push_str(&format!("openwork  version {VERSION}; `openwork daemon restart` updates the daemon\n"));
     }
-    if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready) {
+    if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready.name()) {
         text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));
     }
     text

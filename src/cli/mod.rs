@@ -130,6 +130,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::WorkspaceSwitch { selector } => workspace::switch(&client()?, out, selector),
         Command::WorkspaceRemove { selectors } => workspace::remove(&client()?, out, selectors),
         Command::WorkspaceRename { selector, name } => workspace::rename(&client()?, out, selector, name),
+        Command::WorkspaceMove { selector, path } => workspace::relocate(&client()?, out, selector, path),
         Command::WorkspaceImport { file } => workspace::import(&client()?, out, file),
         Command::WorkspacePath { selector } => workspace::path(&client()?, out, selector.as_deref()),
         Command::Api(call) => passthrough::api(&client()?, out, call, invocation.timeout_given),
@@ -249,7 +250,7 @@ fn instances(client: &Client, out: &mut Output) -> Result<()> {
                 |at: u64| if at == 0 { String::new() } else { format!("{} ago", duration(now.saturating_sub(at))) };
             [
                 Cow::from(&instance.workspace.name),
-                instance.state.name().into(),
+                Cow::from(&*instance.state),
                 instance.open_streams.to_string().into(),
                 instance.workspace.last_used_at.map_or_else(String::new, ago).into(),
                 instance.evict_at.map_or_else(String::new, |at| duration(at.saturating_sub(now))).into(),

@@ -17,7 +17,7 @@ use crate::framing::percent_encode;
 use crate::log::timestamp;
 use crate::paths;
 use crate::state::State;
-use crate::wire::{AddLocal, AddRemote, Listed, PathReply, Rename, WorkspaceList, WorkspaceReply};
+use crate::wire::{AddLocal, AddRemote, Listed, Move, PathReply, Rename, WorkspaceList, WorkspaceReply};
 use crate::workspace::{Kind, Workspace, location, looks_like_path};
 
 /// The environment variable that names a workspace where none is given.
@@ -123,13 +123,38 @@ fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
 
 /// Adds a directory.
 pub fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> Result<()> {
+    let reply = client.ask("POST", "/workspaces", &AddLocal { path: directory(path)?, name })?;
+    print_added(out, &reply)
+}
+
+/// A directory as the daemon takes it: absolute.
+fn directory(path: &Path) -> Result<String> {
     if path.as_os_str().is_empty() {
         return Err(Error::PathNotFound(path.to_owned()));
     }
-    let path = paths::absolute(path)?;
-    let Some(text) = path.to_str() else { return Err(Error::PathNotUtf8(path)) };
-    let reply = client.ask("POST", "/workspaces", &AddLocal { path: text.to_owned(), name })?;
-    print_added(out, &reply)
+    paths::absolute(path)?.into_os_string().into_string().map_err(|path| Error::PathNotUtf8(path.into()))
+}
+
+/// Follows the directory of a workspace to another path.
+pub fn relocate(client: &Client, out: &mut Output, selector: &OsStr, path: &Path) -> Result<()> {
+    let path = directory(path)?;
+    let target = by_id(&resolve(client, Some(selector))?.workspace.workspace.id, "/move");
+    let asked = Cell::new(0);
+    let reply = client.with_daemon(|address| {
+        asked.set(asked.get() + 1);
+        client.ask_at::<WorkspaceReply>(address, "POST", &target, &Move { path: path.clone() })
+    });
+    let reply = match reply {
+        // The daemon that was asked first has moved it, and ended before it could say so.
+        Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
+            client.ask("GET", &by_id(&path, ""), &())?
+        }
+        other => other?,
+    };
+    out.print(&reply, |reply| {
+        let workspace = &reply.workspace.workspace;
+        format!("moved to {} as {}\n", named(workspace), workspace.id)
+    })
 }
 
 /// The fields of a workspace that a list shows, borrowed: there may be ten thousand workspaces.
@@ -187,7 +212,7 @@ pub fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
     }
     let rows = workspaces.iter().map(|row| {
         let mark = if row.id == active_id { "*" } else { "" };
-        let mut place = location(row.workspace_type, &row.path, row.base_url.as_deref(), row.directory.as_deref());
+        let mut place = location(&row.workspace_type, &row.path, row.base_url.as_deref(), row.directory.as_deref());
         if row.missing {
             place += " (missing)";
         }
@@ -208,7 +233,7 @@ pub fn info(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Resu
         table([
             row("id", workspace.id.clone()),
             row("name", workspace.name.clone()),
-            row("type", if workspace.is_local() { "local".to_owned() } else { "remote".to_owned() }),
+            row("type", workspace.workspace_type.name().to_owned()),
             row("where", workspace.location() + missing),
             row("active", if is_active { "yes".to_owned() } else { "no".to_owned() }),
             row("created", date(workspace.created_at)),

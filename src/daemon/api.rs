@@ -21,12 +21,12 @@ use super::events::EventKind;
 use super::handover::Successor;
 use super::{CONTROL_SOCKET, Daemon, reply};
 use crate::error::{Error, Result};
-use crate::framing::percent_decode;
+use crate::framing::{percent_decode, percent_encode};
 use crate::system::process;
 use crate::wire::{
-    AddLocal, AddRemote, Dispose, DisposeReply, Done, InstanceEntry, InstanceList, InstanceState, Listed, PathReply,
-    ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, Shutdown, Start, TIMEOUT_HEADER,
-    WorkspaceList, WorkspaceReply, from_json,
+    AddLocal, AddRemote, Dispose, DisposeReply, Done, InstanceEntry, InstanceList, InstanceState, Listed, Move,
+    NOTICE_HEADER, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, Shutdown,
+    Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -150,7 +150,7 @@ fn listen() -> Result<Server> {
 /// Answers a request, also when its handler panics.
 fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
-    match answer_with(request, answer) {
+    match answer_with(daemon, request, answer) {
         None => {}
         Some(AfterReply::Stop(Shutdown { keep_opencode })) => {
             crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
@@ -173,12 +173,18 @@ fn contain_panic<T>(handler: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// Writes the reply, to the last byte: the gate passes it on as it is. Returns what is to be done
 /// after it.
-fn answer_with(request: Request, answer: Result<Answer>) -> Option<AfterReply> {
+fn answer_with(daemon: &Daemon, request: Request, answer: Result<Answer>) -> Option<AfterReply> {
     let method = request.method().to_string();
     let origin = header(&request, ORIGIN_HEADER).map(str::to_owned);
     let origin = origin.as_deref();
     let (reply, after) = match answer {
-        Ok(Answer { status, body, after }) => (reply::json(&method, status, "", &body, origin), after),
+        Ok(Answer { status, body, after }) => {
+            // Said to a client of the registry, whose user may have edited it, not to what polls /health.
+            let is_about_registry = request.url().starts_with("/workspaces");
+            let notice = is_about_registry.then(|| daemon.store.take_notice()).flatten();
+            let notice = notice.map(|notice| format!("{NOTICE_HEADER}: {}\r\n", percent_encode(notice.as_bytes())));
+            (reply::json(&method, status, &notice.unwrap_or_default(), &body, origin), after)
+        }
         Err(e) => (reply::error(&method, &e, origin), None),
     };
     // tiny_http would write a list of ten thousand workspaces in pieces of 8 KiB, with a change of
@@ -283,8 +289,13 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             daemon.instances.touch(&workspace.path);
             Answer::new(200, &one(workspace, None))
         }
+        Route::Move => {
+            let Move { path } = parse(&body)?;
+            let workspace = daemon.relocate(&selector, Path::new(&path))?;
+            Answer::new(200, &one(workspace, None))
+        }
         Route::Path => {
-            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            let workspace = daemon.store.latest().find(&selector)?.clone();
             let directory = workspace.local_path()?;
             // opencode would answer for a directory that is not there.
             existing_directory(directory)?;
@@ -315,7 +326,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         Route::Events => Err(Error::NotFound("/events".to_owned())),
         Route::Dispose => {
             let Dispose { force } = parse(&body)?;
-            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            let workspace = daemon.store.latest().find(&selector)?.clone();
             let disposed = dispose(daemon, &workspace, force, deadline)?;
             Answer::new(200, &DisposeReply { ok: true, disposed, workspace })
         }
@@ -362,7 +373,8 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
             (false, true, false) => InstanceState::Busy,
         };
         let evict_at = usage.evict_at.filter(|_| state == InstanceState::Warm);
-        InstanceEntry { workspace: workspace.clone(), state, open_streams: usage.streams, sessions, evict_at }
+        let (state, open_streams) = (state.name().into(), usage.streams);
+        InstanceEntry { workspace: workspace.clone(), state, open_streams, sessions, evict_at }
     };
     let engine_id = state.opencode.as_ref().map(|engine| engine.engine_id.as_str());
     InstanceList {

@@ -244,6 +244,8 @@ impl Gate {
             }
         }
         passed_on.push_str("\r\n");
+        // Behind a path that another daemon has taken over, the socket is the other one's too.
+        daemon.store.check_lock()?;
         let mut upstream = Timed::new(daemon.control.connect()?, Some(deadline));
         let lost = |e: io::Error| match e.kind() {
             io::ErrorKind::TimedOut => Error::Internal("the control plane does not answer".to_owned()),

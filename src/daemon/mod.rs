@@ -104,14 +104,17 @@ impl Daemon {
     }
 
     fn add(&self, place: Place, name: Option<&str>) -> Result<(Arc<Workspace>, bool)> {
-        let snapshot = self.store.snapshot();
-        // What is there already needs no write.
-        let existing = place.entry(&snapshot.workspaces);
-        if let Some(existing) = existing.filter(|w| name.is_none_or(|name| name == w.name)) {
-            return Ok((existing.clone(), false));
-        }
-        let ((workspace, created), active_id) =
-            self.store.update(|state| Ok((state.add(place, name)?, state.active_id.clone())))?;
+        let state = self.store.latest();
+        let existing = place.entry(&state.workspaces).or_else(|| place.linked_entry(&state.workspaces)).cloned();
+        let ((workspace, created), active_id) = match (existing, name) {
+            (Some(existing), Some(name)) if name != existing.name => self.store.update(|state| {
+                let renamed = state.rename(&existing.id, name)?;
+                Ok(((renamed, false), state.active_id.clone()))
+            })?,
+            // What is there already needs no write.
+            (Some(existing), _) => return Ok((existing, false)),
+            (None, _) => self.store.update(|state| Ok((state.add(place, name)?, state.active_id.clone())))?,
+        };
         // A client may have loaded it directly before.
         self.instances.register(&workspace.path);
         if created {
@@ -129,14 +132,30 @@ impl Daemon {
         event: impl FnOnce(Arc<Workspace>, String) -> EventKind,
         change: impl FnOnce(&mut State, &str) -> Result<Arc<Workspace>>,
     ) -> Result<Arc<Workspace>> {
-        let (workspace, active_id) = self.store.update(|state| {
-            let id = find(state)?.id.clone();
-            Ok((change(state, &id)?, state.active_id.clone()))
-        })?;
+        // Outside of the update: to find a workspace by a path is to ask its disk, which may hang.
+        let id = find(&self.store.latest())?.id.clone();
+        let (workspace, active_id) = self.store.update(|state| Ok((change(state, &id)?, state.active_id.clone())))?;
         // One that was loaded before the change, which may be its removal, is evicted all the same.
         self.instances.register(&workspace.path);
         self.events.publish(event(workspace.clone(), active_id));
         Ok(workspace)
+    }
+
+    /// Moves the workspace that a selector means to another directory. Clients that follow the
+    /// registry see one workspace go and another come.
+    fn relocate(&self, selector: &str, path: &Path) -> Result<Arc<Workspace>> {
+        let id = self.store.latest().find_exactly(selector)?.id.clone();
+        let place = Place::local(path)?;
+        let ((before, after), active_id) =
+            self.store.update(|state| Ok((state.relocate(&id, place)?, state.active_id.clone())))?;
+        if before.id != after.id {
+            // The instance of the directory that it leaves is evicted like any.
+            self.instances.register(&before.path);
+            self.instances.register(&after.path);
+            self.events.publish(EventKind::WorkspaceRemoved { workspace: before, active_id: active_id.clone() });
+            self.events.publish(EventKind::WorkspaceAdded { workspace: after.clone(), active_id });
+        }
+        Ok(after)
     }
 }
 
@@ -219,13 +238,12 @@ fn prepare(data_dir: &DataDir) -> Result<()> {
     std::env::set_current_dir(data_dir.path()).map_err(|e| Error::io("enter", data_dir.path(), e))
 }
 
-/// Takes the lock and empties it; `None` when another daemon holds it.
+/// Takes the lock; `None` when another daemon holds it.
 fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
     let path = data_dir.daemon_lock();
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
         if let Some(lock) = lock::try_exclusive(&path)? {
-            lock.file.set_len(0).map_err(|e| Error::io("empty", &path, e))?;
             return Ok(Some(lock));
         }
         if Instant::now() >= deadline {
@@ -244,7 +262,7 @@ fn serve(
     listening: impl FnOnce(),
 ) -> Result<()> {
     let _ = log::bound(&data_dir.daemon_log());
-    let store = forever(Store::open(data_dir)?);
+    let store = forever(Store::open(data_dir, &lock.file)?);
     let auth = Auth::load_or_create(data_dir, variable(USERNAME_VARIABLE)?, variable(PASSWORD_VARIABLE)?)?;
     let is_successor = handed_over.is_some();
     let listener = handed_over.map_or_else(|| bind(options.port, &store.snapshot()), Ok)?;
@@ -315,6 +333,11 @@ fn serve(
             }
         }
     })?;
+    store.when_lost(move |lost| {
+        let opencode = if lost.is_taken_over { "opencode is the other daemon's now" } else { "opencode ends too" };
+        crate::log!("stopping, since another daemon may run over the same files: {opencode}");
+        handle.stop(lost.is_taken_over);
+    });
     let supervision = spawn(|| supervision.run())?;
     listening();
     let supervised = supervision.join();
@@ -332,13 +355,16 @@ fn serve(
         Ok(())
     });
     // The record names a process that the lock contradicts, so nothing is lost with it.
-    if let Err(e) = written {
+    if let Err(e) = &written {
         crate::log!("{e}");
     }
     if let Some(successor) = successor {
         return Err(successor.succeed(&lock, gate.listener()));
     }
-    let _ = std::fs::remove_file(CONTROL_SOCKET);
+    // Else it may be the other daemon's.
+    if store.lost().is_none() {
+        let _ = std::fs::remove_file(CONTROL_SOCKET);
+    }
     // Held until the process has ended.
     std::mem::forget(lock);
     if supervised.is_err() {
@@ -348,7 +374,11 @@ fn serve(
         std::process::abort();
     }
     crate::log!("stopped");
-    Ok(())
+    match (written, store.lost()) {
+        // A service manager starts another one, in a directory made anew.
+        (Err(e), Some(_)) => Err(e),
+        (Ok(()) | Err(_), _) => Ok(()),
+    }
 }
 
 /// A variable of the environment, if it is set to something.

@@ -82,7 +82,7 @@ impl Auth {
     /// `state_corrupt`, as for [`Auth::load_or_create`].
     pub fn read(path: &Path) -> Result<Option<Auth>> {
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: AUTH_HINT };
-        let Some(bytes) = read_whole(path, AUTH_HINT)? else { return Ok(None) };
+        let Some((bytes, _)) = read_whole(path, AUTH_HINT)? else { return Ok(None) };
         let auth: Auth = from_json(&bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
         auth.check().map_err(|why| corrupt(why.to_owned()))?;
         Ok(Some(auth))

@@ -1,19 +1,52 @@
 //! Files that are read and replaced whole.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::log::now_ms;
 use crate::paths::{self, open_private};
 
-/// The content of a file of ours; `None` when it does not exist.
+/// What tells a file from another one, and from itself after a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn new(metadata: &Metadata) -> Stamp {
+        Stamp {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// Of what is at the path now, a link itself; `None` when nothing is.
+    pub fn of(path: &Path) -> io::Result<Option<Stamp>> {
+        match fs::symlink_metadata(path) {
+            Ok(metadata) => Ok(Some(Stamp::new(&metadata))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// The content of a file of ours, and its stamp before it was read; `None` when it does not exist.
 ///
 /// # Errors
-/// `state_corrupt`, with this hint.
-pub fn read_whole(path: &Path, hint: &'static str) -> Result<Option<Vec<u8>>> {
+/// `state_corrupt`, with this hint; `permission_denied`.
+pub fn read_whole(path: &Path, hint: &'static str) -> Result<Option<(Vec<u8>, Stamp)>> {
     let corrupt = |what: &str, e: io::Error| {
         let why = format!("{what}: {e}");
         Error::StateCorrupt { path: path.to_owned(), why, hint }
@@ -24,11 +57,31 @@ pub fn read_whole(path: &Path, hint: &'static str) -> Result<Option<Vec<u8>>> {
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),
         Err(e) => return Err(corrupt("cannot be opened", e)),
     };
+    let unreadable = |e| corrupt("cannot be read", e);
+    let stamp = Stamp::new(&file.metadata().map_err(unreadable)?);
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(|e| corrupt("cannot be read", e))?;
-    Ok(Some(bytes))
+    file.read_to_end(&mut bytes).map_err(unreadable)?;
+    Ok(Some((bytes, stamp)))
 }
 
+/// Gives a file a second name beside it, `<name>.<why>-<now>`, or moves it there when it cannot
+/// have two (a directory, a file system without links).
+///
+/// # Errors
+/// `state_write_failed`; then the file is where it was.
+pub fn keep_beside(path: &Path, why: &str) -> Result<PathBuf> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{why}-{}", now_ms()));
+    let kept = PathBuf::from(name);
+    fs::hard_link(path, &kept).or_else(|_| fs::rename(path, &kept)).map_err(|source| Error::StateWriteFailed {
+        what: "keep the original as",
+        path: kept.clone(),
+        source,
+    })?;
+    Ok(kept)
+}
+
+/// The file that is written and then takes the place of this one.
 pub fn temporary(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".tmp");
@@ -36,7 +89,11 @@ pub fn temporary(path: &Path) -> PathBuf {
 }
 
 /// Replaces a file whole: a crash or a full disk at any point leaves the old one or the new one.
-pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
+/// Returns the stamp of the new one.
+///
+/// # Errors
+/// `state_write_failed`; then the old one is untouched.
+pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<Stamp> {
     let temporary = temporary(path);
     let directory = path.parent().unwrap_or(Path::new("/"));
     let failed = |what, path: &Path| {
@@ -60,15 +117,14 @@ pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
         writer.get_ref().sync_all().map_err(failed("sync", &temporary))?;
         let parent = File::open(directory).map_err(failed("open", directory))?;
         fs::rename(&temporary, path).map_err(failed("replace", path))?;
-        Ok(parent)
+        Ok((parent, writer.get_ref().metadata()))
     };
-    let parent = write().inspect_err(|_| {
+    let (parent, metadata) = write().inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })?;
-    // The new file is in place, and nothing that is said can change that; only its survival of a
-    // power cut hangs on this.
+    // The new file is in place, whatever happens now; its survival of a power cut hangs on this.
     if let Err(e) = parent.sync_all() {
         crate::log!("{}", Error::io("sync", directory, e));
     }
-    Ok(())
+    metadata.map(|metadata| Stamp::new(&metadata)).map_err(failed("look at", path))
 }

@@ -14,7 +14,6 @@ mod file;
 mod records;
 mod store;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,8 +21,8 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 pub use self::auth::{Auth, PASSWORD_VARIABLE, USERNAME_VARIABLE, random_bytes, random_hex};
-use self::file::read_whole;
-pub use self::file::write_whole;
+use self::file::{Stamp, read_whole};
+pub use self::file::{keep_beside, write_whole};
 pub use self::records::{Binaries, BinaryRecord, DaemonRecord, EngineRecord, FenceRecord, Ports};
 pub use self::store::Store;
 use crate::error::{Error, Result};
@@ -106,10 +105,15 @@ impl State {
     /// # Errors
     /// `state_corrupt`, `state_too_new`; nothing is touched.
     pub fn read(path: &Path) -> Result<State> {
+        Ok(State::read_stamped(path)?.map_or_else(State::default, |(state, _)| state))
+    }
+
+    /// Reads the state file, with its stamp; `None` when it does not exist.
+    fn read_stamped(path: &Path) -> Result<Option<(State, Stamp)>> {
+        let Some((bytes, stamp)) = read_whole(path, STATE_HINT)? else { return Ok(None) };
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: STATE_HINT };
-        let Some(bytes) = read_whole(path, STATE_HINT)? else { return Ok(State::default()) };
         match from_json::<State>(&bytes) {
-            Ok(state) if state.version == VERSION => Ok(state),
+            Ok(state) if state.version == VERSION => Ok(Some((state, stamp))),
             Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
             Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
             Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
@@ -121,6 +125,50 @@ impl State {
                     _ => corrupt(format!("not a state file: {e}")),
                 })
             }
+        }
+    }
+
+    /// This state with the registry of another one, which was edited by hand: the workspaces, which
+    /// is active, the ports for the next start, and fields of other programs. What is known of the
+    /// running processes stays.
+    fn with_registry_of(&self, edited: State) -> State {
+        State {
+            version: VERSION,
+            daemon: self.daemon.clone(),
+            opencode: self.opencode.clone(),
+            binaries: self.binaries.clone(),
+            cli_version: self.cli_version.clone(),
+            fences: self.fences.clone(),
+            ..edited
+        }
+    }
+
+    /// What another registry has that this one has not, and the other way round, in a few words;
+    /// `None` when they are the same.
+    fn difference(&self, other: &State) -> Option<String> {
+        let same = |a: &Workspace, b: &Workspace| serde_json::to_value(a).ok() == serde_json::to_value(b).ok();
+        let names = |of: &State, wanted: &dyn Fn(&Workspace) -> bool| -> Vec<String> {
+            of.workspaces.iter().filter(|w| wanted(w)).map(|w| format!("{} ({})", w.name, w.id)).collect()
+        };
+        let parts = [
+            ("added", names(other, &|w| self.get(&w.id).is_none())),
+            ("removed", names(self, &|w| other.get(&w.id).is_none())),
+            ("changed", names(other, &|w| self.get(&w.id).is_some_and(|before| !same(before, w)))),
+        ];
+        let parts: Vec<String> = parts
+            .into_iter()
+            .filter(|(_, names)| !names.is_empty())
+            .map(|(what, names)| format!("{what} {}", names.join(", ")))
+            .collect();
+        let rest = |state: &State| {
+            let State { active_id, previous_id, ports, extra, workspaces, .. } = state;
+            let order: Vec<&str> = workspaces.iter().map(|w| w.id.as_str()).collect();
+            serde_json::to_value((active_id, previous_id, ports, extra, order)).ok()
+        };
+        match parts.is_empty() {
+            false => Some(parts.join("; ")),
+            true if rest(self) != rest(other) => Some("no workspace added, removed or changed".to_owned()),
+            true => None,
         }
     }
 
@@ -136,7 +184,8 @@ impl State {
 
     /// Which workspace a selector means: exact id, exact name, a path in or of it (deepest
     /// first), a unique prefix of a name or of an id. `@active` is the active one, `-` the one
-    /// before it. A path must be absolute here.
+    /// before it. A path must be absolute here, and the disk is asked about it: not for use in
+    /// [`Store::update`].
     ///
     /// # Errors
     /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
@@ -167,7 +216,6 @@ impl State {
         }
     }
 
-    /// The workspace that is this directory or contains it, the deepest first.
     /// The workspace with this id, this name or this directory, or `@active`. For changes: when a
     /// request is repeated after its workspace has gone, it must not find another one, of which the
     /// selector is a prefix, or which contains the directory.
@@ -197,17 +245,14 @@ impl State {
         }
     }
 
+    /// The workspace that is this directory or contains it, the deepest first. Asks the disk.
     fn containing(&self, path: &Path) -> Option<&Arc<Workspace>> {
         let path = workspace::resolve_as_far_as_possible(path);
         let local = || self.workspaces.iter().filter(|w| w.is_local() && !w.path.is_empty());
         let depth = |path: &Path| path.components().count();
         let stored = local().filter(|w| path.starts_with(&w.path)).max_by_key(|w| depth(Path::new(&w.path)));
         // Another program may have stored a path with a link in it, or a link has come since.
-        stored.or_else(|| {
-            let resolved = local().filter_map(|w| Some((fs::canonicalize(&w.path).ok()?, w)));
-            let containing = resolved.filter(|(at, _)| path.starts_with(at));
-            containing.max_by_key(|(at, _)| depth(at)).map(|(_, w)| w)
-        })
+        stored.or_else(|| workspace::containing_through_links(&path, &self.workspaces))
     }
 
     /// Adds what is not there; what is there only gets the name, if one was given.
@@ -243,7 +288,7 @@ impl State {
         self.check_free_name(name, id)?;
         let workspace = self.get_mut(id)?;
         name.clone_into(&mut workspace.name);
-        Ok(self.find(id)?.clone())
+        self.known(id)
     }
 
     /// Removes a workspace; if it was active, none is.
@@ -270,7 +315,34 @@ impl State {
         if self.active_id != id {
             self.previous_id = std::mem::replace(&mut self.active_id, id.to_owned());
         }
-        Ok(self.find(id)?.clone())
+        self.known(id)
+    }
+
+    /// Moves a local workspace to another directory: same name and times, new path and so new id.
+    /// Returns the entry before and after.
+    ///
+    /// # Errors
+    /// `workspace_not_found`, `workspace_is_remote`; `bad_request` when another workspace is there.
+    pub fn relocate(&mut self, id: &str, place: Place) -> Result<(Arc<Workspace>, Arc<Workspace>)> {
+        let before = self.known(id)?;
+        before.local_path()?;
+        if let Some(other) = place.entry(&self.workspaces).filter(|other| other.id != id) {
+            return Err(Error::BadRequest(format!("that is the workspace {} ({}) already", other.name, other.id)));
+        }
+        let Workspace { id: new_id, path, .. } = place.into_workspace(before.name.clone(), now_ms());
+        for role in [&mut self.active_id, &mut self.previous_id] {
+            if role == id {
+                role.clone_from(&new_id);
+            }
+        }
+        let workspace = self.get_mut(id)?;
+        workspace.id.clone_from(&new_id);
+        workspace.path = path;
+        Ok((before, self.known(&new_id)?))
+    }
+
+    fn known(&self, id: &str) -> Result<Arc<Workspace>> {
+        self.get(id).cloned().ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
     }
 
     fn get_mut(&mut self, id: &str) -> Result<&mut Workspace> {

@@ -1,14 +1,20 @@
 //! The state in memory and on disk.
+//!
+//! Invariant: no disk but that of the data directory is asked under a lock of the store, and the
+//! lock that readers take is never held over any.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::State;
-use super::file::{temporary, write_whole};
-use crate::error::Result;
+use super::file::{Stamp, keep_beside, temporary, write_whole};
+use crate::error::{Error, Result};
+use crate::lock;
 use crate::log::now_ms;
 use crate::paths::DataDir;
 use crate::workspace::{Workspace, WorkspaceId};
@@ -17,26 +23,15 @@ use crate::workspace::{Workspace, WorkspaceId};
 /// one write a second.
 const WRITE_BEHIND: Duration = Duration::from_secs(1);
 
-/// The state in memory and on disk.
-pub struct Store {
-    path: PathBuf,
-    /// What readers see. Held for the time of copying a pointer.
-    current: Mutex<Arc<State>>,
-    /// Held while a change is made and written: changes happen one after the other.
-    writing: Mutex<()>,
-    /// What is newer in memory than on disk, to be written behind.
-    behind: Mutex<Pending>,
-    changed: Condvar,
-}
-
 /// What is newer in memory than on disk.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Pending {
     used: HashMap<WorkspaceId, u64>,
     instances: Option<Loaded>,
 }
 
 /// Which instances are loaded, and which of those are no workspace's.
+#[derive(Clone)]
 struct Loaded {
     instances: Vec<String>,
     strangers: Vec<String>,
@@ -64,7 +59,7 @@ impl Pending {
         }
     }
 
-    /// Puts back what could not be written, unless something newer has come.
+    /// Adds what could not be written, unless something newer has come.
     fn restore(&mut self, older: Pending) {
         for (id, at) in older.used {
             self.used.entry(id).or_insert(at);
@@ -73,52 +68,236 @@ impl Pending {
     }
 }
 
+/// What readers see.
+struct Shared {
+    /// As on disk.
+    current: Arc<State>,
+    /// The stamp of the file that has it; `None` when there is no file yet.
+    stamp: Option<Stamp>,
+    /// What is to be written behind.
+    behind: Pending,
+    /// What is being written.
+    under_way: Pending,
+    /// What the next client is to be told.
+    notice: Option<String>,
+}
+
+/// Another file has taken the place of the lock that the daemon holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// Another daemon holds the lock there, and has taken over our opencode.
+    pub is_taken_over: bool,
+}
+
+/// The state in memory and on disk.
+pub struct Store {
+    path: PathBuf,
+    lock_path: PathBuf,
+    /// Device and inode of the lock file that this daemon holds.
+    lock_id: (u64, u64),
+    /// Never held over anything but memory.
+    shared: Mutex<Shared>,
+    /// Held while a change is made and written: changes happen one after the other.
+    writing: Mutex<()>,
+    changed: Condvar,
+    lost: OnceLock<Lost>,
+    on_loss: OnceLock<Box<dyn Fn(Lost) + Send + Sync>>,
+}
+
 /// A lock whose data no panic can have left half-changed: it is only ever replaced.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Store {
-    /// Reads the file. The caller holds `daemon.lock`.
+    /// Reads the file. The caller holds `daemon.lock`, which is this file.
     ///
     /// # Errors
     /// As [`State::read`].
-    pub fn open(data_dir: &DataDir) -> Result<Store> {
-        let path = data_dir.state();
-        let state = State::read(&path)?;
+    pub fn open(data_dir: &DataDir, held: &File) -> Result<Store> {
+        let (path, lock_path) = (data_dir.state(), data_dir.daemon_lock());
+        let held = held.metadata().map_err(|e| Error::io("look at", &lock_path, e))?;
+        let (state, stamp) = State::read_stamped(&path)?.map_or_else(Default::default, |(s, stamp)| (s, Some(stamp)));
         // What a crash in the middle of a write has left.
         let _ = fs::remove_file(temporary(&path));
+        let (behind, under_way) = (Pending::default(), Pending::default());
         Ok(Store {
             path,
-            current: Mutex::new(Arc::new(state)),
+            lock_path,
+            lock_id: (held.dev(), held.ino()),
+            shared: Mutex::new(Shared { current: Arc::new(state), stamp, behind, under_way, notice: None }),
             writing: Mutex::default(),
-            behind: Mutex::default(),
             changed: Condvar::new(),
+            lost: OnceLock::new(),
+            on_loss: OnceLock::new(),
         })
+    }
+
+    /// Says what is to be done, once, when the lock file turns out to be another one: the daemon
+    /// must end, since a second one may run over the same files.
+    pub fn when_lost(&self, act: impl Fn(Lost) + Send + Sync + 'static) {
+        let _ = self.on_loss.set(Box::new(act));
+    }
+
+    /// Whether the lock file has turned out to be another one; then the files belong to another
+    /// daemon.
+    pub fn lost(&self) -> Option<Lost> {
+        self.lost.get().copied()
     }
 
     /// The state as it is on disk.
     pub fn snapshot(&self) -> Arc<State> {
-        lock(&self.current).clone()
+        lock(&self.shared).current.clone()
     }
 
-    /// Makes a change: it is on disk when this returns, or nothing has changed.
+    /// The state with what is still to be written in it, and with what was edited by hand.
+    pub fn latest(&self) -> Arc<State> {
+        if self.was_edited() {
+            let writing = lock(&self.writing);
+            if self.was_edited() {
+                if let Err(e) = self.write(&writing, |_| Ok(())) {
+                    crate::log!("{e}");
+                }
+            }
+        }
+        let (current, pending) = {
+            let shared = lock(&self.shared);
+            if shared.behind.is_empty() && shared.under_way.is_empty() {
+                return shared.current.clone();
+            }
+            let mut pending = shared.behind.clone();
+            pending.restore(shared.under_way.clone());
+            (shared.current.clone(), pending)
+        };
+        let mut state = State::clone(&current);
+        pending.apply(&mut state);
+        Arc::new(state)
+    }
+
+    /// Makes a change: it is on disk when this returns, or nothing has changed. `change` must not
+    /// ask the disk.
     ///
     /// # Errors
     /// Those of `change`; `state_write_failed`.
     pub fn update<T>(&self, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
-        let _writing = lock(&self.writing);
-        let mut state = State::clone(&self.snapshot());
+        self.write(&lock(&self.writing), change)
+    }
+
+    fn write<T>(&self, _writing: &MutexGuard<'_, ()>, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+        self.check_lock()?;
+        let before = self.snapshot();
+        let edit = if self.was_edited() { self.read_edit(&before) } else { Edit::None };
+        let mut state = match &edit {
+            Edit::None | Edit::Invalid(_) => State::clone(&before),
+            Edit::Valid { state, .. } => State::clone(state),
+        };
         let result = change(&mut state)?;
-        let pending = std::mem::take(&mut *lock(&self.behind));
+        let pending = {
+            let mut shared = lock(&self.shared);
+            shared.under_way = std::mem::take(&mut shared.behind);
+            shared.under_way.clone()
+        };
         pending.apply(&mut state);
         state.cli_version = Some(env!("CARGO_PKG_VERSION").to_owned());
-        if let Err(e) = write_whole(&self.path, &state) {
-            lock(&self.behind).restore(pending);
-            return Err(e);
+        let written = self.keep_edit(edit).and_then(|notice| Ok((notice, write_whole(&self.path, &state)?)));
+        let mut shared = lock(&self.shared);
+        let pending = std::mem::take(&mut shared.under_way);
+        match written {
+            Ok((notice, stamp)) => {
+                let state = Arc::new(state);
+                let old = std::mem::replace(&mut shared.current, state);
+                shared.stamp = Some(stamp);
+                if let Some(notice) = notice {
+                    crate::log!("{notice}");
+                    shared.notice = Some(notice);
+                }
+                drop(shared);
+                drop(old); // perhaps with ten thousand workspaces, which readers need not wait for
+                Ok(result)
+            }
+            Err(e) => {
+                shared.behind.restore(pending);
+                Err(e)
+            }
         }
-        *lock(&self.current) = Arc::new(state);
-        Ok(result)
+    }
+
+    /// Makes sure that the lock file is still the one that this daemon holds: a data directory that
+    /// was removed and made anew, or a lock file that was removed, lets a second daemon start.
+    ///
+    /// # Errors
+    /// `state_write_failed` when it is another one; then the daemon stops.
+    pub fn check_lock(&self) -> Result<()> {
+        let is_ours = match fs::symlink_metadata(&self.lock_path) {
+            Ok(found) => (found.dev(), found.ino()) == self.lock_id,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => false,
+            Err(e) => return Err(Error::io("look at", &self.lock_path, e)),
+        };
+        if is_ours && self.lost.get().is_none() {
+            return Ok(());
+        }
+        let mut is_first = false;
+        let lost = *self.lost.get_or_init(|| {
+            is_first = true;
+            Lost { is_taken_over: self.is_taken_over() }
+        });
+        if let (true, Some(act)) = (is_first, self.on_loss.get()) {
+            act(lost);
+        }
+        let gone = "daemon.lock is no longer the file that this daemon has locked; it was removed, or its directory";
+        Err(Error::StateWriteFailed { what: "use", path: self.path.clone(), source: io::Error::other(gone) })
+    }
+
+    /// Whether a daemon holds the lock that is there now, and knows our opencode.
+    fn is_taken_over(&self) -> bool {
+        let Some(ours) = &self.snapshot().opencode else { return false };
+        let is_held = lock::if_held(&self.lock_path).is_ok_and(|held| held.is_some());
+        is_held
+            && State::read(&self.path)
+                .is_ok_and(|state| state.opencode.is_some_and(|theirs| theirs.engine_id == ours.engine_id))
+    }
+
+    /// Whether the file is another one than was last read or written.
+    fn was_edited(&self) -> bool {
+        // Taken first: a write between the two looks is no edit.
+        let known = lock(&self.shared).stamp;
+        Stamp::of(&self.path).is_ok_and(|found| found != known)
+    }
+
+    fn read_edit(&self, ours: &State) -> Edit {
+        match State::read_stamped(&self.path) {
+            Ok(Some((edited, _))) => match ours.difference(&edited) {
+                Some(difference) => Edit::Valid { state: Box::new(ours.with_registry_of(edited)), difference },
+                None => Edit::None,
+            },
+            // It was removed, and is written again.
+            Ok(None) => Edit::None,
+            Err(e) => Edit::Invalid(e),
+        }
+    }
+
+    /// Keeps what is about to be overwritten and is not in what is written; what to tell of it.
+    fn keep_edit(&self, edit: Edit) -> Result<Option<String>> {
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        match edit {
+            Edit::None => Ok(None),
+            Edit::Valid { difference, .. } => {
+                Ok(Some(format!("{name} was edited by hand; the daemon has taken the edit over: {difference}")))
+            }
+            Edit::Invalid(e) => {
+                let kept = keep_beside(&self.path, "edited")?;
+                let kept = kept.file_name().unwrap_or_default().to_string_lossy();
+                Ok(Some(format!(
+                    "{name} was edited by hand and cannot be read ({e}); the edit is kept beside it as {kept}, and \
+                     the registry is as it was before"
+                )))
+            }
+        }
+    }
+
+    /// What a client is to be told, once.
+    pub fn take_notice(&self) -> Option<String> {
+        lock(&self.shared).notice.take()
     }
 
     /// Notes that a workspace was used; written within a second. Never waits for the disk.
@@ -135,43 +314,31 @@ impl Store {
     }
 
     fn note(&self, change: impl FnOnce(&mut Pending)) {
-        let mut behind = lock(&self.behind);
-        let is_first = behind.is_empty();
-        change(&mut behind);
-        drop(behind);
+        let mut shared = lock(&self.shared);
+        let is_first = shared.behind.is_empty();
+        change(&mut shared.behind);
+        drop(shared);
         // For the others the writing thread waits already.
         if is_first {
             self.changed.notify_all();
         }
     }
 
-    /// The state with what is still to be written in it.
-    pub fn latest(&self) -> Arc<State> {
-        let snapshot = self.snapshot();
-        let behind = lock(&self.behind);
-        if behind.is_empty() {
-            return snapshot;
-        }
-        let mut state = State::clone(&snapshot);
-        behind.apply(&mut state);
-        Arc::new(state)
-    }
-
     /// Writes behind for as long as the daemon lives; for a thread of its own. The daemon's last
     /// change writes what is left.
     pub fn write_behind(&self) {
         let mut last_write: Option<Instant> = None;
-        loop {
+        while self.lost().is_none() {
             {
-                let mut behind = lock(&self.behind);
-                while behind.is_empty() {
-                    behind = self.changed.wait(behind).unwrap_or_else(PoisonError::into_inner);
+                let mut shared = lock(&self.shared);
+                while shared.behind.is_empty() {
+                    shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
                 }
                 while let Some(rest) = last_write.and_then(|at| WRITE_BEHIND.checked_sub(at.elapsed())) {
                     if rest.is_zero() {
                         break;
                     }
-                    behind = self.changed.wait_timeout(behind, rest).unwrap_or_else(PoisonError::into_inner).0;
+                    shared = self.changed.wait_timeout(shared, rest).unwrap_or_else(PoisonError::into_inner).0;
                 }
             }
             if let Err(e) = self.update(|_| Ok(())) {
@@ -179,5 +346,137 @@ impl Store {
             }
             last_write = Some(Instant::now());
         }
+    }
+}
+
+/// What was done to the state file by hand since the daemon last read or wrote it.
+enum Edit {
+    /// Nothing, or nothing that changes the registry.
+    None,
+    /// It can be read: the state with its registry, and what is different in it.
+    Valid { state: Box<State>, difference: String },
+    /// It cannot be read.
+    Invalid(Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::path::Path;
+
+    use super::*;
+    use crate::paths::open_private;
+    use crate::workspace::Place;
+
+    struct Scratch(PathBuf);
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    /// A store with one workspace, in a directory of its own.
+    fn store(name: &str) -> (Scratch, Store, String) {
+        let path = std::env::temp_dir().join(format!("openwork-store-{}-{name}", std::process::id()));
+        let data_dir = DataDir::resolve(Some(&path), None).unwrap();
+        data_dir.create().unwrap();
+        let held =
+            open_private(&data_dir.daemon_lock(), OpenOptions::new().read(true).write(true).create(true)).unwrap();
+        let store = Store::open(&data_dir, &held).unwrap();
+        let (workspace, _) = store.update(|state| state.add(Place::Local("/nowhere".to_owned()), None)).unwrap();
+        (Scratch(path), store, workspace.id.clone())
+    }
+
+    fn last_used(state: &State, id: &str) -> Option<u64> {
+        state.get(id).unwrap().last_used_at
+    }
+
+    fn in_file(store: &Store) -> State {
+        State::read(&store.path).unwrap()
+    }
+
+    #[test]
+    fn use_is_seen_at_every_moment_of_its_way_to_the_disk() {
+        let (_scratch, store, id) = store("pending");
+        let at = 1 << 50;
+        lock(&store.shared).behind.used.insert(id.clone(), at);
+        assert_ne!(last_used(&store.snapshot(), &id), Some(at));
+        assert_eq!(last_used(&store.latest(), &id), Some(at));
+        // A write has begun, and is not over.
+        let mut shared = lock(&store.shared);
+        shared.under_way = std::mem::take(&mut shared.behind);
+        drop(shared);
+        assert_eq!(last_used(&store.latest(), &id), Some(at));
+        // Later use is newer than what is being written.
+        lock(&store.shared).behind.used.insert(id.clone(), at + 1);
+        assert_eq!(last_used(&store.latest(), &id), Some(at + 1));
+        store.update(|_| Ok(())).unwrap();
+        assert_eq!(last_used(&in_file(&store), &id), Some(at + 1));
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_written_next_time() {
+        let (_scratch, store, id) = store("failed");
+        let at = 1 << 50;
+        lock(&store.shared).behind.used.insert(id.clone(), at);
+        let in_the_way = temporary(&store.path);
+        fs::create_dir(&in_the_way).unwrap();
+        let failed = store.update(|state| state.rename(&id, "other")).unwrap_err();
+        assert!(matches!(failed, Error::StateWriteFailed { .. }), "{failed}");
+        assert_eq!(store.snapshot().get(&id).unwrap().name, "nowhere");
+        assert_eq!(last_used(&store.latest(), &id), Some(at));
+        // What has come since is newer.
+        lock(&store.shared).behind.used.insert(id.clone(), at + 1);
+        store.update(|state| state.rename(&id, "other")).unwrap_err();
+        fs::remove_dir(&in_the_way).unwrap();
+        store.update(|_| Ok(())).unwrap();
+        let state = in_file(&store);
+        assert_eq!((last_used(&state, &id), state.get(&id).unwrap().name.as_str()), (Some(at + 1), "nowhere"));
+    }
+
+    /// The registry is changed by strings alone: a link to a workspace is found before, by whoever
+    /// has no lock.
+    #[test]
+    fn no_change_asks_the_disk_of_a_workspace() {
+        let (scratch, store, id) = store("strings");
+        let (directory, link) = (scratch.0.join("directory"), scratch.0.join("link"));
+        fs::create_dir(&directory).unwrap();
+        std::os::unix::fs::symlink(&directory, &link).unwrap();
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        store
+            .update(|state| {
+                let (linked, _) = state.add(Place::Local(text(&link)), None)?;
+                let place = Place::Local(text(&directory));
+                assert!(place.entry(&state.workspaces).is_none());
+                assert_eq!(place.linked_entry(&state.workspaces).map(|w| w.id.clone()), Some(linked.id.clone()));
+                let (second, created) = state.add(place, None)?;
+                assert!(created && second.id != linked.id);
+                state.relocate(&second.id, Place::Local("/elsewhere".to_owned()))?;
+                state.rename(&linked.id, "linked")?;
+                state.activate(&linked.id)?;
+                state.remove(&id)
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn another_lock_file_is_noticed_once_and_stops_every_write() {
+        let (scratch, store, id) = store("lost");
+        let lost = Arc::new(Mutex::new(Vec::new()));
+        let seen = lost.clone();
+        store.when_lost(move |what| lock(&seen).push(what));
+        let lock_file = scratch.0.join("daemon.lock");
+        fs::rename(&lock_file, scratch.0.join("moved")).unwrap();
+        fs::write(&lock_file, "").unwrap();
+        let before = fs::read(&store.path).unwrap();
+        for _ in 0..2 {
+            store.update(|state| state.rename(&id, "other")).unwrap_err();
+        }
+        // Nor does it help to put the old one back: another daemon may have run meanwhile.
+        fs::rename(scratch.0.join("moved"), &lock_file).unwrap();
+        store.update(|state| state.rename(&id, "other")).unwrap_err();
+        assert_eq!(*lock(&lost), [Lost { is_taken_over: false }]);
+        assert_eq!(fs::read(&store.path).unwrap(), before);
     }
 }

@@ -4,8 +4,10 @@
 //! - `socket`: who listens on a port, and whose connection one is
 //! - `lock`: which process holds a file lock
 //! - `wait`: poll(2) on flags, pipes, sockets and pidfds
+//! - `disk`: directories that may lie on a mount that hangs
 //! - `limits`: resource limits, and inherited descriptors
 
+pub mod disk;
 pub mod limits;
 pub mod lock;
 pub mod process;

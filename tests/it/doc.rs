@@ -121,6 +121,7 @@ fn every_reply_is_as_described() {
         ("POST", "/workspaces/remote", "/workspaces/remote", Some(remote), 201),
         ("PATCH", "/workspaces/b", "/workspaces/{id}", Some(json!({"name": "a"})), 200),
         ("POST", "/workspaces/a/activate", "/workspaces/{id}/activate", None, 200),
+        ("POST", "/workspaces/a/move", "/workspaces/{id}/move", Some(json!({"path": project})), 200),
         ("GET", "/workspaces/a/path", "/workspaces/{id}/path", None, 200),
         ("GET", "/workspaces/a", "/workspaces/{id}", None, 200),
         ("GET", "/instances", "/instances", None, 200),

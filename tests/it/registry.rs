@@ -574,3 +574,87 @@ fn a_body_is_an_object() {
     host.http("POST", "/workspaces").json(json!("p")).fails(400, "bad_request");
     assert_eq!(host.names(), [""; 0]);
 }
+
+// --- Moving ---
+
+#[test]
+fn a_workspace_follows_its_directory() {
+    let host = Host::new();
+    host.exercises(["command workspace move", "route POST /workspaces/:id/move"]);
+    let before = host.project("before");
+    let (id, other) = (host.add(&before), host.add(host.project("other")));
+    host.openwork(["workspace", "switch", "other"]).ok();
+    host.openwork(["workspace", "switch", "before"]).ok();
+    host.openwork(["workspace", "rename", "before", "mine"]).ok();
+    let entry = |host: &Host| host.http("GET", "/workspaces/mine").ok()["workspace"].clone();
+    let old = entry(&host);
+    let mut events = host.http("GET", "/events").events();
+    let after = host.path("projects/after");
+    fs::rename(&before, &after).unwrap();
+
+    let output = host.openwork(["workspace", "move", "mine", "projects/after"]).ok();
+    let new = entry(&host);
+    assert!(output.stdout.contains(after.to_str().unwrap()) && output.stdout.contains(new["id"].as_str().unwrap()));
+    assert_eq!(new["path"], after.to_str().unwrap());
+    assert_ne!(new["id"], id);
+    for field in ["name", "createdAt", "lastUsedAt", "workspaceType"] {
+        assert_eq!(new[field], old[field], "{field}");
+    }
+    // Its id is that of the directory, as if it had been added there.
+    assert_eq!(host.add(&after), new["id"]);
+    assert_eq!(host.state()["activeId"], new["id"]);
+    let removed = events.find(|event| event["type"] == "workspace.removed").unwrap();
+    let added = events.find(|event| event["type"] == "workspace.added").unwrap();
+    assert_eq!((&removed["workspace"]["id"], &added["workspace"]["id"]), (&json!(id), &new["id"]));
+    assert_eq!((&removed["activeId"], &added["activeId"]), (&new["id"], &new["id"]));
+    let path = host.openwork(["workspace", "path", "mine"]).ok();
+    assert_eq!(path.stdout.trim_end(), after.to_str().unwrap());
+
+    // The one that was active before is that also under its new id.
+    host.openwork(["workspace", "switch", "other"]).ok();
+    let third = host.project("third");
+    let moved = host.http("POST", "/workspaces/mine/move").json(json!({"path": third})).ok();
+    assert_eq!(host.state()["previousId"], moved["workspace"]["id"]);
+    assert_eq!(moved["activeId"], other);
+    host.openwork(["workspace", "switch", "-"]).ok();
+    assert_eq!(host.state()["activeId"], moved["workspace"]["id"]);
+    // To where it is already is no change.
+    let again = host.http("POST", "/workspaces/mine/move").json(json!({"path": third})).ok();
+    assert_eq!(again["workspace"]["id"], moved["workspace"]["id"]);
+    assert_eq!(host.names(), ["mine", "other"]);
+}
+
+#[test]
+fn a_workspace_cannot_be_moved_where_none_can_be() {
+    let host = Host::new();
+    let ids = ["a", "b"].map(|name| host.add(host.project(name)));
+    host.openwork(["workspace", "add-remote", "https://h.example", "--name", "far"]).ok();
+    let b = host.project("b");
+    let move_to = |selector: &str, path: &Path| {
+        let target = format!("/workspaces/{selector}/move");
+        host.http("POST", &target).json(json!({"path": path}))
+    };
+    let taken = move_to("a", &b).fails(400, "bad_request");
+    assert!(taken["message"].as_str().unwrap().contains(&ids[1]), "{taken}");
+    host.openwork(["workspace", "move", "a", b.to_str().unwrap()]).fails(1, "bad_request");
+    move_to("far", &host.project("c")).fails(409, "workspace_is_remote");
+    move_to("a", Path::new("relative")).fails(400, "bad_request");
+    move_to("a", &host.path("nowhere")).fails(404, "path_not_found");
+    move_to("none", &host.project("c")).fails(404, "workspace_not_found");
+    // No abbreviation, for what changes the registry.
+    move_to(&ids[0][..9], &host.project("c")).fails(404, "workspace_not_found");
+    host.openwork(["workspace", "move", "a", ""]).fails(1, "path_not_found");
+    assert_eq!(host.names(), ["a", "b", "far"]);
+}
+
+#[test]
+fn a_name_made_unique_is_not_longer_than_names_are() {
+    let host = Host::new();
+    let name = "é".repeat(120);
+    for parent in ["x", "y"] {
+        let dir = host.project(parent).join(&name);
+        fs::create_dir(&dir).unwrap();
+        host.add(&dir);
+    }
+    assert_eq!(host.names(), ["é".repeat(100), format!("{}-2", "é".repeat(98))]);
+}

@@ -5,12 +5,15 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, FILES, Host, STATE, Signal, kill, wait_for, wait_gone};
+use crate::support::{
+    AUTH, FILES, Host, Request, STATE, Signal, free_port, is_alive, kill, local, wait_for, wait_gone,
+};
 
 fn litter(host: &Host) -> Vec<String> {
     let names = fs::read_dir(host.data()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -80,7 +83,7 @@ fn what_has_another_shape_is_refused_untouched() {
         json!({"version": 1, "workspaces": [{"id": "ws-a", "name": ["a"], "path": "/p"}]}),
         json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "createdAt": "today"}]}),
         json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "lastUsedAt": -1}]}),
-        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "workspaceType": "distant"}]}),
+        json!({"version": 1, "workspaces": [{"id": "ws-a", "name": "a", "path": "/p", "workspaceType": 7}]}),
         json!({"version": 1, "workspaces": [], "daemon": 5}),
         json!({"version": 1, "workspaces": [], "opencode": {"pid": "1"}}),
         json!({"version": 1, "workspaces": [], "activeId": 7}),
@@ -174,13 +177,199 @@ fn a_password_file_that_is_none_is_refused_untouched() {
     }
 }
 
-// --- Repair ---
+#[test]
+fn a_workspace_of_an_unknown_type_is_kept_and_cannot_be_used() {
+    let host = Host::new();
+    host.write_state(
+        json!({"version": 1, "activeId": "ws-1", "workspaces": [
+            {"id": "ws-1", "name": "far", "path": "/p", "workspaceType": "distant", "orbit": 7},
+            {"id": "ws-2", "name": "near", "path": host.project("near")},
+        ]})
+        .to_string(),
+    );
+    let is_listed = |host: &Host| {
+        assert_eq!(host.names(), ["far", "near"]);
+        let list = host.openwork(["workspace", "list"]).ok();
+        assert!(list.stdout.contains("type \"distant\", not supported"), "{list:?}");
+        let info = host.openwork(["workspace", "info", "far"]).ok();
+        assert!(info.stdout.contains("distant"), "{info:?}");
+    };
+    is_listed(&host);
+    for command in [&["workspace", "path", "far"][..], &["instance", "dispose", "far"], &["env", "far"]] {
+        let error = host.openwork(command).fails(1, "bad_request");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("far") && message.contains("\"distant\""), "{message}");
+    }
+    host.routed("GET", "/w/far/path").fails(400, "bad_request");
+    is_listed(&host);
+    // The others are as usual, and it is the registry's like any.
+    host.openwork(["workspace", "path", "near"]).ok();
+    host.openwork(["workspace", "rename", "far", "farther"]).ok();
+    let entry = &host.state()["workspaces"][0];
+    assert_eq!((&entry["workspaceType"], &entry["orbit"]), (&json!("distant"), &json!(7)));
+    host.openwork(["workspace", "remove", "farther"]).ok();
+    assert_eq!(host.names(), ["near"]);
+}
 
-/// The originals that a repair has kept.
-fn kept(host: &Host) -> Vec<PathBuf> {
-    let names = litter(host).into_iter().filter(|name| name.starts_with(&format!("{STATE}.corrupt-")));
+// --- A file that is edited by hand ---
+
+/// The files that were kept beside the state file under this name.
+fn kept_as(host: &Host, name: &str) -> Vec<PathBuf> {
+    let names = litter(host).into_iter().filter(|kept| kept.starts_with(&format!("{STATE}.{name}-")));
     names.map(|name| host.file(&name)).collect()
 }
+
+/// Puts another state file in its place, as an editor does.
+fn edit(host: &Host, content: impl AsRef<[u8]>) {
+    let draft = host.path("draft");
+    fs::write(&draft, content).unwrap();
+    fs::rename(draft, host.file(STATE)).unwrap();
+}
+
+#[test]
+fn an_edit_while_the_daemon_runs_is_taken_over() {
+    let host = Host::new();
+    let ids = ["a", "b"].map(|name| host.add(host.project(name)));
+    let opencode = host.opencode_pid();
+    let mut state = host.state();
+    state["workspaces"][0]["name"] = "first".into();
+    state["workspaces"][0]["icon"] = "star".into();
+    state["workspaces"].as_array_mut().unwrap().remove(1);
+    state["activeId"] = "".into();
+    // What is known of the processes is not for anyone else to say.
+    state["opencode"] = Value::Null;
+    edit(&host, state.to_string());
+
+    let list = host.openwork(["workspace", "list"]).ok();
+    assert!(list.stdout.contains("first") && !list.stdout.contains("  b  "), "{list:?}");
+    let said = format!("{STATE} was edited by hand; the daemon has taken the edit over");
+    let changes = format!("removed b ({}); changed first ({})", ids[1], ids[0]);
+    assert!(list.stderr.contains(&said) && list.stderr.contains(&changes), "{list:?}");
+    let log = fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains(&said), "{log}");
+    // It is said once.
+    assert_eq!(host.openwork(["workspace", "list"]).ok().stderr, "");
+    let now = host.state();
+    assert_eq!((&now["workspaces"][0]["icon"], &now["opencode"]["pid"]), (&json!("star"), &json!(opencode)));
+    assert!(kept_as(&host, "edited").is_empty());
+
+    // A change is made to what the edit has left.
+    state["workspaces"][0]["name"] = "second".into();
+    edit(&host, state.to_string());
+    host.openwork(["workspace", "rename", "second", "third"]).ok();
+    host.openwork(["workspace", "rename", "b", "c"]).fails(4, "workspace_not_found");
+    assert_eq!(host.names(), ["third"]);
+    assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+}
+
+#[test]
+fn an_edit_before_a_restart_is_there_after_it() {
+    let host = Host::new();
+    host.add(host.project("a"));
+    let opencode = host.opencode_pid();
+    let mut state = host.state();
+    state["workspaces"][0]["name"] = "edited".into();
+    state["opencode"] = Value::Null;
+    edit(&host, state.to_string());
+    host.openwork(["daemon", "restart"]).ok();
+    assert_eq!(host.names(), ["edited"]);
+    assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+}
+
+#[test]
+fn an_edit_that_cannot_be_read_is_kept_beside() {
+    let host = Host::new();
+    host.add(host.project("a"));
+    for content in [&b"{ garbage"[..], br#"{"version": 2, "workspaces": []}"#] {
+        edit(&host, content);
+        let switch = host.openwork(["workspace", "switch", "a"]).ok();
+        let kept = kept_as(&host, "edited");
+        assert_eq!(kept.len(), 1);
+        let name = kept[0].file_name().unwrap().to_str().unwrap();
+        assert!(switch.stderr.contains(name), "{switch:?}");
+        assert!(fs::read_to_string(host.file("daemon.log")).unwrap().contains(name));
+        assert_eq!(fs::read(&kept[0]).unwrap(), content);
+        assert_eq!((host.names(), host.state()["workspaces"][0]["name"].as_str()), (vec!["a".to_owned()], Some("a")));
+        fs::remove_file(&kept[0]).unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_is_only_touched_or_removed_is_written_again() {
+    let host = Host::new();
+    host.add(host.project("a"));
+    let before = fs::read(host.file(STATE)).unwrap();
+    edit(&host, &before);
+    assert_eq!(host.openwork(["workspace", "switch", "a"]).ok().stderr, "");
+    fs::remove_file(host.file(STATE)).unwrap();
+    assert_eq!(host.openwork(["workspace", "list"]).ok().stderr, "");
+    assert_eq!(host.state()["workspaces"][0]["name"], "a");
+    assert_eq!(litter(&host), [""; 0]);
+}
+
+// --- Two daemons ---
+
+#[test]
+fn a_daemon_whose_lock_file_was_removed_stops_and_leaves_opencode_to_the_next() {
+    let host = Host::new();
+    host.add(host.project("a"));
+    let (first, opencode, port) = (host.daemon_pid(), host.opencode_pid(), host.port());
+    fs::remove_file(host.file("daemon.lock")).unwrap();
+    // Nobody can know that there is a daemon already.
+    host.openwork(["daemon", "start"]).env("OPENWORK_DAEMON_PORT", free_port().to_string()).ok();
+    let second = host.daemon_pid();
+    assert!(second != first && is_alive(first));
+    assert_eq!(host.opencode_pid(), opencode);
+    host.add(host.project("b"));
+
+    let late = Request::new(local(port), "POST", "/workspaces").json(&json!({"path": host.project("c")}));
+    late.send().unwrap().refused(500, "state_write_failed");
+    wait_gone(first);
+    let log = fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains("stopping, since another daemon may run over the same files"), "{log}");
+    assert_eq!(host.names(), ["a", "b"]);
+    assert_eq!(host.state()["daemon"]["pid"], second);
+    host.openwork(["workspace", "path", "b"]).ok();
+    assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+    host.runs_one_of_each();
+}
+
+#[test]
+fn a_daemon_whose_directory_was_made_anew_stops_with_its_opencode() {
+    let host = Host::new();
+    host.add(host.project("a"));
+    let (first, old, port) = (host.daemon_pid(), host.opencode_pid(), host.port());
+    fs::remove_dir_all(host.data()).unwrap();
+    host.openwork(["daemon", "start"]).env("OPENWORK_DAEMON_PORT", free_port().to_string()).ok();
+    host.add(host.project("b"));
+    assert_ne!((host.daemon_pid(), host.opencode_pid()), (first, old));
+
+    let late = Request::new(local(port), "POST", "/workspaces").json(&json!({"path": host.project("c")}));
+    late.send().unwrap().refused(500, "state_write_failed");
+    wait_gone(first);
+    wait_gone(old);
+    assert_eq!(host.names(), ["b"]);
+    host.openwork(["workspace", "path", "b"]).ok();
+    host.runs_one_of_each();
+}
+
+#[test]
+fn a_daemon_whose_directory_was_removed_stops_with_its_opencode() {
+    let host = Host::new();
+    let foreground = host.openwork(["daemon", "run"]).spawn();
+    wait_for("the daemon", || host.lock_text().is_some());
+    let opencode = host.opencode_pid();
+    let port = host.port();
+    fs::remove_dir_all(host.data()).unwrap();
+    // Reading shows it too.
+    Request::new(local(port), "GET", "/workspaces").send().unwrap();
+    let output = foreground.wait();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.contains("daemon.lock is no longer the file"), "{output:?}");
+    assert!(!is_alive(opencode) && !host.data().exists());
+}
+
+// --- Repair ---
 
 #[test]
 fn a_repair_saves_what_can_be_read() {
@@ -200,7 +389,7 @@ fn a_repair_saves_what_can_be_read() {
     let saved: Vec<&Value> = report["workspaces"].as_array().unwrap().iter().map(|entry| &entry["id"]).collect();
     assert_eq!(saved, [&ids[0], &ids[1]]);
     assert_eq!((host.names(), host.state()["activeId"].as_str()), (vec!["a".into(), "b".into()], Some(&*ids[1])));
-    let kept = kept(&host);
+    let kept = kept_as(&host, "corrupt");
     assert_eq!(report["original"], kept[0].to_str().unwrap());
     assert_eq!(fs::read_to_string(&kept[0]).unwrap(), whole[..last]);
     assert_eq!((kept.len(), mode(&host.file(STATE))), (1, 0o600));
@@ -215,15 +404,15 @@ fn a_repair_of_what_has_nothing_begins_anew() {
         let host = Host::new();
         host.write_state(content);
         let output = host.openwork(["state", "repair"]).ok();
-        assert!(output.stdout.contains(kept(&host)[0].to_str().unwrap()), "{output:?}");
-        assert_eq!(fs::read_to_string(&kept(&host)[0]).unwrap(), content);
+        assert!(output.stdout.contains(kept_as(&host, "corrupt")[0].to_str().unwrap()), "{output:?}");
+        assert_eq!(fs::read_to_string(&kept_as(&host, "corrupt")[0]).unwrap(), content);
         host.add(host.project("p"));
     }
     // A directory too is out of the way.
     let host = Host::new();
     fs::create_dir_all(host.file(STATE).join("something")).unwrap();
     host.openwork(["state", "repair"]).ok();
-    assert!(kept(&host)[0].join("something").is_dir());
+    assert!(kept_as(&host, "corrupt")[0].join("something").is_dir());
     host.add(host.project("p"));
 }
 
@@ -238,7 +427,7 @@ fn what_needs_no_repair_is_left_alone() {
     host.openwork(["daemon", "stop"]).ok();
     let before = fs::read(host.file(STATE)).unwrap();
     assert_eq!(host.openwork(["state", "repair"]).json()["repaired"], false);
-    assert_eq!((fs::read(host.file(STATE)).unwrap(), kept(&host)), (before, vec![]));
+    assert_eq!((fs::read(host.file(STATE)).unwrap(), kept_as(&host, "corrupt")), (before, vec![]));
 
     // One of the future is not broken.
     let newer = json!({"version": 2, "workspaces": {}}).to_string();
@@ -371,6 +560,27 @@ fn every_directory_that_is_made_can_be_used() {
 }
 
 #[test]
+fn use_is_written_when_the_disk_has_room_again() {
+    let host = Host::new();
+    let id = host.add(host.project("p"));
+    host.openwork(["workspace", "path", "p"]).ok();
+    let last_used = || host.state()["workspaces"][0]["lastUsedAt"].as_u64().unwrap();
+    let added = last_used();
+    wait_for("the first use to be written", || last_used() > added);
+    let before = last_used();
+    // What a write needs is in its way.
+    let in_the_way = host.file(&format!("{STATE}.tmp"));
+    fs::create_dir(&in_the_way).unwrap();
+    host.openwork(["workspace", "path", "p"]).ok();
+    wait_for("a write to fail", || fs::read_to_string(host.file("daemon.log")).unwrap().contains(".tmp"));
+    assert_eq!(last_used(), before);
+    let known = host.http("GET", &format!("/workspaces/{id}")).ok()["workspace"]["lastUsedAt"].as_u64().unwrap();
+    assert!(known > before);
+    fs::remove_dir(&in_the_way).unwrap();
+    wait_for("the use to be written", || last_used() == known);
+}
+
+#[test]
 fn a_directory_of_ours_is_narrowed() {
     let host = Host::new();
     fs::create_dir(host.data()).unwrap();
@@ -432,6 +642,21 @@ mod as_root {
         host.openwork(["daemon", "start"]).fails(1, "permission_denied");
         assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
     }
+}
+
+#[test]
+fn a_directory_that_is_not_for_openwork_alone_is_refused_untouched() {
+    let host = Host::unprivileged();
+    let shared = host.project("shared");
+    for (directory, before) in [(host.home(), 0o750), (shared, 0o1777)] {
+        fs::set_permissions(&directory, fs::Permissions::from_mode(before)).unwrap();
+        for command in [&["daemon", "start"][..], &["workspace", "add", "/"], &["state", "repair"]] {
+            let option = ["--data-dir", directory.to_str().unwrap()];
+            host.openwork(command.iter().chain(&option)).fails(1, "permission_denied");
+        }
+        assert_eq!((mode(&directory), fs::read_dir(&directory).unwrap().count()), (before, 0));
+    }
+    host.openwork(["daemon", "start", "--data-dir", "/"]).fails(1, "permission_denied");
 }
 
 #[test]
@@ -513,4 +738,25 @@ fn what_is_read_is_not_read_through_a_link() {
     symlink(&elsewhere, host.file(STATE)).unwrap();
     host.openwork(["workspace", "list"]).fails(1, "state_corrupt");
     host.openwork(["daemon", "start"]).fails(1, "state_corrupt");
+}
+
+#[test]
+fn a_planted_fifo_holds_up_nobody() {
+    for name in [STATE, AUTH, "daemon.lock", "start.lock", "control.sock", "daemon.log", "opencode.log", "opencode"] {
+        let host = Host::new();
+        fs::create_dir(host.data()).unwrap();
+        let fifo = host.file(name);
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        for command in [&["daemon", "start"][..], &["workspace", "list"], &["state", "repair"], &["logs"]] {
+            host.openwork(command).output();
+        }
+        // Nothing waits for its other end. It is refused or replaced.
+        let is_there = fs::symlink_metadata(&fifo).is_ok_and(|metadata| metadata.file_type().is_fifo());
+        let is_refused = !host.openwork(["daemon", "start"]).output().status.success();
+        assert!(is_refused || !is_there || name.ends_with("log"), "{name}");
+        host.openwork(["daemon", "stop"]).output();
+        wait_for("everything to end", || host.processes().is_empty());
+        // The harness reads these files.
+        let _ = fs::remove_file(&fifo);
+    }
 }

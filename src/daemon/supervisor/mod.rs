@@ -127,7 +127,7 @@ impl Status {
     /// As in `/health`.
     pub fn engine_info(&self) -> EngineInfo {
         EngineInfo {
-            phase: self.phase,
+            phase: self.phase.name().into(),
             generation: self.generation,
             restarts: self.restarts,
             version: self.version.clone(),

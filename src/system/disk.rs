@@ -1,0 +1,301 @@
+//! Looks at directories of the user's, which may lie on a network mount that hangs.
+//!
+//! A look that hangs cannot be cancelled. So every look runs in a thread that its caller does not
+//! join, and the caller goes on without the answer after a limit. Invariant: at most
+//! [`HANGING_LIMIT`] threads hang; what hangs is remembered, and [`all`] skips it until the thread
+//! that hangs there comes back.
+
+use std::collections::HashMap;
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{Builder, available_parallelism};
+use std::time::{Duration, Instant};
+
+/// How many looks may hang at once. Each holds a thread until its mount is back.
+const HANGING_LIMIT: usize = 32;
+/// A look that takes this long holds up the others no longer: [`all`] gives them another thread. A
+/// disk at work answers within milliseconds.
+const STALL: Duration = Duration::from_millis(100);
+/// How many directories make a second thread worth its start: a look takes about a microsecond, the
+/// start of a thread some tens.
+const PER_THREAD: usize = 2000;
+
+/// How many looks hang; and the directories above those that hung in [`all`], each with how often.
+/// Directories beside one that hangs are taken to lie on the same mount.
+struct Hanging {
+    looks: usize,
+    above: Option<HashMap<PathBuf, usize>>,
+}
+
+static HANGING: Mutex<Hanging> = Mutex::new(Hanging { looks: 0, above: None });
+/// [`Hanging::looks`], to be read without the lock.
+static LOOKS: AtomicUsize = AtomicUsize::new(0);
+
+impl Hanging {
+    fn lock() -> MutexGuard<'static, Hanging> {
+        HANGING.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&mut self, above: Option<&Path>) {
+        self.looks += 1;
+        LOOKS.store(self.looks, Ordering::Relaxed);
+        if let Some(above) = above {
+            *self.above.get_or_insert_default().entry(above.to_owned()).or_default() += 1;
+        }
+    }
+
+    fn end(&mut self, above: Option<&Path>) {
+        self.looks -= 1;
+        LOOKS.store(self.looks, Ordering::Relaxed);
+        let (Some(above), Some(all)) = (above, &mut self.above) else { return };
+        if let Some(count) = all.get_mut(above) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(above);
+            }
+        }
+    }
+}
+
+/// Whether a directory beside this one hangs.
+fn hangs(path: &Path) -> bool {
+    if LOOKS.load(Ordering::Relaxed) == 0 {
+        return false;
+    }
+    let hanging = Hanging::lock();
+    path.parent().is_some_and(|above| hanging.above.as_ref().is_some_and(|all| all.contains_key(above)))
+}
+
+/// How far a look has come.
+const NOT_BEGUN: u8 = 0;
+const UNDER_WAY: u8 = 1;
+/// Its caller has given up, and has counted it as hanging.
+const GIVEN_UP: u8 = 2;
+const OVER: u8 = 3;
+
+/// Runs a look in a thread of its own; `None` when it takes longer than the limit, or when there is
+/// no thread for it.
+pub fn within<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    if LOOKS.load(Ordering::Relaxed) >= HANGING_LIMIT {
+        return None;
+    }
+    let (sender, receiver) = channel();
+    let ours = Arc::new(AtomicU8::new(UNDER_WAY));
+    let theirs = ours.clone();
+    let work = move || {
+        let found = look();
+        if theirs.swap(OVER, Ordering::AcqRel) == GIVEN_UP {
+            Hanging::lock().end(None);
+        }
+        let _ = sender.send(found);
+    };
+    Builder::new().spawn(work).ok()?;
+    match receiver.recv_timeout(limit) {
+        Ok(found) => Some(found),
+        Err(RecvTimeoutError::Disconnected) => None, // the look panicked
+        Err(RecvTimeoutError::Timeout) => {
+            // The lock is held across the exchange: the thread must not end the look before it is
+            // counted.
+            let mut hanging = Hanging::lock();
+            if ours.compare_exchange(UNDER_WAY, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                hanging.begin(None);
+            }
+            None
+        }
+    }
+}
+
+/// A look of [`all`].
+struct Look<A> {
+    state: AtomicU8,
+    answer: OnceLock<A>,
+}
+
+/// What the threads of [`all`] share.
+struct Looks<T, A, P, L> {
+    items: Vec<T>,
+    path: P,
+    look: L,
+    next: AtomicUsize,
+    looks: Vec<Look<A>>,
+    /// How many items are left.
+    left: AtomicUsize,
+}
+
+impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
+    /// Looks at one item after the other, until there are no more or a look was given up.
+    fn work(&self, done: &Sender<()>) {
+        // Another thread has taken over from one that was given up.
+        let mut was_given_up = false;
+        while !was_given_up {
+            let at = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = self.items.get(at) else { return };
+            let path = (self.path)(item);
+            if !hangs(path) {
+                let look = &self.looks[at];
+                look.state.store(UNDER_WAY, Ordering::Release);
+                let _ = look.answer.set((self.look)(path));
+                was_given_up = look.state.swap(OVER, Ordering::AcqRel) == GIVEN_UP;
+                if was_given_up {
+                    Hanging::lock().end(path.parent());
+                }
+            }
+            if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                let _ = done.send(());
+            }
+        }
+    }
+
+    fn under_way(&self) -> Vec<usize> {
+        (0..self.looks.len()).filter(|at| self.looks[*at].state.load(Ordering::Acquire) == UNDER_WAY).collect()
+    }
+
+    /// Counts a look as hanging, unless it has just come back.
+    fn give_up(&self, at: usize) -> bool {
+        let mut hanging = Hanging::lock();
+        let state = &self.looks[at].state;
+        let given_up = state.compare_exchange(UNDER_WAY, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if given_up {
+            hanging.begin((self.path)(&self.items[at]).parent());
+        }
+        given_up
+    }
+}
+
+/// Looks at the path of each item; `None` for those that did not answer within the limit, or lie
+/// beside one that does not.
+pub fn all<T: Send + Sync + 'static, A: Clone + Send + Sync + 'static>(
+    limit: Duration,
+    items: Vec<T>,
+    path: impl Fn(&T) -> &Path + Send + Sync + 'static,
+    look: impl Fn(&Path) -> A + Send + Sync + 'static,
+) -> Vec<Option<A>> {
+    let count = items.len();
+    let new_look = || Look { state: AtomicU8::new(NOT_BEGUN), answer: OnceLock::new() };
+    let looks = (0..count).map(|_| new_look()).collect();
+    let looks = Arc::new(Looks { items, path, look, next: AtomicUsize::new(0), looks, left: AtomicUsize::new(count) });
+    let (done, finished) = channel();
+    let start = || {
+        let (looks, done) = (looks.clone(), done.clone());
+        LOOKS.load(Ordering::Relaxed) < HANGING_LIMIT && Builder::new().spawn(move || looks.work(&done)).is_ok()
+    };
+    let threads = (count / PER_THREAD).clamp(1, available_parallelism().map_or(1, NonZero::get));
+    let deadline = Instant::now() + limit;
+    let mut under_way = Vec::new();
+    let mut threads = if count == 0 { 0 } else { (0..threads).filter(|_| start()).count() };
+    while threads > 0 && finished.recv_timeout(STALL).is_err() {
+        // What was under way at the last glance and still is hangs, as far as can be seen; its answer
+        // counts if it comes before the deadline.
+        let now = looks.under_way();
+        for at in now.iter().filter(|at| under_way.contains(*at)) {
+            if looks.give_up(*at) && !start() {
+                threads -= 1;
+            }
+        }
+        under_way = now;
+        if Instant::now() >= deadline {
+            break;
+        }
+    }
+    looks.looks.iter().map(|look| look.answer.get().cloned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Condvar;
+
+    use super::*;
+
+    /// A mount that hangs until it is told to answer.
+    #[derive(Clone, Default)]
+    struct Mount(Arc<(Mutex<bool>, Condvar)>);
+
+    impl Mount {
+        fn wait(&self) {
+            let (answers, changed) = &*self.0;
+            drop(changed.wait_while(answers.lock().unwrap(), |answers| !*answers).unwrap());
+        }
+
+        fn answer(&self) {
+            *self.0.0.lock().unwrap() = true;
+            self.0.1.notify_all();
+        }
+    }
+
+    fn until(what: &str, condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !condition() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// One test, since what hangs is known to the whole process.
+    #[test]
+    fn what_hangs_holds_up_nobody() {
+        let mount = Mount::default();
+        let look = |mount: &Mount| {
+            let mount = mount.clone();
+            move |path: &Path| {
+                if path.starts_with("/hung") {
+                    mount.wait();
+                }
+                path.starts_with("/there")
+            }
+        };
+        let paths = || -> Vec<PathBuf> {
+            let more = (0..50).map(|n| format!("/hung/{n}"));
+            ["/there/a", "/hung/a", "/gone/b", "/hung/c", "/there/d"]
+                .into_iter()
+                .map(PathBuf::from)
+                .chain(more.map(PathBuf::from))
+                .collect()
+        };
+        let ask = |seconds| all(Duration::from_secs(seconds), paths(), |path| path, look(&mount));
+        let expected = [Some(true), None, Some(false), None, Some(true)];
+        // One thread hangs, and what lies beside the hung directory is not looked at.
+        until("the other answers", || {
+            let answers = ask(1);
+            assert_eq!((answers[1], answers[3], &answers[5..]), (None, None, &[None; 50][..]));
+            answers[..5] == expected
+        });
+        until("one look to hang", || LOOKS.load(Ordering::Relaxed) == 1);
+        // From then on nobody waits, and no further thread hangs.
+        assert_eq!(ask(60)[..5], expected);
+        assert_eq!(LOOKS.load(Ordering::Relaxed), 1);
+
+        let hung = mount.clone();
+        assert_eq!(within(Duration::from_millis(10), move || hung.wait()), None);
+        assert_eq!(within(Duration::from_secs(60), || 7), Some(7));
+        assert_eq!(LOOKS.load(Ordering::Relaxed), 2);
+        // The threads that hang are limited.
+        for _ in 2..HANGING_LIMIT {
+            let hung = mount.clone();
+            within(Duration::ZERO, move || hung.wait());
+        }
+        assert_eq!(within(Duration::from_secs(60), || 7), None);
+        assert_eq!(ask(60), [None; 55]);
+
+        // Once the mount is back, everything is looked at again.
+        mount.answer();
+        until("the looks that hung to end", || LOOKS.load(Ordering::Relaxed) == 0);
+        let answers = ask(60);
+        assert_eq!(answers[..5], [Some(true), Some(false), Some(false), Some(false), Some(true)]);
+        assert_eq!(answers[5..], [Some(false); 50]);
+        assert_eq!(all(Duration::from_secs(60), Vec::<PathBuf>::new(), |path| path, look(&mount)), [None; 0]);
+    }
+
+    #[test]
+    fn many_are_looked_at_by_several() {
+        let paths: Vec<PathBuf> = (0..3 * PER_THREAD).map(|n| PathBuf::from(format!("/p/{n}"))).collect();
+        let is_even = |path: &Path| path.to_str().unwrap().ends_with(['0', '2', '4', '6', '8']);
+        // The other test of this process may have all threads hang for a while.
+        until("an answer for each", || {
+            let answers = all(Duration::from_secs(60), paths.clone(), |path| path, is_even);
+            answers.iter().zip(&paths).all(|(answer, path)| *answer == Some(is_even(path)))
+        });
+    }
+}
