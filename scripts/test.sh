@@ -18,6 +18,7 @@ both() { "$1" "$2" && "$3" "$4"; }
 need as_root test "${OPENWORK_TEST_USER:-$(id -u)}" = 0
 need with_script script --version
 need with_git git --version
+need with_strace strace true
 need with_curl curl --version
 need with_tmux both tmux -V git --version
 

@@ -88,7 +88,7 @@ impl ControlPlane {
                         crate::log!("cannot start a thread for a request: {e}");
                         if let Some(request) = take(&refused) {
                             let reply = Err(Error::Overloaded("threads"));
-                            answer_with(request, reply);
+                            answer_with(daemon, request, reply);
                         }
                     }
                 }

@@ -436,7 +436,97 @@ fn what_needs_no_repair_is_left_alone() {
     assert_eq!(fs::read_to_string(host.file(STATE)).unwrap(), newer);
 }
 
+#[test]
+fn a_repair_that_cannot_be_made_changes_nothing() {
+    let host = Host::unprivileged();
+    host.write_state("garbage");
+    // Not to be read: then nothing in it can be saved, and it is no repair to begin anew.
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(host.file(STATE), fs::Permissions::from_mode(0o000)).unwrap();
+    host.openwork(["state", "repair"]).fails(1, "permission_denied");
+    fs::set_permissions(host.file(STATE), fs::Permissions::from_mode(0o600)).unwrap();
+    assert_eq!(fs::read_to_string(host.file(STATE)).unwrap(), "garbage");
+    // Not to be written: the original is where it was.
+    let in_the_way = host.file(&format!("{STATE}.tmp"));
+    fs::create_dir(&in_the_way).unwrap();
+    host.openwork(["state", "repair"]).fails(1, "state_write_failed");
+    assert_eq!(fs::read_to_string(host.file(STATE)).unwrap(), "garbage");
+    fs::remove_dir(&in_the_way).unwrap();
+    host.openwork(["state", "repair"]).ok();
+    host.add(host.project("p"));
+}
+
+#[test]
+fn a_repair_says_what_it_could_not_save() {
+    let host = Host::new();
+    host.write_state(
+        r#"{"version": 1, "workspaces": [
+            {"id": "ws-1", "name": "local", "path": "/local", "createdAt": "never"},
+            {"id": "ws-2", "name": "far", "path": "", "workspaceType": "remote", "baseUrl": "https://h", "directory": "/srv"},
+            {"id": "ws-3", "name": "nowhere", "workspaceType": "local"},
+            {"id": "ws-1", "name": "again", "path": "/again"}, {"broken"#,
+    );
+    let output = host.openwork(["state", "repair"]).ok();
+    for line in [
+        "saved local (/local)",
+        "saved far (https://h /srv)",
+        "could not save ws-3: neither path nor baseUrl",
+        "could not save ws-1: there twice",
+        "could not save fields beside the workspaces: they are in the original only",
+        "saved in all: 2",
+    ] {
+        assert!(output.stdout.lines().any(|found| found == line), "{line}: {output:?}");
+    }
+    assert_eq!(host.names(), ["local", "far"]);
+}
+
+#[test]
+fn a_repair_does_not_hold_the_lock_with_the_address_of_a_dead_daemon() {
+    let host = Host::new();
+    host.add(host.project("p"));
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    assert!(host.lock_text().is_some());
+    host.openwork(["state", "repair"]).ok();
+    assert_eq!(fs::read_to_string(host.file("daemon.lock")).unwrap(), "");
+    host.openwork(["daemon", "stop"]).ok();
+}
+
 // --- Writing ---
+
+/// What takes strace, to see system calls.
+mod with_strace {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs strace(1), to see what is synced"]
+    fn a_change_is_synced_before_and_after_it_is_in_place() {
+        let host = Host::new();
+        let trace = host.path("trace");
+        let calls = "fsync,rename,renameat,renameat2";
+        let strace = format!("exec strace -f -y -e trace={calls} -o '{}' \"$0\" \"$@\"", trace.display());
+        let daemon = host.openwork(["daemon", "run"]).after(&strace).spawn();
+        wait_for("the daemon", || host.lock_text().is_some());
+        host.add(host.project("p"));
+        host.openwork(["daemon", "stop"]).ok();
+        daemon.wait();
+        let trace = fs::read_to_string(trace).unwrap();
+        let temporary = format!("<{}.tmp>", host.file(STATE).display());
+        let directory = format!("<{}>", host.data().display());
+        let calls: String = trace
+            .lines()
+            .filter_map(|line| match () {
+                () if line.contains("fsync(") && line.contains(&temporary) => Some('f'),
+                () if line.contains("rename") && line.contains(&format!("{STATE}\"")) => Some('r'),
+                () if line.contains("fsync(") && line.contains(&directory) => Some('d'),
+                () => None,
+            })
+            .collect();
+        let renames = calls.matches('r').count();
+        assert!(renames > 2 && calls.matches("frd").count() == renames, "{calls}\n{trace}");
+    }
+}
 
 #[test]
 fn the_file_is_whole_at_every_moment() {
