@@ -94,6 +94,14 @@ pub fn temporary(path: &Path) -> PathBuf {
 /// # Errors
 /// `state_write_failed`; then the old one is untouched.
 pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<Stamp> {
+    replace_whole(path, value, || Ok(()))
+}
+
+/// The same; `last` is called when all is ready, right before the old file is replaced.
+///
+/// # Errors
+/// As [`write_whole`], and those of `last`.
+pub fn replace_whole(path: &Path, value: &impl Serialize, last: impl FnOnce() -> Result<()>) -> Result<Stamp> {
     let temporary = temporary(path);
     let directory = path.parent().unwrap_or(Path::new("/"));
     let failed = |what, path: &Path| {
@@ -116,6 +124,7 @@ pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<Stamp> {
             .map_err(failed("write", &temporary))?;
         writer.get_ref().sync_all().map_err(failed("sync", &temporary))?;
         let parent = File::open(directory).map_err(failed("open", directory))?;
+        last()?;
         fs::rename(&temporary, path).map_err(failed("replace", path))?;
         Ok((parent, writer.get_ref().metadata()))
     };

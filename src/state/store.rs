@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::State;
-use super::file::{Stamp, keep_beside, temporary, write_whole};
+use super::file::{Stamp, keep_beside, replace_whole, temporary};
 use crate::error::{Error, Result};
 use crate::lock;
 use crate::log::now_ms;
@@ -186,9 +186,9 @@ impl Store {
     fn write<T>(&self, _writing: &MutexGuard<'_, ()>, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         self.check_lock()?;
         let before = self.snapshot();
-        let edit = if self.was_edited() { self.read_edit(&before) } else { Edit::None };
+        let (edit, seen) = self.read_edit(&before);
         let mut state = match &edit {
-            Edit::None | Edit::Invalid(_) => State::clone(&before),
+            Edit::None | Edit::Invalid(_) | Edit::Late => State::clone(&before),
             Edit::Valid { state, .. } => State::clone(state),
         };
         let result = change(&mut state)?;
@@ -199,11 +199,17 @@ impl Store {
         };
         pending.apply(&mut state);
         state.cli_version = Some(env!("CARGO_PKG_VERSION").to_owned());
-        let written = self.keep_edit(edit).and_then(|notice| Ok((notice, write_whole(&self.path, &state)?)));
+        let mut notice = None;
+        let written = replace_whole(&self.path, &state, || {
+            // Writing takes milliseconds: an edit may have come meanwhile.
+            let edit = if Stamp::of(&self.path).is_ok_and(|found| found != seen) { Edit::Late } else { edit };
+            notice = self.keep_edit(edit)?;
+            Ok(())
+        });
         let mut shared = lock(&self.shared);
         let pending = std::mem::take(&mut shared.under_way);
         match written {
-            Ok((notice, stamp)) => {
+            Ok(stamp) => {
                 let state = Arc::new(state);
                 let old = std::mem::replace(&mut shared.current, state);
                 shared.stamp = Some(stamp);
@@ -264,15 +270,22 @@ impl Store {
         Stamp::of(&self.path).is_ok_and(|found| found != known)
     }
 
-    fn read_edit(&self, ours: &State) -> Edit {
+    /// What was done to the file, and the stamp of what was looked at.
+    fn read_edit(&self, ours: &State) -> (Edit, Option<Stamp>) {
+        let known = lock(&self.shared).stamp;
+        if !self.was_edited() {
+            return (Edit::None, known);
+        }
         match State::read_stamped(&self.path) {
-            Ok(Some((edited, _))) => match ours.difference(&edited) {
-                Some(difference) => Edit::Valid { state: Box::new(ours.with_registry_of(edited)), difference },
-                None => Edit::None,
+            Ok(Some((edited, stamp))) => match ours.difference(&edited) {
+                Some(difference) => {
+                    (Edit::Valid { state: Box::new(ours.with_registry_of(edited)), difference }, Some(stamp))
+                }
+                None => (Edit::None, Some(stamp)),
             },
             // It was removed, and is written again.
-            Ok(None) => Edit::None,
-            Err(e) => Edit::Invalid(e),
+            Ok(None) => (Edit::None, None),
+            Err(e) => (Edit::Invalid(e), Stamp::of(&self.path).ok().flatten()),
         }
     }
 
@@ -283,6 +296,12 @@ impl Store {
             Edit::None => Ok(None),
             Edit::Valid { difference, .. } => {
                 Ok(Some(format!("{name} was edited by hand; the daemon has taken the edit over: {difference}")))
+            }
+            Edit::Late if Stamp::of(&self.path).is_ok_and(|found| found.is_none()) => Ok(None),
+            Edit::Late => {
+                let kept = keep_beside(&self.path, "edited")?;
+                let kept = kept.file_name().unwrap_or_default().to_string_lossy();
+                Ok(Some(format!("{name} was edited by hand during a write; the edit is kept beside it as {kept}")))
             }
             Edit::Invalid(e) => {
                 let kept = keep_beside(&self.path, "edited")?;
@@ -357,6 +376,8 @@ enum Edit {
     Valid { state: Box<State>, difference: String },
     /// It cannot be read.
     Invalid(Error),
+    /// It came when the next state was being written, too late to be in it.
+    Late,
 }
 
 #[cfg(test)]
@@ -458,6 +479,23 @@ mod tests {
                 state.remove(&id)
             })
             .unwrap();
+    }
+
+    #[test]
+    fn an_edit_that_comes_during_a_write_is_kept() {
+        let (scratch, store, id) = store("late");
+        store
+            .update(|state| {
+                fs::rename(&store.path, scratch.0.join("old")).unwrap();
+                fs::write(&store.path, "by hand").unwrap();
+                state.rename(&id, "other")
+            })
+            .unwrap();
+        assert_eq!(in_file(&store).get(&id).unwrap().name, "other");
+        let notice = store.take_notice().expect("a notice");
+        let kept = notice.rsplit(' ').next().unwrap();
+        assert_eq!(fs::read_to_string(scratch.0.join(kept)).unwrap(), "by hand");
+        assert_eq!(store.take_notice(), None);
     }
 
     #[test]

@@ -280,6 +280,7 @@ fn an_edit_before_a_restart_is_there_after_it() {
 fn an_edit_that_cannot_be_read_is_kept_beside() {
     let host = Host::new();
     host.add(host.project("a"));
+    host.opencode_pid(); // whose start is written down
     for content in [&b"{ garbage"[..], br#"{"version": 2, "workspaces": []}"#] {
         edit(&host, content);
         let switch = host.openwork(["workspace", "switch", "a"]).ok();
@@ -298,6 +299,7 @@ fn an_edit_that_cannot_be_read_is_kept_beside() {
 fn a_file_that_is_only_touched_or_removed_is_written_again() {
     let host = Host::new();
     host.add(host.project("a"));
+    host.opencode_pid(); // whose start is written down
     let before = fs::read(host.file(STATE)).unwrap();
     edit(&host, &before);
     assert_eq!(host.openwork(["workspace", "switch", "a"]).ok().stderr, "");
