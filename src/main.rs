@@ -11,6 +11,7 @@
 //!   daemon     start, stop, restart, status
 //!   workspace  the registry, and which workspace a selector means
 //!   passthrough: OpenCode's own calls and clients: api, env, attach, run
+//!   http       HTTP as api passes it through
 //!   import     takes over the workspaces of another program
 //!   output     one value, printed for people or as JSON
 //!   complete, manual, service: what packages ship, from the tables of args
@@ -22,11 +23,11 @@
 //!   router      /w/<ws>/…: who may pass, to which directory
 //!   exchange    one routed request on its way: copies bytes both ways
 //!   api         the control plane behind the gate: one handler per route
-//!   supervisor the one thread that owns opencode
-//!   engine     opencode itself: command line and protocol
-//!   instances  what opencode has loaded, and what ends it by being loaded
-//!   events     who is told what happened
-//!   handover   becomes its successor at a restart
+//!   supervisor  the one thread that owns opencode
+//!   engine      opencode itself: command line and protocol
+//!   instances   what opencode has loaded, and what ends it by being loaded
+//!   events      who is told what happened
+//!   handover    becomes its successor at a restart
 //! state/       the state file, and the credentials
 //!   records    what it says of processes, binaries and ports
 //!   store      in memory and on disk
@@ -35,7 +36,7 @@
 //! wire         what goes over HTTP and into --json
 //! agent        HTTP calls to a proven listener
 //! framing      where a body ends, what the head of a reply says, percent coding
-//! http         HTTP as it is passed through
+//! timed        a deadline for a socket
 //! system/      all that knows Linux: processes, sockets, waiting, limits, disks that hang
 //! options, lock, log, paths, error
 //! ```
@@ -48,7 +49,6 @@ mod cli;
 mod daemon;
 mod error;
 mod framing;
-mod http;
 mod lock;
 mod log;
 mod options;
@@ -56,6 +56,7 @@ mod paths;
 mod repair;
 mod state;
 mod system;
+mod timed;
 mod wire;
 mod workspace;
 

@@ -22,14 +22,15 @@ use ureq::Body;
 use ureq::http::Response;
 
 use super::DETACHED_COMMAND;
+use super::http::{self, Request};
 use super::output::{Waiting, clean, note};
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Code, Error, Result};
 use crate::framing::{percent_decode, percent_encode};
-use crate::http::{self, Request, Timed};
 use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
 use crate::system::{self, process, socket, wait};
+use crate::timed::Timed;
 use crate::wire::{BODY_LIMIT, Done, Failure, Health, NOTICE_HEADER, Restart, RestartReply, TIMEOUT_HEADER, from_json};
 use crate::{lock, log};
 

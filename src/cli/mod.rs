@@ -4,6 +4,7 @@ mod client;
 mod complete;
 mod daemon;
 mod help;
+mod http;
 mod import;
 mod logs;
 mod manual;

@@ -21,8 +21,8 @@ use super::reply::cors_headers;
 use super::router::Client;
 use crate::error::{Error, Result};
 use crate::framing::{Body, HEADER_LIMIT, parse_reply_head};
-use crate::http::Timed;
 use crate::system::wait::{Flag, timespec};
+use crate::timed::Timed;
 
 /// The first size of a buffer: events are smaller, and many streams are open for days. Bytes.
 const SMALL_BUFFER: usize = 8 * 1024;

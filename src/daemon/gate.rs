@@ -25,8 +25,8 @@ use super::head::{Framing, HEADER_LIMIT, Head};
 use super::{Daemon, api, reply, router};
 use crate::error::{Error, Result};
 use crate::framing::is_json;
-use crate::http::Timed;
 use crate::system::wait::{self, Flag};
+use crate::timed::Timed;
 use crate::wire::{BODY_LIMIT, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
