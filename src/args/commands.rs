@@ -5,8 +5,9 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::given::Given;
 use super::options::{OPTIONS, OptionRow, RUNS_DAEMON};
-use super::parser::{Given, unknown};
+use super::suggest::unknown;
 use super::values::{after, choice, number, shown, text};
 use super::{Api, Command, CompletedShell, Data, Log, Shell};
 use crate::error::{Error, Result};

@@ -10,8 +10,10 @@
 //! ```
 
 mod commands;
+mod given;
 mod options;
 mod parser;
+mod suggest;
 mod values;
 
 use std::ffi::OsString;
@@ -19,8 +21,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::commands::{ALIASES, COMMANDS, CommandRow, METHODS, OMISSIBLE, canonical, find_command};
+use self::given::Given;
 pub use self::options::{OPTIONS, OptionRow};
-use self::parser::Given;
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::wire::AddRemote;
@@ -159,7 +161,8 @@ pub fn wants_json(argv: &[OsString]) -> bool {
 /// `usage`, with the nearest known word.
 pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Result<Invocation> {
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
-    let mut given = parser::parse(argv, &env)?;
+    let parsed = parser::parse(argv, &env)?;
+    let given = &parsed.given;
     if given.value("--data-dir").is_some_and(|value| value.is_empty()) {
         return Err(Error::usage("--data-dir needs a value (DIR)"));
     }
@@ -179,18 +182,18 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     if given.has("--version") {
         return Ok(invocation);
     }
-    let row = match given.row {
+    let row = match parsed.row {
         Some(row) if !given.has("--help") => row,
         _ => {
-            invocation.command = Command::Help { topic: given.topic() };
+            invocation.command = Command::Help { topic: parsed.topic() };
             return Ok(invocation);
         }
     };
-    check_options(row, &given)?;
-    check_count(row, &given)?;
+    check_options(row, given)?;
+    check_count(row, given)?;
     // An environment with mistakes harms only a command that can start a daemon.
     if row.takes_daemon_options() {
-        invocation.daemon = values::daemon_options(&given)?;
+        invocation.daemon = given.daemon_options()?;
         let any = given.values("--cors").iter().any(|origin| origin == values::ANY_ORIGIN);
         invocation.warning =
             any.then_some("--cors '*' is ignored: every web page could call the daemon; name the origins");
@@ -200,6 +203,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
     }
     invocation.autostart = row.autostart && !given.has("--no-autostart");
     invocation.name = row.name;
+    let mut given = parsed.given;
     invocation.command = (row.make)(&mut given)?;
     Ok(invocation)
 }

@@ -1,8 +1,9 @@
 //! From argv to words and options.
 //!
 //! Two steps. The first goes from left to right and spells every option out: `-fn5` becomes
-//! `--follow`, `--lines`, `5`. It ends where the arguments for opencode begin, and refuses what no table knows, and a value that looks like an
-//! option, which is a forgotten value more often than a meant one (`--name=--x` says it is meant).
+//! `--follow`, `--lines`, `5`. It ends where the arguments for opencode begin. It refuses what no table
+//! knows, and a value that looks like an option: more often a value was forgotten than meant
+//! (`--name=--x` says that it is meant).
 //! The second looks options up with pico-args, of which several may be repeated.
 //!
 //! pico-args' own splitting at `=` is not used: it strips quotes from values, and cannot tell
@@ -16,67 +17,23 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use pico_args::Arguments;
 
 use super::commands::{CommandRow, canonical, find_command};
+use super::given::Given;
 use super::options::{OPTIONS, OptionRow};
-use super::values::{self, after, shown};
+use super::suggest::unknown;
+use super::values::{after, shown};
 use crate::error::{Error, Result};
 
-/// What stands in a command line, with the environment for options that are not in it.
-pub struct Given<'e> {
+/// A command line in parts.
+pub struct Parsed<'e> {
     /// The command; `None` when there is none, or only the first word of several.
     pub row: Option<&'static CommandRow>,
-    /// The arguments of the command.
-    pub words: VecDeque<OsString>,
-    /// What stands after `--`, for commands that pass it on; else it is among `words`.
-    trailing: Vec<OsString>,
+    /// What was given to it.
+    pub given: Given<'e>,
     /// The first word of the command line, without its alias.
     first: Option<String>,
-    /// Each option that was given, with its values in order.
-    options: Vec<(&'static OptionRow, Vec<OsString>)>,
-    env: &'e dyn Fn(&str) -> Option<OsString>,
 }
 
-impl Given<'_> {
-    /// Whether a flag was given.
-    pub fn has(&self, name: &str) -> bool {
-        self.options().any(|row| row.name == name)
-    }
-
-    /// The options that were given.
-    pub fn options(&self) -> impl Iterator<Item = &'static OptionRow> {
-        self.options.iter().map(|(row, _)| *row)
-    }
-
-    /// The values of a repeatable option, in order.
-    pub fn values(&self, name: &str) -> Vec<OsString> {
-        self.options.iter().find(|(row, _)| row.name == name).map_or_else(Vec::new, |(_, values)| values.clone())
-    }
-
-    /// The value of an option: the last one given, else that of its environment variable.
-    pub fn value(&self, name: &str) -> Option<OsString> {
-        let variable = || (self.env)(OPTIONS.iter().find(|row| row.name == name)?.env?);
-        self.values(name).pop().or_else(variable)
-    }
-
-    /// The next argument, which [`CommandRow::count`] promises.
-    pub fn next(&mut self) -> OsString {
-        self.words.pop_front().unwrap_or_default()
-    }
-
-    /// The next argument, if there is one.
-    pub fn optional(&mut self) -> Option<OsString> {
-        self.words.pop_front()
-    }
-
-    /// The value of `--name`. Whether it can be a name is checked where it becomes one.
-    pub fn name(&self) -> Result<Option<String>> {
-        self.value("--name").map(values::name).transpose()
-    }
-
-    /// The arguments for opencode.
-    pub fn take_trailing(&mut self) -> Vec<OsString> {
-        std::mem::take(&mut self.trailing)
-    }
-
+impl Parsed<'_> {
     /// What `--help` is about: the command, or the first word of several.
     pub fn topic(&self) -> Option<String> {
         self.row.map(|row| row.name.to_owned()).or_else(|| self.first.clone())
@@ -87,7 +44,7 @@ impl Given<'_> {
 ///
 /// # Errors
 /// `usage`, with the nearest word that fits.
-pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -> Result<Given<'e>> {
+pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -> Result<Parsed<'e>> {
     let SpelledOut { spelled, mut trailing } = spell_out(argv)?;
     let mut arguments = Arguments::from_vec(spelled);
     let mut options = Vec::new();
@@ -112,7 +69,7 @@ pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -
     let workspace = options.iter().find(|(row, _)| row.name == "--workspace").and_then(|(_, values)| values.last());
     words.extend(workspace.cloned());
     words.rotate_right(usize::from(workspace.is_some()));
-    Ok(Given { row, words, trailing, first, options, env })
+    Ok(Parsed { row, given: Given { words, trailing, options, env }, first })
 }
 
 /// The command of these words, if it passes arguments on to opencode.
@@ -247,53 +204,23 @@ fn unknown_option(given: &str, argv: &[OsString]) -> Error {
     unknown("option", given, OPTIONS.iter().filter(takes).map(|option| option.name))
 }
 
-/// An unknown word, with the nearest known one if one is near.
-pub fn unknown<'k>(what: &str, given: &str, known: impl Iterator<Item = &'k str>) -> Error {
-    // Of two equally near, the one that was only begun, then the one of the same length: letters are
-    // swapped more often than left out.
-    let rank =
-        |word: &'k str| (distance(given, word), !word.starts_with(given), given.len().abs_diff(word.len()), word);
-    let nearest = known.map(rank).min();
-    // Further away than a third of the word is another word.
-    let near = nearest.filter(|(distance, .., word)| *distance <= word.chars().count().div_ceil(3));
-    Error::Usage {
-        message: format!("unknown {what} `{given}`"),
-        hint: Some(match near {
-            Some((.., word)) => format!("did you mean `{word}`?"),
-            None => "`openwork help` shows all commands".to_owned(),
-        }),
-    }
-}
-
-/// How many characters must be inserted, left out or changed (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, a) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, b) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(a != *b);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::args::COMMANDS;
 
-    fn given(line: &[&str]) -> Result<Given<'static>> {
+    fn parsed(line: &[&str]) -> Result<Parsed<'static>> {
         parse(&line.iter().map(OsString::from).collect::<Vec<_>>(), &|_| None)
+    }
+
+    fn given(line: &[&str]) -> Result<Given<'static>> {
+        parsed(line).map(|parsed| parsed.given)
     }
 
     #[test]
     fn the_table_of_commands_can_be_found_by_its_names() {
         for row in COMMANDS {
-            let found = given(&row.name.split(' ').collect::<Vec<_>>()).unwrap();
+            let found = parsed(&row.name.split(' ').collect::<Vec<_>>()).unwrap();
             assert_eq!(found.row.map(|row| row.name), Some(row.name));
         }
     }

@@ -4,13 +4,10 @@ use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::options::OPTIONS;
-use super::parser::Given;
 use crate::error::{Error, Result};
-use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options};
 
 /// The longest `--timeout`: as good as for ever, and `Instant + Duration` cannot overflow. Seconds.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
@@ -20,35 +17,7 @@ const TEN_YEARS: u64 = 10 * 365 * 86_400;
 /// The `--cors` of OpenWork's desktop program: every web page. It is taken, and not obeyed.
 pub const ANY_ORIGIN: &str = "*";
 
-/// The options of a daemon.
-///
-/// # Errors
-/// `usage`.
-pub fn daemon_options(given: &Given<'_>) -> Result<Options> {
-    if let Some(host) = given.value("--daemon-host") {
-        if host != "127.0.0.1" && host != "localhost" {
-            return Err(not_loopback("--daemon-host", "127.0.0.1", &host));
-        }
-    }
-    let port = |name| given.value(name).map(|port| self::port(name, &port)).transpose();
-    let binary = given.value("--opencode-bin").map(PathBuf::from);
-    if binary.as_ref().is_some_and(|binary| binary.as_os_str().is_empty()) {
-        return Err(Error::usage("--opencode-bin needs a value (FILE)"));
-    }
-    let host = given.value("--opencode-host").map(|host| opencode_host(&host)).transpose()?;
-    let idle_ttl = match given.value("--idle-ttl") {
-        Some(text) => duration("--idle-ttl", &text)?,
-        None => DEFAULT_IDLE_TTL,
-    };
-    Ok(Options {
-        port: port("--daemon-port")?,
-        engine: EngineOptions { binary, port: port("--opencode-port")?, host },
-        idle_ttl: Some(idle_ttl).filter(|ttl| !ttl.is_zero()),
-        origins: given.values("--cors").into_iter().filter(|o| o != ANY_ORIGIN).map(origin).collect::<Result<_>>()?,
-    })
-}
-
-fn not_loopback(option: &str, allowed: &str, host: &OsStr) -> Error {
+pub fn not_loopback(option: &str, allowed: &str, host: &OsStr) -> Error {
     Error::Usage {
         message: format!("{option}: only {allowed} is allowed, not {}", shown(host)),
         hint: Some("to reach it from elsewhere, use an SSH tunnel".to_owned()),
@@ -56,7 +25,7 @@ fn not_loopback(option: &str, allowed: &str, host: &OsStr) -> Error {
 }
 
 /// An address that a host of 127.0.0.0/8 can have.
-fn opencode_host(value: &OsStr) -> Result<Ipv4Addr> {
+pub fn opencode_host(value: &OsStr) -> Result<Ipv4Addr> {
     let address = match value.to_str() {
         Some("localhost") => Some(Ipv4Addr::LOCALHOST),
         text => text.and_then(|text| text.parse::<Ipv4Addr>().ok()),
@@ -69,7 +38,7 @@ fn opencode_host(value: &OsStr) -> Result<Ipv4Addr> {
 }
 
 /// An origin as browsers send it: `scheme://host[:port]`.
-fn origin(value: OsString) -> Result<String> {
+pub fn origin(value: OsString) -> Result<String> {
     let value = text("--cors", value)?;
     let host = value.split_once("://").map_or("", |(_, host)| host);
     if host.is_empty() || host.contains(['/', '?', '#', '@', '*']) || !value.bytes().all(|b| b.is_ascii_graphic()) {
@@ -78,7 +47,7 @@ fn origin(value: OsString) -> Result<String> {
     Ok(value)
 }
 
-fn port(option: &str, value: &OsStr) -> Result<u16> {
+pub fn port(option: &str, value: &OsStr) -> Result<u16> {
     let port = value.to_str().and_then(|text| text.parse::<u16>().ok()).filter(|port| *port != 0);
     port.ok_or_else(|| Error::usage(format!("{}: {} is not a port (1 to 65535)", spelled(option), shown(value))))
 }
@@ -105,7 +74,7 @@ pub fn seconds(value: &OsStr) -> Result<Duration> {
 }
 
 /// `90s`, `30m`, `2h`, `1d`; `0` is no time at all.
-fn duration(option: &str, value: &OsStr) -> Result<Duration> {
+pub fn duration(option: &str, value: &OsStr) -> Result<Duration> {
     let text = value.to_str().unwrap_or_default();
     let (number, unit) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1),
