@@ -38,6 +38,11 @@ soak minutes="10" real="":
     else unset OPENWORK_TEST_OPENCODE; fi; \
     OPENWORK_SOAK_MINUTES={{ minutes }} cargo test --release --locked --test soak -- --nocapture --test-threads=1
 
+# Let the supervisor live through months of virtual time, for so many minutes
+simulate minutes="10":
+    OPENWORK_SIMULATION_SECONDS=$(({{ minutes }} * 60)) cargo test --locked --profile simulate --bins \
+        supervisor::simulation -- --nocapture --test-threads=1
+
 # Install the binary where cargo does
 install:
     cargo install --locked --path .

@@ -185,7 +185,7 @@ mod tests {
     fn listener(socket: &TcpListener) -> Listener {
         let SocketAddr::V4(address) = socket.local_addr().unwrap() else { panic!("not IPv4") };
         let inode = socket::listening_inode(address).unwrap().unwrap();
-        Listener { address, socket: inode, process: Arc::new(process::open(std::process::id()).unwrap()) }
+        Listener { address, socket: inode, process: Arc::new(process::open(std::process::id()).unwrap().unwrap()) }
     }
 
     fn soon() -> Limit {

@@ -56,15 +56,19 @@ pub fn open(path: &Path) -> io::Result<File> {
 }
 
 /// Cuts a log of more than 10 MB: the last 1 MB goes to the file with `.1` and the log is
-/// emptied. What is written between the two steps is lost; whoever writes it need not reopen it.
-pub fn bound(path: &Path) -> io::Result<()> {
+/// emptied. What is written between the two steps is lost; the writing process need not reopen it.
+/// Whether it was cut.
+///
+/// # Errors
+/// When the log, or the file with `.1`, cannot be opened or written.
+pub fn bound(path: &Path) -> io::Result<bool> {
     let mut log = match open_private(path, OpenOptions::new().read(true).write(true)) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
         other => other?,
     };
     let length = log.metadata()?.len();
     if length <= LIMIT {
-        return Ok(());
+        return Ok(false);
     }
     let mut old = path.as_os_str().to_owned();
     old.push(".1");
@@ -72,7 +76,8 @@ pub fn bound(path: &Path) -> io::Result<()> {
     kept.set_len(0)?;
     log.seek(SeekFrom::Start(length - KEEP))?;
     io::copy(&mut (&mut log).take(KEEP), &mut kept)?;
-    log.set_len(0)
+    log.set_len(0)?;
+    Ok(true)
 }
 
 /// The last lines of a log: at most `lines` of them, from nothing before the byte `from`, and

@@ -23,7 +23,7 @@
 //!   router      /w/<ws>/…: who may pass, to which directory
 //!   exchange    one routed request on its way: copies bytes both ways
 //!   api         the control plane behind the gate: one handler per route
-//!   supervisor  the one thread that owns opencode
+//!   supervisor  the one thread that owns opencode; its policy decides, and does nothing
 //!   engine      opencode itself: command line and protocol
 //!   instances   what opencode has loaded, and what ends it by being loaded
 //!   events      who is told what happened
@@ -68,7 +68,7 @@ use daemon::Start;
 fn main() -> ExitCode {
     let mut argv: Vec<OsString> = std::env::args_os().skip(1).collect();
     let start = match argv.first().and_then(|first| first.to_str()) {
-        Some(daemon::engine::LAUNCH_COMMAND) => return daemon::engine::become_when_told(&argv[1..]).into(),
+        Some(daemon::engine::LAUNCH_COMMAND) => return daemon::engine::exec_once_recorded(&argv[1..]).into(),
         Some(cli::COMPLETE_COMMAND) => return cli::complete(&argv[1..]).into(),
         Some(cli::DETACHED_COMMAND) => Start::Detached,
         Some(daemon::handover::COMMAND) => Start::Successor,

@@ -47,9 +47,10 @@ pub struct Options {
 impl Options {
     /// Whether all options have their defaults.
     pub fn is_default(&self) -> bool {
-        let EngineOptions { binary, port, host } = &self.engine;
+        let EngineOptions { binary, port, host, max_memory } = &self.engine;
         self.port.or(*port).is_none()
             && host.is_none()
+            && max_memory.is_none()
             && binary.is_none()
             && self.origins.is_empty()
             && self.idle_ttl == Some(DEFAULT_IDLE_TTL)
@@ -75,6 +76,9 @@ impl Options {
         if let Some(binary) = &self.engine.binary {
             option("--opencode-bin", binary.as_ref());
         }
+        if let Some(bytes) = self.engine.max_memory {
+            option("--max-memory", bytes.to_string().as_ref());
+        }
         // Always: the variable of this command must not be read again by the daemon.
         option("--idle-ttl", format!("{}s", self.idle_ttl.unwrap_or_default().as_secs()).as_ref());
         for origin in &self.origins {
@@ -93,4 +97,7 @@ pub struct EngineOptions {
     pub port: Option<u16>,
     /// The address for opencode, in 127.0.0.0/8; chosen when absent.
     pub host: Option<Ipv4Addr>,
+    /// More memory than this, with all that opencode has started, is too much. Bytes; no limit when
+    /// absent.
+    pub max_memory: Option<u64>,
 }

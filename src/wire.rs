@@ -180,7 +180,7 @@ pub struct Health {
     pub cli_version: String,
     /// The daemon.
     pub daemon: ProcessInfo,
-    /// opencode; null until it is ready.
+    /// opencode, from the moment its process exists.
     pub opencode: Option<ProcessInfo>,
     /// Its supervision.
     pub engine: EngineInfo,
@@ -449,6 +449,9 @@ pub struct Restart {
     /// opencode is stopped, and started anew.
     #[serde(default)]
     pub all: bool,
+    /// As in [`Shutdown`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<u32>,
 }
 
 /// `POST /restart`; the daemon restarts after the reply.
@@ -468,4 +471,8 @@ pub struct Shutdown {
     /// opencode stays, for the next daemon to adopt.
     #[serde(default)]
     pub keep_opencode: bool,
+    /// The process that asks. When an agent within opencode has started it, it survives what it asks
+    /// for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<u32>,
 }

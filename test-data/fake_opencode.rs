@@ -6,6 +6,8 @@
 //! taken from the query, else from the header, else from the working directory, no check that
 //! it exists. Beside that it has routes and misbehaviour that a test asks for.
 //!
+//! While the file `burn` is there, it uses the processor.
+//!
 //! Behaviour: `FAKE_*` variables, and the same `KEY=VALUE` lines in `$FAKE_OPENCODE_DIR/behaviour`,
 //! which are read at each start and win.
 //!
@@ -25,6 +27,10 @@
 //! | `FAKE_SWALLOW_TERM` | ignores the first TERM, as opencode does while it installs a plugin |
 //! | `FAKE_GRANDCHILD` | leaves a `sleep` in a session of its own, as the agent's shells are |
 //! | `FAKE_FLOOD_LOG=BYTES` | prints that much before it listens |
+//! | `FAKE_FLOODS=N` | after it listens prints 11 MB, waits for its log to be cut, and so N times |
+//! | `FAKE_PRINT_MS` | prints a line each time, from its start on |
+//! | `FAKE_AGENT=COMMAND` | its first start runs this in a shell in a session of its own, as the agent does |
+//! | `FAKE_MEMORY=BYTES` | takes that much |
 //! | `FAKE_CLIENT_EXIT=CODE` | what `attach` and `run` exit with |
 //! | `FAKE_LOAD_MS` | loading an instance takes this long |
 //! | `FAKE_POISON=DIR` | prints a line and exits with 7 half-way through loading this directory (also: the lines of `$FAKE_OPENCODE_DIR/poison`) |
@@ -38,7 +44,8 @@
 //! `requests` (JSON: method, directory, target, authorized), `hangs` (targets that it keeps waiting),
 //! `loadings` (directories whose loading has begun), `instances` (`load DIR`, `dispose DIR`),
 //! `streams` (`open TARGET`, `close TARGET`), `signals` (`TERM`),
-//! `grandchildren` (pids), and `env-<pid>`, the environment it was started or called with.
+//! `grandchildren` (pids), `floods` (`cut` or `not cut`), and `env-<pid>`, the environment it was started
+//! or called with.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, OpenOptions};
@@ -196,6 +203,7 @@ fn serve(argv: &[String], settings: Settings) {
         exit(1);
     });
     println!("opencode server listening on http://{hostname}:{port}");
+    misbehave_while_listening(&settings);
 
     let password = std::env::var("OPENCODE_SERVER_PASSWORD").ok();
     let username = std::env::var("OPENCODE_SERVER_USERNAME").unwrap_or_else(|_| "opencode".to_owned());
@@ -222,7 +230,20 @@ fn serve(argv: &[String], settings: Settings) {
     }
 }
 
-fn misbehave_before_listening(settings: &Settings) {
+fn misbehave_before_listening(settings: &Arc<Settings>) {
+    let burning = Arc::clone(settings);
+    thread::spawn(move || loop {
+        match burning.file("burn").is_some_and(|path| path.exists()) {
+            true => (0..1_000_000).for_each(|n| drop(std::hint::black_box(n))),
+            false => thread::sleep(Duration::from_millis(20)),
+        }
+    });
+    if let Some(ms) = settings.number("FAKE_PRINT_MS") {
+        thread::spawn(move || loop {
+            println!("fake: at work");
+            thread::sleep(Duration::from_millis(ms));
+        });
+    }
     if settings.has("FAKE_GRANDCHILD") {
         let child = Command::new("setsid").args(["sleep", "1000"]).spawn().expect("starting setsid");
         settings.record("grandchildren", &child.id().to_string());
@@ -254,6 +275,42 @@ fn misbehave_before_listening(settings: &Settings) {
     }
     while settings.file("hold").is_some_and(|path| path.exists()) {
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn misbehave_while_listening(settings: &Arc<Settings>) {
+    if let Some(command) = settings.text("FAKE_AGENT").filter(|_| settings.starts() == 1) {
+        let child = Command::new("setsid").args(["sh", "-c", command]).spawn().expect("starting setsid");
+        settings.record("grandchildren", &child.id().to_string());
+    }
+    if let Some(bytes) = settings.number("FAKE_MEMORY") {
+        // Other than zero, or the kernel does not give it.
+        std::mem::forget(vec![1u8; bytes as usize]);
+    }
+    if let Some(floods) = settings.number("FAKE_FLOODS") {
+        let settings = Arc::clone(settings);
+        thread::spawn(move || flood(&settings, floods));
+    }
+}
+
+/// Fills its log until that is cut, so many times.
+fn flood(settings: &Settings, floods: u64) {
+    const FILL: usize = 11_000_000;
+    let log = fs::File::open("/proc/self/fd/1").expect("its own log");
+    let size = || log.metadata().expect("the size of the log").len();
+    for _ in 0..floods {
+        let line = format!("fake: {}\n", "y".repeat(93));
+        let mut stdout = io::stdout().lock();
+        for _ in 0..FILL.div_ceil(line.len()) {
+            stdout.write_all(line.as_bytes()).expect("writing to the log");
+        }
+        drop(stdout);
+        // Sooner than a probe looks at it.
+        let cut = (0..500).any(|_| {
+            thread::sleep(Duration::from_millis(10));
+            size() < FILL as u64 / 2
+        });
+        settings.record("floods", if cut { "cut" } else { "not cut" });
     }
 }
 

@@ -83,9 +83,10 @@ impl Given<'_> {
             Some(text) => values::duration("--idle-ttl", &text)?,
             None => DEFAULT_IDLE_TTL,
         };
+        let max_memory = self.value("--max-memory").map(|size| values::bytes("--max-memory", &size)).transpose()?;
         Ok(Options {
             port: port("--daemon-port")?,
-            engine: EngineOptions { binary, port: port("--opencode-port")?, host },
+            engine: EngineOptions { binary, port: port("--opencode-port")?, host, max_memory },
             idle_ttl: Some(idle_ttl).filter(|ttl| !ttl.is_zero()),
             origins: self
                 .values("--cors")

@@ -91,6 +91,7 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
     value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, else a random one)").env("OPENWORK_OPENCODE_PORT"),
     value("--idle-ttl", "DURATION", RUNS_DAEMON, "Dispose instances unused for this long: 90s, 30m (the default), 2h; 0 for never").env("OPENWORK_IDLE_TTL"),
+    value("--max-memory", "SIZE", RUNS_DAEMON, "Restart opencode, while no session runs, when it takes more than this: 800M, 2G").env("OPENWORK_MAX_MEMORY"),
     value("--cors", "ORIGIN", RUNS_DAEMON, "Allow calls from web pages of this origin; repeatable"),
     value("--opencode-workdir", "DIR", RUNS_DAEMON, "Accepted for compatibility, without effect"),
     flag("--allow-external", RUNS_DAEMON, "Accepted for compatibility, without effect"),

@@ -92,6 +92,26 @@ pub fn duration(option: &str, value: &OsStr) -> Result<Duration> {
     })
 }
 
+/// `800M`, `2G`, or a number of bytes; units are powers of 1024.
+///
+/// # Errors
+/// `usage`.
+pub fn bytes(option: &str, value: &OsStr) -> Result<u64> {
+    let text = value.to_str().unwrap_or_default();
+    let (number, shift) = match text.char_indices().last() {
+        Some((at, 'K')) => (&text[..at], 10),
+        Some((at, 'M')) => (&text[..at], 20),
+        Some((at, 'G')) => (&text[..at], 30),
+        Some((at, 'T')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    let number = number.parse::<u64>().ok().filter(|number| is_number && *number > 0);
+    number
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| Error::usage(format!("{}: {} is not a size (800M, 2G, bytes)", spelled(option), shown(value))))
+}
+
 /// An option with the variable that may have set it instead.
 fn spelled(option: &str) -> String {
     match OPTIONS.iter().find(|row| row.name == option).and_then(|row| row.env) {

@@ -425,6 +425,7 @@ impl Client {
             options: options.map(|options| options.arguments().iter().map(|option| encode(option)).collect()),
             environment: variables.chain(allocator).map(variable).collect(),
             all,
+            client: Some(std::process::id()),
         };
         // An environment that no request can hold.
         if to_json(&restart)?.len() > BODY_LIMIT {
@@ -485,7 +486,7 @@ impl Client {
 /// When this process lacks a resource for the look.
 fn prove(pid: u32, port: u16, lock: &File, path: &Path) -> io::Result<Option<Listener>> {
     // Held first, looked at after: what is proven is true of the process behind the pidfd.
-    let Some(process) = process::open(pid).filter(|_| process::is_ours(pid)) else { return Ok(None) };
+    let Some(process) = process::open(pid)?.filter(|_| process::is_ours(pid)) else { return Ok(None) };
     if !system::lock::has_locked(pid, &lock.metadata()?, path) {
         return Ok(None);
     }

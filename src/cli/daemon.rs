@@ -117,8 +117,9 @@ fn stop_one(client: &Client, keep_opencode: bool, force: bool, stopped: bool) ->
         }
         None => return Ok(false),
     };
-    let daemon = process::open(address.pid);
-    match within(soon(STOP_REPLY)).ask_at::<Done>(&address, "POST", "/shutdown", &Shutdown { keep_opencode }) {
+    let daemon = process::open(address.pid).map_err(elsewhere)?;
+    let shutdown = Shutdown { keep_opencode, client: Some(std::process::id()) };
+    match within(soon(STOP_REPLY)).ask_at::<Done>(&address, "POST", "/shutdown", &shutdown) {
         Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
         Err(e) => return Err(e),
     }
@@ -140,6 +141,14 @@ fn end_unresponsive(client: &Client, unresponsive: Error) -> Result<()> {
     // Killing takes no time, but the deadline may have passed in the attempts before.
     let patient = Client { data_dir: client.data_dir.clone(), deadline: Instant::now() + STOP_REPLY, autostart: None };
     patient.wait_until_gone(&holder.pidfd)
+}
+
+/// Why the process of a daemon cannot be held.
+fn elsewhere(e: std::io::Error) -> Error {
+    match e.kind() {
+        std::io::ErrorKind::Unsupported => Error::DaemonElsewhere(e.to_string()),
+        _ => Error::Internal(format!("cannot hold the daemon's process: {e}")),
+    }
 }
 
 /// Whether an opencode runs whose daemon was killed.

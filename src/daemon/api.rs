@@ -152,13 +152,13 @@ fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     match answer_with(daemon, request, answer) {
         None => {}
-        Some(AfterReply::Stop(Shutdown { keep_opencode })) => {
+        Some(AfterReply::Stop(Shutdown { keep_opencode, client })) => {
             crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
-            daemon.stop(keep_opencode);
+            daemon.stop(keep_opencode, client);
         }
-        Some(AfterReply::Restart { keep_opencode }) => {
+        Some(AfterReply::Restart { keep_opencode, client }) => {
             crate::log!("restarting, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
-            daemon.supervisor.stop(keep_opencode);
+            daemon.supervisor.stop(keep_opencode, client);
         }
     }
 }
@@ -211,7 +211,7 @@ struct Answer {
 /// What is done after a reply.
 enum AfterReply {
     Stop(Shutdown),
-    Restart { keep_opencode: bool },
+    Restart { keep_opencode: bool, client: Option<u32> },
 }
 
 impl Answer {
@@ -348,7 +348,10 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             let restart: Restart = parse(&body)?;
             daemon.ending.hand_over(Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?)?;
             let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at })?;
-            Ok(Answer { after: Some(AfterReply::Restart { keep_opencode: !restart.all }), ..reply })
+            Ok(Answer {
+                after: Some(AfterReply::Restart { keep_opencode: !restart.all, client: restart.client }),
+                ..reply
+            })
         }
         Route::Shutdown => {
             let shutdown: Shutdown = parse(&body)?;

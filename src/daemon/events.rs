@@ -46,6 +46,10 @@ pub enum EventKind {
     EngineExited { generation: u64, pid: u32, reason: String },
     #[serde(rename = "engine.failed")]
     EngineFailed { error: ErrorBody },
+    #[serde(rename = "engine.recycled")]
+    EngineRecycled { generation: u64, pid: u32 },
+    #[serde(rename = "engine.oversize")]
+    EngineTooLarge { generation: u64, pid: u32 },
 }
 
 #[derive(Serialize)]

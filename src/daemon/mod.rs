@@ -34,14 +34,15 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use serde_json::Map;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use self::events::{EventKind, Events};
 use self::gate::Gate;
 use self::handover::{End, Ending};
 use self::instances::Instances;
-use self::supervisor::{Context, Handle, Supervisor};
+use self::supervisor::handle::Handle;
+use self::supervisor::{Context, Supervisor};
 use crate::error::{Error, Result};
 use crate::framing::basic;
 use crate::lock::{self, Lock};
@@ -49,7 +50,7 @@ use crate::log::{self, now_ms};
 use crate::options::Options;
 use crate::paths::{DataDir, create_private};
 use crate::state::{Auth, DaemonRecord, PASSWORD_VARIABLE, State, Store, USERNAME_VARIABLE};
-use crate::system::{limits, process};
+use crate::system::{limits, process, signals};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
 
@@ -79,10 +80,10 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Stops for good.
-    fn stop(&self, keep_opencode: bool) {
+    /// Stops for good, as the process `client` has asked, if one did.
+    fn stop(&self, keep_opencode: bool, client: Option<u32>) {
         self.ending.stop();
-        self.supervisor.stop(keep_opencode);
+        self.supervisor.stop(keep_opencode, client);
     }
 
     fn health(&self) -> Health {
@@ -97,7 +98,7 @@ impl Daemon {
             cli_version: env!("CARGO_PKG_VERSION").to_owned(),
             daemon: measured(self.info.clone()),
             engine: status.engine_info(),
-            opencode: status.ready.map(|(_, info)| measured(info)),
+            opencode: status.process.map(measured),
             active_id: state.active_id.clone(),
             workspace_count: state.workspaces.len(),
         }
@@ -176,11 +177,8 @@ pub enum Start {
 /// # Errors
 /// Whatever keeps it from starting. Detached, they are told on standard output too.
 pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
+    signals::unblock_all();
     limits::raise_descriptor_limit();
-    if start == Start::Successor {
-        let (lock, listener) = handover::receive(data_dir)?;
-        return prepare(data_dir).and_then(|()| serve(data_dir, options, lock, Some(listener), || {}));
-    }
     let detached = start == Start::Detached;
     if detached {
         limits::close_inherited_descriptors();
@@ -188,13 +186,21 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
         // foreground process: we were spawned.
         let _ = rustix::process::setsid();
     }
+    // Handled from here on, whatever the starting process made of them. HUP, USR1 and USR2 have no
+    // meaning here; XFSZ is the limit of file sizes, which makes a write fail, as a full disk does.
+    let handled = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGCHLD, SIGXFSZ]);
+    let signals = handled.map_err(|e| Error::Internal(format!("cannot handle signals: {e}")));
+    if start == Start::Successor {
+        let (lock, listener) = handover::receive(data_dir)?;
+        return prepare(data_dir).and_then(|()| serve(data_dir, options, lock, signals?, Some(listener), || {}));
+    }
     let tell = |outcome: std::result::Result<(), &Error>| {
         if detached {
             tell_starter(outcome);
         }
     };
     let result = prepare(data_dir).and_then(|()| match take_lock(data_dir)? {
-        Some(lock) => serve(data_dir, options, lock, None, || tell(Ok(()))),
+        Some(lock) => serve(data_dir, options, lock, signals?, None, || tell(Ok(()))),
         // A lost race: what was wanted is there.
         None if detached => {
             tell(Ok(()));
@@ -258,6 +264,7 @@ fn serve(
     data_dir: &DataDir,
     options: &Options,
     lock: Lock,
+    mut signals: Signals,
     handed_over: Option<TcpListener>,
     listening: impl FnOnce(),
 ) -> Result<()> {
@@ -268,8 +275,6 @@ fn serve(
     let listener = handed_over.map_or_else(|| bind(options.port, &store.snapshot()), Ok)?;
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
     let port = listener.local_addr().map_err(no_socket)?.port();
-    let signals = |e| Error::Internal(format!("cannot handle signals: {e}"));
-    let mut signal_source = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(signals)?;
     let gate = forever(Gate::new(listener, &options.origins).map_err(no_socket)?);
     let control = forever(api::ControlPlane::listen()?);
     let info = ProcessInfo {
@@ -316,7 +321,7 @@ fn serve(
         events,
     });
     let handle = &daemon.supervisor;
-    let supervision = Supervisor::new(handle, receiver, context);
+    let supervision = Supervisor::new(handle, receiver, context)?;
     // A thread that cannot be had ends the daemon: one without all of them would hold the lock and
     // be deaf. The supervisor comes last, so that there is no opencode yet.
     spawn(|| store.write_behind())?;
@@ -325,18 +330,21 @@ fn serve(
     spawn(|| instances.listen(handle))?;
     spawn(|| control.serve(daemon))?;
     spawn(move || {
-        for signal in signal_source.forever() {
-            // A closed terminal is no reason to end.
-            if signal != SIGHUP {
-                crate::log!("stopping on signal {signal}");
-                daemon.stop(false);
+        for signal in signals.forever() {
+            match signal {
+                SIGTERM | SIGINT => {
+                    crate::log!("stopping on signal {signal}");
+                    daemon.stop(false, None);
+                }
+                SIGCHLD => process::reap_orphans(),
+                _ => {}
             }
         }
     })?;
     store.when_lost(move |lost| {
         let opencode = if lost.is_taken_over { "opencode is the other daemon's now" } else { "opencode ends too" };
         crate::log!("stopping, since another daemon may run over the same files: {opencode}");
-        handle.stop(lost.is_taken_over);
+        handle.stop(lost.is_taken_over, None);
     });
     let supervision = spawn(|| supervision.run())?;
     listening();

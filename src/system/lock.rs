@@ -44,7 +44,7 @@ pub fn holder(file: &File, path: &Path) -> io::Result<Option<Holder>> {
             continue;
         }
         // Held first, looked at after: what is true of the number then is true of what is held.
-        let Some(pidfd) = open(pid) else { continue };
+        let Ok(Some(pidfd)) = open(pid) else { continue };
         if has_locked(pid, &file, path) && is_number_of(pid, &pidfd) {
             return Ok(Some(Holder { pid, pidfd }));
         }

@@ -5,11 +5,13 @@
 //! - `lock`: which process holds a file lock
 //! - `wait`: poll(2) on flags, pipes, sockets and pidfds
 //! - `disk`: directories that may lie on a mount that hangs
+//! - `signals`: what this process and those it starts do about signals
 //! - `limits`: resource limits, and inherited descriptors
 
 pub mod disk;
 pub mod limits;
 pub mod lock;
 pub mod process;
+pub mod signals;
 pub mod socket;
 pub mod wait;

@@ -4,15 +4,17 @@
 //! A process is held by a pidfd, opened first and identified after; a group is signalled only
 //! while its leader is alive or not yet reaped.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus};
-use std::sync::Arc;
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -23,8 +25,22 @@ use crate::options::MARKER;
 /// How long a process may take to end, once its memory is gone: files and sockets follow.
 const ENDING_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long it is waited for what was swept to be gone: a killed process mostly is within 0.1 s.
-const SWEEP_LIMIT: Duration = Duration::from_secs(2);
+/// How long the sweep waits for what it has killed: mostly gone within 0.1 s.
+const KILLED_LIMIT: Duration = Duration::from_secs(2);
+
+/// How many rounds a sweep takes: swept processes may be forking. A few rounds catch up with anything
+/// that is not made to outrun the sweep, and the bound keeps such a thing from holding up the daemon.
+const SWEEP_ROUNDS: usize = 20;
+
+/// The unit of times in `/proc/<pid>/stat`: `USER_HZ`, 100 on every architecture that Rust knows.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Children that somebody waits for. The reaper of a first process ([`reap_orphans`]) leaves them alone.
+static AWAITED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+fn awaited() -> MutexGuard<'static, BTreeSet<u32>> {
+    AWAITED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What proves that a process is the one that was written down.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,22 +59,51 @@ pub struct Identity {
 pub struct Process {
     identity: Identity,
     pidfd: Arc<OwnedFd>,
-    /// None when another daemon has started it: then init reaps it.
-    child: Option<Child>,
+    /// It is a child of this process, which reaps it; else init does. A daemon that has replaced its
+    /// program image has the children of the program before.
+    is_child: bool,
+    stdin: Option<ChildStdin>,
+    stdout: Option<ChildStdout>,
 }
 
 impl Process {
     /// Starts a command in a process group of its own, with the marker in its environment.
+    ///
+    /// # Errors
+    /// Those of fork and exec; `Other` when the process cannot be identified: it is ended again.
     pub fn spawn(command: &mut Command, engine_id: &str) -> io::Result<Process> {
-        let mut child = command.env(MARKER, engine_id).process_group(0).spawn()?;
-        match hold(&child) {
-            Ok((pidfd, start_ticks, boot_id)) => {
-                let identity = Identity { pid: child.id(), start_ticks, boot_id, engine_id: engine_id.to_owned() };
-                Ok(Process { identity, pidfd: Arc::new(pidfd), child: Some(child) })
-            }
+        command.process_group(0);
+        Process::spawn_leader(command, engine_id)
+    }
+
+    /// Starts a command that makes a session, and so a group, of its own, with the marker in its
+    /// environment.
+    ///
+    /// # Errors
+    /// As for [`Process::spawn`].
+    pub fn spawn_leader(command: &mut Command, engine_id: &str) -> io::Result<Process> {
+        // Held over the start: the child may end before it is entered.
+        let mut awaited = awaited();
+        let mut child = command.env(MARKER, engine_id).spawn()?;
+        let pid = child.id();
+        awaited.insert(pid);
+        drop(awaited);
+        let held = open(pid).and_then(|pidfd| {
+            let pidfd = pidfd.ok_or_else(|| io::Error::other("the kernel gives no pidfd"))?;
+            Ok((pidfd, start_ticks(pid)?, boot_id()?))
+        });
+        match held {
+            Ok((pidfd, start_ticks, boot_id)) => Ok(Process {
+                identity: Identity { pid, start_ticks, boot_id, engine_id: engine_id.to_owned() },
+                pidfd: Arc::new(pidfd),
+                is_child: true,
+                stdin: child.stdin.take(),
+                stdout: child.stdout.take(),
+            }),
             Err(e) => {
                 let _ = child.kill();
                 let _ = child.wait();
+                self::awaited().remove(&pid);
                 Err(e)
             }
         }
@@ -70,19 +115,29 @@ impl Process {
             return None;
         }
         // Held first, identified after: what is proved below is true of what is held.
-        let pidfd = open(identity.pid)?;
+        let pidfd = open(identity.pid).ok()??;
         if start_ticks(identity.pid).ok()? != identity.start_ticks {
             return None;
         }
         // One that is just ending has lost its environment, and may hold its port for a moment
         // more. To wait for its end harms nobody.
         let environ = fs::read(format!("/proc/{}/environ", identity.pid)).unwrap_or_default();
+        let is_child = parent(identity.pid) == Some(std::process::id());
         if environ.is_empty() {
             wait_until_readable(&pidfd, Instant::now() + ENDING_LIMIT);
+            if is_child {
+                reap(&pidfd);
+            }
             return None;
         }
-        let proved = has_marker(&environ, &identity.engine_id) && !has_ended(&pidfd);
-        proved.then(|| Process { identity: identity.clone(), pidfd: Arc::new(pidfd), child: None })
+        if !has_marker(&environ, &identity.engine_id) || has_ended(&pidfd) {
+            return None;
+        }
+        if is_child {
+            awaited().insert(identity.pid);
+        }
+        let identity = identity.clone();
+        Some(Process { identity, pidfd: Arc::new(pidfd), is_child, stdin: None, stdout: None })
     }
 
     /// What proves it.
@@ -96,19 +151,19 @@ impl Process {
     }
 
     /// The standard input we gave it.
-    pub fn take_stdin(&mut self) -> Option<std::process::ChildStdin> {
-        self.child.as_mut()?.stdin.take()
+    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.stdin.take()
     }
 
     /// The standard output we piped.
-    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
-        self.child.as_mut()?.stdout.take()
+    pub fn take_stdout(&mut self) -> Option<ChildStdout> {
+        self.stdout.take()
     }
 
     /// Signals it and its group. One that has ended is not signalled, unless it is a child
     /// that has not been reaped: then its group is still its own.
     pub fn signal(&self, signal: Signal) {
-        if self.child.is_none() && has_ended(&self.pidfd) {
+        if !self.is_child && has_ended(&self.pidfd) {
             return;
         }
         let _ = pidfd_send_signal(&self.pidfd, signal);
@@ -117,79 +172,146 @@ impl Process {
         }
     }
 
-    /// After its end: ends what is left of its group and of everything that carries its marker,
-    /// then reaps it. Its exit status, if it was a child of ours.
-    pub fn bury(mut self) -> Option<ExitStatus> {
+    /// Waits for its end, then ends what is left of its group and of everything that carries its
+    /// marker, as [`sweep`] does, and reaps it. Its exit status, if it was a child of ours.
+    pub fn bury(self, grace: Duration, spared: &[u32]) -> Option<ExitStatus> {
         // Not reaped yet, so that the id of its group cannot have become another's.
-        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
-        if self.child.is_some() {
-            self.signal(Signal::KILL);
+        wait_until_readable(&self.pidfd, Instant::now() + ENDING_LIMIT);
+        let Identity { pid, engine_id, .. } = &self.identity;
+        let group = self.is_child.then_some(*pid);
+        sweep_all(engine_id, group, grace, spared);
+        if !self.is_child {
+            return None;
         }
-        let status = match &mut self.child {
-            Some(child) => child.wait().ok(),
-            None => reap(&self.pidfd),
-        };
-        sweep(&self.identity.engine_id);
+        let status = reap(&self.pidfd);
+        awaited().remove(pid);
         status
     }
 }
 
-/// Reaps a process that has ended, if it is a child of ours: one that this process started as another
-/// program, before it became its own successor.
+/// Reaps a child that has ended, also one that this process started as another program, before it
+/// became its own successor. How the child ended.
 fn reap(pidfd: &OwnedFd) -> Option<ExitStatus> {
     let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG).ok()??;
-    // As wait(2) spells it.
-    let raw = status.exit_status().map(|code| code << 8).or(status.terminating_signal());
-    raw.map(ExitStatus::from_raw)
+    // As wait(2) codes it.
+    let code = status.exit_status().map(|code| code << 8).or_else(|| status.terminating_signal())?;
+    Some(ExitStatus::from_raw(code))
 }
 
-fn hold(child: &Child) -> io::Result<(OwnedFd, u64, String)> {
-    let pidfd = open(child.id()).ok_or_else(|| io::Error::other("the kernel gives no pidfd"))?;
-    Ok((pidfd, start_ticks(child.id())?, boot_id()?))
-}
-
-/// Holds the process with this id, whichever that is; `None` when there is none.
-pub fn open(pid: u32) -> Option<OwnedFd> {
-    pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()
+/// Holds the process with this id; `None` when there is none.
+///
+/// # Errors
+/// `Unsupported` when `/proc` is of another PID namespace: what it says of an id is about another
+/// process. Those of pidfd_open(2), a lack of descriptors among them.
+pub fn open(pid: u32) -> io::Result<Option<OwnedFd>> {
+    let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+    let pidfd = match pidfd_open(id, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(None),
+        other => other?,
+    };
+    // `Pid:` is the id as this /proc counts; -1 once the process has been reaped (fs/pidfs.c).
+    let elsewhere = || io::Error::new(io::ErrorKind::Unsupported, "/proc is that of another container");
+    let info = match fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(elsewhere()),
+        other => other?,
+    };
+    match info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i64>().ok()) {
+        Some(-1) => Ok(None),
+        Some(shown) if shown == i64::from(pid) => Ok(Some(pidfd)),
+        Some(_) | None => Err(elsewhere()),
+    }
 }
 
 /// Ends everything of our user that carries the marker of this engine, whatever group, session
-/// or parent it has by now. What has emptied its own environment is not found.
-pub fn sweep(engine_id: &str) {
-    let deadline = Instant::now() + SWEEP_LIMIT;
-    // What is being swept may be forking; a few rounds catch up with anything that is not
-    // made to outrun us, and the bound keeps such a thing from holding us up.
-    for _ in 0..20 {
-        let swept = sweep_once(engine_id);
-        if swept.is_empty() {
+/// or parent it has by now, but for these processes: TERM first, and KILL after the grace. What has
+/// emptied its own environment is not found.
+pub fn sweep(engine_id: &str, grace: Duration, spared: &[u32]) {
+    sweep_all(engine_id, None, grace, spared);
+}
+
+/// The same, with the members of a group whose leader is not reaped yet.
+fn sweep_all(engine_id: &str, group: Option<u32>, grace: Duration, spared: &[u32]) {
+    let term_until = Instant::now() + grace;
+    let kill_until = term_until + KILLED_LIMIT;
+    let mut asked = BTreeSet::new();
+    for _ in 0..SWEEP_ROUNDS {
+        let found: Vec<_> = family(engine_id, group).into_iter().filter(|(pid, _)| !spared.contains(pid)).collect();
+        let kills = Instant::now() >= term_until;
+        for (pid, pidfd) in &found {
+            // Each gets one TERM: a second one aborts the cleaning up of some programs.
+            if kills || asked.insert(*pid) {
+                let _ = pidfd_send_signal(pidfd, if kills { Signal::KILL } else { Signal::TERM });
+            }
+        }
+        if found.is_empty() {
             return;
         }
-        // Gone, with its sockets, before another is started.
-        for pidfd in swept {
-            wait_until_readable(&pidfd, deadline);
+        // Gone, with its sockets, before another opencode is started.
+        for (_, pidfd) in &found {
+            wait_until_readable(pidfd, if kills { kill_until } else { term_until });
         }
     }
 }
 
-/// One round: what was signalled.
-fn sweep_once(engine_id: &str) -> Vec<OwnedFd> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+/// Everything that lives and carries the marker of an engine, or is in this group. Each is held, and
+/// was looked at while held.
+fn family(engine_id: &str, group: Option<u32>) -> Vec<(u32, OwnedFd)> {
     let ourselves = std::process::id();
-    let mut swept = Vec::new();
-    for entry in entries.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        // The environment of another user's process cannot be read, but by root: then it is
-        // one that has changed its user, and as much ours.
-        if pid == ourselves || !carries_marker(pid, engine_id) {
-            continue;
-        }
-        let Some(pidfd) = open(pid) else { continue };
-        // Looked at again, now that it cannot become another.
-        if carries_marker(pid, engine_id) && pidfd_send_signal(&pidfd, Signal::KILL).is_ok() {
-            swept.push(pidfd);
+    // The environment of another user's process cannot be read, but by root: then it is one that has
+    // changed its user, and as much ours.
+    let belongs = |pid: u32| {
+        let in_group = || group.is_some_and(|group| stat_field(pid, 5).is_ok_and(|of| of == u64::from(group)));
+        carries_marker(pid, engine_id) || in_group()
+    };
+    pids()
+        .filter(|pid| *pid != ourselves && belongs(*pid))
+        .filter_map(|pid| Some((pid, open(pid).ok()??)))
+        .filter(|(pid, pidfd)| belongs(*pid) && !has_ended(pidfd))
+        .collect()
+}
+
+/// A process and those above it, up to one that does not carry the marker of an engine: with a command
+/// that the agent has started, the shells and scripts that wait for the command.
+pub fn ancestors(pid: u32, engine_id: &str) -> Vec<u32> {
+    // A command that changes into a session of its own gives up the marker, and its parent has it.
+    let mut line = vec![pid];
+    let mut next = parent(pid);
+    while let Some(pid) = next.filter(|pid| carries_marker(*pid, engine_id) && !line.contains(pid)) {
+        line.push(pid);
+        next = parent(pid);
+    }
+    line
+}
+
+/// Reaps what was orphaned and came to this process, if it is the first of its PID namespace: in a
+/// container nobody else does. Children that somebody waits for are left to them.
+pub fn reap_orphans() {
+    if std::process::id() != 1 {
+        return;
+    }
+    let awaited = awaited();
+    for pid in pids().filter(|pid| !awaited.contains(pid) && parent(*pid) == Some(1)) {
+        if let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            let _ = waitid(WaitId::Pid(id), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
         }
     }
-    swept
+}
+
+/// The ids of all processes there are.
+fn pids() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// The parent of a process.
+fn parent(pid: u32) -> Option<u32> {
+    stat_field(pid, 4).ok()?.try_into().ok()
+}
+
+/// The processor time that a process has used, in all its threads.
+pub fn processor_time(pid: u32) -> Option<Duration> {
+    let ticks = stat_field(pid, 14).ok()? + stat_field(pid, 15).ok()?;
+    Some(Duration::from_millis(ticks * (1000 / TICKS_PER_SECOND)))
 }
 
 /// Whether the environment of a process has our marker. A zombie's is empty.
@@ -243,15 +365,28 @@ pub fn is_ours(pid: u32) -> bool {
 /// Resident memory of everything that carries the marker of an engine, in bytes. Pages that
 /// several of them share are counted for each.
 pub fn family_memory(engine_id: &str) -> Option<u64> {
-    let pids = fs::read_dir("/proc").ok()?.flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let family: Vec<u64> = pids.filter(|pid| carries_marker(*pid, engine_id)).filter_map(memory).collect();
+    let family: Vec<u64> = pids().filter(|pid| carries_marker(*pid, engine_id)).filter_map(memory).collect();
+    if family.is_empty() { None } else { Some(family.iter().sum()) }
+}
+
+/// The proportional share (PSS) of everything that carries the marker of an engine, in bytes: pages
+/// that several processes share are counted once.
+pub fn family_share(engine_id: &str) -> Option<u64> {
+    let share = |pid: u32| {
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+        kilobytes(&rollup, "Pss:")
+    };
+    let family: Vec<u64> = pids().filter(|pid| carries_marker(*pid, engine_id)).filter_map(share).collect();
     if family.is_empty() { None } else { Some(family.iter().sum()) }
 }
 
 /// Resident memory of a process in bytes: `VmRSS` of `/proc/<pid>/status`.
 pub fn memory(pid: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    kilobytes(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmRSS:")
+}
+
+/// A line like `VmRSS:    1234 kB`, in bytes.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
 }

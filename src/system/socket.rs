@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
 
 use super::limits::is_exhausted;
-use super::process::{Process, stat_field};
+use super::process::stat_field;
 
 /// States of a TCP socket that matter here, as the kernel numbers them (`net/tcp_states.h`).
 const ESTABLISHED: u8 = 1;
@@ -29,22 +29,30 @@ const CONNECTED: [u8; 4] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT];
 /// The remote address of a listening socket.
 const NOBODY: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
 
-/// The inode of the socket that listens on this address, if it belongs to the process or to a
-/// member of the group that the process leads (a wrapper may start the real opencode and stay).
+/// A socket that listens.
+#[derive(Clone, Copy, Debug)]
+pub struct Listening {
+    /// Its inode.
+    pub inode: u32,
+    /// A process that holds it.
+    pub pid: u32,
+}
+
+/// The socket that listens on this address, if it belongs to the process or to a member of the group
+/// that the process leads (a wrapper may start the real opencode and stay).
 ///
 /// # Errors
 /// When this process lacks a resource for the look, such as descriptors: no reason to end anything.
-pub fn listening(process: &Process, address: SocketAddrV4) -> io::Result<Option<u32>> {
+pub fn listening(leader: u32, address: SocketAddrV4) -> io::Result<Option<Listening>> {
     let Some(inode) = listening_inode(address)? else { return Ok(None) };
     let wanted = format!("socket:[{inode}]");
-    let leader = process.identity().pid;
     if holds(leader, &wanted)? {
-        return Ok(Some(inode));
+        return Ok(Some(Listening { inode, pid: leader }));
     }
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         if stat_field(pid, 5).is_ok_and(|group| group == u64::from(leader)) && holds(pid, &wanted)? {
-            return Ok(Some(inode));
+            return Ok(Some(Listening { inode, pid }));
         }
     }
     Ok(None)

@@ -15,7 +15,7 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
-/// A file descriptor that becomes readable for everyone, once and for good.
+/// A file descriptor that becomes readable for everyone, until it is lowered.
 pub struct Flag(OwnedFd);
 
 impl Flag {
@@ -27,6 +27,11 @@ impl Flag {
     /// Raises it.
     pub fn raise(&self) {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Lowers it.
+    pub fn lower(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0; 8][..]);
     }
 
     /// Whether it is up.
@@ -50,16 +55,28 @@ pub fn timespec(duration: Duration) -> Timespec {
 /// process that it started may hold the pipe open for longer and is not waited for.
 ///
 /// # Errors
-/// Those of reading.
-pub fn read_output(pipe: ChildStdout, pidfd: &OwnedFd, limit: usize) -> io::Result<String> {
+/// `TimedOut` at the deadline; `Interrupted` when the flag is raised; those of reading.
+pub fn read_output(
+    pipe: ChildStdout,
+    pidfd: &OwnedFd,
+    limit: usize,
+    flag: &Flag,
+    deadline: Instant,
+) -> io::Result<String> {
     rustix::io::ioctl_fionbio(&pipe, true)?;
     let (mut pipe, mut output) = (pipe, Vec::new());
     loop {
-        let mut fds = [PollFd::new(&pipe, PollFlags::IN), PollFd::new(pidfd, PollFlags::IN)];
-        match poll(&mut fds, None) {
+        let mut fds =
+            [PollFd::new(&pipe, PollFlags::IN), PollFd::new(pidfd, PollFlags::IN), PollFd::new(flag, PollFlags::IN)];
+        let rest = deadline.saturating_duration_since(Instant::now());
+        match poll(&mut fds, Some(&timespec(rest))) {
             Err(Errno::INTR) => continue,
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             other => other?,
         };
+        if !fds[2].revents().is_empty() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
         let ended = !fds[1].revents().is_empty();
         let mut buffer = [0; 4096];
         let over = match pipe.read(&mut buffer) {
@@ -165,8 +182,9 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", "echo 1.2.3; sleep 60 &"]).process_group(0);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let pidfd = open(child.id()).unwrap();
-        let output = read_output(child.stdout.take().unwrap(), &pidfd, 4096);
+        let pidfd = open(child.id()).unwrap().unwrap();
+        let (flag, deadline) = (Flag::new().unwrap(), Instant::now() + Duration::from_secs(60));
+        let output = read_output(child.stdout.take().unwrap(), &pidfd, 4096, &flag, deadline);
         let group = Pid::from_child(&child);
         child.wait().unwrap();
         rustix::process::kill_process_group(group, Signal::KILL).unwrap();

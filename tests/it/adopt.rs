@@ -198,8 +198,10 @@ fn one_of_ours_that_is_not_well_is_ended_first() {
 }
 
 #[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
 fn one_of_ours_that_hangs_is_ended_first() {
-    let host = Host::new();
+    let mut host = Host::new();
+    host.set("OPENWORK_TEST_PACE", "30");
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     kill_daemon(&host);

@@ -21,6 +21,7 @@ mod restart;
 mod route;
 mod selectors;
 mod state;
+mod supervise;
 #[path = "../support/mod.rs"]
 mod support;
 mod trust;

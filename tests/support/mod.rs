@@ -373,6 +373,12 @@ impl Host {
         if holds { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
     }
 
+    /// While it burns, it uses the processor.
+    pub fn burn(&self, burns: bool) {
+        let file = self.path("fake/burn");
+        if burns { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
+    }
+
     /// The directories in which it says a session is running.
     pub fn busy(&self, directories: &[&Path]) {
         let lines: String = directories.iter().map(|path| format!("{}\n", path.display())).collect();

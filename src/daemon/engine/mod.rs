@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use ureq::http::Response;
@@ -24,12 +24,24 @@ use crate::error::{Error, Result};
 use crate::framing::{is_json, percent_decode, percent_encode};
 use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
 use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
-use crate::system::limits;
 use crate::system::process::Process;
+use crate::system::{limits, signals};
 use crate::wire::from_json;
 
 /// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.
 const ANSWER_LIMIT: u64 = 8 * 1024 * 1024;
+
+/// What the supervisor has to know of a line of opencode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manners {
+    /// Whether one call disposes all instances in good order before TERM.
+    pub disposes: bool,
+    /// When KILL follows the first TERM.
+    pub kill_after: Duration,
+}
+
+/// opencode 1.x: what it disposes is disposed before TERM, so that little is left for it to do then.
+pub const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
 
 /// A running opencode that can be asked.
 #[derive(Clone)]
@@ -386,7 +398,7 @@ pub fn launch_command(binary: &Path, address: SocketAddrV4, auth: &Auth) -> Comm
         .env("OPENCODE_SERVER_PASSWORD", &auth.opencode_password)
         .stdin(Stdio::piped());
     let ours = std::env::var(ALLOCATOR_MARK).unwrap_or_default();
-    for name in ours.split(',').chain(NOT_PASSED_ON).filter(|name| !name.is_empty()) {
+    for name in ours.split(',').chain(NOT_PASSED_ON).chain(ABOUT_ONE_REPOSITORY).filter(|name| !name.is_empty()) {
         command.env_remove(name);
     }
     command
@@ -404,6 +416,28 @@ const NOT_PASSED_ON: [&str; 7] = [
     "OPENCODE_BASE_URL",
 ];
 
+/// What git says to a hook about the one repository it runs in (`git rev-parse --local-env-vars`, and
+/// the quarantine of a push): opencode would work in that repository whatever the workspace.
+const ABOUT_ONE_REPOSITORY: [&str; 17] = [
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_COMMON_DIR",
+    "GIT_CONFIG",
+    "GIT_CONFIG_COUNT",
+    "GIT_CONFIG_PARAMETERS",
+    "GIT_DIR",
+    "GIT_GRAFT_FILE",
+    "GIT_IMPLICIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_INTERNAL_SUPER_PREFIX",
+    "GIT_NO_REPLACE_OBJECTS",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_PREFIX",
+    "GIT_QUARANTINE_PATH",
+    "GIT_REPLACE_REF_BASE",
+    "GIT_SHALLOW_FILE",
+    "GIT_WORK_TREE",
+];
+
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";
 
@@ -413,8 +447,12 @@ pub fn go(process: &mut Process) -> io::Result<()> {
     stdin.write_all(b"\n")
 }
 
-/// The launched process: waits for the word, then becomes the command. Returns only on failure.
-pub fn become_when_told(command: &[std::ffi::OsString]) -> u8 {
+/// The launched process: leaves the daemon's session, waits until the daemon has recorded it, then
+/// becomes opencode. Returns only on failure.
+pub fn exec_once_recorded(command: &[std::ffi::OsString]) -> u8 {
+    // In a session of the daemon's, opencode would be orphaned by the daemon's end, and the kernel would
+    // send HUP to it as soon as anything in its group is stopped.
+    let _ = rustix::process::setsid();
     let mut word = [0];
     if !matches!(io::stdin().read(&mut word), Ok(1)) {
         return 1; // the daemon is gone: nothing is to be started
@@ -423,6 +461,7 @@ pub fn become_when_told(command: &[std::ffi::OsString]) -> u8 {
     if let Some(limit) = limit.to_str().and_then(|limit| limit.parse().ok()) {
         limits::restore_descriptor_limit(limit);
     }
+    signals::reset_at_exec();
     let error = Command::new(program).args(arguments).stdin(Stdio::null()).exec();
     let _ = writeln!(io::stderr(), "openwork: cannot run {}: {error}", Path::new(program).display());
     127

@@ -8,8 +8,8 @@
 //!
 //! Invariant: the lock is never held over I/O.
 
-mod account;
-mod fence;
+pub(super) mod account;
+pub(super) mod fence;
 
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read};
@@ -25,7 +25,7 @@ use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
 use super::engine::{CallError, Endpoint};
 use super::events::{EventKind, Events};
-use super::supervisor::Handle;
+use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::state::{FenceRecord, State, Store};
@@ -495,7 +495,7 @@ impl Instances {
     /// Listens to opencode's own events until the supervisor stops and the daemon ends.
     pub fn listen(&self, supervisor: &Handle) {
         while let Some(endpoint) = supervisor.wait_ready() {
-            if let Err(e) = self.listen_once(&endpoint) {
+            if let Err(e) = self.listen_once(supervisor, &endpoint) {
                 crate::log!("the event stream of opencode broke off: {e}");
             }
             // When opencode has ended, the next one is waited for without a pause.
@@ -503,7 +503,7 @@ impl Instances {
         }
     }
 
-    fn listen_once(&self, endpoint: &Endpoint) -> io::Result<()> {
+    fn listen_once(&self, supervisor: &Handle, endpoint: &Endpoint) -> io::Result<()> {
         let lost = |e| io::Error::other(crate::error::Error::from(e).to_string());
         let mut reader = BufReader::new(endpoint.events(Instant::now() + LISTEN_LIMIT).map_err(lost)?);
         let mut line = Vec::new();
@@ -512,6 +512,7 @@ impl Instances {
             if reader.by_ref().take(EVENT_LIMIT).read_until(b'\n', &mut line)? == 0 {
                 return Ok(());
             }
+            supervisor.heard(endpoint.generation);
             if let Some(data) = line.strip_prefix(b"data:") {
                 if let Ok(event) = from_json(data) {
                     self.observe(endpoint.generation, event);

@@ -1,0 +1,392 @@
+//! The steps of the table in [`Policy::react`]: each takes what it needs of a phase and returns the next.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use super::{
+    Action, Answer, Cause, Checked, End, Memory, News, Origin, Patience, Phase, Policy, Probe, Ready, Starting, Then,
+    Want,
+};
+use crate::daemon::supervisor::silence::{Progress, Silence};
+use crate::error::Error;
+
+impl Policy {
+    /// From now on a stop is wanted; whether opencode is to be kept.
+    pub(super) fn want_stop(&mut self, keep_opencode: bool, now: Instant) -> bool {
+        // Stopping for good wins over keeping, whichever comes first.
+        let ended = matches!(self.want, Want::Stop { keep_opencode: false }) && !planted!(self, KeepWins);
+        let keep_opencode = keep_opencode && !ended;
+        self.want = Want::Stop { keep_opencode };
+        self.stop_by.get_or_insert(now + self.limits.stop);
+        keep_opencode
+    }
+
+    /// Leaves the process, if there is one, to the next daemon.
+    pub(super) fn leave(&mut self, out: &mut Vec<Action>) -> Phase {
+        out.push(Action::Release);
+        Phase::Stopped
+    }
+
+    pub(super) fn next_job(&mut self) -> u64 {
+        self.job += 1;
+        self.job
+    }
+
+    /// Begins a start, if opencode is wanted.
+    pub(super) fn start(&mut self, out: &mut Vec<Action>) -> Phase {
+        if self.want != Want::Run {
+            return Phase::Stopped;
+        }
+        out.push(Action::AskVersion { job: self.next_job(), limit: self.limits.version });
+        Phase::Checking
+    }
+
+    pub(super) fn launch(&mut self, checked: Checked, out: &mut Vec<Action>) -> Phase {
+        if self.want != Want::Run {
+            return Phase::Stopped;
+        }
+        self.manners = checked.manners;
+        out.push(Action::Launch { job: self.next_job() });
+        Phase::Launching
+    }
+
+    /// There is a process now.
+    pub(super) fn launched(&mut self, now: Instant, out: &mut Vec<Action>) -> Phase {
+        self.generation += 1;
+        self.restarts += u64::from(std::mem::take(&mut self.restarting));
+        out.push(Action::Watch);
+        out.push(Action::Tell(News::Starting));
+        self.arrived(Origin::Launched, Duration::ZERO, now, out)
+    }
+
+    pub(super) fn adopt(&mut self, found: Checked, now: Instant, out: &mut Vec<Action>) -> Phase {
+        self.generation = 1;
+        self.manners = found.manners;
+        out.push(Action::Watch);
+        self.arrived(Origin::Adopted, found.age, now, out)
+    }
+
+    pub(super) fn arrived(&mut self, origin: Origin, age: Duration, now: Instant, out: &mut Vec<Action>) -> Phase {
+        self.is_too_large = false;
+        let rest = self.limits.ready.saturating_sub(age).max(self.limits.adopt);
+        match (self.want, origin) {
+            (Want::Run, _) => Phase::Starting(Starting {
+                origin,
+                since: now,
+                until: now + rest,
+                look_at: if origin == Origin::Adopted { now } else { now + self.limits.look_interval },
+                probing: false,
+                asked: now,
+                listens_since: None,
+                patience: if origin == Origin::Adopted { Patience::Unknown } else { Patience::Start },
+                progress: Progress::new(now),
+            }),
+            (Want::Stop { keep_opencode: true }, _) => self.leave(out),
+            (Want::Stop { .. }, Origin::Launched) if planted!(self, StopForgetsLaunch) => self.leave(out),
+            (Want::Stop { keep_opencode: false }, Origin::Launched) => self.terminate(Then::Stop, now, out),
+            // It may serve sessions, which are closed in good order.
+            (Want::Stop { keep_opencode: false }, Origin::Adopted) => self.dispose(Then::Stop, now, out),
+        }
+    }
+
+    /// A look at a starting process, or the end of its time.
+    pub(super) fn look(&mut self, starting: Starting, now: Instant, out: &mut Vec<Action>) -> Phase {
+        let mut starting = match self.overdue(starting, now) {
+            Ok(starting) => starting,
+            Err(then) => return self.terminate(then, now, out),
+        };
+        if !starting.probing && now >= starting.look_at {
+            let listens = starting.listens_since.map_or(Duration::ZERO, |since| now.duration_since(since));
+            let limit = (self.limits.first_probe + listens / 4).min(self.limits.probe);
+            (starting.asked, starting.probing) = (now, true);
+            out.push(Action::Probe { limit, ready: false });
+        }
+        Phase::Starting(starting)
+    }
+
+    /// Whether the time of a start is over: then, what comes after it.
+    pub(super) fn overdue(&self, mut starting: Starting, now: Instant) -> std::result::Result<Starting, Then> {
+        if now < starting.until {
+            return Ok(starting);
+        }
+        if let Patience::Ready(silence) = &starting.patience {
+            if silence.is_hang(now, &self.limits) {
+                return Err(Then::Start);
+            }
+            starting.until = now + self.limits.probe_interval;
+            return Ok(starting);
+        }
+        let last = starting.since + self.limits.ready_at_most;
+        if starting.progress.is_made(now, &self.limits) && now < last && !planted!(self, ImpatientStart) {
+            starting.until = (now + self.limits.probe_interval).min(last);
+            return Ok(starting);
+        }
+        let took = now.duration_since(starting.since).as_secs();
+        Err(match starting.origin {
+            Origin::Adopted => Then::Start,
+            Origin::Launched => Then::Fail(Error::OpencodeStartFailed(format!("it was not ready within {took} s"))),
+        })
+    }
+
+    pub(super) fn probed_starting(
+        &mut self,
+        mut starting: Starting,
+        probe: Probe,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Phase {
+        starting.probing = false;
+        let waited = now.duration_since(starting.since) / 64;
+        starting.look_at = now + waited.clamp(self.limits.look_interval, self.limits.look_interval_at_most);
+        match probe.answer {
+            // That we could not look says nothing against it.
+            Answer::NotAsked(_) => starting.progress.assume(now),
+            Answer::Healthy | Answer::Deaf | Answer::Silent(_) | Answer::Refused(_) => {
+                starting.progress.look(probe.cpu, probe.log, now, &self.limits);
+            }
+        }
+        match (probe.answer, starting.origin) {
+            (Answer::Healthy, origin) => return self.ready(origin, now, out),
+            (Answer::Refused(e), Origin::Launched) => return self.terminate(Then::Fail(e), now, out),
+            // It is ours and has another password: somebody has removed the file.
+            (Answer::Refused(_), Origin::Adopted) => return self.terminate(Then::Start, now, out),
+            (Answer::Silent(_), _) => {
+                starting.listens_since.get_or_insert(now);
+                if matches!(starting.patience, Patience::Unknown) {
+                    starting.patience = Patience::Ready(Silence::new(starting.asked.max(now - self.limits.probe)));
+                }
+                if let Patience::Ready(silence) = &mut starting.patience {
+                    silence.probed(probe.cpu, now, &self.limits);
+                }
+            }
+            (Answer::Deaf, _) => {
+                if matches!(starting.patience, Patience::Unknown) {
+                    starting.patience = Patience::Start;
+                }
+            }
+            (Answer::NotAsked(_), _) => {}
+        }
+        match self.overdue(starting, now) {
+            Ok(starting) => Phase::Starting(starting),
+            Err(then) => self.terminate(then, now, out),
+        }
+    }
+
+    pub(super) fn ready(&mut self, origin: Origin, now: Instant, out: &mut Vec<Action>) -> Phase {
+        self.last_attempt = false;
+        self.taken_ports = 0;
+        self.last_error = None;
+        out.push(Action::Tell(News::Ready { adopted: origin == Origin::Adopted }));
+        let probe_at = now + self.limits.probe_interval;
+        Phase::Ready(Ready { since: now, asked: now, silence: None, probe_at, probing: false })
+    }
+
+    /// Asks a ready process for its health when that is due.
+    pub(super) fn ask(&mut self, mut ready: Ready, now: Instant, out: &mut Vec<Action>) -> Phase {
+        if !ready.probing && now >= ready.probe_at {
+            (ready.asked, ready.probing) = (now, true);
+            out.push(Action::Probe { limit: self.limits.probe, ready: true });
+        }
+        Phase::Ready(ready)
+    }
+
+    pub(super) fn probed_ready(
+        &mut self,
+        mut ready: Ready,
+        probe: Probe,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Phase {
+        (ready.probe_at, ready.probing) = (now + self.limits.probe_interval, planted!(self, ForgetsProbe));
+        match probe.answer {
+            Answer::Healthy => {
+                ready.silence = None;
+                self.checks += 1;
+                return self.weigh(ready, probe.memory, now, out);
+            }
+            Answer::NotAsked(e) if !planted!(self, LackIsSilence) => out.push(Action::Note(e)),
+            Answer::Deaf => {
+                self.forgive(&ready, now);
+                let error = Error::OpencodeUnavailable("it no longer listens".to_owned());
+                return self.terminate(Then::Fail(error), now, out);
+            }
+            Answer::Silent(_) | Answer::Refused(_) | Answer::NotAsked(_) if probe.heard => ready.silence = None,
+            Answer::Silent(e) | Answer::Refused(e) | Answer::NotAsked(e) => {
+                // Time in which the daemon itself was stopped, and nobody asked, is no sign of anything.
+                let since = ready.asked.max(now - self.limits.probe);
+                let silence = ready.silence.get_or_insert_with(|| Silence::new(since));
+                silence.probed(probe.cpu, now, &self.limits);
+                let (is_hang, silent) = (self.is_hang(silence, now), silence.since(now).as_secs());
+                out.push(Action::Note(e));
+                if is_hang {
+                    self.forgive(&ready, now);
+                    let error = Error::OpencodeUnavailable(format!("it has not answered for {silent} s"));
+                    return self.terminate(Then::Fail(error), now, out);
+                }
+            }
+        }
+        Phase::Ready(ready)
+    }
+
+    /// Whether a process that was ready is to be ended for its silence.
+    fn is_hang(&self, silence: &Silence, now: Instant) -> bool {
+        if planted!(self, ImpatientHang) {
+            return true;
+        }
+        if planted!(self, IgnoresBusy) {
+            return silence.since(now) >= self.limits.hang;
+        }
+        silence.is_hang(now, &self.limits) && !planted!(self, NeverHangs)
+    }
+
+    /// Restarts a process that takes too much memory, when nothing is lost by that.
+    pub(super) fn weigh(&mut self, ready: Ready, memory: Option<Memory>, now: Instant, out: &mut Vec<Action>) -> Phase {
+        match memory {
+            Some(Memory { exceeds: true, busy }) if !busy || planted!(self, CutsTurns) => {
+                out.push(Action::Tell(News::TooLarge { recycled: true }));
+                self.dispose(Then::Start, now, out)
+            }
+            Some(Memory { exceeds: true, busy: true }) => {
+                if !std::mem::replace(&mut self.is_too_large, true) {
+                    out.push(Action::Tell(News::TooLarge { recycled: false }));
+                }
+                Phase::Ready(ready)
+            }
+            Some(Memory { exceeds, .. }) => {
+                self.is_too_large = exceeds;
+                Phase::Ready(ready)
+            }
+            None => Phase::Ready(ready),
+        }
+    }
+
+    /// Begins an end in good order.
+    pub(super) fn dispose(&mut self, then: Then, now: Instant, out: &mut Vec<Action>) -> Phase {
+        if !self.manners.disposes {
+            return self.terminate(then, now, out);
+        }
+        out.push(Action::Dispose { job: self.next_job(), limit: self.limits.dispose });
+        Phase::Disposing { until: now + self.limits.dispose, then }
+    }
+
+    pub(super) fn terminate(&mut self, then: Then, now: Instant, out: &mut Vec<Action>) -> Phase {
+        out.push(Action::Signal(Signal::TERM));
+        Phase::Terminating { since: now, again: now + self.limits.term_again, then }
+    }
+
+    pub(super) fn bury(&mut self, was_ready: bool, then: Option<Then>, out: &mut Vec<Action>) -> Phase {
+        let cause = match (&then, self.want) {
+            (None, Want::Run) => Cause::Itself,
+            (Some(Then::Fail(_)), Want::Run) => Cause::Failure,
+            (Some(Then::Start | Then::Stop), Want::Run) | (_, Want::Stop { .. }) => Cause::Wanted,
+        };
+        out.push(Action::Bury { job: self.next_job(), cause });
+        if planted!(self, Hasty) {
+            return self.start(out);
+        }
+        Phase::Burying { was_ready, then }
+    }
+
+    /// The kernel holds the process. It stays written down, so that the next daemon finds it, and no
+    /// other is started beside it.
+    pub(super) fn stuck(&mut self, out: &mut Vec<Action>) -> Phase {
+        match self.want {
+            Want::Stop { .. } => self.leave(out),
+            Want::Run => {
+                let why = "the one before does not end, even when killed".to_owned();
+                self.give_up(Error::OpencodeStartFailed(why), out);
+                if planted!(self, ForgetsStuck) { Phase::Failed } else { Phase::Stuck }
+            }
+        }
+    }
+
+    /// A long time of health: the failures before it count no more.
+    pub(super) fn forgive(&mut self, ready: &Ready, now: Instant) {
+        if now.duration_since(ready.since) >= self.limits.healthy && !planted!(self, NeverForgives) {
+            self.in_a_row = 0;
+        }
+    }
+
+    /// Nothing of the process is left: what comes next begins.
+    pub(super) fn buried(
+        &mut self,
+        was_ready: bool,
+        then: Option<Then>,
+        end: End,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Phase {
+        let End { pid, how, output, port_taken } = end;
+        out.push(Action::Tell(News::Exited { how: how.clone(), pid }));
+        let with_output = |what: String| match output.is_empty() {
+            true => what,
+            false => format!("{what}; its last output:\n{output}"),
+        };
+        match (then, self.want) {
+            (_, Want::Stop { .. }) | (Some(Then::Stop), _) => Phase::Stopped,
+            (Some(Then::Start), Want::Run) => self.start(out),
+            (Some(Then::Fail(Error::OpencodeStartFailed(why))), Want::Run) => {
+                self.failed(Error::OpencodeStartFailed(with_output(why)), now, out)
+            }
+            (Some(Then::Fail(error)), Want::Run) => self.failed(error, now, out),
+            (None, Want::Run) if !was_ready && port_taken && self.taken_ports < self.limits.port_tries => {
+                self.taken_ports += 1;
+                self.start(out)
+            }
+            (None, Want::Run) => {
+                let when = if was_ready { "" } else { " before it was ready" };
+                let why = with_output(format!("opencode {how}{when}"));
+                let error = if was_ready { Error::OpencodeUnavailable(why) } else { Error::OpencodeStartFailed(why) };
+                self.failed(error, now, out)
+            }
+        }
+    }
+
+    /// A start or a process has failed: again, after a pause, or not at all.
+    pub(super) fn failed(&mut self, error: Error, now: Instant, out: &mut Vec<Action>) -> Phase {
+        if self.want != Want::Run {
+            return Phase::Stopped;
+        }
+        self.restarting = self.generation > 0;
+        // We ran out of a resource: that says nothing about opencode.
+        let is_ours = matches!(error, Error::Overloaded(_));
+        if !is_ours {
+            while self.recent.front().is_some_and(|at| now.duration_since(*at) > self.limits.failure_window) {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(now);
+        }
+        let is_final = matches!(
+            error,
+            Error::OpencodeNotFound(_) | Error::OpencodeUnsupported { .. } | Error::OpencodeAuthFailed(_)
+        ) || matches!(error, Error::PortInUse { .. }) && self.generation == 0;
+        let is_last = self.last_attempt && !is_ours;
+        if is_final || is_last || (self.recent.len() >= self.limits.failures && !planted!(self, NeverGivesUp)) {
+            self.give_up(error, out);
+            return Phase::Failed;
+        }
+        self.last_error = Some(error.body());
+        out.push(Action::Note(error));
+        let pause = match self.in_a_row {
+            0 if !is_ours => Duration::ZERO,
+            n => {
+                self.limits.backoff_first.saturating_mul(1 << n.saturating_sub(1).min(16)).min(self.limits.backoff_last)
+            }
+        };
+        self.in_a_row += 1;
+        if pause.is_zero() { self.start(out) } else { Phase::Waiting { until: now + pause } }
+    }
+
+    pub(super) fn give_up(&mut self, error: Error, out: &mut Vec<Action>) {
+        self.last_attempt = false;
+        self.in_a_row = 0;
+        self.recent.clear();
+        if !planted!(self, SilentFailure) {
+            self.failures += 1;
+        }
+        self.last_error = Some(error.body());
+        out.push(Action::Tell(News::Failed { error: error.body() }));
+        out.push(Action::Note(error));
+    }
+}

@@ -1,0 +1,345 @@
+//! What happens in the world by itself, and what becomes of what the daemon has begun.
+
+use super::*;
+
+impl World {
+    pub(super) fn happen(&mut self, what: Happening) {
+        match what {
+            Happening::Message(daemon, event) => {
+                if daemon == self.daemon && self.policy.is_some() {
+                    self.pending -= 1;
+                    self.handle(event);
+                }
+            }
+            Happening::Daemon => self.start_daemon(),
+            Happening::Weather => self.weather(),
+            Happening::Person => self.client(None),
+            Happening::TurnEnds(index, directory) => self.instance(Step::TurnEnds(index, directory)),
+            Happening::Instance(daemon, step) => {
+                if daemon == self.daemon && self.policy.is_some() {
+                    self.instance(step);
+                }
+            }
+            Happening::End(index) => self.end(index),
+            Happening::Look(daemon, job) => {
+                if daemon == self.daemon {
+                    self.look(job);
+                }
+            }
+            Happening::Spawned(daemon, job) => {
+                if daemon == self.daemon {
+                    self.spawn(job);
+                }
+            }
+            Happening::Record(daemon, job, index) => self.record(daemon, job, index),
+            Happening::Tell(daemon, job, index) => self.tell(daemon, job, index),
+            Happening::Sweep(daemon, job, index, reports) => {
+                if daemon == self.daemon {
+                    self.engines[index].leaves = false;
+                    if self.disk == Some(index) {
+                        self.disk = None;
+                    }
+                    self.pending -= 1;
+                    if reports {
+                        self.bury(job, index);
+                    } else {
+                        self.message(Duration::ZERO, Event::Adopted { job, found: None });
+                    }
+                }
+            }
+        }
+    }
+
+    fn start_daemon(&mut self) {
+        if self.policy.is_some() {
+            return;
+        }
+        self.note(|| "a daemon starts".to_owned());
+        self.daemon += 1;
+        let recorded = self.disk.is_some();
+        let mut actions = std::mem::take(&mut self.actions);
+        let mut policy = Policy::new(self.limits.clone(), recorded && self.bug != Some(Bug::NeverAdopts), &mut actions);
+        policy.bug = self.bug;
+        self.policy = Some(policy);
+        self.carry_out(actions);
+        // Many a stop comes in the middle of a start, and some clients disagree about it.
+        if !self.calm && self.dice.often(150) {
+            for _ in 0..2 {
+                let (keep_opencode, after) = (self.dice.often(500), self.dice.time(0, 60));
+                self.message(after, Event::Stop { keep_opencode });
+            }
+        }
+    }
+
+    /// The opencode of an earlier daemon is looked for, and what it left is ended if it is gone.
+    fn look(&mut self, job: u64) {
+        let Some(index) = self.disk else {
+            self.pending -= 1;
+            return self.message(Duration::ZERO, Event::Adopted { job, found: None });
+        };
+        let now = self.now;
+        if !self.engines[index].alive {
+            let after = if self.engines[index].leaves { self.dice.time(1, 3000) } else { Duration::ZERO };
+            return self.at(after, Happening::Sweep(self.daemon, job, index, false));
+        }
+        self.pending -= 1;
+        self.count("an opencode adopted");
+        let engine = &mut self.engines[index];
+        (engine.proved, engine.was_ready, engine.asked_to_end) = (true, None, false);
+        (engine.unanswered, engine.ready_since) = (None, None);
+        let age = now.duration_since(engine.started);
+        let manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
+        self.held = Some(index);
+        self.message(Duration::ZERO, Event::Adopted { job, found: Some(Checked { manners, age }) });
+    }
+
+    /// A process is started, and waits to be told to become opencode.
+    fn spawn(&mut self, job: u64) {
+        if self.lacks && self.dice.often(700) {
+            self.pending -= 1;
+            return self.message(Duration::ZERO, Event::Launched { job, result: Err(Error::Overloaded("processes")) });
+        }
+        let (now, calm) = (self.now, self.calm);
+        let dice = &mut self.dice;
+        let kind = if calm { 0 } else { dice.below(100) };
+        let after = |wait: Duration| Some(now + wait);
+        let (listens_at, answers_at, crashes_at) = match kind {
+            0..60 => {
+                let at = dice.time(100, 3000);
+                (after(at), after(at + dice.time(0, 500)), None)
+            }
+            60..70 => {
+                let at = dice.time(3000, 55_000);
+                (after(at), after(at + dice.time(0, 2000)), None)
+            }
+            // A first start: minutes of work.
+            70..75 => {
+                let at = dice.time(60_000, 570_000);
+                (after(at), after(at), None)
+            }
+            75..80 => (None, None, None),
+            80..83 => (after(dice.time(100, 3000)), None, None),
+            83..95 => (None, None, after(dice.time(0, 2000))),
+            _ => {
+                let at = dice.time(100, 3000);
+                (after(at), after(at), after(at + dice.time(0, 60_000)))
+            }
+        };
+        let works = (70..75).contains(&kind);
+        let engine = Engine {
+            alive: true,
+            told: false,
+            leaves: dice.often(200),
+            proved: true,
+            listens_at,
+            answers_at,
+            crashes_at,
+            takes_port: (83..87).contains(&kind),
+            silent: false,
+            deaf: false,
+            refuses: !calm && dice.often(20),
+            busy: None,
+            prints: works,
+            too_large: false,
+            loaded: Default::default(),
+            turns: Default::default(),
+            seen_turn: false,
+            swallows: if dice.often(100) {
+                1
+            } else if dice.often(50) && !calm {
+                u32::MAX
+            } else {
+                0
+            },
+            unkillable: !calm && dice.often(30),
+            doomed: false,
+            used: Duration::ZERO,
+            used_at: now,
+            was_ready: Some(false),
+            asked_to_end: false,
+            started: now,
+            ready_since: None,
+            fell_after: None,
+            unanswered: None,
+            busy_throughout: false,
+        };
+        self.engines.push(engine);
+        let index = self.engines.len() - 1;
+        let after = self.dice.time(0, 30);
+        self.at(after, Happening::Record(self.daemon, job, index));
+    }
+
+    fn record(&mut self, daemon: u64, job: u64, index: usize) {
+        if daemon != self.daemon {
+            // Its standard input has closed: it ends, and has done nothing.
+            return self.forget_untold(index);
+        }
+        if self.disk_fails {
+            self.count("a disk that is full");
+            self.forget_untold(index);
+            self.pending -= 1;
+            let error = Error::OpencodeStartFailed(String::new());
+            return self.message(Duration::ZERO, Event::Launched { job, result: Err(error) });
+        }
+        self.disk = Some(index);
+        let after = self.dice.time(0, 3);
+        self.at(after, Happening::Tell(self.daemon, job, index));
+    }
+
+    fn forget_untold(&mut self, index: usize) {
+        (self.engines[index].alive, self.engines[index].leaves) = (false, false);
+    }
+
+    fn tell(&mut self, daemon: u64, job: u64, index: usize) {
+        if daemon != self.daemon {
+            return self.forget_untold(index);
+        }
+        self.engines[index].told = true;
+        if let Some(at) = self.engines[index].crashes_at {
+            let after = at.saturating_duration_since(self.now);
+            self.at(after, Happening::End(index));
+        }
+        self.held = Some(index);
+        self.pending -= 1;
+        self.message(Duration::ZERO, Event::Launched { job, result: Ok(()) });
+    }
+
+    /// A process ends.
+    fn end(&mut self, index: usize) {
+        if !self.engines[index].alive {
+            return;
+        }
+        self.note(|| format!("process {index} ends"));
+        let health = self.engines[index].ready_since.map(|since| self.now.duration_since(since));
+        (self.engines[index].alive, self.engines[index].fell_after) = (false, health);
+        if self.held == Some(index) {
+            self.tell_exit();
+        }
+    }
+
+    /// The end of a process is seen, mostly at once; sometimes twice.
+    pub(super) fn tell_exit(&mut self) {
+        let Some(generation) = self.watched else { return };
+        let after = if self.dice.often(950) { Duration::ZERO } else { self.dice.time(0, 200) };
+        self.message(after, Event::Exited { generation });
+        if self.dice.often(100) {
+            self.count("an exit that is told twice");
+            let after = self.dice.time(1, 20_000);
+            self.message(after, Event::Exited { generation });
+        }
+    }
+
+    /// Nothing of a process is left.
+    fn bury(&mut self, job: u64, index: usize) {
+        let engine = &self.engines[index];
+        let port_taken = engine.takes_port && engine.ready_since.is_none();
+        self.fell_by_itself = !engine.asked_to_end;
+        self.ended_after_health = engine.fell_after.is_some_and(|health| health >= self.limits.healthy);
+        self.message(Duration::ZERO, Event::Buried { job, end: End { port_taken, ..End::default() } });
+    }
+
+    /// Something goes wrong, or right, or somebody comes.
+    fn weather(&mut self) {
+        if self.calm {
+            return;
+        }
+        let after = match self.dice.below(10) {
+            0..5 => self.dice.time(0, 2000),
+            5..9 => self.dice.time(0, 40_000),
+            _ => self.dice.time(0, 300_000),
+        };
+        self.at(after, Happening::Weather);
+        match self.dice.below(100) {
+            0..20 => self.client(None),
+            20..30 => {
+                let generation = self.policy.as_ref().map_or(0, Policy::generation);
+                let old = generation.saturating_sub(self.dice.below(2));
+                self.client(Some(old));
+            }
+            30..36 => {
+                let keep = self.dice.often(400);
+                self.ask_to_stop(keep);
+                // Somebody else may want something else.
+                if self.dice.often(300) {
+                    let (keep, after) = (self.dice.often(500), self.dice.time(0, 8000));
+                    self.message(after, Event::Stop { keep_opencode: keep });
+                }
+            }
+            36..38 if self.policy.is_some() => self.kill_daemon(),
+            38..41 => {
+                self.count("a disk that fails, or works again");
+                self.disk_fails = !self.disk_fails && self.dice.often(500);
+            }
+            41..47 => {
+                self.count("a lack of threads and descriptors, or its end");
+                self.lacks = !self.lacks && self.dice.often(500);
+            }
+            47..48 => {
+                self.count("a binary that goes, or comes back");
+                self.no_binary = !self.no_binary && self.dice.often(300);
+            }
+            _ => self.trouble(),
+        }
+    }
+
+    /// Something happens to the process.
+    fn trouble(&mut self) {
+        let now = self.now;
+        let Some(index) = self.disk.filter(|index| self.engines[*index].alive && self.engines[*index].told) else {
+            return;
+        };
+        let (kind, swap) = (self.dice.below(100), self.dice.often(500));
+        let engine = &mut self.engines[index];
+        engine.used(now);
+        match kind {
+            0..12 => {
+                engine.silent = !engine.silent;
+                engine.busy = (engine.silent && swap).then_some(now);
+                engine.busy_throughout &= engine.busy.is_some();
+                engine.turns[0] |= engine.busy.is_some();
+                engine.loaded[0] |= engine.busy.is_some();
+                self.count("an opencode that hangs, idle or busy, or is back");
+            }
+            12..14 if engine.ready_since.is_some() => {
+                engine.deaf = true;
+                self.count("an opencode that no longer listens");
+            }
+            14..22 => {
+                self.count("a crash");
+                self.end(index);
+            }
+            22..42 => {
+                let directory = self.dice.below(DIRECTORIES.len() as u64) as usize;
+                self.step(Duration::ZERO, Step::Ask(directory));
+            }
+            42..50 => {
+                engine.too_large = !engine.too_large;
+                self.count("too much memory, or no more");
+            }
+            50..60 if engine.silent => {
+                engine.busy = swap.then_some(engine.busy.unwrap_or(now));
+                engine.busy_throughout &= swap;
+            }
+            _ => {}
+        }
+    }
+
+    /// A request needs opencode.
+    fn client(&mut self, suspect: Option<u64>) {
+        let Some(policy) = &self.policy else { return };
+        let deadline = self.now + self.dice.time(1000, 60_000);
+        self.clients.push(Client { deadline, failures: policy.failures(), checks: policy.checks(), suspect });
+        let event = match suspect {
+            Some(generation) => Event::Suspect { generation },
+            None => Event::Need,
+        };
+        self.message(Duration::ZERO, event);
+    }
+
+    pub(super) fn ask_to_stop(&mut self, keep_opencode: bool) {
+        if self.policy.is_some() {
+            self.count("a stop");
+            self.message(Duration::ZERO, Event::Stop { keep_opencode });
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What the supervisor has done elsewhere, since it may block: finding the binary, asking for its
+//! version, starting, adopting and burying a process. One job after the other, each of which is
+//! answered by a message.
+//!
+//! Invariant: what proves a process ours is on disk before the process can do anything.
+
+use std::net::SocketAddrV4;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::process::Signal;
+
+use super::handle::Message;
+use super::policy::{Cause, Checked, End};
+use super::prober::{self, Target};
+use crate::daemon::engine;
+use crate::daemon::instances::{Failure, Instances};
+use crate::error::{Error, Result};
+use crate::log::{self, now_ms};
+use crate::options::EngineOptions;
+use crate::paths::{DataDir, find_opencode};
+use crate::state::{Auth, BinaryRecord, EngineRecord, Store, random_hex};
+use crate::system::limits::is_exhausted;
+use crate::system::process::{self, Identity, Process};
+use crate::system::wait::{self, Flag};
+
+/// How much of its output is told when opencode fails. Lines.
+const LAST_LINES: usize = 20;
+/// The longest answer to `--version` that is read: a version is a few bytes. Bytes.
+const VERSION_LENGTH: usize = 4096;
+
+/// A job.
+pub enum Job {
+    /// Look for the opencode that the state file names; end what it left if it does not live.
+    Adopt { job: u64 },
+    /// Find the binary, and its version.
+    Version { job: u64, limit: Duration },
+    /// Start a process.
+    Launch { job: u64 },
+    /// Dispose all instances of opencode.
+    Dispose { job: u64, target: Target, deadline: Instant },
+    /// End what a process left, and reap it. A command with this id asked for its end, perhaps from
+    /// within.
+    Bury { job: u64, grave: Grave, client: Option<u32> },
+}
+
+/// A process that has ended.
+pub struct Grave {
+    /// Counts the processes.
+    pub generation: u64,
+    /// The process, not reaped yet.
+    pub process: Process,
+    /// Where it listened, or was to.
+    pub address: SocketAddrV4,
+    /// Where its output begins in the log. Bytes.
+    pub log_start: u64,
+    /// Why it has ended.
+    pub cause: Cause,
+}
+
+/// Does the jobs.
+pub struct Worker {
+    /// Where the files are.
+    pub data_dir: DataDir,
+    /// What was asked for.
+    pub options: EngineOptions,
+    /// The credentials opencode is started with.
+    pub auth: Auth,
+    /// The value of the `Authorization` header.
+    pub authorization: Arc<str>,
+    /// Where the process is written down.
+    pub store: &'static Store,
+    /// Which instances opencode has loaded.
+    pub instances: &'static Instances,
+    /// How long what opencode leaves has between TERM and KILL.
+    pub grace: Duration,
+    /// The supervisor.
+    pub messages: Sender<Message>,
+    /// Raised when the daemon is to stop: ends the question for a version.
+    pub stopping: Arc<Flag>,
+    /// The binary found last.
+    pub binary: Option<PathBuf>,
+}
+
+impl Worker {
+    /// Does jobs for as long as the daemon lives.
+    pub fn run(mut self, jobs: Receiver<Job>) {
+        for job in jobs {
+            let message = match job {
+                Job::Adopt { job } => Message::Adopted { job, found: self.adopt() },
+                Job::Version { job, limit } => Message::Version { job, result: self.version(limit) },
+                Job::Launch { job } => Message::Launched { job, result: self.launch() },
+                Job::Dispose { job, target, deadline } => {
+                    if let Ok(Some((endpoint, _))) = prober::find(&target, &self.authorization) {
+                        let _ = endpoint.dispose_all(deadline);
+                    }
+                    Message::Disposed { job }
+                }
+                Job::Bury { job, grave, client } => Message::Buried { job, end: self.bury(grave, client) },
+            };
+            let _ = self.messages.send(message);
+        }
+    }
+
+    fn adopt(&self) -> Option<(Process, EngineRecord, Checked)> {
+        let record = self.store.snapshot().opencode.clone()?;
+        let Some(process) = Process::adopt(&record.identity()) else {
+            if !record.engine_id.is_empty() {
+                process::sweep(&record.engine_id, self.grace, &[]);
+            }
+            return None;
+        };
+        crate::log!("found opencode (pid {}) of an earlier daemon", record.pid);
+        let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
+        Some((process, record, Checked { manners: engine::MANNERS, age }))
+    }
+
+    /// Finds the binary and asks for its version, unless that is remembered.
+    fn version(&mut self, limit: Duration) -> Result<(String, Checked)> {
+        let (binary, metadata) = find_opencode(self.options.binary.as_deref())?;
+        let mut record = engine::record(&binary, &metadata);
+        let known = self.store.snapshot().binaries.as_ref().and_then(|binaries| binaries.opencode.clone());
+        let version = match known.filter(|known| known.is_same_file(&record)).and_then(|known| known.actual_version) {
+            Some(version) => engine::check_version(&binary, &version)?,
+            None => {
+                let version = self.ask_version(&binary, limit)?;
+                record.actual_version = Some(version.clone());
+                self.remember(record);
+                version
+            }
+        };
+        self.instances.version_is(&version);
+        self.binary = Some(binary);
+        Ok((version, Checked { manners: engine::MANNERS, age: Duration::ZERO }))
+    }
+
+    fn ask_version(&self, binary: &std::path::Path, limit: Duration) -> Result<String> {
+        let failed = |why: String| Error::OpencodeStartFailed(format!("{} --version {why}", binary.display()));
+        let mut command = engine::version_command(binary, &self.data_dir.opencode_cwd());
+        let spawned = Process::spawn(&mut command, &random_hex::<16>()?);
+        let mut process = spawned.map_err(|e| spawn_failed(e, |e| failed(format!("cannot be run: {e}"))))?;
+        let stdout = process.take_stdout();
+        let deadline = Instant::now() + limit;
+        let read = |stdout| wait::read_output(stdout, &process.pidfd(), VERSION_LENGTH, &self.stopping, deadline);
+        let output = stdout.map_or(Ok(String::new()), read);
+        // It has said what it was asked; nothing of it stays.
+        process.signal(Signal::KILL);
+        process.bury(Duration::ZERO, &[]);
+        match output {
+            Ok(output) if output.trim().is_empty() => Err(failed("printed nothing".to_owned())),
+            Ok(output) => engine::check_version(binary, &output),
+            Err(e) => Err(failed(format!("failed: {e}"))),
+        }
+    }
+
+    /// Remembers the version of a binary. A failure costs only that it is asked again.
+    fn remember(&self, record: BinaryRecord) {
+        let written = self.store.update(|state| {
+            let known = &mut state.binaries.get_or_insert_default().opencode;
+            let extra = known.take().filter(|known| known.path == record.path).map(|known| known.extra);
+            *known = Some(BinaryRecord { extra: extra.unwrap_or_default(), ..record });
+            Ok(())
+        });
+        if let Err(e) = written {
+            crate::log!("{e}");
+        }
+    }
+
+    /// Starts the process: it is written down before it can do anything.
+    fn launch(&self) -> Result<(Process, EngineRecord)> {
+        let binary = self.binary.as_deref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))?;
+        let address = engine::choose_address(&self.options, &self.store.snapshot().ports)?;
+        let engine_id = random_hex::<16>()?;
+        let log_path = self.data_dir.opencode_log();
+        let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
+        let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
+        let mut command = engine::launch_command(binary, address, &self.auth);
+        command.current_dir(self.data_dir.opencode_cwd()).stdout(log).stderr(log_too);
+        let failed = |e| Error::OpencodeStartFailed(format!("cannot start {}: {e}", binary.display()));
+        let mut process = Process::spawn_leader(&mut command, &engine_id).map_err(|e| spawn_failed(e, failed))?;
+        let Identity { pid, start_ticks, boot_id, engine_id } = process.identity().clone();
+        let record = EngineRecord {
+            pid,
+            port: address.port(),
+            base_url: format!("http://{address}"),
+            started_at: now_ms(),
+            engine_id,
+            start_ticks,
+            boot_id,
+            instances: Vec::new(),
+            strangers: None,
+            extra: serde_json::Map::new(),
+        };
+        let written = self.store.update(|state| {
+            state.opencode = Some(record.clone());
+            state.ports.keep_opencode_address(address);
+            Ok(())
+        });
+        let told = written.and_then(|()| {
+            engine::go(&mut process).map_err(|e| Error::OpencodeStartFailed(format!("it ended at once: {e}")))
+        });
+        if let Err(e) = told {
+            process.signal(Signal::KILL); // it waits for the word, and nothing is lost with it
+            process.bury(Duration::ZERO, &[]);
+            self.forget();
+            return Err(e);
+        }
+        crate::log!("starting {} on {address} (pid {pid})", binary.display());
+        Ok((process, record))
+    }
+
+    fn bury(&self, grave: Grave, client: Option<u32>) -> End {
+        let Grave { generation, process, address, log_start, cause } = grave;
+        let Identity { pid, engine_id, .. } = process.identity().clone();
+        let spared = client.map_or_else(Vec::new, |client| process::ancestors(client, &engine_id));
+        let status = process.bury(self.grace, &spared);
+        let how = status.map_or_else(|| "ended".to_owned(), |status| format!("ended with {status}"));
+        crate::log!("opencode (pid {pid}) {how}");
+        let output = log::tail(&self.data_dir.opencode_log(), log_start, LAST_LINES).unwrap_or_default().join("\n");
+        let failed = match cause {
+            // A hang may well be the doing of a workspace.
+            Cause::Failure => true,
+            Cause::Itself => !status.is_some_and(was_sent_a_signal),
+            Cause::Wanted => false,
+        };
+        let failure = failed.then(|| Failure { how: how.clone(), output: output.clone() });
+        self.instances.ended(generation, failure);
+        self.forget();
+        End { pid, how, output, port_taken: self.options.port.is_none() && !engine::is_free(address) }
+    }
+
+    /// Takes the record of a process that has ended off the disk. Should that fail, nothing is lost: the
+    /// identity in it matches no process.
+    fn forget(&self) {
+        let written = self.store.update(|state| {
+            state.opencode = None;
+            Ok(())
+        });
+        if let Err(e) = written {
+            crate::log!("{e}");
+        }
+    }
+}
+
+/// A process that could not be started: for want of processes or descriptors of ours, or for another
+/// reason.
+fn spawn_failed(e: std::io::Error, other: impl FnOnce(std::io::Error) -> Error) -> Error {
+    let no_process = e.raw_os_error() == Some(Errno::AGAIN.raw_os_error());
+    if no_process || is_exhausted(&e) { Error::Overloaded("processes") } else { other(e) }
+}
+
+/// Whether a process was ended by a signal that other processes send: the user, or the kernel for
+/// want of memory. A program that fails by itself exits, or raises another signal.
+fn was_sent_a_signal(status: ExitStatus) -> bool {
+    let sent = [Signal::HUP, Signal::INT, Signal::KILL, Signal::TERM];
+    status.signal().is_some_and(|signal| sent.iter().any(|sent| sent.as_raw() == signal))
+}

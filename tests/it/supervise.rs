@@ -1,0 +1,407 @@
+//! opencode is left alone while it works, ended when it does not, and started and ended with care for
+//! what it runs. What takes minutes is told with times that are many times shorter
+//! (`OPENWORK_TEST_PACE`, which only a debug build reads), or in the simulation of the policy.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, NOBODY, SESSION, Signal, is_alive, is_root, kill, stat_field, until, wait_for, wait_gone};
+
+/// One that supervises this many times faster.
+fn paced(mut host: Host, pace: u32) -> Host {
+    host.set("OPENWORK_TEST_PACE", pace.to_string());
+    host
+}
+
+fn log(host: &Host) -> String {
+    fs::read_to_string(host.file("daemon.log")).unwrap_or_default()
+}
+
+/// Waits until the daemon has noted this so many times more.
+fn wait_for_notes(host: &Host, what: &str, count: usize) {
+    let notes = || log(host).matches(what).count();
+    let before = notes();
+    wait_for(what, || notes() >= before + count);
+}
+
+/// The health calls that were answered so far.
+fn health_calls(host: &Host) -> usize {
+    host.requests().iter().filter(|request| request["target"] == "/global/health").count()
+}
+
+// --- What hangs, and what only looks like it ---
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn a_hang_is_found_and_ended() {
+    let host = paced(Host::new(), 30);
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.opencode_pid();
+    host.hang(true);
+    wait_gone(pid);
+    host.hang(false);
+    assert_ne!(host.opencode_pid(), pid);
+    assert_eq!(host.health()["engine"]["restarts"], 1);
+    assert!(log(&host).contains("has not answered for"), "{}", log(&host));
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn an_opencode_that_is_busy_is_left_alone_while_it_answers_nothing() {
+    let host = paced(Host::new(), 20);
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.opencode_pid();
+    host.burn(true);
+    host.hang(true);
+    // An idle one is ended after three seconds of this pace, five failed calls.
+    wait_for_notes(&host, "did not answer", 12);
+    assert!(is_alive(pid));
+    host.hang(false);
+    assert_eq!(host.opencode_pid(), pid);
+    host.burn(false);
+
+    // The same when it was adopted while it is busy.
+    kill(host.daemon_pid(), Signal::KILL);
+    wait_gone(host.daemon_pid());
+    host.burn(true);
+    host.hang(true);
+    host.openwork(["daemon", "start", "--timeout", "8"]).fails(5, "opencode_timeout");
+    assert!(is_alive(pid));
+    host.hang(false);
+    assert_eq!(host.opencode_pid(), pid);
+    assert_eq!(host.starts().len(), 1);
+    host.burn(false);
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn a_lack_of_threads_or_descriptors_ends_nothing() {
+    let host = paced(Host::unprivileged(), 20);
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    // As the user of the daemon: root in a container may not.
+    let limit = |limit: &str| {
+        let mut prlimit = Command::new("prlimit");
+        if is_root() {
+            prlimit.uid(NOBODY).gid(NOBODY);
+        }
+        let status = prlimit.args(["--pid", &daemon.to_string(), limit]).status().expect("prlimit");
+        assert!(status.success(), "{limit}");
+    };
+
+    // No thread and no process more: the daemon goes on asking.
+    limit("--nproc=1:");
+    let before = health_calls(&host);
+    wait_for("more health calls", || health_calls(&host) > before + 8);
+    // No descriptor: it cannot even look.
+    limit("--nofile=3:");
+    wait_for_notes(&host, "cannot look at opencode", 10);
+    limit("--nofile=1024:");
+    assert!(is_alive(opencode));
+
+    // What is lacking at a start is waited for.
+    kill(opencode, Signal::KILL);
+    wait_for_notes(&host, "too many processes", 3);
+    limit("--nproc=2000:");
+    assert_ne!(host.opencode_pid(), opencode);
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn a_start_that_makes_progress_is_waited_for() {
+    let host = paced(Host::new(), 30);
+    // Two seconds are what a silent one gets at this pace.
+    host.behave("FAKE_START_MS=6000\nFAKE_PRINT_MS=50");
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn a_start_without_progress_is_ended() {
+    let host = paced(Host::new(), 30);
+    host.behave("FAKE_NEVER_LISTEN=1");
+    host.openwork(["daemon", "start", "--timeout", "1"]).fails(5, "opencode_timeout");
+    wait_gone(host.starts()[0]["pid"].as_u64().unwrap() as u32);
+    host.behave("");
+    host.opencode_pid();
+    assert!(log(&host).contains("was not ready within"), "{}", log(&host));
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn health_forgives_what_was_before() {
+    // A second of health is a long time at this pace, and six failures in four seconds too many.
+    let host = paced(Host::new(), 30);
+    host.openwork(["daemon", "start"]).ok();
+    for _ in 0..8 {
+        let (pid, before) = (host.opencode_pid(), health_calls(&host));
+        wait_for("some health", || health_calls(&host) > before + 4);
+        kill(pid, Signal::KILL);
+        wait_for("the next opencode", || host.opencode_pid() != pid);
+    }
+    assert_eq!(host.health()["engine"]["restarts"], 8);
+}
+
+// --- How it is started ---
+
+#[test]
+fn it_leads_a_session_and_is_not_hung_up_with_the_daemon() {
+    let host = Host::new();
+    host.behave("FAKE_AGENT=sleep 1000");
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    assert_eq!(stat_field(opencode, SESSION), u64::from(opencode));
+    // A stopped process in an orphaned group has the kernel send HUP to all of it.
+    kill(opencode, Signal::STOP);
+    kill(host.daemon_pid(), Signal::KILL);
+    wait_gone(host.daemon_pid());
+    kill(opencode, Signal::CONT);
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.opencode_pid(), opencode);
+}
+
+/// A line of `/proc/PID/status` with a mask of signals.
+fn mask(pid: u32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(&format!("{name}:"))).unwrap();
+    u64::from_str_radix(line.trim(), 16).unwrap()
+}
+
+#[test]
+fn signals_are_at_their_defaults_whatever_started_the_daemon() {
+    let host = Host::new();
+    let ignoring = "trap '' INT QUIT CHLD USR1 TERM HUP ALRM WINCH";
+    host.openwork(["daemon", "start"]).after(ignoring).ok();
+    let opencode = host.opencode_pid();
+    // PIPE the fake ignores itself, as every Rust program; two belong to the C library.
+    let ours = !(1 << (13 - 1) | 1 << (32 - 1) | 1 << (33 - 1));
+    assert_eq!((mask(opencode, "SigIgn") & ours, mask(opencode, "SigBlk")), (0, 0));
+    // The daemon reaps its children, and ends on a TERM, whatever was ignored.
+    kill(opencode, Signal::KILL);
+    wait_for("the next opencode", || host.opencode_pid() != opencode);
+    assert!(log(&host).contains("ended with signal: 9"), "{}", log(&host));
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::TERM);
+    wait_gone(daemon);
+}
+
+#[test]
+fn blocked_signals_are_unblocked() {
+    let host = Host::new();
+    let program = host.binary().display().to_string();
+    let line = format!("exec env --block-signal=TERM --block-signal=CHLD '{program}' daemon start; :");
+    host.openwork(["daemon", "start"]).after(&line).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    assert_eq!((mask(opencode, "SigBlk"), mask(daemon, "SigBlk")), (0, 0));
+    kill(daemon, Signal::TERM);
+    wait_gone(daemon);
+    assert!(!is_alive(opencode));
+}
+
+#[test]
+fn signals_without_a_meaning_do_nothing() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pids = (host.daemon_pid(), host.opencode_pid());
+    for signal in [Signal::USR1, Signal::USR2, Signal::HUP] {
+        kill(pids.0, signal);
+    }
+    assert_eq!((host.daemon_pid(), host.opencode_pid()), pids);
+    assert_eq!(host.phase(), "ready");
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_and_no_end() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).after("ulimit -f 16").ok();
+    let daemon = host.daemon_pid();
+    let failed = (0..200).find_map(|n| {
+        let project = host.project(format!("{n}-{}", "x".repeat(100)));
+        let reply = host.http("POST", "/workspaces").json(json!({"path": project})).send();
+        (reply.status != 201).then_some(reply)
+    });
+    failed.expect("a file that is too large").refused(500, "state_write_failed");
+    assert_eq!(host.phase(), "ready");
+    assert_eq!(host.daemon_pid(), daemon);
+}
+
+#[test]
+fn what_git_says_to_a_hook_is_not_passed_on() {
+    let mut host = Host::new();
+    let listed = Command::new("git").args(["rev-parse", "--local-env-vars"]).stderr(Stdio::null()).output();
+    let listed = listed.map(|output| String::from_utf8(output.stdout).unwrap()).unwrap_or_default();
+    let usual = ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_QUARANTINE_PATH"];
+    let names: Vec<&str> = listed.lines().chain(usual).collect();
+    for name in &names {
+        host.set(name, "/nowhere");
+    }
+    host.set("GIT_EDITOR", "vi");
+    host.openwork(["daemon", "start"]).ok();
+    let environment = host.environment(host.opencode_pid());
+    let has = |name: &str| environment.iter().any(|variable| variable.starts_with(&format!("{name}=")));
+    assert!(has("GIT_EDITOR"));
+    for name in names {
+        assert!(!has(name), "{name}");
+    }
+}
+
+// --- How what it runs is ended ---
+
+#[test]
+fn what_the_agent_runs_is_asked_before_it_is_killed() {
+    for crash in [false, true] {
+        let host = Host::new();
+        host.behave(
+            "FAKE_AGENT=trap 'echo asked >> $FAKE_OPENCODE_DIR/asked; exit' TERM; \
+             (trap '' TERM; echo >> $FAKE_OPENCODE_DIR/deaf; exec sleep 1000) & \
+             while :; do sleep 0.1; done",
+        );
+        host.openwork(["daemon", "start"]).ok();
+        wait_for("the agent", || !host.recorded("deaf").is_empty());
+        match crash {
+            true => kill(host.opencode_pid(), Signal::KILL),
+            false => drop(host.openwork(["daemon", "stop"]).ok()),
+        }
+        wait_for("it to be asked", || host.recorded("asked") == ["asked"]);
+        if crash {
+            wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
+            host.runs_one_of_each();
+        } else {
+            assert_eq!(host.processes(), [0; 0]);
+        }
+    }
+}
+
+#[test]
+fn a_command_of_the_agent_survives_what_it_asks_for() {
+    for command in ["daemon stop", "daemon restart --all"] {
+        let mut host = Host::new();
+        let program = host.binary().to_owned();
+        host.set("OPENWORK_BINARY", program);
+        host.behave(&format!(
+            "FAKE_AGENT=sleep 1000 & sh -c '$OPENWORK_BINARY {command} > $FAKE_OPENCODE_DIR/output 2>&1; \
+             echo $? > $FAKE_OPENCODE_DIR/status'; true"
+        ));
+        host.openwork(["daemon", "start"]).output();
+        let status = until("the command to end", || host.recorded("status").first().cloned());
+        assert_eq!(status, "0", "{command}: {:?}", host.recorded("output"));
+        if command == "daemon stop" {
+            wait_for("all to end", || host.processes().is_empty());
+        } else {
+            wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
+            wait_for("the rest to end", || host.processes().len() == 2);
+        }
+    }
+}
+
+// --- Its log, and its memory ---
+
+#[test]
+fn its_log_is_bounded_while_it_grows() {
+    let host = Host::new();
+    host.behave("FAKE_FLOODS=4");
+    host.openwork(["daemon", "start"]).ok();
+    wait_for("all floods", || host.recorded("floods").len() == 4);
+    assert_eq!(host.recorded("floods"), ["cut"; 4]);
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn too_much_memory_restarts_it_when_no_session_runs() {
+    let host = paced(Host::new(), 30);
+    host.exercises(["option --max-memory", "variable OPENWORK_MAX_MEMORY"]);
+    host.behave("FAKE_MEMORY=200000000");
+    host.openwork(["daemon", "start", "--max-memory", "100M"]).env("OPENWORK_MAX_MEMORY", "1K").ok();
+    let project = host.project("p");
+    host.busy(&[&project]);
+    host.add(&project);
+    let mut events = host.http("GET", "/events").events();
+    host.openwork(["workspace", "path", "p"]).ok();
+    let pid = host.opencode_pid();
+    let kind = |event: &Value| event["type"].as_str().unwrap_or_default().to_owned();
+    let warning = events.find(|event| kind(event).starts_with("engine.")).unwrap();
+    assert_eq!((kind(&warning), &warning["pid"]), ("engine.oversize".to_owned(), &json!(pid)));
+    let before = health_calls(&host);
+    wait_for("more health calls", || health_calls(&host) > before + 4);
+    assert!(is_alive(pid));
+
+    host.behave("");
+    host.busy(&[]);
+    let recycled = events.find(|event| kind(event).starts_with("engine.")).unwrap();
+    assert_eq!((kind(&recycled), &recycled["pid"]), ("engine.recycled".to_owned(), &json!(pid)));
+    wait_for("the next opencode", || host.opencode_pid() != pid);
+    // In good order: its instances first.
+    assert_eq!(host.instance(&project), ["load", "dispose"]);
+    assert_eq!((host.starts().len(), &host.health()["engine"]["restarts"]), (2, &json!(0)));
+
+    for size in ["0", "-1", "1.5G", "much", "1Q", "99999999999T"] {
+        host.openwork(["daemon", "start", &format!("--max-memory={size}")]).fails(2, "usage");
+    }
+}
+
+/// In other containers: PID namespaces.
+mod as_root {
+    use super::*;
+
+    /// Runs a command as the first process of a PID namespace.
+    fn first_process(host: &Host, mount_proc: bool, line: &str) -> std::process::Output {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--pid", "--fork", "--kill-child"]);
+        if mount_proc {
+            unshare.arg("--mount-proc");
+        }
+        unshare.args(["sh", "-c", line]).env("OPENWORK_BINARY", host.binary());
+        for name in ["HOME", "FAKE_OPENCODE_DIR", "OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN"] {
+            unshare.env(name, host.get(name));
+        }
+        for name in ["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
+            unshare.env(name, host.get(name));
+        }
+        unshare.output().expect("unshare")
+    }
+
+    #[test]
+    #[ignore = "needs root, for a PID namespace"]
+    fn the_first_process_of_a_container_reaps_what_is_orphaned() {
+        let host = Host::new();
+        host.behave("FAKE_AGENT=(sleep 0.1 &) ; exec sleep 1000");
+        // The daemon is process 1; another process looks for zombies, and then stops it.
+        let line = "(while [ ! -s $OPENWORK_DATA_DIR/daemon.lock ]; do sleep 0.1; done; \
+                    $OPENWORK_BINARY daemon start; sleep 1; \
+                    grep -c '^State:.Z' /proc/[0-9]*/status | grep -v ':0' | wc -l > $FAKE_OPENCODE_DIR/zombies; \
+                    $OPENWORK_BINARY daemon stop) & exec $OPENWORK_BINARY daemon run";
+        first_process(&host, true, line);
+        assert_eq!(host.recorded("zombies").first().map(|line| line.trim().to_owned()), Some("0".to_owned()));
+        assert_eq!(host.starts().len(), 1);
+    }
+
+    #[test]
+    #[ignore = "needs root, for a PID namespace"]
+    fn a_process_that_proc_does_not_prove_is_not_signalled() {
+        // In a PID namespace without its own /proc, what /proc says of an id is about another process.
+        let host = Host::new();
+        host.openwork(["daemon", "start"]).ok();
+        let opencode = host.opencode_pid();
+        kill(host.daemon_pid(), Signal::KILL);
+        wait_gone(host.daemon_pid());
+        // A stranger has the id there that opencode has here.
+        let line = format!(
+            "echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & \
+             echo $! > $FAKE_OPENCODE_DIR/stranger; \
+             $OPENWORK_BINARY daemon stop; $OPENWORK_BINARY daemon start; \
+             kill -0 $! && echo alive >> $FAKE_OPENCODE_DIR/stranger",
+            opencode - 1
+        );
+        let output = first_process(&host, false, &line);
+        assert_eq!(host.recorded("stranger"), [&opencode.to_string(), "alive"], "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("container"), "{output:?}");
+        assert!(is_alive(opencode));
+        assert_eq!(host.starts().len(), 1);
+        host.openwork(["daemon", "start"]).ok();
+        assert_eq!(host.opencode_pid(), opencode);
+    }
+}
