@@ -213,7 +213,8 @@ impl World {
         if !self.engines[index].alive {
             return;
         }
-        if self.stop_asked.is_none() && !self.recycled {
+        // What the process does after the first signal is no reason against the next.
+        if self.stop_asked.is_none() && !self.recycled && !self.engines[index].asked_to_end {
             self.may_end(index);
         }
         let engine = &mut self.engines[index];
