@@ -20,6 +20,7 @@ need with_script script --version
 need with_git git --version
 need with_strace strace true
 need with_curl curl --version
+need with_mandoc mandoc -T lint share/man/openwork.1
 need with_tmux both tmux -V git --version
 
 # `run TARGET …`: the tests of a target that need nothing, then those whose need is met.

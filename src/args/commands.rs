@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -119,7 +120,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row("state repair", "", (0, 0), false, "Save what can be read of a corrupt state file; the original is kept", |_| Ok(Command::StateRepair)),
     row("completions", "bash|zsh|fish", (1, 1), false, "Print the completion script of a shell", completions),
     row("man", "", (0, 0), false, "Print the manual page", |_| Ok(Command::Man)),
-    row("service print", "", (0, 0), false, "Print a systemd unit that runs the daemon with these options", |_| Ok(Command::ServicePrint)),
+    row("service print", "", (0, 0), false, "Print a systemd unit that runs the daemon with these options", service),
     row("version", "", (0, 0), false, "Show the version", |_| Ok(Command::Version)),
     row("help", "[<command>]", (0, 2), false, "Show help", |given| Ok(Command::Help { topic: help_topic(given)? })),
 ];
@@ -226,6 +227,14 @@ fn completions(given: &mut Given<'_>) -> Result<Command> {
         other => return Err(choice("shell", other, "bash, zsh or fish")),
     };
     Ok(Command::Completions { shell })
+}
+
+fn service(given: &mut Given<'_>) -> Result<Command> {
+    let program = given.value("--program").map(PathBuf::from);
+    if program.as_ref().is_some_and(|program| program.as_os_str().is_empty()) {
+        return Err(Error::usage("--program needs a value (FILE)"));
+    }
+    Ok(Command::ServicePrint { program })
 }
 
 /// The HTTP methods that `api` knows: any other word is a workspace.

@@ -67,7 +67,7 @@ pub enum Command {
     StateRepair,
     Completions { shell: CompletedShell },
     Man,
-    ServicePrint,
+    ServicePrint { program: Option<PathBuf> },
 }
 
 /// An OpenCode call.

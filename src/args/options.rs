@@ -87,6 +87,7 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--lines", "N", &["logs"], "Print only the last N lines").short("-n"),
     flag("--keep-opencode", &["daemon stop"], "Leave opencode running for the next daemon"),
     flag("--all", &["daemon restart"], "Restart opencode too"),
+    value("--program", "FILE", &["service print"], "Have the unit run this openwork (default: the one that prints it)"),
     value("--daemon-port", "PORT", RUNS_DAEMON, "Listen on this port (default: the last one, 6174, or any)").env("OPENWORK_DAEMON_PORT"),
     value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
     value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, else a random one)").env("OPENWORK_OPENCODE_PORT"),

@@ -22,9 +22,9 @@ use super::output::clean;
 /// The completion script of a shell.
 pub fn script(shell: CompletedShell) -> &'static str {
     match shell {
-        CompletedShell::Bash => include_str!("../assets/completions.bash"),
-        CompletedShell::Zsh => include_str!("../assets/completions.zsh"),
-        CompletedShell::Fish => include_str!("../assets/completions.fish"),
+        CompletedShell::Bash => include_str!("../../share/completions/openwork.bash"),
+        CompletedShell::Zsh => include_str!("../../share/completions/_openwork"),
+        CompletedShell::Fish => include_str!("../../share/completions/openwork.fish"),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::error::Code;
 
 /// The page as roff, with the macros of man(7).
 pub fn page() -> String {
-    let mut page = format!(".TH OPENWORK 1 \"\" \"openwork {}\" \"User Commands\"\n", env!("CARGO_PKG_VERSION"));
+    let mut page = format!(".TH OPENWORK 1 {DATE} \"openwork {}\" \"User Commands\"\n", env!("CARGO_PKG_VERSION"));
     let [before, between, after] = PARTS;
     page.push_str(before);
     for row in COMMANDS {
@@ -33,7 +33,42 @@ pub fn page() -> String {
     for code in Code::ALL {
         let _ = writeln!(page, ".br\n{} {}", plain(code.name()), code.exit_status());
     }
-    page
+    wrapped(&page)
+}
+
+/// The date of this version, in the foot of the page: the build must not depend on the day.
+const DATE: &str = "2026-11-26";
+/// The longest line of text, by the conventions of roff. Bytes.
+const LINE_LENGTH: usize = 80;
+
+/// The page with its text broken into lines. Requests, the tag after `.TP`, and what is not filled
+/// (`.nf`) keep their lines.
+fn wrapped(page: &str) -> String {
+    let mut text = String::with_capacity(page.len());
+    let (mut is_tag, mut is_filled) = (false, true);
+    for line in page.lines() {
+        if line.starts_with('.') || is_tag || !is_filled {
+            is_tag = line == ".TP";
+            is_filled = line != ".nf" && (is_filled || line == ".fi");
+            let _ = writeln!(text, "{line}");
+            continue;
+        }
+        let mut length = 0;
+        for word in line.split(' ') {
+            if length > 0 && length + 1 + word.len() > LINE_LENGTH {
+                // A line that starts with `.` or `'` would be a request.
+                text.push_str(if word.starts_with(['.', '\'']) { "\n\\&" } else { "\n" });
+                length = 0;
+            } else if length > 0 {
+                text.push(' ');
+                length += 1;
+            }
+            length += word.len();
+            text.push_str(word);
+        }
+        text.push('\n');
+    }
+    text
 }
 
 /// The prose before the commands, between commands and options, and after the options.

@@ -17,6 +17,7 @@ use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::iter::once;
+use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -118,7 +119,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::DaemonRun => run_daemon(invocation, Start::Foreground),
         Command::Completions { shell } => print_text(out, complete::script(*shell)),
         Command::Man => print_text(out, &manual::page()),
-        Command::ServicePrint => print_text(out, &service(invocation)?),
+        Command::ServicePrint { program } => print_text(out, &service(invocation, program.as_deref())?),
         Command::DaemonStart => daemon::start(&client()?, out),
         Command::DaemonStop { keep_opencode, force } => daemon::stop(&client()?, out, *keep_opencode, *force),
         Command::DaemonRestart { all } => daemon::restart(&client()?, out, *all),
@@ -213,8 +214,10 @@ fn print_text(out: &mut Output, text: &str) -> Result<()> {
     out.print(&Text { ok: true, text }, |printed| printed.text.to_owned())
 }
 
-fn service(invocation: &Invocation) -> Result<String> {
-    let program = std::env::current_exe().map_err(|e| Error::Internal(format!("cannot find this program: {e}")))?;
+fn service(invocation: &Invocation, program: Option<&Path>) -> Result<String> {
+    // systemd takes no relative path. The file need not exist yet: packages name the one they install.
+    let program = program.map_or_else(std::env::current_exe, std::path::absolute);
+    let program = program.map_err(|e| Error::Internal(format!("cannot find the program: {e}")))?;
     let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
     let is_named = invocation.data_dir.is_some() || invocation.xdg_data_home.is_some();
     service::unit(&program, is_named.then_some(data_dir.path()), &absolute_options(&invocation.daemon)?)

@@ -249,8 +249,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             Answer::new(if health.ok { 200 } else { 503 }, &health)
         }
         Route::Doc => {
-            let description = include_str!("../assets/openapi.json");
-            let body = description.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes();
+            let body = include_bytes!("../../share/openapi.json").to_vec();
             Ok(Answer { status: 200, body, after: None })
         }
         Route::List => {

@@ -180,11 +180,13 @@ fn the_manual_has_everything_of_the_tables() {
     assert_eq!(host.openwork(["man"]).json()["text"], page.as_str());
     assert!(page.starts_with(".TH OPENWORK 1 "), "{page}");
     let has = |text: &str| page.contains(&text.replace('-', "\\-"));
+    let flowing = page.replace("\n\\&", " ").replace('\n', " ");
+    let says = |text: &str| flowing.contains(&text.replace('-', "\\-"));
     for row in rows(&tables, "commands") {
-        assert!(has(&format!("\n\\fB{}\\fR", field(row, "name"))) && has(field(row, "summary")), "{row}");
+        assert!(has(&format!("\n\\fB{}\\fR", field(row, "name"))) && says(field(row, "summary")), "{row}");
     }
     for row in rows(&tables, "options") {
-        assert!(has(field(row, "name")) && has(field(row, "help")), "{row}");
+        assert!(has(field(row, "name")) && says(field(row, "help")), "{row}");
         assert!(row["env"].as_str().is_none_or(|env| has(&format!("Environment: \\fB{env}\\fR"))), "{row}");
     }
     for row in rows(&tables, "errors") {
@@ -195,6 +197,68 @@ fn the_manual_has_everything_of_the_tables() {
     for line in page.lines().filter(|line| line.starts_with(['.', '\''])) {
         assert!(known.contains(&line.split(' ').next().unwrap()), "{line}");
     }
+}
+
+/// mandoc complains about lines longer than 80 bytes, but for the tags of lists, which cannot be broken.
+#[test]
+fn text_in_the_manual_fits_80_columns() {
+    let page = Host::new().openwork(["man"]).ok().stdout;
+    let mut is_tag = false;
+    for line in page.lines() {
+        assert!(is_tag || line.len() <= 80, "{line}");
+        is_tag = line == ".TP";
+    }
+}
+
+mod with_mandoc {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs mandoc"]
+    fn mandoc_finds_nothing_wrong_with_the_manual() {
+        let host = Host::new();
+        let page = host.path("openwork.1");
+        fs::write(&page, host.openwork(["man"]).ok().stdout).unwrap();
+        let mandoc = Command::new("mandoc").args(["-T", "lint", "-W", "warning"]).arg(&page).output();
+        let output = mandoc.expect("mandoc, which this test needs");
+        assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    }
+}
+
+// --- What packages install ---
+
+/// A file of `share/`, as it is in the sources.
+fn shared(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("share").join(name);
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// So a package needs no run of the program while it is built, which another processor could not do.
+#[test]
+fn share_is_what_the_program_prints() {
+    let mut host = Host::new();
+    for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
+        host.unset(variable);
+    }
+    for (file, command) in [
+        ("man/openwork.1", &["man"][..]),
+        ("completions/openwork.bash", &["completions", "bash"]),
+        ("completions/_openwork", &["completions", "zsh"]),
+        ("completions/openwork.fish", &["completions", "fish"]),
+        ("systemd/openwork.service", &["service", "print", "--program", "/usr/bin/openwork"]),
+    ] {
+        let printed = host.openwork(command).ok().stdout;
+        assert!(shared(file) == printed, "share/{file} is not what {command:?} prints: run `just assets`");
+    }
+}
+
+#[test]
+fn share_has_the_description_of_the_interface() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let served = host.http("GET", "/doc").send().json();
+    assert_eq!(served, serde_json::from_str::<Value>(&shared("openapi.json")).unwrap());
+    assert_eq!(served["info"]["version"], env!("CARGO_PKG_VERSION"));
 }
 
 // --- The unit for systemd ---
@@ -266,13 +330,20 @@ fn a_stop_that_cannot_write_the_state_file_is_a_stop() {
 #[test]
 fn the_unit_of_a_package_names_nothing_of_its_builder() {
     let mut host = Host::new();
-    host.exercises(["code usage", "command service print"]);
+    host.exercises(["code usage", "command service print", "option --program"]);
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
         host.unset(variable);
     }
     let unit = host.openwork(["service", "print"]).ok().stdout;
     assert_eq!(exec_start(&unit), [host.binary().to_str().unwrap(), "daemon"]);
     assert!(!unit.contains(host.home().to_str().unwrap()), "{unit}");
+    // Nor need it run the binary that prints it.
+    for (program, runs) in [("/usr/bin/openwork", "/usr/bin/openwork".into()), ("bin/a b", host.path("bin/a b"))] {
+        let unit = host.openwork(["service", "print", "--program", program]).ok().stdout;
+        assert_eq!(exec_start(&unit), [runs.to_str().unwrap(), "daemon"]);
+        assert!(!unit.contains(host.binary().to_str().unwrap()), "{unit}");
+    }
+    host.openwork(["service", "print", "--program="]).fails(2, "usage");
     host.openwork(["service", "print", "--data-dir", "/a\nb"]).fails(2, "usage");
     host.openwork(["service", "print", "--idle-ttl", "soon"]).fails(2, "usage");
     host.openwork(["service"]).ok();

@@ -1,4 +1,4 @@
-# Completion of openwork's command lines in bash: what there is says openwork itself.
+# Completes openwork's command lines in bash; `openwork __complete` knows the candidates.
 _openwork() {
     local line word quoted current=${2//\\/}
     current=${current#[\"\']}

@@ -1,4 +1,4 @@
-# Completion of openwork's command lines in fish: what there is says openwork itself.
+# Completes openwork's command lines in fish; `openwork __complete` knows the candidates.
 function __openwork_complete
     set -l words (commandline -opc) (commandline -ct)
     set -l found (openwork __complete $words[2..] 2>/dev/null)
