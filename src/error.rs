@@ -211,8 +211,8 @@ errors! {
          install it (npm install -g opencode-ai)";
     /// opencode is of a version whose protocol openwork does not speak.
     OpencodeUnsupported { path: PathBuf, version: String }, "opencode_unsupported", 5, [503],
-        ("{} is version {version:?}; only 1.x is supported", shown(path)),
-        "install opencode 1.x, or name another: `openwork daemon restart --opencode-bin FILE`";
+        ("{} is version {version:?}; openwork works with 1.x, and with 2.x that has GET /api/info", shown(path)),
+        "install a current opencode, or name another: `openwork daemon restart --opencode-bin FILE`";
     /// opencode was started and did not become ready.
     OpencodeStartFailed(why: String), "opencode_start_failed", 5, [503], ("opencode did not start: {why}"),
         "check `openwork logs opencode`; `openwork daemon start` tries again";

@@ -20,11 +20,11 @@
 //!   connections how many there may be, and which go first
 //!   head        the head of a request, parsed or refused
 //!   reply       the replies that the daemon writes itself
-//!   router      /w/<ws>/…: who may pass, to which directory
+//!   router      /w/<ws>/… and /api/…: who may pass, to which directory
 //!   exchange    one routed request on its way: copies bytes both ways
 //!   api         the control plane behind the gate: one handler per route
 //!   supervisor  the one thread that owns opencode; its policy decides, and does nothing
-//!   engine      opencode itself: command line and protocol
+//!   engine      opencode itself: command line and protocol; v1 and v2, where its lines differ
 //!   instances   what opencode has loaded, and what ends it by being loaded
 //!   events      who is told what happened
 //!   handover    becomes its successor at a restart
@@ -35,6 +35,7 @@
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         what goes over HTTP and into --json
 //! agent        HTTP calls to a proven listener
+//! line         the two lines of opencode, 1.x and 2.x, and their clients
 //! framing      where a body ends, what the head of a reply says, percent coding
 //! timed        a deadline for a socket
 //! system/      all that knows Linux: processes, sockets, waiting, limits, disks that hang
@@ -49,6 +50,7 @@ mod cli;
 mod daemon;
 mod error;
 mod framing;
+mod line;
 mod lock;
 mod log;
 mod options;

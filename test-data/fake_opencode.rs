@@ -13,7 +13,7 @@
 //!
 //! | key | what it does |
 //! |---|---|
-//! | `FAKE_VERSION` | the version it claims |
+//! | `FAKE_VERSION` | the version it claims; with 2.x it is that line of opencode (`fake_opencode2.rs`) |
 //! | `FAKE_START_MS` | waits this long before it listens |
 //! | `FAKE_NEVER_LISTEN` | never listens |
 //! | `FAKE_NEVER_HEALTHY` | listens, but the health call hangs |
@@ -47,6 +47,9 @@
 //! `grandchildren` (pids), `floods` (`cut` or `not cut`), and `env-<pid>`, the environment it was started
 //! or called with.
 
+#[path = "fake_opencode2.rs"]
+mod v2;
+
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -67,10 +70,11 @@ fn main() {
     match argv.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--version"] => {
             settings.record("versions", &std::process::id().to_string());
-            println!("{}", settings.version());
+            let name = if settings.is_v2() { "opencode v" } else { "" };
+            println!("{name}{}", settings.version());
         }
         ["serve", ..] => serve(&argv, settings),
-        ["attach" | "run", ..] => {
+        ["attach" | "run", ..] | ["--server", ..] => {
             settings.record_process("clients", &argv, "");
             println!("fake: {}", argv.join(" "));
             exit(settings.number("FAKE_CLIENT_EXIT").unwrap_or(0) as i32);
@@ -119,6 +123,10 @@ impl Settings {
         self.text("FAKE_VERSION").unwrap_or("1.18.33")
     }
 
+    fn is_v2(&self) -> bool {
+        self.version().starts_with("2.")
+    }
+
     fn file(&self, name: &str) -> Option<PathBuf> {
         self.dir.as_ref().map(|dir| dir.join(name))
     }
@@ -153,6 +161,23 @@ impl Settings {
     fn is_hanging(&self) -> bool {
         let file = self.text("FAKE_HANG_FILE").map(PathBuf::from).or_else(|| self.file("hang"));
         file.is_some_and(|path| path.exists())
+    }
+
+    /// Where sessions are running, as far as a test says so.
+    fn busy_directories(&self) -> Vec<String> {
+        let file = self.file("busy").and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        self.text("FAKE_BUSY").into_iter().chain(file.lines()).map(str::to_owned).collect()
+    }
+
+    /// Ends what runs there; whether anything did.
+    fn unbusy(&self, directory: &str) -> bool {
+        let Some((path, text)) = self.file("busy").and_then(|path| Some((path.clone(), fs::read_to_string(path).ok()?)))
+        else {
+            return false;
+        };
+        let left: Vec<&str> = text.lines().filter(|line| *line != directory).collect();
+        fs::write(path, left.iter().map(|line| format!("{line}\n")).collect::<String>()).expect("the busy file");
+        left.len() < text.lines().count()
     }
 
     fn is_busy(&self, directory: &str) -> bool {
@@ -202,6 +227,9 @@ fn serve(argv: &[String], settings: Settings) {
         eprintln!("\x1b[91m\x1b[1mError: \x1b[0mUnexpected error\n\nServeError");
         exit(1);
     });
+    if settings.is_v2() {
+        return v2::serve(settings, listener, &hostname, port);
+    }
     println!("opencode server listening on http://{hostname}:{port}");
     misbehave_while_listening(&settings);
 
@@ -327,11 +355,15 @@ unsafe extern "C" {
 }
 
 fn catch_term(settings: &Arc<Settings>) {
+    const SIGINT: i32 = 2;
     const SIGTERM: i32 = 15;
     let (mut reader, writer) = UnixStream::pair().expect("a pair of sockets");
     TERM_PIPE.store(writer.as_raw_fd(), Ordering::SeqCst);
     std::mem::forget(writer);
     unsafe { signal(SIGTERM, on_term) };
+    if settings.is_v2() {
+        unsafe { signal(SIGINT, on_term) };
+    }
     let settings = Arc::clone(settings);
     thread::spawn(move || {
         for count in 1.. {
@@ -339,7 +371,11 @@ fn catch_term(settings: &Arc<Settings>) {
             settings.record("signals", "TERM");
             let swallowed = settings.has("FAKE_SWALLOW_TERM") && count == 1;
             if !swallowed && !settings.has("FAKE_IGNORE_TERM") {
-                exit(0);
+                if !settings.is_v2() {
+                    exit(0);
+                }
+                thread::sleep(Duration::from_millis(settings.number("FAKE_STOP_MS").unwrap_or(0)));
+                exit(130);
             }
         }
     });

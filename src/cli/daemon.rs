@@ -12,10 +12,11 @@ use super::client::{Address, Client, decode};
 use super::output::{self, Output, Waiting, duration, megabytes, note, table};
 use super::workspace::named;
 use crate::error::{Code, Error, Result};
+use crate::line::{Line, migration};
 use crate::lock;
 use crate::log::now_ms;
 use crate::options::Options;
-use crate::state::State;
+use crate::state::{BinaryRecord, State};
 use crate::system;
 use crate::system::process::{self, Process};
 use crate::wire::{Done, Health, Phase, ProcessInfo, Shutdown, WorkspaceReply};
@@ -41,10 +42,12 @@ pub fn start(client: &Client, out: &mut Output) -> Result<()> {
 /// Waits for opencode, and prints where it and the daemon are. A new daemon may have been given options
 /// that its opencode was not started with.
 fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<()> {
+    let before = last_line(client);
     client.ensure()?;
     let waiting = Waiting::new("opencode");
     let health: Health = client.ask("POST", "/start", &())?;
     drop(waiting);
+    note_migration(before, &health);
     if is_new && keeps_another_opencode(client, &health)? {
         note("opencode keeps running with its port and program; `openwork daemon restart --all` changes them\n");
     }
@@ -53,6 +56,20 @@ fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<(
         let version = health.engine.version.as_deref().unwrap_or_default();
         format!("openwork is ready on {}, opencode {version} on {opencode}\n", health.daemon.base_url)
     })
+}
+
+/// The line of the opencode that was last started, as far as the state file says.
+pub fn last_line(client: &Client) -> Option<Line> {
+    let binaries = State::read(&client.data_dir.state()).ok()?.binaries?;
+    Line::of(&binaries.opencode?.actual_version?)
+}
+
+/// Tells what it means that opencode is of another line than before.
+pub fn note_migration(before: Option<Line>, health: &Health) {
+    let now = health.engine.version.as_deref().and_then(Line::of);
+    if let Some(warning) = now.and_then(|now| migration(before, now)) {
+        note(&format!("{warning}\n"));
+    }
 }
 
 /// Whether the daemon has adopted an opencode that is not the one asked for.
@@ -196,10 +213,19 @@ pub fn status(client: &Client, out: &mut Output) -> Result<()> {
             other => other?,
         },
     };
-    out.print(&health, |health| human_status(health, active.as_ref()))
+    let replaced = replaced_binary(client);
+    out.print(&health, |health| human_status(health, active.as_ref(), replaced.as_ref()))
 }
 
-fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
+/// The opencode that was last started, if its file is another one now.
+fn replaced_binary(client: &Client) -> Option<BinaryRecord> {
+    let known = State::read(&client.data_dir.state()).ok()?.binaries?.opencode?;
+    let path = Path::new(&known.path);
+    let now = BinaryRecord::of(path, &std::fs::metadata(path).ok()?);
+    (!now.is_same_file(&known)).then_some(known)
+}
+
+fn human_status(health: &Health, active: Option<&WorkspaceReply>, replaced: Option<&BinaryRecord>) -> String {
     let process = |name: &str, state: &str, info: Option<&ProcessInfo>, version: &str| {
         let about = info.map(|info| {
             [
@@ -223,6 +249,10 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>) -> String {
     text.push_str(&format!("active    {active} ({} in all)\n", health.workspace_count));
     if health.cli_version != VERSION {
         text.push_str(&format!("openwork  version {VERSION}; `openwork daemon restart` updates the daemon\n"));
+    }
+    if let (Some(replaced), true) = (replaced, health.opencode.is_some()) {
+        let path = output::clean_lines(&replaced.path);
+        text.push_str(&format!("opencode  {path} was replaced; `openwork daemon restart --all` starts the new one\n"));
     }
     if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready.name()) {
         text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));

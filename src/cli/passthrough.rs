@@ -8,19 +8,21 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use serde_json::Value;
 
 use super::client::{Address, Client, failure};
+use super::daemon::{last_line, note_migration};
 use super::output::{Output, Waiting, note};
 use super::workspace::{WORKSPACE_VARIABLE, encoded, named, selector_here, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
 use crate::framing::basic;
+use crate::line::{Line, V1_PASSWORD, V1_USERNAME, V2_PASSWORD, parse_version};
 use crate::paths::find_opencode;
-use crate::state::{Auth, State};
+use crate::state::{Auth, BinaryRecord, State};
 use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
 
@@ -216,8 +218,9 @@ fn variables(client: &Client, address: &Address, workspace: &Workspace) -> Resul
     let no_proxy = no_proxy.join(",");
     Ok(BTreeMap::from([
         ("OPENCODE_BASE_URL", base_url(address, workspace)),
-        ("OPENCODE_SERVER_USERNAME", auth.opencode_username),
-        ("OPENCODE_SERVER_PASSWORD", auth.opencode_password),
+        (V1_USERNAME, auth.opencode_username),
+        (V1_PASSWORD, auth.opencode_password.clone()),
+        (V2_PASSWORD, auth.opencode_password),
         (WORKSPACE_VARIABLE, workspace.id.clone()),
         ("OPENWORK_DIRECTORY", workspace.path.clone()),
         ("NO_PROXY", no_proxy.clone()),
@@ -251,24 +254,49 @@ pub fn env(client: &Client, out: &mut Output, selector: Option<&OsStr>, shell: S
     })
 }
 
-/// Becomes `opencode attach`; returns only on failure.
+/// Becomes opencode's terminal interface; returns only on failure.
 pub fn attach(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
-    become_opencode(client, selector, |url, directory| ["attach".into(), url, "--dir".into(), directory], args)
+    become_opencode(client, selector, Line::attach, args)
 }
 
 /// Becomes `opencode run`; returns only on failure.
 pub fn run(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
-    let before = |url, directory| ["run".into(), "--attach".into(), url, "--dir".into(), directory];
-    become_opencode(client, selector, before, args)
+    become_opencode(client, selector, Line::run, args)
 }
 
-fn become_opencode<const N: usize>(
+/// The line of the opencode that runs. Its program is the one to be run as a client: another line would
+/// speak another protocol.
+///
+/// # Errors
+/// When the program has been replaced by one of another line since.
+fn running_line(health: &Health, record: &BinaryRecord) -> Result<Line> {
+    let running = health.engine.version.as_deref().unwrap_or_default();
+    let line = Line::of(running).unwrap_or(Line::V1);
+    let path = Path::new(&record.path);
+    if !std::fs::metadata(path).is_ok_and(|metadata| !BinaryRecord::of(path, &metadata).is_same_file(record)) {
+        return Ok(line);
+    }
+    // It costs a second, and only between an upgrade and the next start.
+    let output = Command::new(path).arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let output = output.map_err(|e| Error::io("run", path, e))?.stdout;
+    let output = String::from_utf8_lossy(&output);
+    match parse_version(&output) {
+        Some(version) if Line::of(version) != Some(line) => Err(Error::OpencodeUnavailable(format!(
+            "{} is version {version} now, and {running} is still running: `openwork daemon restart --all`",
+            path.display()
+        ))),
+        Some(_) | None => Ok(line),
+    }
+}
+
+fn become_opencode(
     client: &Client,
     selector: Option<&OsStr>,
-    before: impl FnOnce(OsString, OsString) -> [OsString; N],
+    before: impl FnOnce(Line, OsString, OsString) -> Vec<OsString>,
     args: &[OsString],
 ) -> Error {
     let prepare = || {
+        let line_before = last_line(client);
         let here = selector_here(client, selector)?;
         let (address, workspace) = workspace(client, Some(&here))?;
         // A workspace that was not named may be another than the user thinks.
@@ -278,24 +306,31 @@ fn become_opencode<const N: usize>(
         let waiting = Waiting::new("opencode");
         // The state file names the program once opencode is ready.
         let wanted = Start { workspace: Some(workspace.id.clone()) };
-        let _: Health = client.ask_at(&address, "POST", "/start", &wanted)?;
+        let health: Health = client.ask_at(&address, "POST", "/start", &wanted)?;
         drop(waiting);
+        note_migration(line_before, &health);
         let variables = variables(client, &address, &workspace)?;
         let binaries = State::read(&client.data_dir.state())?.binaries.unwrap_or_default();
-        let binary = binaries.opencode.map(|binary| PathBuf::from(binary.path));
+        let binary = binaries.opencode;
         let binary = binary.ok_or_else(|| Error::OpencodeNotFound("the state file does not name it".to_owned()))?;
-        Ok((address, workspace, variables, binary))
+        let line = running_line(&health, &binary)?;
+        Ok((address, workspace, variables, PathBuf::from(binary.path), line))
     };
-    let (address, workspace, variables, binary) = match prepare() {
+    let (address, workspace, variables, binary, line) = match prepare() {
         Ok(prepared) => prepared,
         Err(e) => return e,
     };
-    let arguments: Vec<OsString> =
-        before(base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned())
-            .into_iter()
-            .chain(args.iter().cloned())
-            .collect();
-    let become_program = |program: &Path| Command::new(program).args(&arguments).envs(&variables).exec();
+    let mut arguments = before(line, base_url(&address, &workspace).into(), OsStr::new(&workspace.path).to_owned());
+    arguments.extend(args.iter().cloned());
+    let become_program = |program: &Path| {
+        let mut command = Command::new(program);
+        command.args(&arguments).envs(&variables);
+        if line == Line::V2 {
+            // 2.x takes the directory from `PWD`, else from the working directory; it has no option for it.
+            command.current_dir(&workspace.path).env("PWD", &workspace.path);
+        }
+        command.exec()
+    };
     let error = become_program(&binary);
     if error.kind() != io::ErrorKind::NotFound {
         return Error::io("run", &binary, error);

@@ -22,6 +22,7 @@ use super::handover::Successor;
 use super::{CONTROL_SOCKET, Daemon, reply};
 use crate::error::{Error, Result};
 use crate::framing::{percent_decode, percent_encode};
+use crate::line::Line;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, InstanceEntry, InstanceList, InstanceState, Listed, Move,
@@ -43,6 +44,8 @@ const LONGEST_TIMEOUT: f64 = 86_400.0;
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long opencode may take to say which sessions are running, for all instances together.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
+/// The pause between two looks whether interrupted sessions have ended: mostly they have at once.
+const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// What a client says about its patience; 30 s when it says nothing.
 ///
@@ -364,10 +367,14 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
     let (state, endpoint) = (daemon.store.latest(), daemon.supervisor.ready_now());
     // One that hangs is not waited for: it is shown as it was known.
     let deadline = deadline.min(Instant::now() + ASK_LIMIT);
+    if let Some(endpoint) = &endpoint {
+        let _ = daemon.instances.list(endpoint, deadline);
+    }
     let describe = |workspace: &Arc<Workspace>| {
         let usage = daemon.instances.usage(&workspace.path);
         let endpoint = endpoint.as_ref().filter(|_| usage.loaded);
-        let sessions = endpoint.map_or_else(Vec::new, |endpoint| running_sessions(endpoint, workspace, deadline));
+        let sessions =
+            endpoint.map_or_else(Vec::new, |endpoint| running_sessions(daemon, endpoint, workspace, deadline));
         let state = match (usage.fenced, usage.loaded, sessions.is_empty()) {
             (true, _, _) => InstanceState::Fenced,
             (false, false, _) => InstanceState::Cold,
@@ -388,9 +395,14 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
 
 /// The sessions that are running in a loaded instance; none when opencode does not say. A session
 /// whose title opencode does not say is listed without one.
-fn running_sessions(endpoint: &Endpoint, workspace: &Workspace, deadline: Instant) -> Vec<RunningSession> {
+fn running_sessions(
+    daemon: &Daemon,
+    endpoint: &Endpoint,
+    workspace: &Workspace,
+    deadline: Instant,
+) -> Vec<RunningSession> {
     let directory = Path::new(&workspace.path);
-    let ids = endpoint.running_sessions(directory, deadline).unwrap_or_default();
+    let ids = daemon.instances.running(endpoint, &workspace.path, deadline).unwrap_or_default();
     ids.into_iter()
         .map(|id| RunningSession { title: endpoint.session_title(directory, &id, deadline).ok().flatten(), id })
         .collect()
@@ -399,7 +411,10 @@ fn running_sessions(endpoint: &Endpoint, workspace: &Workspace, deadline: Instan
 /// Disposes the instance of a workspace; false when it is not loaded.
 fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instant) -> Result<bool> {
     let directory = workspace.local_path()?;
-    // Neither opencode nor the instance is woken to be put to sleep.
+    // Neither opencode nor the instance is woken to be put to sleep. A list is newer than the account.
+    if let Some(endpoint) = daemon.supervisor.ready_now() {
+        let _ = daemon.instances.list(&endpoint, deadline.min(Instant::now() + ASK_LIMIT));
+    }
     if !daemon.instances.is_loaded(&workspace.path) {
         return Ok(false);
     }
@@ -407,11 +422,24 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
         if !daemon.instances.is_loaded_in(endpoint.generation, &workspace.path) {
             return Ok(false);
         }
+        let running = || daemon.instances.running(endpoint, &workspace.path, deadline);
+        let busy =
+            |sessions: usize| CallError::Failed(Error::InstanceBusy { workspace: workspace.name.clone(), sessions });
         if !force {
-            let sessions = endpoint.running_sessions(directory, deadline)?.len();
+            let sessions = running()?.len();
             if sessions > 0 {
-                let workspace = workspace.name.clone();
-                return Err(CallError::Failed(Error::InstanceBusy { workspace, sessions }));
+                return Err(busy(sessions));
+            }
+        } else if endpoint.line == Line::V2 {
+            // Disposed under a running turn, its MCP servers would outlive it.
+            let mut sessions = running()?;
+            endpoint.interrupt(&sessions, deadline)?;
+            while !sessions.is_empty() {
+                if Instant::now() >= deadline {
+                    return Err(busy(sessions.len()));
+                }
+                thread::sleep(INTERRUPT_PAUSE);
+                sessions = running()?;
             }
         }
         daemon.instances.dispose(endpoint.generation, &workspace.path, || endpoint.dispose(directory, deadline))?;

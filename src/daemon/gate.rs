@@ -174,7 +174,7 @@ impl Gate {
             return send(stream, &reply::preflight(origin));
         }
         let result = match request.path() {
-            path if path.starts_with(router::PREFIX) => {
+            path if router::is_routed(path) => {
                 let routed =
                     router::route(daemon, &router::Client { connection, request: &request, rest, origin }, &self.stop);
                 let _ = stream.set_nonblocking(false);

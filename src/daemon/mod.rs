@@ -37,6 +37,7 @@ use serde_json::Map;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
+use self::engine::Credentials;
 use self::events::{EventKind, Events};
 use self::gate::Gate;
 use self::handover::{End, Ending};
@@ -44,7 +45,7 @@ use self::instances::Instances;
 use self::supervisor::handle::Handle;
 use self::supervisor::{Context, Supervisor};
 use crate::error::{Error, Result};
-use crate::framing::basic;
+use crate::line::Line;
 use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
@@ -70,8 +71,9 @@ struct Daemon {
     data_dir: DataDir,
     options: Options,
     ending: Ending,
-    /// What a routed request must have as its `Authorization`.
-    authorization: String,
+    /// What a routed request must have as its `Authorization`: the user that was configured, or that of
+    /// every 2.x.
+    authorizations: [Arc<str>; 2],
     store: &'static Store,
     supervisor: Handle,
     control: &'static api::ControlPlane,
@@ -304,7 +306,8 @@ fn serve(
     let instances = forever(Instances::new(store, events, options.idle_ttl));
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);
-    let authorization = basic(&auth.opencode_username, &auth.opencode_password);
+    let credentials = Credentials::new(&auth);
+    let authorizations = [Line::V1, Line::V2].map(|line| credentials.of(line).clone());
     let (data_dir, options, ending) = (data_dir.clone(), options.clone(), Ending::default());
     let engine = options.engine.clone();
     let context = Context { data_dir: data_dir.clone(), options: engine, auth, store, instances, events };
@@ -313,7 +316,7 @@ fn serve(
         data_dir,
         options,
         ending,
-        authorization,
+        authorizations,
         store,
         supervisor,
         control,

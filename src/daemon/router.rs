@@ -1,28 +1,33 @@
-//! `/w/<ws>/…`: a stable base URL of OpenCode per workspace. This page decides who may pass, which
-//! workspace and directory a request is for, and whether it is sent again; [`super::exchange`]
-//! carries it.
+//! `/w/<ws>/…`: a stable base URL of OpenCode per workspace; and `/api/…`, at which the clients of 2.x
+//! arrive that drop the path of a base URL. This page decides who may pass, which workspace and
+//! directory a request is for, and whether it is sent again; [`super::exchange`] carries it.
 //!
 //! Invariants: a request is passed on only with opencode's own credentials, checked here, or with a
-//! ticket that opencode checks; whoever has neither learns nothing about workspaces; a request
-//! reaches exactly the directory of its workspace; a request that may change something is sent at
+//! ticket that opencode checks; whoever has neither learns nothing about workspaces; a request below
+//! `/w/` reaches exactly the directory of its workspace, unless it names a session, and then that of
+//! the session; one below `/api/` acts where it says; a request that may change something is sent at
 //! most once.
 //!
 //! Source of the format: RFC 9110 (7.6 on intermediaries, 9.2.2 on repeating requests).
 
+use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connections::Connection;
-use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, TOKEN_PARAMETER};
+use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, PLACE_PARAMETER, Subject, TOKEN_PARAMETER};
 use super::exchange::{Answer, Exchange, is_hop_by_hop, push_header};
 use super::gate::HEAD_TIME;
 use super::head::{Framing, Head};
+use super::instances::Use;
 use super::{Daemon, api};
 use crate::error::{Error, Result};
-use crate::framing::{percent_decode, percent_encode};
+use crate::framing::{Body, percent_decode, percent_encode};
+use crate::line::Line;
 use crate::system::wait::{self, Flag};
+use crate::timed::Timed;
 use crate::wire::TIMEOUT_HEADER;
 use crate::workspace::Workspace;
 
@@ -32,8 +37,23 @@ const LONG: Duration = Duration::from_secs(1);
 /// its time shall not tell whether there is such a workspace.
 const TICKET_TIME: Duration = HEAD_TIME;
 
-/// The path prefix of routed requests.
-pub const PREFIX: &str = "/w/";
+/// How long opencode may take to say where a session is: it reads a row of its database.
+const SESSION_LIMIT: Duration = Duration::from_secs(5);
+/// The longest body of a session that is created or imported: it is read whole, to put the session into
+/// its workspace. An import has a whole conversation, images included. Bytes.
+const SESSION_BODY_LIMIT: usize = 64 * 1024 * 1024;
+/// How much of such a body is read at once. Bytes.
+const PIECE: usize = 64 * 1024;
+
+/// The path prefix of requests that are routed to a workspace.
+const PREFIX: &str = "/w/";
+/// The path prefix of requests that choose a directory for themselves.
+const ROOT_PREFIX: &str = "/api/";
+
+/// Whether a request at this path is routed.
+pub fn is_routed(path: &str) -> bool {
+    path.starts_with(PREFIX) || path.starts_with(ROOT_PREFIX)
+}
 
 /// A client whose request is to be routed.
 pub struct Client<'a> {
@@ -72,54 +92,133 @@ struct Target<'a> {
 /// just ends.
 pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
     match has_credentials(daemon, client.request)? {
-        true => route_known(daemon, client, stop),
+        true if client.request.path().starts_with(PREFIX) => route_to_workspace(daemon, client, stop),
+        true => route_anywhere(daemon, client, stop),
         // Before anything else is looked at: an error about the target would tell a stranger
         // something.
         false => route_ticket(daemon, client, stop),
     }
 }
 
-/// Routes a request that has opencode's credentials.
-fn route_known(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+/// Routes a request that has opencode's credentials to the workspace in its path.
+fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
     let request = client.request;
     let Target { selector, path, query } = split(request.target)?;
     let workspace = find(daemon, &selector)?;
     let directory = workspace.local_path()?;
-    let target = target(path, query, directory);
-    let timeout = request.only(TIMEOUT_HEADER)?;
-    let begun = Instant::now();
-    let mut deadline = begun + api::timeout(timeout)?;
-    let loads = engine::loads_instance(path);
-    if loads {
+    // Neither opencode nor an instance is woken for a fenced workspace.
+    let known = daemon.instances.line().map(|line| engine::subject(line, request.method, path));
+    if matches!(known, Some(Subject::Instance)) {
         daemon.instances.check_fence(&workspace)?;
     }
-    let entered = daemon.instances.enter(&workspace, deadline)?;
-    daemon.store.touch(&workspace.id);
+    let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
+    let endpoint = daemon.supervisor.endpoint(deadline)?;
+    let (booked, loads, body) = match engine::subject(endpoint.line, request.method, path) {
+        Subject::Instance => (Some(workspace.clone()), true, None),
+        Subject::Process => (Some(workspace.clone()), false, None),
+        Subject::Creation => {
+            let body = engine::relocate(&read_body(client, deadline)?, &workspace.path)?;
+            (Some(workspace.clone()), false, Some(body))
+        }
+        Subject::Session { id, loads } => (workspace_of(daemon, &endpoint, &id), loads, None),
+    };
+    let target = |line| target(line, path, query, directory);
+    carry(daemon, client, stop, &Passage { target: &target, directory: Some(directory), body, booked, loads }, deadline)
+}
+
+/// Routes a request that has opencode's credentials and chooses a directory for itself. Use is booked on
+/// the workspace that is exactly that directory, if there is one.
+fn route_anywhere(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+    let request = client.request;
+    let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
+    let endpoint = daemon.supervisor.endpoint(deadline)?;
+    if endpoint.line == Line::V1 {
+        // 1.x has clients that keep the path of a base URL, and an early form of this protocol.
+        return Err(Error::NotFound(request.path().to_owned()));
+    }
+    let (booked, loads) = match engine::subject(endpoint.line, request.method, request.path()) {
+        Subject::Instance => (chosen(request).and_then(|directory| workspace_at(daemon, &directory)), true),
+        // The body, which says where, is not read; opencode's event does.
+        Subject::Process | Subject::Creation => (None, false),
+        Subject::Session { id, loads } => (workspace_of(daemon, &endpoint, &id), loads),
+    };
+    let target = |_| request.target.to_owned();
+    carry(daemon, client, stop, &Passage { target: &target, directory: None, body: None, booked, loads }, deadline)
+}
+
+/// How a request passes.
+struct Passage<'a> {
+    /// The target for opencode.
+    target: &'a dyn Fn(Line) -> String,
+    /// The directory that is chosen for it; the client's own choice where there is none.
+    directory: Option<&'a Path>,
+    /// The body that takes the place of the client's, which has been read.
+    body: Option<Vec<u8>>,
+    /// The workspace that it is use of, if any.
+    booked: Option<Arc<Workspace>>,
+    /// It loads that instance.
+    loads: bool,
+}
+
+/// Carries a request to opencode, and the reply back.
+fn carry(
+    daemon: &Daemon,
+    client: &Client<'_>,
+    stop: &Flag,
+    passage: &Passage<'_>,
+    mut deadline: Instant,
+) -> Result<TcpStream> {
+    let request = client.request;
+    let begun = Instant::now();
+    let timeout = request.only(TIMEOUT_HEADER)?;
+    let touch = || {
+        if let Some(workspace) = &passage.booked {
+            daemon.store.touch(&workspace.id);
+        }
+    };
+    let entered = match &passage.booked {
+        Some(workspace) => Some(daemon.instances.enter(workspace, deadline)?),
+        None => None,
+    };
+    touch();
     // Without a limit of the client's own, a reply may take as long as a turn of the agent. Should
     // opencode hang, the supervisor ends it, and that ends the wait.
     let patience = timeout.map(|_| deadline);
     let is_upgrade = is_upgrade(request)?;
+    // The body has been read from the client, and goes with the head.
+    let without_body = Head { framing: Framing::Length(0), ..*request };
+    let bodiless = Client { request: &without_body, rest: &[], ..*client };
+    let client = if passage.body.is_some() { &bodiless } else { client };
     let mut tries = 0;
     let upstream = loop {
         let (endpoint, upstream) = connect(daemon, deadline)?;
         // False when opencode has ended while the request waited for its turn: nothing was sent.
-        if loads && !entered.loads(endpoint.generation, deadline)? {
-            continue;
+        if let Some(entered) = entered.as_ref().filter(|_| passage.loads) {
+            if !entered.loads(endpoint.generation, deadline)? {
+                continue;
+            }
         }
         tries += 1;
-        let authorization = Some(&*daemon.authorization);
-        let head = rewrite(request, &target, directory, endpoint.listener.address, authorization, is_upgrade);
+        let target = (passage.target)(endpoint.line);
+        let new = Rewritten {
+            target: &target,
+            directory: passage.directory,
+            authorization: Some(&*endpoint.authorization),
+            body: passage.body.as_deref(),
+        };
+        let head = rewrite(request, &new, endpoint.listener.address, is_upgrade);
         let mut exchange = Exchange::new(client, &upstream, head, is_upgrade)?;
         match exchange.wait_for_reply(patience, stop) {
             Ok(Answer::Reply | Answer::Tunnel) => {
-                entered.replied();
+                entered.iter().for_each(Use::replied);
                 exchange.pass_on(stop);
                 break upstream;
             }
             Ok(Answer::ClientGone) => break upstream,
             Err(Error::OpencodeFault(why)) => {
                 // A request that ends opencode by loading its instance would end the next one too.
-                let error = entered.blame(&daemon.supervisor, &endpoint).unwrap_or(Error::OpencodeFault(why));
+                let blamed = entered.as_ref().and_then(|entered| entered.blame(&daemon.supervisor, &endpoint));
+                let error = blamed.unwrap_or(Error::OpencodeFault(why));
                 if !may_send_again(request, &error, tries) {
                     return Err(error);
                 }
@@ -131,9 +230,77 @@ fn route_known(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpS
     };
     // The end of a stream is use of the workspace as much as its beginning.
     if begun.elapsed() > LONG {
-        daemon.store.touch(&workspace.id);
+        touch();
     }
     Ok(upstream)
+}
+
+/// The workspace that is exactly this directory.
+fn workspace_at(daemon: &Daemon, directory: &str) -> Option<Arc<Workspace>> {
+    let state = daemon.store.snapshot();
+    state.workspaces.iter().find(|workspace| workspace.is_local() && workspace.path == directory).cloned()
+}
+
+/// The workspace in whose directory a session is; none when opencode does not know the session, and
+/// answers so itself.
+fn workspace_of(daemon: &Daemon, endpoint: &Endpoint, session: &str) -> Option<Arc<Workspace>> {
+    let deadline = Instant::now() + SESSION_LIMIT;
+    let directory = daemon.instances.session_directory(endpoint, session, deadline).ok().flatten()?;
+    workspace_at(daemon, &directory)
+}
+
+/// The directory that a request of 2.x chooses for itself.
+fn chosen(request: &Head<'_>) -> Option<String> {
+    let given = |value: Vec<u8>| String::from_utf8(value).ok().filter(|value| !value.is_empty());
+    let query = request.target.split_once('?').map_or("", |(_, query)| query);
+    let mut parameters = query.split('&').map(|parameter| parameter.split_once('=').unwrap_or((parameter, "")));
+    let parameter = parameters.find(|(name, _)| parameter_name(name) == PLACE_PARAMETER);
+    let parameter = parameter.and_then(|(_, value)| given(percent_decode(&value.replace('+', " "))?));
+    parameter.or_else(|| given(percent_decode(request.only(DIRECTORY_HEADER).ok().flatten()?)?))
+}
+
+/// Reads the body of a request whole.
+///
+/// # Errors
+/// `too_large`; `unsupported_media_type` for a body that is compressed; `bad_request` when it does not
+/// come as it is framed, or in time.
+fn read_body(client: &Client<'_>, deadline: Instant) -> Result<Vec<u8>> {
+    let request = client.request;
+    if let Some(coding) = request.only("content-encoding")?.filter(|coding| !coding.eq_ignore_ascii_case("identity")) {
+        return Err(Error::UnsupportedMediaType(format!("application/json with content-encoding {coding}")));
+    }
+    let too_large = || Error::TooLarge { what: "body", limit: SESSION_BODY_LIMIT, status: 413 };
+    let mut framed = match request.framing {
+        Framing::Length(length) if length > SESSION_BODY_LIMIT as u64 => return Err(too_large()),
+        Framing::Length(length) => Body::length(length),
+        Framing::Chunked => Body::chunked(),
+    };
+    let malformed = |e: io::Error| Error::BadRequest(format!("the body is malformed: {e}"));
+    let mut stream = Timed::new(client.stream(), Some(deadline));
+    if request.only("expect")?.is_some_and(|value| value.eq_ignore_ascii_case("100-continue")) {
+        let _ = stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+    }
+    let mut body = Vec::new();
+    let mut take = |framed: &mut Body, mut bytes: &[u8]| {
+        while !bytes.is_empty() && !framed.is_done() {
+            let (count, is_content) = framed.step(bytes).map_err(malformed)?;
+            if is_content {
+                body.extend_from_slice(&bytes[..count]);
+            }
+            bytes = &bytes[count..];
+        }
+        if body.len() > SESSION_BODY_LIMIT { Err(too_large()) } else { Ok(()) }
+    };
+    take(&mut framed, client.rest)?;
+    let mut buffer = vec![0; PIECE];
+    while !framed.is_done() {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Err(Error::BadRequest("the body ended early".to_owned())),
+            Ok(count) => take(&mut framed, &buffer[..count])?,
+            Err(e) => return Err(Error::BadRequest(format!("the body did not come: {e}"))),
+        }
+    }
+    Ok(body)
 }
 
 /// Whether a request whose opencode ended without a reply is sent to the next one: once, and only if
@@ -175,7 +342,14 @@ fn route_ticket(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Tcp
 fn ticket_target<'a>(request: &Head<'a>) -> Option<Target<'a>> {
     let is_websocket = is_upgrade(request).ok()? && request.has_token("upgrade", "websocket");
     let is_bare_get = request.method == "GET" && request.framing == Framing::Length(0);
-    let target = split(request.target).ok()?;
+    let target = match request.path().starts_with(PREFIX) {
+        true => split(request.target).ok()?,
+        // At the root, the directory says which workspace is meant.
+        false => {
+            let (path, query) = cut(request.target);
+            Target { selector: chosen(request)?, path, query }
+        }
+    };
     let has_ticket = engine::takes_ticket(target.path, target.query.unwrap_or_default());
     (is_websocket && is_bare_get && has_ticket).then_some(target)
 }
@@ -193,17 +367,24 @@ fn try_ticket(
     stop: &Flag,
 ) -> Result<Option<TcpStream>> {
     let state = daemon.store.snapshot();
-    // Only an id: names and paths can be guessed.
-    let Some(workspace) = state.workspaces.iter().find(|workspace| workspace.id == *selector) else { return Ok(None) };
+    let is_at_root = !client.request.path().starts_with(PREFIX);
+    // Only an id: names and paths can be guessed. At the root, opencode's protocol has the path.
+    let is_meant = |workspace: &Workspace| match is_at_root {
+        true => workspace.is_local() && workspace.path == *selector,
+        false => workspace.id == *selector,
+    };
+    let Some(workspace) = state.workspaces.iter().find(|workspace| is_meant(workspace)) else { return Ok(None) };
     let (Ok(directory), Some(endpoint)) = (workspace.local_path(), daemon.supervisor.ready_now()) else {
         return Ok(None);
     };
-    if !daemon.instances.is_loaded_in(endpoint.generation, &workspace.path) {
+    let is_loaded = daemon.instances.is_loaded_in(endpoint.generation, &workspace.path);
+    if !is_loaded || (is_at_root && endpoint.line == Line::V1) {
         return Ok(None);
     }
     let Ok(upstream) = connect_to(&endpoint, deadline) else { return Ok(None) };
-    let head =
-        rewrite(client.request, &target(path, *query, directory), directory, endpoint.listener.address, None, true);
+    let target = target(endpoint.line, path, *query, directory);
+    let new = Rewritten { target: &target, directory: Some(directory), authorization: None, body: None };
+    let head = rewrite(client.request, &new, endpoint.listener.address, true);
     let mut exchange = Exchange::new(client, &upstream, head, true)?;
     // Any other reply than the tunnel would tell a stranger something.
     if !matches!(exchange.wait_for_reply(Some(deadline), stop), Ok(Answer::Tunnel)) {
@@ -229,8 +410,12 @@ fn has_credentials(daemon: &Daemon, request: &Head<'_>) -> Result<bool> {
         },
         None => token_parameter(request.target),
     };
-    let expected = daemon.authorization.trim_start_matches("Basic ");
-    Ok(given.is_some_and(|given| is_same(given.as_bytes(), expected.as_bytes())))
+    let [configured, fixed] = &daemon.authorizations;
+    let is = |given: &str, expected: &str| is_same(given.as_bytes(), expected.trim_start_matches("Basic ").as_bytes());
+    // As long as opencode may be 2.x, whose clients know only one user.
+    let takes_fixed = daemon.instances.line() != Some(Line::V1);
+    let is_known = |given: &str| is(given, configured) | (is(given, fixed) && takes_fixed);
+    Ok(given.is_some_and(|given| is_known(&given)))
 }
 
 /// The credentials in the query, for web pages that can set no header.
@@ -276,28 +461,36 @@ fn split(target: &str) -> Result<Target<'_>> {
     if selector == "-" {
         return Err(Error::WorkspaceNotFound(selector));
     }
-    let (path, query) = rest.split_once('?').map_or((rest, None), |(path, query)| (path, Some(query)));
+    let (path, query) = cut(rest);
     Ok(Target { selector, path: if path.is_empty() { "/" } else { path }, query })
+}
+
+/// A target without its query, and the query.
+fn cut(target: &str) -> (&str, Option<&str>) {
+    target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)))
+}
+
+/// The name of a query parameter, decoded.
+fn parameter_name(parameter: &str) -> Vec<u8> {
+    let name = parameter.split('=').next().unwrap_or_default().replace('+', " ");
+    percent_decode(&name).unwrap_or_default()
 }
 
 /// The target for opencode: as it is spelled, without the parameters that choose a place, which would
 /// win over the header. Where `directory` is also a filter, it becomes the workspace's directory.
-fn target(path: &str, query: Option<&str>, directory: &Path) -> String {
-    let mut target = path.to_owned();
-    let Some(query) = query else { return target };
-    let name = |parameter: &str| {
-        let name = parameter.split('=').next().unwrap_or_default().replace('+', " ");
-        percent_decode(&name).unwrap_or_default()
+fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> String {
+    let parameters = query.into_iter().flat_map(|query| query.split('&'));
+    let (places, kept): (Vec<&str>, Vec<&str>) =
+        parameters.partition(|parameter| engine::chooses_place(&parameter_name(parameter)));
+    let filter = match places.iter().any(|parameter| parameter_name(parameter) == b"directory") {
+        true => engine::directory_filter(line, path, directory),
+        false => None,
     };
-    let (places, mut kept): (Vec<&str>, Vec<&str>) =
-        query.split('&').partition(|parameter| engine::chooses_place(&name(parameter)));
-    let filter = engine::directory_filter(path, directory);
-    if places.iter().any(|parameter| name(parameter) == b"directory") {
-        kept.extend(filter.as_deref());
-    }
-    if !kept.is_empty() {
-        target.push('?');
-        target.push_str(&kept.join("&"));
+    let place = engine::place_parameter(line, path, directory);
+    let mut target = path.to_owned();
+    for (number, parameter) in kept.into_iter().chain(filter.as_deref()).chain(place.as_deref()).enumerate() {
+        target.push(if number == 0 { '?' } else { '&' });
+        target.push_str(parameter);
     }
     target
 }
@@ -315,28 +508,41 @@ fn connect_to(endpoint: &Endpoint, deadline: Instant) -> std::result::Result<Tcp
     Ok(stream)
 }
 
-/// The head for opencode. `authorization` takes the place of the client's spelling of it.
-fn rewrite(
-    request: &Head<'_>,
-    target: &str,
-    directory: &Path,
-    address: SocketAddrV4,
-    authorization: Option<&str>,
-    is_upgrade: bool,
-) -> Vec<u8> {
+/// What is written anew of a request.
+struct Rewritten<'a> {
+    target: &'a str,
+    /// Takes the place of the client's choice of a place.
+    directory: Option<&'a Path>,
+    /// Takes the place of the client's spelling of it.
+    authorization: Option<&'a str>,
+    /// Takes the place of the client's body.
+    body: Option<&'a [u8]>,
+}
+
+/// The head for opencode, and the body if that is written anew.
+fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, address: SocketAddrV4, is_upgrade: bool) -> Vec<u8> {
+    let Rewritten { target, directory, authorization, body } = new;
     let mut head = format!("{} {target} HTTP/1.{}\r\nHost: {address}\r\n", request.method, request.version);
     head.push_str(if is_upgrade { "Connection: Upgrade\r\n" } else { "Connection: close\r\n" });
     if let Some(authorization) = authorization {
         head.push_str(&format!("Authorization: {authorization}\r\n"));
     }
-    let encoded = percent_encode(directory.as_os_str().as_encoded_bytes());
-    head.push_str(&format!("{DIRECTORY_HEADER}: {encoded}\r\n"));
+    if let Some(directory) = directory {
+        let encoded = percent_encode(directory.as_os_str().as_encoded_bytes());
+        head.push_str(&format!("{DIRECTORY_HEADER}: {encoded}\r\n"));
+    }
+    if let Some(body) = body {
+        head.push_str(&format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()));
+    }
     let mut head = head.into_bytes();
     let is_one_of =
         |names: &[&str], header: &httparse::Header<'_>| names.iter().any(|name| header.name.eq_ignore_ascii_case(name));
     for header in request.headers {
-        let is_replaced =
-            is_one_of(&["host", "authorization", TIMEOUT_HEADER], header) || is_one_of(&engine::PLACE_HEADERS, header);
+        let chooses_place = directory.is_some() && is_one_of(&engine::PLACE_HEADERS, header);
+        let is_of_body = ["content-type", "content-length", "transfer-encoding", "content-encoding", "expect"];
+        let is_replaced = is_one_of(&["host", "authorization", TIMEOUT_HEADER], header)
+            || chooses_place
+            || (body.is_some() && is_one_of(&is_of_body, header));
         let keeps_upgrade = is_upgrade && is_one_of(&["upgrade"], header);
         // opencode needs the framing of the body, even if a client calls it a matter of its connection.
         let is_framing = is_one_of(&["content-length", "transfer-encoding"], header);
@@ -346,6 +552,7 @@ fn rewrite(
         }
     }
     head.extend_from_slice(b"\r\n");
+    head.extend_from_slice(body.unwrap_or_default());
     head
 }
 
@@ -355,6 +562,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::{Target, next_deadline, split, target};
+    use crate::line::Line;
 
     #[test]
     fn an_old_request_waits_for_the_next_opencode_as_long_as_a_new_one() {
@@ -388,8 +596,20 @@ mod tests {
             ("/w//x", "", "/x"),
         ] {
             let Target { selector: found, path, query } = split(given).unwrap();
-            let target = target(path, query, Path::new("/home/me"));
+            let target = target(Line::V1, path, query, Path::new("/home/me"));
             assert_eq!((found.as_str(), target.as_str()), (selector, passed), "{given}");
+        }
+        for (given, passed) in [
+            ("/w/a/", "/"),
+            ("/w/a/api/agent", "/api/agent?location%5Bdirectory%5D=%2Fhome%2Fme"),
+            ("/w/a/api/agent?location[directory]=/x&a=1", "/api/agent?a=1&location%5Bdirectory%5D=%2Fhome%2Fme"),
+            (
+                "/w/a/api/session?directory=/x&limit=2",
+                "/api/session?limit=2&directory=%2Fhome%2Fme&location%5Bdirectory%5D=%2Fhome%2Fme",
+            ),
+        ] {
+            let Target { path, query, .. } = split(given).unwrap();
+            assert_eq!(target(Line::V2, path, query, Path::new("/home/me")), passed, "{given}");
         }
         for bad in ["/w/%zz/x", "/w/%ff/x", "/w/-/x"] {
             assert!(split(bad).is_err(), "{bad}");

@@ -1,11 +1,15 @@
 //! The records of the state file about processes, binaries and ports. Fields of other versions
 //! survive in `extra`.
 
+use std::fs::{self, Metadata};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::line::Line;
 use crate::system::process::Identity;
 
 /// The daemon that runs, or ran.
@@ -46,6 +50,9 @@ pub struct EngineRecord {
     /// `/proc/sys/kernel/random/boot_id` when it was started.
     #[serde(default)]
     pub boot_id: String,
+    /// Its version, which says what protocol it speaks; openwork 0.1, which wrote none, ran 1.x.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
     /// Directories whose instances are loaded, as far as is known; written behind.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub instances: Vec<String>,
@@ -66,6 +73,11 @@ impl EngineRecord {
             boot_id: self.boot_id.clone(),
             engine_id: self.engine_id.clone(),
         }
+    }
+
+    /// Which protocol it speaks.
+    pub fn line(&self) -> Line {
+        self.version.as_deref().and_then(Line::of).unwrap_or(Line::V1)
     }
 
     /// Where opencode listens. A base URL that is not an address of 127.0.0.0/8 (other programs
@@ -113,6 +125,22 @@ pub struct BinaryRecord {
 }
 
 impl BinaryRecord {
+    /// What is remembered of a binary, its version still to be asked.
+    pub fn of(path: &Path, metadata: &Metadata) -> BinaryRecord {
+        let time = |seconds: i64, nanoseconds: i64| Some(format!("{seconds}.{nanoseconds:09}"));
+        BinaryRecord {
+            path: path.to_string_lossy().into_owned(),
+            actual_version: None,
+            source: Some("external".to_owned()),
+            size: Some(metadata.len()),
+            modified: time(metadata.mtime(), metadata.mtime_nsec()),
+            resolved: fs::canonicalize(path).ok().map(|path| path.to_string_lossy().into_owned()),
+            inode: Some(metadata.ino()),
+            changed: time(metadata.ctime(), metadata.ctime_nsec()),
+            extra: Map::new(),
+        }
+    }
+
     /// Whether both are about the same file, unchanged. A record of openwork 0.1 is about no file.
     pub fn is_same_file(&self, other: &BinaryRecord) -> bool {
         let file = |record: &BinaryRecord| {

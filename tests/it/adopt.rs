@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{AUTH, Host, START_TIME, STATE, Signal, is_alive, kill, stat_field, wait_for, wait_gone};
+use crate::support::{
+    ALL_EVENTS, AUTH, Host, IS_V2, LOADING_CALL, START_TIME, STATE, Signal, is_alive, kill, stat_field, wait_for,
+    wait_gone,
+};
 
 fn kill_daemon(host: &Host) {
     let daemon = host.daemon_pid();
@@ -31,7 +34,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
     host.add(&project);
     host.openwork(["workspace", "path", "p"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
-    let mut events = host.opencode("GET", "/global/event").events();
+    let mut events = host.opencode("GET", ALL_EVENTS).events();
     kill_daemon(&host);
     assert!(is_alive(opencode));
 
@@ -42,9 +45,14 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
     assert_eq!(host.instance(&project), ["load"]);
 
     // The stream of a direct client has stayed open, and goes on.
-    host.opencode("POST", &format!("/instance/dispose?directory={}", project.display())).send();
-    let disposed = events.find(|event| event["payload"]["type"] == "server.instance.disposed");
-    assert_eq!(disposed.unwrap()["directory"], project.to_str().unwrap());
+    host.dispose_directly(&project);
+    let (kind, directory) = match IS_V2 {
+        true => ("/type", "/location/directory"),
+        false => ("/payload/type", "/directory"),
+    };
+    let disposal = if IS_V2 { "location.shutdown" } else { "server.instance.disposed" };
+    let disposed = events.find(|event| event.pointer(kind).is_some_and(|kind| kind == disposal)).unwrap();
+    assert_eq!(disposed.pointer(directory).unwrap(), project.to_str().unwrap());
 }
 
 #[test]
@@ -152,7 +160,9 @@ fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
     thread::scope(|scope| {
         let path = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "60");
         let waiting = scope.spawn(|| path.send());
-        wait_for("opencode to be asked", || host.recorded("hangs").iter().any(|target| target.starts_with("/path")));
+        wait_for("opencode to be asked", || {
+            host.recorded("hangs").iter().any(|target| target.starts_with(LOADING_CALL))
+        });
         let start = Instant::now();
         host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
         assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());

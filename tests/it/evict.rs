@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, Signal, kill, wait_for, wait_gone};
+use crate::support::{ALL_EVENTS, EVENTS, Host, IS_V2, SESSIONS, Signal, kill, wait_for, wait_gone};
 
 /// A daemon with an idle time, and no workspaces.
 fn host(idle_ttl: &str) -> Host {
@@ -31,7 +31,7 @@ fn wait_disposed(host: &Host, directory: &Path) {
 
 /// The daemon has to be listening to see what clients do directly.
 fn wait_listened(host: &Host) {
-    wait_for("the events to be listened to", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    wait_for("the events to be listened to", || host.recorded("streams").contains(&format!("open {ALL_EVENTS}")));
 }
 
 /// The entry of a workspace in `instance list`.
@@ -73,14 +73,14 @@ fn one_with_a_running_session_is_not_disposed() {
 fn one_with_an_open_stream_is_not_disposed() {
     let host = host("1s");
     let [watched, idle] = warm(&host, ["watched", "idle"]);
-    let mut events = host.routed("GET", "/w/watched/event").events();
+    let mut events = host.routed("GET", &format!("/w/watched{EVENTS}")).events();
     host.openwork(["workspace", "path", "idle"]).ok();
     wait_disposed(&host, &idle);
     assert_eq!(host.instance(&watched), ["load"]);
     let entry = instance(&host, "watched");
     assert_eq!((&entry["openStreams"], &entry["evictAt"]), (&json!(1), &Value::Null));
     // The stream goes on.
-    host.routed("POST", "/w/watched/session").send();
+    host.routed("POST", &format!("/w/watched{SESSIONS}")).json(json!({})).send();
     events.find(|event| event["type"] == "session.created").unwrap();
     drop(events);
     wait_disposed(&host, &watched);
@@ -104,7 +104,7 @@ fn one_that_was_never_loaded_is_left_alone() {
 fn one_that_is_not_a_workspace_is_left_alone() {
     let host = host("1s");
     let stranger = host.project("stranger");
-    host.opencode("POST", &format!("/session?directory={}", stranger.display())).send();
+    host.use_directly(&stranger);
     let [idle] = warm(&host, ["idle"]);
     wait_disposed(&host, &idle);
     assert_eq!(host.instance(&stranger), ["load"]);
@@ -116,7 +116,7 @@ fn a_directory_that_is_no_workspace_is_left_alone_by_the_next_daemon_too() {
     let stranger = host.project("stranger");
     let [_keeps_the_list_written] = warm(&host, ["p"]);
     wait_listened(&host);
-    host.opencode("POST", &format!("/session?directory={}", stranger.display())).send();
+    host.use_directly(&stranger);
     wait_for("it to be written down", || host.state()["opencode"]["strangers"] == json!([stranger]));
     kill(host.daemon_pid(), Signal::KILL);
     let [idle] = warm(&host, ["idle"]);
@@ -138,7 +138,7 @@ fn an_instance_whose_workspace_was_removed_is_disposed() {
     let direct = host.project("direct");
     host.add(&direct);
     wait_listened(&host);
-    host.opencode("POST", &format!("/session?directory={}", direct.display())).send();
+    host.use_directly(&direct);
     wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
     host.openwork(["workspace", "remove", "direct"]).ok();
     wait_disposed(&host, &direct);
@@ -149,7 +149,7 @@ fn an_instance_whose_workspace_was_removed_is_disposed_by_the_next_daemon() {
     let host = host("1s");
     let [removed, _other] = warm(&host, ["removed", "other"]);
     // A stream keeps it until the daemon is gone.
-    let stream = host.routed("GET", "/w/removed/event").events();
+    let stream = host.routed("GET", &format!("/w/removed{EVENTS}")).events();
     wait_for("it to be written down", || {
         host.state()["opencode"]["instances"].as_array().is_some_and(|loaded| loaded.contains(&json!(removed)))
     });
@@ -177,7 +177,7 @@ fn an_instance_that_was_loaded_before_its_directory_became_a_workspace_is_dispos
     let host = host("1s");
     let late = host.project("late");
     wait_listened(&host);
-    host.opencode("POST", &format!("/session?directory={}", late.display())).send();
+    host.use_directly(&late);
     let [idle] = warm(&host, ["idle"]);
     wait_disposed(&host, &idle);
     assert_eq!(host.instance(&late), ["load"]);
@@ -191,15 +191,14 @@ fn clients_that_go_to_opencode_directly_are_seen() {
     let direct = host.project("direct");
     host.add(&direct);
     wait_listened(&host);
-    let call = format!("/session?directory={}", direct.display());
-    host.opencode("POST", &call).send();
+    host.use_directly(&direct);
     wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
     wait_disposed(&host, &direct);
 
     // Their disposals too.
-    host.opencode("POST", &call).send();
+    host.use_directly(&direct);
     wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
-    host.opencode("POST", &format!("/instance/dispose?directory={}", direct.display())).send();
+    host.dispose_directly(&direct);
     wait_for("it to be known as cold", || instance(&host, "direct")["state"] == "cold");
 }
 
@@ -207,10 +206,9 @@ fn clients_that_go_to_opencode_directly_are_seen() {
 fn what_clients_do_directly_is_use() {
     let host = host("2s");
     let [direct, idle] = warm(&host, ["direct", "idle"]);
-    let call = format!("/session?directory={}", direct.display());
     // Used again and again, it outlives the other, which was used after it.
     wait_for("the other to be disposed", || {
-        host.opencode("POST", &call).send();
+        host.use_directly(&direct);
         host.instance(&idle) == ["load", "dispose"]
     });
     assert_eq!(host.instance(&direct), ["load"]);
@@ -237,7 +235,9 @@ fn the_list_says_how_it_is() {
     // A remote one has no instance here.
     assert_eq!(states, ["busy", "warm", "cold"]);
     let sessions = [0, 1, 2].map(|n| list["instances"][n]["sessions"].clone());
-    assert_eq!(sessions, [json!([{"id": "ses_fake", "title": "mend {it}"}]), json!([]), json!([])]);
+    let id = sessions[0][0]["id"].as_str().unwrap();
+    assert!(id.starts_with(if IS_V2 { "ses_busy" } else { "ses_fake" }), "{id}");
+    assert_eq!(sessions, [json!([{"id": id, "title": "mend {it}"}]), json!([]), json!([])]);
     assert!(list["memory"].as_u64().unwrap() > 100_000);
     let used = list["instances"][1]["workspace"]["lastUsedAt"].as_u64().unwrap();
     let due = list["instances"][1]["evictAt"].as_u64().unwrap();
@@ -270,7 +270,7 @@ fn the_next_daemon_knows_what_is_loaded() {
     let host = host("1s");
     let [p] = warm(&host, ["p"]);
     // A stream keeps it until the daemon is gone.
-    let events = host.opencode("GET", &format!("/event?directory={}", p.display())).events();
+    let events = host.opencode("GET", &format!("{EVENTS}?directory={}", p.display())).events();
     let daemon = host.daemon_pid();
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
     wait_gone(daemon);

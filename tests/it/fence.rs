@@ -6,7 +6,9 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, Reply, STATE, Signal, kill, wait_for, wait_gone};
+use crate::support::{
+    HEALTH, Host, IS_V2, LOADING_CALL, Reply, STATE, Signal, VERSION, kill, passed, wait_for, wait_gone,
+};
 
 /// A host with a workspace that ends opencode while it is loaded, and one that does not. opencode is
 /// ready.
@@ -53,7 +55,8 @@ fn the_request_that_ends_opencode_is_told_why_and_not_repeated() {
     reply.refused(503, "opencode_unavailable");
     let why = format!(
         "opencode is not available: it ended with exit status: 7 while it loaded the instance of bad; its last \
-         output:\nopencode server listening on http://{}\nfake: plugin of {} ends the process",
+         output:\n{}server listening on http://{}\nfake: plugin of {} ends the process",
+        if IS_V2 { "" } else { "opencode " },
         Host::start_address(&host.starts()[0]),
         bad.display()
     );
@@ -82,17 +85,17 @@ fn a_workspace_that_ends_opencode_twice_is_fenced() {
 
     // From now on it costs opencode nothing, by whatever way.
     wait_for("another opencode", || host.starts().len() == 3 && host.phase() == "ready");
-    let reply = host.routed("POST", "/w/bad/session").body("{}").send();
+    let reply = host.routed("POST", "/w/bad/echo").body("{}").send();
     reply.refused(503, "workspace_fenced");
     assert_eq!(reply.header("x-openwork-error"), Some("workspace_fenced"));
     assert!(message(&reply).contains("ends the process"));
     host.http("GET", "/workspaces/bad/path").fails(503, "workspace_fenced");
-    host.openwork(["api", "bad", "/path"]).fails(5, "workspace_fenced");
+    host.openwork(["api", "bad", LOADING_CALL]).fails(5, "workspace_fenced");
     host.openwork(["attach", "bad"]).fails(5, "workspace_fenced");
     host.openwork(["run", "bad", "--", "hello"]).fails(5, "workspace_fenced");
     assert_eq!((host.recorded("clients").len(), loadings(&host, &bad), host.starts().len()), (0, 2, 3));
     // What is about no instance still goes through, and so does every other workspace.
-    assert_eq!(host.routed("GET", "/w/bad/global/health").send().status, 200);
+    assert_eq!(host.routed("GET", &format!("/w/bad{HEALTH}")).send().status, 200);
     host.openwork(["workspace", "path", "good"]).ok();
     host.openwork(["attach", "good"]).ok();
     assert_eq!((state(&host, "good"), host.starts().len()), (json!("warm"), 3));
@@ -146,7 +149,7 @@ fn a_fence_outlives_the_daemon_but_not_the_version_of_opencode() {
     // A field of another version of openwork stays.
     host.openwork(["daemon", "stop"]).ok();
     let mut file = host.state();
-    assert_eq!(file["fences"][0]["version"], "1.18.33");
+    assert_eq!(file["fences"][0]["version"], VERSION);
     file["fences"][0]["later"] = json!("kept");
     fs::write(host.file(STATE), file.to_string()).unwrap();
     poison(&host, &[&bad, &host.project("good")]);
@@ -157,7 +160,7 @@ fn a_fence_outlives_the_daemon_but_not_the_version_of_opencode() {
 
     host.openwork(["daemon", "stop"]).ok();
     poison(&host, &[]);
-    host.behave("FAKE_VERSION=1.18.34");
+    host.behave(&format!("FAKE_VERSION={VERSION}4"));
     // The version of a binary is remembered; another binary is asked for its own.
     let mut file = host.state();
     file["binaries"] = Value::Null;
@@ -177,7 +180,8 @@ fn instances_that_were_loaded_before_are_not_blamed() {
         thread::scope(|scope| {
             let turn = scope.spawn(|| host.routed("POST", "/w/bad/slow?ms=60000").send());
             wait_for("the turn", || {
-                host.requests().iter().filter(|request| request["target"] == "/slow?ms=60000").count() == round
+                host.requests().iter().filter(|request| request["target"] == passed("/slow?ms=60000", &bad)).count()
+                    == round
             });
             kill(before, Signal::KILL);
             assert_eq!(turn.join().unwrap().status, 502);

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, Signal, kill, wait_for};
+use crate::support::{EVENTS, Host, IS_V2, LOADING_CALL, SESSIONS, Signal, kill, wait_for};
 
 /// A host with two workspaces, `p`, which is active, and `q`.
 fn host() -> Host {
@@ -37,11 +37,11 @@ fn any_call_is_one_line() {
     host.exercises(["command api"]);
     let directory = |answer: Value| answer["directory"].as_str().unwrap().to_owned();
     let (p, q) = (host.project("p"), host.project("q"));
-    assert_eq!(directory(api(&host, &["/path"])), p.to_str().unwrap());
-    assert_eq!(directory(api(&host, &["q", "/path"])), q.to_str().unwrap());
-    assert_eq!(directory(api(&host, &["q", "GET", "/path"])), q.to_str().unwrap());
-    assert_eq!(directory(api(&host, &["GET", "/path"])), p.to_str().unwrap());
-    let output = host.openwork(["api", "/path"]).cwd(&q).env("OPENWORK_WORKSPACE", ".").ok();
+    assert_eq!(directory(api(&host, &[LOADING_CALL])), p.to_str().unwrap());
+    assert_eq!(directory(api(&host, &["q", LOADING_CALL])), q.to_str().unwrap());
+    assert_eq!(directory(api(&host, &["q", "GET", LOADING_CALL])), q.to_str().unwrap());
+    assert_eq!(directory(api(&host, &["GET", LOADING_CALL])), p.to_str().unwrap());
+    let output = host.openwork(["api", LOADING_CALL]).cwd(&q).env("OPENWORK_WORKSPACE", ".").ok();
     assert!(output.stdout.contains("projects/q"), "{output:?}");
 
     let got = api(&host, &["DELETE", "/echo?a=1&b=%20#"]);
@@ -86,7 +86,7 @@ fn headers_are_given_and_shown() {
     let got = api(&host, &["/echo", "-d", "x", "-H", "X-A: b: c", "--header", "content-type:text/x"]);
     assert_eq!((header(&got, "x-a"), header(&got, "content-type")), (Some("b: c"), Some("text/x")));
     for option in ["-i", "--include"] {
-        let output = host.openwork(["api", option, "/path"]).ok();
+        let output = host.openwork(["api", option, LOADING_CALL]).ok();
         let (head, body) = output.stdout.split_once("\r\n\r\n").unwrap();
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("Content-Type: application/json"), "{head}");
         assert!(serde_json::from_str::<Value>(body).is_ok(), "{body}");
@@ -114,18 +114,20 @@ fn a_body_comes_as_it_is() {
 #[test]
 fn a_stream_comes_as_it_comes() {
     let host = host();
-    let streaming = host.openwork(["api", "/event"]).spawn();
+    let streaming = host.openwork(["api", EVENTS]).spawn();
     wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
-    host.openwork(["api", "POST", "/session"]).ok();
+    host.openwork(["api", "POST", SESSIONS]).ok();
     wait_for("the next event", || streaming.stdout_so_far().contains("session.created"));
     kill(streaming.pid(), Signal::TERM);
     let output = streaming.wait();
     assert_eq!(output.stderr, "", "{output:?}");
-    wait_for("its end to be passed on", || host.recorded("streams").contains(&"close /event".to_owned()));
-    // One that ends by itself.
-    let streaming = host.openwork(["api", "/event"]).spawn();
+    wait_for("its end to be passed on", || {
+        host.recorded("streams").iter().any(|line| line.starts_with(&format!("close {EVENTS}")))
+    });
+    // One that opencode ends.
+    let streaming = host.openwork(["api", EVENTS]).spawn();
     wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
-    host.openwork(["api", "POST", "/instance/dispose"]).ok();
+    host.end_streams("p");
     assert_eq!(streaming.wait().status.code(), Some(0));
 }
 
@@ -137,9 +139,9 @@ fn a_failure_of_opencode_is_one() {
     kill(host.opencode_pid(), Signal::KILL);
     wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
     // Its body is a result all the same.
-    let output = host.openwork(["api", "/path"]).exits(1);
+    let output = host.openwork(["api", LOADING_CALL]).exits(1);
     assert_eq!(serde_json::from_str::<Value>(&output.stdout).unwrap()["name"], "UnknownError");
-    let output = host.openwork(["api", "/path", "--json"]).exits(1);
+    let output = host.openwork(["api", LOADING_CALL, "--json"]).exits(1);
     let value = output.object();
     assert_eq!((&value["ok"], &value["status"]), (&json!(false), &json!(500)));
 
@@ -155,23 +157,23 @@ fn a_failure_of_opencode_is_one() {
 fn a_failure_of_ours_is_an_error() {
     let host = host();
     host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
-    host.openwork(["api", "nope", "/path"]).fails(4, "workspace_not_found");
-    host.openwork(["api", "h.example", "/path"]).fails(1, "workspace_is_remote");
+    host.openwork(["api", "nope", LOADING_CALL]).fails(4, "workspace_not_found");
+    host.openwork(["api", "h.example", LOADING_CALL]).fails(1, "workspace_is_remote");
     host.openwork(["api", "POST", "/die-first"]).fails(5, "opencode_error");
     for bad in [
         &["api"][..],
         &["api", "p"],
         &["api", "p", "path"],
-        &["api", "p", "GET", "x", "/path"],
-        &["api", "p", "G ET", "/path"],
+        &["api", "p", "GET", "x", LOADING_CALL],
+        &["api", "p", "G ET", LOADING_CALL],
         &["api", "/path\r\nX: y"],
     ] {
         host.openwork(bad).fails(2, "usage");
     }
     host.openwork(["daemon", "stop"]).ok();
-    host.openwork(["api", "/path", "--no-autostart"]).fails(3, "daemon_not_running");
+    host.openwork(["api", LOADING_CALL, "--no-autostart"]).fails(3, "daemon_not_running");
     host.behave("FAKE_NEVER_LISTEN=1");
-    host.openwork(["api", "/path", "--timeout", "1"]).fails(5, "opencode_timeout");
+    host.openwork(["api", LOADING_CALL, "--timeout", "1"]).fails(5, "opencode_timeout");
 }
 
 // --- env ---
@@ -249,15 +251,26 @@ fn client(host: &Host) -> (Vec<String>, Vec<String>) {
     (argv, host.environment(call["pid"].as_u64().unwrap() as u32))
 }
 
-fn check_client(host: &Host, directory: &Path, before: &[&str], after: &[&str]) {
+fn check_client(host: &Host, directory: &Path, command: &str, after: &[&str]) {
     let (argv, environment) = client(host);
     let id = host.openwork(["workspace", "info", directory.to_str().unwrap()]).json()["workspace"]["id"].clone();
     let url = format!("http://127.0.0.1:{}/w/{}", host.port(), id.as_str().unwrap());
-    let expected = [before, &[&url, "--dir", directory.to_str().unwrap()], after].concat();
+    let directory = directory.to_str().unwrap();
+    let expected = match (command, IS_V2) {
+        ("attach", false) => [&["attach", &url, "--dir", directory], after].concat(),
+        ("run", false) => [&["run", "--attach", &url, "--dir", directory], after].concat(),
+        ("attach", true) => [&["--server", &url], after].concat(),
+        ("run", true) => [&["run", "--server", &url], after].concat(),
+        _ => panic!("{command}"),
+    };
     assert_eq!(argv, expected);
     let has = |variable: String| environment.contains(&variable);
     assert!(has(format!("OPENCODE_SERVER_PASSWORD={}", host.password())));
     assert!(has("OPENCODE_SERVER_USERNAME=opencode".to_owned()));
+    if IS_V2 {
+        assert!(has(format!("OPENCODE_PASSWORD={}", host.password())));
+        assert!(has(format!("PWD={directory}")));
+    }
     assert!(environment.iter().any(|variable| variable.starts_with("NO_PROXY=") && variable.contains("127.0.0.1")));
 }
 
@@ -266,10 +279,10 @@ fn attach_is_opencode_in_the_workspace() {
     let host = host();
     host.exercises(["command attach"]);
     let output = host.openwork(["attach"]).ok();
-    assert!(output.stdout.starts_with("fake: attach "), "{output:?}");
-    check_client(&host, &host.project("p"), &["attach"], &[]);
+    assert!(output.stdout.starts_with(if IS_V2 { "fake: --server " } else { "fake: attach " }), "{output:?}");
+    check_client(&host, &host.project("p"), "attach", &[]);
     host.openwork(["attach", "q", "--", "--continue", "--json", "--"]).ok();
-    check_client(&host, &host.project("q"), &["attach"], &["--continue", "--json", "--"]);
+    check_client(&host, &host.project("q"), "attach", &["--continue", "--json", "--"]);
 }
 
 #[test]
@@ -277,9 +290,9 @@ fn run_is_opencode_in_the_workspace() {
     let host = host();
     host.exercises(["command run"]);
     host.openwork(["run", "--", "say hello", "-x"]).ok();
-    check_client(&host, &host.project("p"), &["run", "--attach"], &["say hello", "-x"]);
+    check_client(&host, &host.project("p"), "run", &["say hello", "-x"]);
     host.openwork(["run", "q", "--", "say hello"]).ok();
-    check_client(&host, &host.project("q"), &["run", "--attach"], &["say hello"]);
+    check_client(&host, &host.project("q"), "run", &["say hello"]);
 }
 
 #[test]
@@ -305,18 +318,18 @@ fn there_is_nothing_to_attach_to_without_opencode() {
 #[test]
 fn a_refusal_of_a_head_is_the_same_as_of_others() {
     let host = host();
-    host.openwork(["api", "nope", "HEAD", "/path"]).fails(4, "workspace_not_found");
+    host.openwork(["api", "nope", "HEAD", LOADING_CALL]).fails(4, "workspace_not_found");
     host.openwork(["workspace", "remove", "p"]).ok();
-    host.openwork(["api", "HEAD", "/path"]).fails(4, "no_active_workspace");
-    host.openwork(["api", "q", "HEAD", "/path"]).ok();
+    host.openwork(["api", "HEAD", LOADING_CALL]).fails(4, "no_active_workspace");
+    host.openwork(["api", "q", "HEAD", LOADING_CALL]).ok();
 }
 
 #[test]
 fn a_limit_of_time_holds_for_all_of_a_reply() {
     let host = host();
-    let output = host.openwork(["api", "/event", "--timeout", "1"]).exits(5);
+    let output = host.openwork(["api", EVENTS, "--timeout", "1"]).exits(5);
     assert!(output.stdout.contains("server.connected"), "{output:?}");
-    host.openwork(["api", "/event", "--timeout", "1"]).fails(5, "opencode_timeout");
+    host.openwork(["api", EVENTS, "--timeout", "1"]).fails(5, "opencode_timeout");
 }
 
 #[test]
@@ -356,7 +369,7 @@ fn an_opencode_that_has_moved_is_looked_for_again() {
     }
     host.set("PATH", &other);
     host.openwork(["attach"]).ok();
-    check_client(&host, &project, &["attach"], &[]);
+    check_client(&host, &project, "attach", &[]);
 }
 
 /// Ctrl-Z and fg interrupt a read with a time limit.
@@ -365,7 +378,7 @@ fn a_call_survives_a_pause_of_its_command() {
     let host = Host::new();
     host.add(host.project("p"));
     host.openwork(["daemon", "start"]).ok();
-    let call = host.openwork(["api", "/event", "--timeout", "60"]).spawn();
+    let call = host.openwork(["api", EVENTS, "--timeout", "60"]).spawn();
     wait_for("the stream", || call.stdout_so_far().contains("server.connected"));
     for _ in 0..3 {
         kill(call.pid(), Signal::STOP);
@@ -374,9 +387,11 @@ fn a_call_survives_a_pause_of_its_command() {
         kill(call.pid(), Signal::CONT);
         wait_for("the end of the pause", || !fs::read_to_string(&stat).unwrap().contains(") T "));
     }
-    // The stream goes on, and opencode ends it with the instance.
+    // The stream goes on.
+    host.openwork(["workspace", "path", "p"]).ok();
     host.openwork(["instance", "dispose", "--force"]).ok();
-    wait_for("an event after the pause", || call.stdout_so_far().contains("server.instance.disposed"));
+    let disposal = if IS_V2 { "location.shutdown" } else { "server.instance.disposed" };
+    wait_for("an event after the pause", || call.stdout_so_far().contains(disposal));
     kill(call.pid(), Signal::TERM);
     call.wait();
 }
@@ -394,7 +409,7 @@ fn what_is_not_ours_is_for_opencode() {
         (&["attach", "-w", "q", "-c"], &q, &["-c"]),
     ] {
         host.openwork(line).ok();
-        check_client(&host, directory, &["attach"], after);
+        check_client(&host, directory, "attach", after);
     }
     for (line, directory, after) in [
         (&["run", "fix the test"][..], &p, &["fix the test"][..]),
@@ -405,7 +420,7 @@ fn what_is_not_ours_is_for_opencode() {
         (&["run", "--", "q"], &p, &["q"]),
     ] {
         host.openwork(line).ok();
-        check_client(&host, directory, &["run", "--attach"], after);
+        check_client(&host, directory, "run", after);
     }
     // Before the first argument of opencode's, help is ours.
     for line in [&["run", "--help"][..], &["attach", "-h"]] {
@@ -422,17 +437,17 @@ fn attach_and_run_work_where_they_are_called() {
     let id = host.add(&q);
     let inside = host.project("q/src");
     host.openwork(["attach"]).cwd(&inside).ok();
-    check_client(&host, &q, &["attach"], &[]);
+    check_client(&host, &q, "attach", &[]);
     host.openwork(["run", "hi"]).cwd(&q).ok();
-    check_client(&host, &q, &["run", "--attach"], &["hi"]);
+    check_client(&host, &q, "run", &["hi"]);
     // What is named goes first: the argument, then the variable.
     host.openwork(["run", "-w", "p", "hi"]).cwd(&inside).ok();
-    check_client(&host, &p, &["run", "--attach"], &["hi"]);
+    check_client(&host, &p, "run", &["hi"]);
     host.openwork(["attach"]).cwd(&p).env("OPENWORK_WORKSPACE", &id).ok();
-    check_client(&host, &q, &["attach"], &[]);
+    check_client(&host, &q, "attach", &[]);
     // Elsewhere it is the active one, and so it is for other commands everywhere.
     host.openwork(["attach"]).cwd(host.home()).ok();
-    check_client(&host, &p, &["attach"], &[]);
+    check_client(&host, &p, "attach", &[]);
     let url = host.openwork(["env"]).cwd(&inside).secret().json();
     assert_eq!(url["OPENWORK_DIRECTORY"], p.to_str().unwrap());
 }

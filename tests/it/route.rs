@@ -9,7 +9,10 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{ESTABLISHED, Host, Reply, Signal, is_alive, kill, read_to_close, sockets, wait_for, wait_gone};
+use crate::support::{
+    ALL_EVENTS, ESTABLISHED, EVENTS, Host, IS_V2, Reply, Signal, is_alive, kill, passed, read_to_close, sockets,
+    spelled, wait_for, wait_gone,
+};
 
 /// A host with a warm opencode and two workspaces, `p` and `q`.
 fn host() -> (Host, PathBuf, PathBuf) {
@@ -37,7 +40,9 @@ fn header(echo: &Value, name: &str) -> Vec<String> {
 /// The calls about instances that opencode got, health probes and such apart.
 fn calls(host: &Host) -> Vec<Value> {
     let requests = host.requests().into_iter();
-    requests.filter(|request| !request["target"].as_str().unwrap().starts_with("/global/")).collect()
+    let ours = ["/global/", "/api/info", "/api/event", "/api/debug/location"];
+    let is_ours = |target: &str| ours.iter().any(|path| target.starts_with(path));
+    requests.filter(|request| !is_ours(request["target"].as_str().unwrap())).collect()
 }
 
 // --- The directory ---
@@ -91,7 +96,7 @@ fn no_other_directory_can_be_asked_for() {
     let with_headers = host.routed("GET", "/w/p/echo?a=b&workspace=wrk_1&location[workspace]=wrk_1&c");
     let with_headers = with_headers.header("X-OpenCode-Workspace", "wrk_1").header("X-OpenCode-Directory", other);
     let got = echo(&with_headers.send());
-    assert_eq!((&got["target"], header(&got, "x-opencode-workspace").len()), (&json!("/echo?a=b&c"), 0));
+    assert_eq!((&got["target"], header(&got, "x-opencode-workspace").len()), (&json!(passed("/echo?a=b&c", &p)), 0));
     let with_header = host.routed("GET", "/w/p/path").header("x-opencode-directory", other);
     assert_eq!(with_header.send().json()["directory"], p.to_str().unwrap());
     let twice = host.routed("GET", "/w/p/path").header("X-OpenCode-Directory", other);
@@ -119,7 +124,7 @@ fn a_path_is_passed_on_as_it_is_spelled() {
     ] {
         host.routed("GET", &format!("/w/p{path}")).send();
         let call = calls(&host).pop().unwrap();
-        assert_eq!((&call["target"], &call["directory"]), (&json!(path), &json!(p.to_str().unwrap())));
+        assert_eq!((&call["target"], &call["directory"]), (&json!(passed(path, &p)), &json!(p.to_str().unwrap())));
     }
     // The root, with and without its slash.
     for path in ["", "/"] {
@@ -151,14 +156,14 @@ fn a_path_cannot_leave_its_workspace() {
 
 #[test]
 fn a_request_is_passed_on_as_it_is() {
-    let (host, ..) = host();
+    let (host, p, _) = host();
     for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"] {
         let request =
             host.routed(method, "/w/p/echo?a=1&b=%20").header("X-Custom", "one").and_header("x-custom", "two");
         let request =
             request.header("Accept", "a/b;q=0.5, */*").header("Cookie", "c=d").header("Content-Type", "text/x");
         let got = echo(&request.body("the body").send());
-        assert_eq!((&got["method"], &got["target"]), (&json!(method), &json!("/echo?a=1&b=%20")));
+        assert_eq!((&got["method"], &got["target"]), (&json!(method), &json!(passed("/echo?a=1&b=%20", &p))));
         assert_eq!((&got["length"], &got["body"]), (&json!(8), &json!("the body")));
         assert_eq!(header(&got, "x-custom"), ["one", "two"]);
         for (name, value) in
@@ -228,7 +233,9 @@ fn a_body_of_any_size_is_passed_on() {
 /// The head of a request with credentials.
 fn head(host: &Host, line: &str, headers: &str) -> String {
     let (port, credentials) = (host.port(), host.credentials());
-    format!("{line} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: {credentials}\r\n{headers}\r\n")
+    let (method, target) = line.split_once(' ').unwrap();
+    let target = spelled(target);
+    format!("{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: {credentials}\r\n{headers}\r\n")
 }
 
 #[test]
@@ -249,7 +256,7 @@ fn a_client_that_waits_to_be_asked_for_its_body_is_asked() {
 
 #[test]
 fn only_the_request_is_passed_on() {
-    let (host, ..) = host();
+    let (host, p, _) = host();
     let hidden = head(&host, "POST /w/p/session", "Content-Length: 0\r\n");
     for request in [
         head(&host, "GET /w/p/echo", "") + &hidden,
@@ -261,12 +268,12 @@ fn only_the_request_is_passed_on() {
         assert_eq!((reply.status, reply.body.len()), (200, length));
     }
     let calls = calls(&host);
-    assert!(calls.len() == 3 && calls.iter().all(|call| call["target"] == "/echo"), "{calls:?}");
+    assert!(calls.len() == 3 && calls.iter().all(|call| call["target"] == passed("/echo", &p)), "{calls:?}");
 }
 
 #[test]
 fn what_comes_after_a_body_in_pieces_is_not_passed_on() {
-    let (host, ..) = host();
+    let (host, p, _) = host();
     let hidden = head(&host, "POST /w/p/session", "Content-Length: 0\r\n");
     let pieces = [
         ("Content-Length: 8\r\n", "the ", "body"),
@@ -282,7 +289,7 @@ fn what_comes_after_a_body_in_pieces_is_not_passed_on() {
         assert_eq!(echo(&Reply::parse(&read_to_close(&mut stream)).unwrap())["body"], "the body");
     }
     let calls = calls(&host);
-    assert!(calls.len() == 2 && calls.iter().all(|call| call["target"] == "/echo"), "{calls:?}");
+    assert!(calls.len() == 2 && calls.iter().all(|call| call["target"] == passed("/echo", &p)), "{calls:?}");
 }
 
 #[test]
@@ -347,7 +354,8 @@ fn streams(host: &Host, name: &str) -> u64 {
 #[test]
 fn a_reply_is_passed_on_as_it_is() {
     let (host, ..) = host();
-    let html = host.routed("GET", "/w/p/anything").send();
+    let page = if IS_V2 { "/w/p/" } else { "/w/p/anything" };
+    let html = host.routed("GET", page).send();
     assert_eq!((html.status, html.header("content-type")), (200, Some("text/html")));
     assert!(html.body.starts_with(b"<!doctype html>"));
 
@@ -380,40 +388,50 @@ fn an_error_of_opencode_is_passed_on_as_it_is() {
 fn events_come_as_they_happen() {
     let (host, p, _) = host();
     let mut of_instance = host.routed("GET", "/w/p/event").events();
-    let mut of_all = host.routed("GET", "/w/q/global/event").events();
+    let mut of_all = host.routed("GET", &format!("/w/q{ALL_EVENTS}")).events();
+    // 2.x has one stream for all, with events of one form.
+    let is =
+        |event: &Value, kind: &str| event[if IS_V2 { "" } else { "payload" }]["type"] == kind || event["type"] == kind;
     of_instance.find(|event| event["type"] == "server.connected").unwrap();
-    of_all.find(|event| event["payload"]["type"] == "server.connected").unwrap();
+    of_all.find(|event| is(event, "server.connected")).unwrap();
     wait_for("the stream to be counted", || streams(&host, "p") == 1);
 
     host.routed("POST", "/w/p/session").send();
     of_instance.find(|event| event["type"] == "session.created").unwrap();
-    let event = of_all.find(|event| event["payload"]["type"] == "session.created").unwrap();
-    assert_eq!(event["directory"], p.to_str().unwrap());
+    let event = of_all.find(|event| is(event, "session.created")).unwrap();
+    let directory = if IS_V2 { &event["location"]["directory"] } else { &event["directory"] };
+    assert_eq!(directory, p.to_str().unwrap());
 
-    // With the instance ends its stream, and not that of all.
-    host.routed("POST", "/w/p/instance/dispose").send();
-    assert_eq!(of_instance.find(|event| event["type"] == "no such"), None);
-    of_all.find(|event| event["payload"]["type"] == "server.instance.disposed").unwrap();
+    host.openwork(["workspace", "path", "p"]).ok();
+    host.dispose_directly(&p);
+    match IS_V2 {
+        true => drop(of_instance.find(|event| event["type"] == "location.shutdown").unwrap()),
+        // With the instance ends its stream, and not that of all.
+        false => assert_eq!(of_instance.find(|event| event["type"] == "no such"), None),
+    }
+    of_all.find(|event| is(event, if IS_V2 { "location.shutdown" } else { "server.instance.disposed" })).unwrap();
+    drop(of_instance);
     wait_for("the stream to be done", || streams(&host, "p") == 0);
 }
 
 #[test]
 fn a_client_that_goes_away_is_gone_for_opencode_too() {
-    let (host, ..) = host();
+    let (host, p, _) = host();
     let events = host.routed("GET", "/w/p/event").events();
-    assert!(host.recorded("streams").contains(&"open /event".to_owned()));
+    let target = passed(EVENTS, &p);
+    assert!(host.recorded("streams").contains(&format!("open {target}")));
     drop(events);
-    wait_for("its end to be passed on", || host.recorded("streams").contains(&"close /event".to_owned()));
+    wait_for("its end to be passed on", || host.recorded("streams").contains(&format!("close {target}")));
 }
 
 #[test]
 fn one_that_dies_before_it_replies_is_an_error() {
-    let (host, ..) = host();
+    let (host, p, _) = host();
     let reply = host.routed("POST", "/w/p/die-first").send();
     reply.refused(502, "opencode_error");
     assert_eq!(reply.header("x-openwork-error"), Some("opencode_error"));
     // It may have been carried out: it is not sent again.
-    assert_eq!(calls(&host).iter().filter(|call| call["target"] == "/die-first").count(), 1);
+    assert_eq!(calls(&host).iter().filter(|call| call["target"] == passed("/die-first", &p)).count(), 1);
 }
 
 #[test]
@@ -448,7 +466,8 @@ fn a_request_waits_for_the_disposal_of_its_instance() {
     let hold = host.path("fake/hold-disposals");
     fs::write(&hold, "").unwrap();
     host.routed("GET", "/w/p/path").send();
-    wait_for("the disposal to begin", || calls(&host).iter().any(|call| call["target"] == "/instance/dispose"));
+    let is_disposal = |call: &Value| call["target"] == "/instance/dispose" || call["method"] == "DELETE";
+    wait_for("the disposal to begin", || host.requests().iter().any(is_disposal));
     let before = calls(&host).len();
     thread::scope(|scope| {
         let waiting = scope.spawn(|| host.routed("GET", "/w/p/path").send());
@@ -741,16 +760,16 @@ fn credentials_are_taken_in_every_spelling() {
     let credentials = host.credentials();
     let token = credentials.strip_prefix("Basic ").unwrap();
     for scheme in ["basic", "BASIC", "bAsIc"] {
-        let reply = host.http("GET", "/w/p/path").header("Authorization", format!("{scheme} {token}")).send();
+        let reply = host.http("GET", &spelled("/w/p/path")).header("Authorization", format!("{scheme} {token}")).send();
         assert_eq!(reply.json()["directory"], p.to_str().unwrap(), "{scheme}");
     }
     let encoded = token.replace('=', "%3D").replace('+', "%2B").replace('/', "%2F");
     for token in [token, &encoded] {
-        let reply = host.http("GET", &format!("/w/p/path?x=1&auth_token={token}")).send();
+        let reply = host.http("GET", &spelled(&format!("/w/p/path?x=1&auth_token={token}"))).send();
         assert_eq!(reply.json()["directory"], p.to_str().unwrap(), "{token}");
     }
     for query in ["", "?auth_token=", "?auth_token=wrong", "?auth_token=%zz", &format!("?auth_tokens={token}")] {
-        host.http("GET", &format!("/w/p/path{query}")).fails(401, "unauthorized");
+        host.http("GET", &spelled(&format!("/w/p/path{query}"))).fails(401, "unauthorized");
     }
     // The header wins, as with opencode.
     let wrong = host.http("GET", &format!("/w/p/path?auth_token={token}")).header("Authorization", "Basic wrong");
@@ -766,6 +785,7 @@ fn with_ticket(host: &Host, target: &str) -> String {
 
 fn ticket_head(host: &Host, method: &str, target: &str, upgrade: &str) -> String {
     let headers = format!("Connection: Upgrade\r\nUpgrade: {upgrade}\r\nSec-WebSocket-Key: x\r\n");
+    let target = spelled(target);
     format!("{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n{headers}\r\n", host.port())
 }
 

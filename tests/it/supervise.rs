@@ -8,7 +8,9 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, NOBODY, SESSION, Signal, is_alive, is_root, kill, stat_field, until, wait_for, wait_gone};
+use crate::support::{
+    HEALTH, Host, NOBODY, SESSION, Signal, is_alive, is_root, kill, stat_field, until, wait_for, wait_gone,
+};
 
 /// One that supervises this many times faster.
 fn paced(mut host: Host, pace: u32) -> Host {
@@ -29,7 +31,7 @@ fn wait_for_notes(host: &Host, what: &str, count: usize) {
 
 /// The health calls that were answered so far.
 fn health_calls(host: &Host) -> usize {
-    host.requests().iter().filter(|request| request["target"] == "/global/health").count()
+    host.requests().iter().filter(|request| request["target"] == HEALTH).count()
 }
 
 // --- What hangs, and what only looks like it ---

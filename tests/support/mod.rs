@@ -39,6 +39,55 @@ pub use self::processes::{
     kill, poll, sockets, stat_field, until, wait_for, wait_gone,
 };
 
+/// The line of opencode that a test program is about: `it` is about 1.x, and `it2`, from the same source,
+/// about 2.x.
+pub const IS_V2: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"it2");
+
+/// The version of the fake opencode, unless a test says another.
+pub const VERSION: &str = if IS_V2 { "2.3.2" } else { "1.18.33" };
+
+/// The event stream of opencode that has the events of all instances.
+pub const ALL_EVENTS: &str = if IS_V2 { "/api/event" } else { "/global/event" };
+
+/// The event stream of opencode for a client in one directory. 2.x has only one for all.
+pub const EVENTS: &str = if IS_V2 { "/api/event" } else { "/event" };
+
+/// What opencode is asked for its health.
+pub const HEALTH: &str = if IS_V2 { "/api/info" } else { "/global/health" };
+
+/// Where opencode's sessions are made and listed.
+pub const SESSIONS: &str = if IS_V2 { "/api/session" } else { "/session" };
+
+/// A target below `/w/<ws>` as the line of this test program has it: 2.x has its calls below `/api`.
+pub fn spelled(target: &str) -> String {
+    let Some(rest) = target.strip_prefix("/w/").filter(|_| IS_V2) else { return target.to_owned() };
+    let (workspace, call) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    format!("/w/{workspace}{}", spelled_call(call))
+}
+
+/// The same for a call of opencode's itself.
+pub fn spelled_call(call: &str) -> String {
+    match call.strip_prefix("/path") {
+        _ if !IS_V2 || call.starts_with("/api") || matches!(call, "" | "/" | "/?x") => call.to_owned(),
+        Some(query @ "") => format!("{LOADING_CALL}{query}"),
+        Some(query) if query.starts_with('?') => format!("{LOADING_CALL}{query}"),
+        _ => format!("/api{call}"),
+    }
+}
+
+/// What opencode gets of a call that is routed to a directory.
+pub fn passed(call: &str, directory: &Path) -> String {
+    let call = spelled_call(call);
+    if !IS_V2 || !call.starts_with("/api") {
+        return call;
+    }
+    let separator = if call.contains('?') { '&' } else { '?' };
+    format!("{call}{separator}location%5Bdirectory%5D={}", directory.to_str().unwrap().replace('/', "%2F"))
+}
+
+/// A call of opencode's that loads an instance.
+pub const LOADING_CALL: &str = if IS_V2 { "/api/location" } else { "/path" };
+
 pub const STATE: &str = "openwork-orchestrator-state.json";
 pub const AUTH: &str = "openwork-orchestrator-auth.json";
 /// The files there may be in a data directory, but for an earlier log of a daemon that has run for long.
@@ -86,6 +135,7 @@ impl Host {
         host.set("PATH", std::env::var_os("PATH").unwrap());
         host.set("HOME", host.home());
         host.set("FAKE_OPENCODE_DIR", host.path("fake"));
+        host.set("FAKE_VERSION", VERSION);
         host.set("OPENWORK_DATA_DIR", host.data());
         host.set("OPENWORK_OPENCODE_BIN", opencode);
         host.set("OPENWORK_DAEMON_PORT", free_port().to_string());
@@ -313,6 +363,36 @@ impl Host {
         url.strip_prefix("http://").unwrap().parse().expect("an address and a port")
     }
 
+    /// A call to opencode itself that uses the instance of a directory, and loads it.
+    pub fn use_directly(&self, directory: &Path) {
+        let directory = directory.display();
+        let reply = match IS_V2 {
+            false => self.opencode("POST", &format!("/session?directory={directory}")).send(),
+            true => {
+                self.opencode("GET", &format!("/api/location?location[directory]={directory}")).send();
+                let body = serde_json::json!({"location": {"directory": directory.to_string()}});
+                self.opencode("POST", "/api/session").json(body).send()
+            }
+        };
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+
+    /// Has opencode end the event streams of a workspace.
+    pub fn end_streams(&self, workspace: &str) {
+        let target = format!("/w/{workspace}{}", if IS_V2 { "/end-streams" } else { "/instance/dispose" });
+        assert_eq!(self.http("POST", &target).header("Authorization", self.credentials()).send().status, 200);
+    }
+
+    /// A call to opencode itself that disposes the instance of a directory.
+    pub fn dispose_directly(&self, directory: &Path) {
+        let directory = directory.display();
+        let reply = match IS_V2 {
+            false => self.opencode("POST", &format!("/instance/dispose?directory={directory}")).send(),
+            true => self.opencode("DELETE", &format!("/api/debug/location?location[directory]={directory}")).send(),
+        };
+        assert!(matches!(reply.status, 200 | 204), "{reply:?}");
+    }
+
     /// A call to opencode itself, past the daemon, with its credentials.
     pub fn opencode(&self, method: &str, target: &str) -> Http<'_> {
         let request = Request::new(self.opencode_address(), method, target);
@@ -321,7 +401,7 @@ impl Host {
 
     /// A call of OpenCode's through the daemon: `/w/<ws>/…`, with its credentials.
     pub fn routed(&self, method: &str, target: &str) -> Http<'_> {
-        self.http(method, target).header("Authorization", self.credentials())
+        self.http(method, &spelled(target)).header("Authorization", self.credentials())
     }
 
     /// What opencode wants in the `Authorization` header.
@@ -863,10 +943,11 @@ pub fn copy_program(from: &Path, to: &Path) {
 pub fn fake_opencode() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/fake_opencode.rs");
+        let source = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data").join(name);
+        let sources = ["fake_opencode.rs", "fake_opencode2.rs"].map(source);
         let binary = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_opencode");
         let written = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-        let is_built = || written(&binary) > written(&source);
+        let is_built = || sources.iter().all(|source| written(&binary) > written(source));
         if is_built() {
             return binary;
         }
@@ -880,7 +961,7 @@ pub fn fake_opencode() -> &'static Path {
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let status = Command::new(rustc)
             .args(["-O", "--edition", "2021", "-o"])
-            .args([&unfinished, &source])
+            .args([&unfinished, &sources[0]])
             .status()
             .expect("running rustc");
         assert!(status.success(), "the fake opencode does not compile");

@@ -1,17 +1,19 @@
-//! opencode itself: how it is found, started and asked. All that depends on its protocol
-//! (`opencode serve` 1.x) is here, so that another can stand beside it.
+//! opencode itself: how it is found, started and asked. What both lines of it share is here: process,
+//! endpoint, proof. Where they differ, [`v1`] and [`v2`] have the same functions; the rest of the
+//! daemon asks an [`Endpoint`] and knows no line.
 //!
 //! Invariant: credentials are written only to a connection that is opencode's own. The supervisor
 //! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
 //! connection is proven to lead to that socket (`agent`).
 
-use std::fs::{self, Metadata};
+mod v1;
+mod v2;
+
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,27 +23,16 @@ use ureq::{Agent, Body};
 
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
-use crate::framing::{is_json, percent_decode, percent_encode};
+use crate::framing::{basic, is_json, percent_decode, percent_encode};
+use crate::line::{Line, V2_USERNAME, parse_version};
 use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
-use crate::state::{Auth, BinaryRecord, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
+use crate::state::{Auth, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
 use crate::system::process::Process;
 use crate::system::{limits, signals};
 use crate::wire::from_json;
 
 /// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.
 const ANSWER_LIMIT: u64 = 8 * 1024 * 1024;
-
-/// What the supervisor has to know of a line of opencode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Manners {
-    /// Whether one call disposes all instances in good order before TERM.
-    pub disposes: bool,
-    /// When KILL follows the first TERM.
-    pub kill_after: Duration,
-}
-
-/// opencode 1.x: what it disposes is disposed before TERM, so that little is left for it to do then.
-pub const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
 
 /// A running opencode that can be asked.
 #[derive(Clone)]
@@ -50,8 +41,10 @@ pub struct Endpoint {
     pub listener: Listener,
     /// Counts the processes of this daemon.
     pub generation: u64,
+    /// Which protocol it speaks.
+    pub line: Line,
     /// The value of the `Authorization` header.
-    authorization: Arc<str>,
+    pub authorization: Arc<str>,
     agent: Agent,
 }
 
@@ -78,9 +71,9 @@ impl From<CallError> for Error {
 
 impl Endpoint {
     /// opencode at a listener, which takes these credentials.
-    pub fn new(listener: Listener, generation: u64, authorization: Arc<str>) -> Endpoint {
-        let agent = listener.agent();
-        Endpoint { listener, generation, authorization, agent }
+    pub fn new(listener: Listener, generation: u64, line: Line, credentials: &Credentials) -> Endpoint {
+        let (agent, authorization) = (listener.agent(), credentials.of(line).clone());
+        Endpoint { listener, generation, line, authorization, agent }
     }
 
     /// A proven connection, for a request that is routed.
@@ -100,20 +93,23 @@ impl Endpoint {
         }
     }
 
-    /// Sends a request without a body; the reply with its head read.
+    /// Sends a request; the reply with its head read.
     fn send(
         &self,
-        method: &str,
-        target: &str,
+        (method, target): (&str, &str),
         directory: Option<&Path>,
+        body: Option<&[u8]>,
         limit: Limit,
-    ) -> std::result::Result<Response<Body>, CallError> {
+    ) -> CallResult<Response<Body>> {
         let encoded = directory.map(|directory| percent_encode(directory.as_os_str().as_encoded_bytes()));
         let mut headers = vec![("Authorization", &*self.authorization)];
         if let Some(directory) = &encoded {
             headers.push((DIRECTORY_HEADER, directory));
         }
-        let body = (method != "GET").then_some(&[][..]);
+        if body.is_some() {
+            headers.push(("Content-Type", "application/json"));
+        }
+        let body = body.or((method != "GET").then_some(&[][..]));
         agent::call(&self.agent, self.listener.address, (method, target), &headers, body, limit)
             .map_err(|e| self.failed(e))
     }
@@ -124,98 +120,248 @@ impl Endpoint {
             e if agent::is_timeout(&e) => CallError::TimedOut,
             ureq::Error::Io(e) => self.unreachable(&e),
             // Not HTTP, cut short, or beyond the limits.
-            e => CallError::Failed(Error::OpencodeFault(format!("invalid response: {e}"))),
+            e => fault(&format!("invalid response: {e}")),
         }
     }
 
-    /// Sends a request and reads its JSON answer.
-    fn ask(
+    /// Sends a request and reads the reply whole; one that refuses the credentials is an error.
+    fn request(
         &self,
-        method: &str,
-        target: &str,
+        request: (&str, &str),
         directory: Option<&Path>,
+        body: Option<&[u8]>,
         deadline: Instant,
-    ) -> std::result::Result<Value, CallError> {
-        let mut response = self.send(method, target, directory, Limit::Whole(deadline))?;
+    ) -> CallResult<Reply> {
+        let mut response = self.send(request, directory, body, Limit::Whole(deadline))?;
         let status = response.status().as_u16();
         let content_type = response.headers().get("content-type").and_then(|value| value.to_str().ok());
         let is_json = content_type.is_some_and(is_json);
         let body = response.body_mut().with_config().limit(ANSWER_LIMIT).read_to_vec();
         let body = body.map_err(|e| self.failed(e))?;
-        if status == 401 {
-            return Err(CallError::Failed(Error::OpencodeAuthFailed(self.listener.address.port())));
+        match status {
+            401 => Err(CallError::Failed(Error::OpencodeAuthFailed(self.listener.address.port()))),
+            status => Ok(Reply { status, is_json, body }),
         }
-        let unexpected = |what: String| CallError::Failed(Error::OpencodeFault(format!("{method} {target}: {what}")));
-        if status != 200 {
-            let start: String = String::from_utf8_lossy(&body).chars().take(300).collect();
-            return Err(unexpected(format!("status {status}: {}", start.trim())));
-        }
-        // opencode answers an unknown route with 200 and a web page.
-        if !is_json {
-            return Err(unexpected("the answer is not JSON".to_owned()));
-        }
-        from_json(&body).map_err(|e| unexpected(format!("the answer is not JSON: {e}")))
     }
 
-    /// `GET /global/event`: server-sent events of all instances, for as long as the connection lives.
-    pub fn events(&self, deadline: Instant) -> std::result::Result<impl Read + use<>, CallError> {
-        let response = self.send("GET", "/global/event", None, Limit::Head(deadline))?;
+    /// Sends a request and reads its JSON answer.
+    fn ask(&self, method: &str, target: &str, directory: Option<&Path>, deadline: Instant) -> CallResult<Value> {
+        self.request((method, target), directory, None, deadline)?.json((method, target))
+    }
+
+    /// The server-sent events of all instances, for as long as the connection lives.
+    pub fn events(&self, deadline: Instant) -> CallResult<impl Read + use<>> {
+        let target = match self.line {
+            Line::V1 => v1::EVENTS,
+            Line::V2 => v2::EVENTS,
+        };
+        let response = self.send(("GET", target), None, None, Limit::Head(deadline))?;
         match response.status().as_u16() {
             200 => Ok(response.into_body().into_reader()),
-            status => Err(CallError::Failed(Error::OpencodeFault(format!("GET /global/event: status {status}")))),
+            status => Err(fault(&format!("GET {target}: status {status}"))),
         }
     }
 
-    /// `GET /global/health`: its version.
-    pub fn health(&self, deadline: Instant) -> std::result::Result<String, CallError> {
-        let answer = self.ask("GET", "/global/health", None, deadline)?;
-        match (&answer["healthy"], &answer["version"]) {
-            (Value::Bool(true), Value::String(version)) => Ok(version.clone()),
-            _ => Err(CallError::Failed(Error::OpencodeFault("it says that it is not healthy".to_owned()))),
+    /// What an event says of an instance; `None` when it is about none, or none that is understood.
+    pub fn understand(&self, event: &[u8]) -> Option<Told> {
+        match self.line {
+            Line::V1 => v1::understand(event),
+            Line::V2 => v2::understand(event),
         }
     }
 
-    /// `GET /path`: the directories of an instance, which is created if it was not there.
-    pub fn path(&self, directory: &Path, deadline: Instant) -> std::result::Result<Map<String, Value>, CallError> {
-        match self.ask("GET", "/path", Some(directory), deadline)? {
-            Value::Object(path) if path.get("directory").is_some_and(Value::is_string) => Ok(path),
-            _ => Err(CallError::Failed(Error::OpencodeFault("GET /path: no directory in the answer".to_owned()))),
+    /// The version, once it is ready to be asked.
+    ///
+    /// # Errors
+    /// [`Error::OpencodeUnsupported`] for a 2.x that is too old.
+    pub fn health(&self, deadline: Instant) -> CallResult<String> {
+        match self.line {
+            Line::V1 => v1::health(self, deadline),
+            Line::V2 => v2::health(self, deadline),
         }
     }
 
-    /// `GET /session/status`: the ids of the sessions that are running in an instance. Loads the
-    /// instance.
-    pub fn running_sessions(&self, directory: &Path, deadline: Instant) -> std::result::Result<Vec<String>, CallError> {
-        match self.ask("GET", "/session/status", Some(directory), deadline)? {
-            Value::Object(sessions) => {
-                let is_idle = |status: &Value| status.get("type").and_then(Value::as_str) == Some("idle");
-                Ok(sessions.into_iter().filter(|(_, status)| !is_idle(status)).map(|(id, _)| id).collect())
-            }
-            _ => Err(CallError::Failed(Error::OpencodeFault("GET /session/status: not an object".to_owned()))),
+    /// The directories of an instance, `directory` among them. Loads the instance.
+    pub fn path(&self, directory: &Path, deadline: Instant) -> CallResult<Map<String, Value>> {
+        match self.line {
+            Line::V1 => v1::path(self, directory, deadline),
+            Line::V2 => v2::path(self, directory, deadline),
         }
     }
 
-    /// `GET /session/:id`: the title of a session; none when it has none. Loads the instance.
-    pub fn session_title(
-        &self,
-        directory: &Path,
-        id: &str,
-        deadline: Instant,
-    ) -> std::result::Result<Option<String>, CallError> {
-        let target = format!("/session/{}", percent_encode(id.as_bytes()));
-        let session = self.ask("GET", &target, Some(directory), deadline)?;
-        Ok(session.get("title").and_then(Value::as_str).filter(|title| !title.is_empty()).map(str::to_owned))
+    /// The directories whose instances are loaded; `None` where opencode has no list of them.
+    pub fn loaded(&self, deadline: Instant) -> CallResult<Option<Vec<String>>> {
+        match self.line {
+            Line::V1 => Ok(None),
+            Line::V2 => v2::loaded(self, deadline).map(Some),
+        }
     }
 
-    /// `POST /instance/dispose`. Loads the instance first if it was not loaded.
-    pub fn dispose(&self, directory: &Path, deadline: Instant) -> std::result::Result<(), CallError> {
-        self.ask("POST", "/instance/dispose", Some(directory), deadline).map(|_| ())
+    /// The sessions that are running.
+    pub fn running(&self, directory: &Path, deadline: Instant) -> CallResult<Running> {
+        match self.line {
+            Line::V1 => v1::running_sessions(self, directory, deadline).map(Running::Here),
+            Line::V2 => v2::active_sessions(self, deadline).map(Running::Anywhere),
+        }
     }
 
-    /// `POST /global/dispose`: ends every instance with its children, orderly.
-    pub fn dispose_all(&self, deadline: Instant) -> std::result::Result<(), CallError> {
-        self.ask("POST", "/global/dispose", None, deadline).map(|_| ())
+    /// The directory of a session, where opencode says so without loading anything; `None` when there is
+    /// no such session.
+    pub fn session_directory(&self, id: &str, deadline: Instant) -> CallResult<Option<String>> {
+        match self.line {
+            Line::V1 => Ok(None),
+            Line::V2 => v2::session_directory(self, id, deadline),
+        }
     }
+
+    /// The title of a session in this directory, whose instance is loaded; none when it has none.
+    pub fn session_title(&self, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<String>> {
+        match self.line {
+            Line::V1 => v1::session_title(self, directory, id, deadline),
+            Line::V2 => v2::session_title(self, id, deadline),
+        }
+    }
+
+    /// Ends the running turns of these sessions, where that has to come before a disposal.
+    pub fn interrupt(&self, sessions: &[String], deadline: Instant) -> CallResult<()> {
+        match self.line {
+            // A disposal ends them, in good order.
+            Line::V1 => Ok(()),
+            Line::V2 => sessions.iter().try_for_each(|id| v2::interrupt(self, id, deadline)),
+        }
+    }
+
+    /// Disposes an instance that is loaded; 1.x loads it first if it is not.
+    pub fn dispose(&self, directory: &Path, deadline: Instant) -> CallResult<()> {
+        match self.line {
+            Line::V1 => v1::dispose(self, directory, deadline),
+            Line::V2 => v2::dispose(self, directory, deadline),
+        }
+    }
+
+    /// How long a disposal may take.
+    pub fn dispose_limit(&self) -> Duration {
+        match self.line {
+            Line::V1 => v1::DISPOSE_LIMIT,
+            Line::V2 => v2::DISPOSE_LIMIT,
+        }
+    }
+
+    /// Ends every instance with its children in good order, where that is a call of its own.
+    pub fn dispose_all(&self, deadline: Instant) -> CallResult<()> {
+        match self.line {
+            Line::V1 => v1::dispose_all(self, deadline),
+            // TERM does.
+            Line::V2 => Ok(()),
+        }
+    }
+}
+
+/// What the supervisor has to know of a line of opencode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manners {
+    /// Whether one call disposes all instances in good order before TERM.
+    pub disposes: bool,
+    /// When KILL follows the first TERM.
+    pub kill_after: Duration,
+}
+
+/// How a line of opencode behaves.
+pub fn manners(line: Line) -> Manners {
+    match line {
+        Line::V1 => v1::MANNERS,
+        Line::V2 => v2::MANNERS,
+    }
+}
+
+/// Whether an exit status is that of a good end at TERM or INT, which others may have sent.
+pub fn is_good_end(line: Line, status: ExitStatus) -> bool {
+    status.code()
+        == Some(match line {
+            Line::V1 => v1::GOOD_END,
+            Line::V2 => v2::GOOD_END,
+        })
+}
+
+/// What a call to opencode brings.
+pub type CallResult<T> = std::result::Result<T, CallError>;
+
+/// A reply of opencode, read whole.
+struct Reply {
+    status: u16,
+    is_json: bool,
+    body: Vec<u8>,
+}
+
+impl Reply {
+    /// Its JSON, when it has succeeded.
+    fn json(&self, request: (&str, &str)) -> CallResult<Value> {
+        self.success(request)?;
+        let unexpected = |why: &str| self.unexpected(request, why);
+        // opencode answers an unknown route with 200 and a web page.
+        if self.status != 200 || !self.is_json {
+            return Err(unexpected("the answer is not JSON"));
+        }
+        from_json(&self.body).map_err(|e| unexpected(&format!("the answer is not JSON: {e}")))
+    }
+
+    /// Requires that it has succeeded.
+    fn success(&self, request: (&str, &str)) -> CallResult<()> {
+        if matches!(self.status, 200 | 204) {
+            return Ok(());
+        }
+        let start: String = String::from_utf8_lossy(&self.body).chars().take(300).collect();
+        Err(self.unexpected(request, &format!("status {}: {}", self.status, start.trim())))
+    }
+
+    fn unexpected(&self, (method, target): (&str, &str), what: &str) -> CallError {
+        fault(&format!("{method} {target}: {what}"))
+    }
+}
+
+/// An answer that is not what opencode answers.
+fn fault(why: &str) -> CallError {
+    CallError::Failed(Error::OpencodeFault(why.to_owned()))
+}
+
+/// The sessions that are running.
+#[derive(Debug)]
+pub enum Running {
+    /// These, in the instance that was asked about.
+    Here(Vec<String>),
+    /// These, in any instance.
+    Anywhere(Vec<String>),
+}
+
+/// What an event of opencode says of an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sign {
+    /// It does something by itself.
+    Alive,
+    /// Somebody uses it.
+    Used,
+    /// It has been disposed.
+    Disposed,
+}
+
+/// Which instance an event is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// That of this directory.
+    Directory(String),
+    /// That of the directory of this session.
+    Session(String),
+}
+
+/// An event of opencode, as far as instances are concerned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// What it says.
+    pub sign: Sign,
+    /// Of which instance.
+    pub place: Place,
+    /// A session that is in this directory from now on.
+    pub session: Option<String>,
 }
 
 /// The query parameter by which web pages give credentials where they can set no header: the part
@@ -236,36 +382,61 @@ pub fn chooses_place(parameter: &[u8]) -> bool {
     [&b"directory"[..], b"workspace", b"location"].iter().any(|place| name.eq_ignore_ascii_case(place))
 }
 
+/// What a request is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// The instance that the request chooses, which is loaded.
+    Instance,
+    /// A session to be created in the directory that the body names, or in the chosen one.
+    Creation,
+    /// A session, wherever it is; whether the call loads the instance there.
+    Session { id: String, loads: bool },
+    /// The whole process, or nothing of opencode's.
+    Process,
+}
+
+/// What a request is about.
+pub fn subject(line: Line, method: &str, path: &str) -> Subject {
+    match line {
+        Line::V1 => v1::subject(path),
+        Line::V2 => v2::subject(method, path),
+    }
+}
+
+/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
+/// a filter of a list.
+pub fn directory_filter(line: Line, path: &str, directory: &Path) -> Option<String> {
+    match line {
+        Line::V1 => v1::directory_filter(path, directory),
+        Line::V2 => v2::directory_filter(path, directory),
+    }
+}
+
+/// The parameter that chooses the instance, beside [`DIRECTORY_HEADER`].
+pub fn place_parameter(line: Line, path: &str, directory: &Path) -> Option<String> {
+    match line {
+        Line::V1 => None,
+        Line::V2 => v2::place_parameter(path, directory),
+    }
+}
+
+/// The body of a [`Subject::Creation`], put into this directory whatever it says.
+///
+/// # Errors
+/// `bad_request` when it is not a JSON object.
+pub fn relocate(body: &[u8], directory: &str) -> Result<Vec<u8>> {
+    v2::relocate(body, directory)
+}
+
+/// The parameter by which a request chooses the instance for itself, in 2.x.
+pub const PLACE_PARAMETER: &[u8] = b"location[directory]";
+
 /// The segments of a path as opencode's router compares them: without empty ones, percent-decoded, in
 /// lower case, up to a `;` or `#` (find-my-way 9, with the options that opencode gives it).
 fn segments(path: &str) -> Vec<Vec<u8>> {
     let path = path.split([';', '#']).next().unwrap_or_default();
     let segments = path.split('/').filter(|segment| !segment.is_empty());
     segments.map(|segment| percent_decode(segment).unwrap_or_else(|| segment.into()).to_ascii_lowercase()).collect()
-}
-
-/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
-/// a filter: it limits the list of sessions to those of that directory, which the header does not.
-/// opencode decodes the value once more than usual, except for the 2.x protocol (`/api`).
-pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
-    let once = percent_encode(directory.as_os_str().as_encoded_bytes());
-    let segments = segments(path);
-    let value = match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
-        [b"session"] | [b"experimental", b"session"] => percent_encode(once.as_bytes()),
-        [b"api", b"session"] => once,
-        _ => return None,
-    };
-    Some(format!("directory={value}"))
-}
-
-/// Whether a call to this path loads the instance: all do but those about no instance, and those of
-/// the 2.x protocol (`/api`), which has instances of its own.
-pub fn loads_instance(path: &str) -> bool {
-    let segments = segments(path);
-    match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
-        [b"global" | b"auth" | b"api", _, ..] | [b"doc"] => false,
-        [..] => true,
-    }
 }
 
 /// Whether a call may have a ticket in its query for credentials: a terminal's WebSocket, opened by a
@@ -335,22 +506,6 @@ pub fn is_free(address: SocketAddrV4) -> bool {
     TcpListener::bind(address).is_ok()
 }
 
-/// What is remembered of a binary, its version still to be asked.
-pub fn record(path: &Path, metadata: &Metadata) -> BinaryRecord {
-    let time = |seconds: i64, nanoseconds: i64| Some(format!("{seconds}.{nanoseconds:09}"));
-    BinaryRecord {
-        path: path.to_string_lossy().into_owned(),
-        actual_version: None,
-        source: Some("external".to_owned()),
-        size: Some(metadata.len()),
-        modified: time(metadata.mtime(), metadata.mtime_nsec()),
-        resolved: fs::canonicalize(path).ok().map(|path| path.to_string_lossy().into_owned()),
-        inode: Some(metadata.ino()),
-        changed: time(metadata.ctime(), metadata.ctime_nsec()),
-        extra: Map::new(),
-    }
-}
-
 /// The command that asks a binary for its version.
 pub fn version_command(binary: &Path, cwd: &Path) -> Command {
     let mut command = Command::new(binary);
@@ -367,15 +522,37 @@ pub fn version_command(binary: &Path, cwd: &Path) -> Command {
 /// Reads what `--version` prints.
 ///
 /// # Errors
-/// `opencode_unsupported` for another major version than 1: 2.x speaks another protocol.
-pub fn check_version(binary: &Path, output: &str) -> Result<String> {
-    let version = output.trim().trim_start_matches('v');
-    let plausible = version.len() <= 100 && !version.contains(char::is_control);
-    if plausible && version.split('.').next() == Some("1") {
-        return Ok(version.to_owned());
+/// `opencode_unsupported` for another major version than 1 and 2, and for previews of 2.x.
+pub fn check_version(binary: &Path, output: &str) -> Result<(String, Line)> {
+    let version = parse_version(output);
+    if let Some((version, line)) = version.and_then(|version| Some((version.to_owned(), Line::of(version)?))) {
+        return Ok((version, line));
     }
-    let version = version.lines().next().unwrap_or_default().chars().take(100).collect();
+    let version = output.trim().lines().next().unwrap_or_default().chars().take(100).collect();
     Err(Error::OpencodeUnsupported { path: binary.to_owned(), version })
+}
+
+/// The credentials that opencode wants, as values of the `Authorization` header.
+#[derive(Clone)]
+pub struct Credentials {
+    v1: Arc<str>,
+    v2: Arc<str>,
+}
+
+impl Credentials {
+    /// Those of the auth file. The user name is 1.x's.
+    pub fn new(auth: &Auth) -> Credentials {
+        let value = |user: &str| basic(user, &auth.opencode_password).into();
+        Credentials { v1: value(&auth.opencode_username), v2: value(V2_USERNAME) }
+    }
+
+    /// Those of a line.
+    pub fn of(&self, line: Line) -> &Arc<str> {
+        match line {
+            Line::V1 => &self.v1,
+            Line::V2 => &self.v2,
+        }
+    }
 }
 
 /// The command that starts opencode: this program, which waits for [`Launch::go`] and then
@@ -385,7 +562,7 @@ pub fn check_version(binary: &Path, output: &str) -> Result<String> {
 /// daemon killed at the wrong moment leaves an opencode that the next one does not know, and
 /// starts a second over the same HOME. If the daemon dies first, the pipe closes and nothing
 /// has been started.
-pub fn launch_command(binary: &Path, address: SocketAddrV4, auth: &Auth) -> Command {
+pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &Auth) -> Command {
     // Not current_exe(): that is a path, which after an upgrade is another program's or nobody's.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -394,13 +571,15 @@ pub fn launch_command(binary: &Path, address: SocketAddrV4, auth: &Auth) -> Comm
         .arg(limits::descriptor_limit_before().map_or_else(String::new, |limit| limit.to_string()))
         .arg(binary)
         .args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()])
-        .env("OPENCODE_SERVER_USERNAME", &auth.opencode_username)
-        .env("OPENCODE_SERVER_PASSWORD", &auth.opencode_password)
         .stdin(Stdio::piped());
     let ours = std::env::var(ALLOCATOR_MARK).unwrap_or_default();
     for name in ours.split(',').chain(NOT_PASSED_ON).chain(ABOUT_ONE_REPOSITORY).filter(|name| !name.is_empty()) {
         command.env_remove(name);
     }
+    command.envs(match line {
+        Line::V1 => v1::credentials(auth),
+        Line::V2 => v2::credentials(auth),
+    });
     command
 }
 
@@ -475,18 +654,21 @@ mod tests {
     fn a_path_is_routed_as_opencode_routes_it() {
         let directory = Path::new("/p");
         for path in ["/session", "/session/", "//session", "/%73ession", "/SESSION", "/session;x", "/session#x"] {
-            assert_eq!(directory_filter(path, directory).as_deref(), Some("directory=%252Fp"), "{path}");
+            assert_eq!(directory_filter(Line::V1, path, directory).as_deref(), Some("directory=%252Fp"), "{path}");
+            assert_eq!(directory_filter(Line::V2, path, directory), None, "{path}");
         }
-        assert_eq!(directory_filter("/api/session/", directory).as_deref(), Some("directory=%2Fp"));
+        for line in [Line::V1, Line::V2] {
+            assert_eq!(directory_filter(line, "/api/session/", directory).as_deref(), Some("directory=%2Fp"));
+        }
         for path in ["/session/x", "/sessions", "/%2Fsession", "/session%2F", "/", "/x/session"] {
-            assert_eq!(directory_filter(path, directory), None, "{path}");
+            assert_eq!(directory_filter(Line::V1, path, directory), None, "{path}");
         }
         for path in ["/global/health", "//global//event/", "/Global/health", "/auth/x", "/api/session", "/doc", "/doc/"]
         {
-            assert!(!loads_instance(path), "{path}");
+            assert_eq!(subject(Line::V1, "GET", path), Subject::Process, "{path}");
         }
         for path in ["/path", "/", "/doc/x", "/globals/x", "/x/global/y"] {
-            assert!(loads_instance(path), "{path}");
+            assert_eq!(subject(Line::V1, "GET", path), Subject::Instance, "{path}");
         }
     }
 

@@ -28,6 +28,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::fence::{Fence, Fences};
+pub use crate::daemon::engine::Sign;
 
 /// Evictions under way at once: enough that one slow language server does not hold up the others,
 /// few enough that a hundred instances that fall due together do not flood opencode.
@@ -71,17 +72,6 @@ pub enum Turn {
     Fenced,
 }
 
-/// What opencode tells of an instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sign {
-    /// It does something by itself, so it is there.
-    Alive,
-    /// Somebody uses it.
-    Used,
-    /// It has been disposed.
-    Disposed,
-}
-
 /// What is to be done next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -112,7 +102,6 @@ pub enum Outcome {
     /// A session is running: that is use.
     Busy,
     /// The instance was not loaded after all.
-    #[allow(dead_code, reason = "only opencode 2.x can say so without loading it")]
     Absent,
     /// opencode could not be asked, or refused.
     Failed,
@@ -221,6 +210,9 @@ pub struct Account {
     /// Disposals of our own and when they began: opencode tells of them too, perhaps only when the
     /// instance is loaded again.
     own_disposals: Vec<(String, Instant)>,
+    /// When a disposal of our own was last over, by directory: a list that was asked for before does not
+    /// know of it.
+    disposed: HashMap<String, Instant>,
     /// Directories evicted lately: when, and how often their idle time was doubled by then.
     evicted: HashMap<String, (Instant, u32)>,
     fences: Fences,
@@ -237,6 +229,7 @@ impl Account {
             end: None,
             instances: HashMap::new(),
             own_disposals: Vec::new(),
+            disposed: HashMap::new(),
             evicted: HashMap::new(),
             fences,
             revision: 0,
@@ -305,6 +298,7 @@ impl Account {
     /// Nothing is loaded any more; requests and disposals under way stay in the account.
     fn clear(&mut self, now: Instant) {
         self.own_disposals.clear();
+        self.disposed.clear();
         self.evicted.clear();
         self.instances.retain(|_, instance| {
             let Instance { streams, held, evicting, ours, used, .. } = *instance;
@@ -500,7 +494,6 @@ impl Account {
     }
 
     /// opencode's own list of what it has loaded, asked for at `asked`; for an opencode that has one.
-    #[allow(dead_code, reason = "opencode 1.x has no such list, 2.x has")]
     pub fn listed(
         &mut self,
         generation: u64,
@@ -512,8 +505,14 @@ impl Account {
         if generation != self.generation || self.is_over() {
             return;
         }
+        let is_settled = |account: &Account, directory: &str| {
+            let is_held = account.instances.get(directory).is_some_and(|instance| instance.held > 0);
+            !is_held && account.disposed.get(directory).is_none_or(|at| *at <= asked)
+        };
         for directory in directories {
-            self.found(directory, || ours(directory), now);
+            if is_settled(self, directory) {
+                self.found(directory, || ours(directory), now);
+            }
         }
         // What was first told after the question may not be in the answer.
         let told_before = |load: Load| !matches!(load, Load::Told(at) if at > asked);
@@ -539,12 +538,14 @@ impl Account {
     }
 
     /// A disposal of our own is over.
-    pub fn disposed(&mut self, generation: u64, directory: &str, since: Instant, done: bool) {
+    pub fn disposed(&mut self, generation: u64, directory: &str, since: Instant, done: bool, now: Instant) {
         if let Some(instance) = self.instances.get_mut(directory) {
             instance.held = instance.held.saturating_sub(1);
         }
         if done && generation == self.generation && !self.is_over() {
             self.gone(directory, since);
+            self.disposed.retain(|_, at| now.duration_since(*at) < TOLD_WITHIN);
+            self.disposed.insert(directory.to_owned(), now);
         }
         self.forget_unused(directory);
     }

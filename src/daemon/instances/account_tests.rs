@@ -89,7 +89,7 @@ impl Story {
     /// Carries an eviction out.
     fn evict(&mut self, eviction: &Eviction) {
         let since = self.account.dispose(&eviction.directory, self.now);
-        self.account.disposed(eviction.generation, &eviction.directory, since, true);
+        self.account.disposed(eviction.generation, &eviction.directory, since, true, self.now);
         self.account.evicted(eviction, Outcome::Disposed, self.now);
     }
 
@@ -183,7 +183,7 @@ fn a_request_waits_for_a_disposal_under_way() {
     assert_eq!(story.account.enter(A, story.now), Entry::Wait);
     assert_eq!(story.account.enter(B, story.now), Entry::Entered);
     let since = story.account.dispose(A, story.now);
-    story.account.disposed(1, A, since, true);
+    story.account.disposed(1, A, since, true, story.now);
     assert_eq!(story.account.enter(A, story.now), Entry::Wait);
     story.account.evicted(&eviction, Outcome::Disposed, story.now);
     assert_eq!(story.account.enter(A, story.now), Entry::Entered);
@@ -191,7 +191,7 @@ fn a_request_waits_for_a_disposal_under_way() {
     // A user's disposal is no different.
     let since = story.account.dispose("/c", story.now);
     assert_eq!(story.account.enter("/c", story.now), Entry::Wait);
-    story.account.disposed(1, "/c", since, false);
+    story.account.disposed(1, "/c", since, false, story.now);
     assert_eq!(story.account.enter("/c", story.now), Entry::Entered);
 }
 
@@ -203,7 +203,7 @@ fn a_request_that_did_not_wait_has_loaded_the_instance_again() {
     story.pass(secs(10));
     story.account.enter_anyway(A, story.now);
     assert_eq!(story.send(A), Turn::Go);
-    story.account.disposed(1, A, since, true);
+    story.account.disposed(1, A, since, true, story.now);
     assert!(story.account.is_loaded(A));
     // Nor does the event of that disposal, which comes late, undo the loading.
     story.told(A, Sign::Disposed);
@@ -624,7 +624,7 @@ impl World {
                 self.evicted += 1;
                 let since = self.account.dispose(directory, self.now);
                 self.events.push((directory, Sign::Disposed));
-                self.account.disposed(eviction.generation, directory, since, true);
+                self.account.disposed(eviction.generation, directory, since, true, self.now);
             }
             if outcome == Outcome::Busy {
                 truth.used = Some(self.now);

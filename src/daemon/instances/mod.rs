@@ -2,9 +2,11 @@
 //! and the fences around workspaces whose loading ends opencode.
 //!
 //! opencode 1.x keeps every instance for ever, has no list of them, and loads one by being asked
-//! about it. Hence the [`Account`] of what is routed, and of what `/global/event` tells of clients
+//! about it. Hence the [`Account`] of what is routed, and of what opencode's events tell of clients
 //! that call opencode directly. It is written into the state file (behind), for the daemon that
-//! adopts this opencode. The account decides; this module has its lock, its clock and its threads.
+//! adopts this opencode. opencode 2.x has a list: whenever its events hint at something that the
+//! account does not know, and before each disposal, it is asked for. The account decides; this module
+//! has its lock, its clock and its threads.
 //!
 //! Invariant: the lock is never held over I/O.
 
@@ -12,30 +14,34 @@ pub(super) mod account;
 pub(super) mod fence;
 
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
-
 pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
-use super::engine::{CallError, Endpoint};
+use super::engine::{CallError, CallResult, Endpoint, Place, Running, Told};
 use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
+use crate::line::Line;
 use crate::log::now_ms;
 use crate::state::{FenceRecord, State, Store};
-use crate::wire::from_json;
 use crate::workspace::Workspace;
 
-/// How long an eviction may take before it is given up, to be tried again later.
-const EVICTION_LIMIT: Duration = Duration::from_secs(10);
-/// How long a request waits for a disposal under way, which mostly takes some milliseconds.
-const PATIENCE: Duration = EVICTION_LIMIT;
+/// How long a request waits for a disposal under way, which mostly takes some milliseconds: as long as
+/// one may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long opencode may take to say what it has loaded and what runs: it reads a table in memory.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+/// The pause between a hint and the question that it causes: some ninety events tell of one boot.
+const LIST_PAUSE: Duration = Duration::from_millis(100);
+/// The most sessions whose directories are remembered; each is some hundred bytes.
+const SESSIONS: usize = 4096;
 /// The pause before events are listened to again, when they ended and opencode did not.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 /// How long the head of the event stream may take.
@@ -55,6 +61,8 @@ pub struct Instances {
     events: &'static Events,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// The directories of sessions. A session stays where it is, whatever process serves it.
+    sessions: Mutex<HashMap<String, String>>,
 }
 
 struct Inner {
@@ -67,6 +75,8 @@ struct Inner {
     version: Option<String>,
     /// When the evicting thread looks next; `None`: when it is woken.
     next_look: Option<Instant>,
+    /// When opencode is asked for its list.
+    list_at: Option<Instant>,
     clock: Clock,
 }
 
@@ -217,8 +227,9 @@ impl Instances {
         }));
         let account = Account::new(idle_ttl, fences);
         let noted = account.revision();
-        let inner = Inner { account, noted, reported: 0, version: None, next_look: None, clock: Clock::now() };
-        Instances { store, events, inner: Mutex::new(inner), changed: Condvar::new() }
+        let inner =
+            Inner { account, noted, reported: 0, version: None, next_look: None, list_at: None, clock: Clock::now() };
+        Instances { store, events, inner: Mutex::new(inner), changed: Condvar::new(), sessions: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -405,10 +416,80 @@ impl Instances {
         let since = self.lock().account.dispose(directory, Instant::now());
         let result = dispose();
         let mut inner = self.lock();
-        inner.account.disposed(generation, directory, since, result.is_ok());
+        inner.account.disposed(generation, directory, since, result.is_ok(), Instant::now());
         self.settle(&mut inner);
         self.changed.notify_all();
         result
+    }
+
+    // --- Questions to opencode ---
+
+    /// The line of opencode, once known.
+    pub fn line(&self) -> Option<Line> {
+        self.lock().version.as_deref().and_then(Line::of)
+    }
+
+    /// Asks opencode for its list of what is loaded, if it has one.
+    ///
+    /// # Errors
+    /// Those of the call.
+    pub fn list(&self, endpoint: &Endpoint, deadline: Instant) -> CallResult<()> {
+        let asked = Instant::now();
+        let Some(directories) = endpoint.loaded(deadline)? else { return Ok(()) };
+        let state = self.store.snapshot();
+        let ours = |directory: &str| is_registered(&state, directory);
+        let mut inner = self.lock();
+        inner.account.listed(endpoint.generation, &directories, asked, ours, Instant::now());
+        self.settle(&mut inner);
+        Ok(())
+    }
+
+    /// The ids of the sessions that are running in an instance. An opencode that has no list of what is
+    /// loaded loads it.
+    ///
+    /// # Errors
+    /// Those of the calls: what cannot be known is no zero.
+    pub fn running(&self, endpoint: &Endpoint, directory: &str, deadline: Instant) -> CallResult<Vec<String>> {
+        match endpoint.running(Path::new(directory), deadline)? {
+            Running::Here(sessions) => Ok(sessions),
+            Running::Anywhere(sessions) => {
+                let mut here = Vec::new();
+                for id in sessions {
+                    if self.session_directory(endpoint, &id, deadline)?.as_deref() == Some(directory) {
+                        here.push(id);
+                    }
+                }
+                Ok(here)
+            }
+        }
+    }
+
+    /// The directory of a session, remembered or asked for; `None` when opencode knows no such session.
+    ///
+    /// # Errors
+    /// Those of the call.
+    pub fn session_directory(&self, endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<String>> {
+        if let Some(directory) = self.sessions().get(id) {
+            return Ok(Some(directory.clone()));
+        }
+        let directory = endpoint.session_directory(id, deadline)?;
+        if let Some(directory) = &directory {
+            self.remember_session(id, directory);
+        }
+        Ok(directory)
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember_session(&self, id: &str, directory: &str) {
+        let mut sessions = self.sessions();
+        // Each can be asked for again.
+        if sessions.len() >= SESSIONS {
+            sessions.clear();
+        }
+        sessions.insert(id.to_owned(), directory.to_owned());
     }
 
     /// Whether an instance is loaded.
@@ -437,7 +518,18 @@ impl Instances {
     pub fn evict(&'static self, supervisor: &'static Handle) {
         let mut inner = self.lock();
         loop {
-            match inner.account.next(Instant::now()) {
+            let now = Instant::now();
+            if inner.list_at.is_some_and(|at| at <= now) {
+                inner.list_at = None;
+                drop(inner);
+                if let Some(endpoint) = supervisor.ready_now() {
+                    // Without an answer, the next hint asks again.
+                    let _ = self.list(&endpoint, now + ASK_LIMIT);
+                }
+                inner = self.lock();
+                continue;
+            }
+            let next = match inner.account.next(now) {
                 Next::Evict(eviction) => {
                     drop(inner);
                     let shared = eviction.clone();
@@ -446,16 +538,16 @@ impl Instances {
                         self.evict_one(supervisor, &eviction);
                     }
                     inner = self.lock();
+                    continue;
                 }
-                Next::At(at) => {
-                    inner.next_look = Some(at);
-                    inner = self.wait(inner, at);
-                }
-                Next::Nothing => {
-                    inner.next_look = None;
-                    inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
+                Next::At(at) => Some(at),
+                Next::Nothing => None,
+            };
+            inner.next_look = next;
+            inner = match [next, inner.list_at].into_iter().flatten().min() {
+                Some(at) => self.wait(inner, at),
+                None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+            };
         }
     }
 
@@ -473,9 +565,14 @@ impl Instances {
         let Some(endpoint) = supervisor.ready_now().filter(|endpoint| endpoint.generation == *generation) else {
             return Outcome::Failed;
         };
-        let (path, deadline) = (Path::new(directory), Instant::now() + EVICTION_LIMIT);
-        match endpoint.running_sessions(path, deadline) {
-            Ok(running) if running.is_empty() => {}
+        let (path, deadline) = (Path::new(directory), Instant::now() + endpoint.dispose_limit());
+        match endpoint.loaded(deadline) {
+            Ok(Some(loaded)) if !loaded.contains(directory) => return Outcome::Absent,
+            Ok(_) => {}
+            Err(_) => return Outcome::Failed,
+        }
+        match self.running(&endpoint, directory, deadline) {
+            Ok(sessions) if sessions.is_empty() => {}
             Ok(_) => return Outcome::Busy,
             Err(_) => return Outcome::Failed,
         }
@@ -506,6 +603,8 @@ impl Instances {
     fn listen_once(&self, supervisor: &Handle, endpoint: &Endpoint) -> io::Result<()> {
         let lost = |e| io::Error::other(crate::error::Error::from(e).to_string());
         let mut reader = BufReader::new(endpoint.events(Instant::now() + LISTEN_LIMIT).map_err(lost)?);
+        // What happened before the stream began is in the list.
+        self.list_soon(&mut self.lock(), endpoint);
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -513,41 +612,47 @@ impl Instances {
                 return Ok(());
             }
             supervisor.heard(endpoint.generation);
-            if let Some(data) = line.strip_prefix(b"data:") {
-                if let Ok(event) = from_json(data) {
-                    self.observe(endpoint.generation, event);
-                }
+            if let Some(told) = line.strip_prefix(b"data:").and_then(|data| endpoint.understand(data)) {
+                self.observe(endpoint, told);
             }
         }
     }
 
-    fn observe(&self, generation: u64, event: EngineEvent) {
-        // Events about no instance have no directory, or "global".
-        let Some(directory) = event.directory.filter(|directory| directory.starts_with('/')) else { return };
-        let kind = event.payload.kind;
-        let sign = match kind.split('.').next().unwrap_or_default() {
-            "server" if kind == "server.instance.disposed" => Sign::Disposed,
-            "server" | "global" => return,
-            // What somebody does; the rest an instance does by itself (watching files, say).
-            "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => Sign::Used,
-            _ => Sign::Alive,
+    fn observe(&self, endpoint: &Endpoint, Told { sign, place, session }: Told) {
+        let directory = match place {
+            Place::Directory(directory) => directory,
+            Place::Session(id) => {
+                let found = self.session_directory(endpoint, &id, Instant::now() + ASK_LIMIT);
+                let Ok(Some(directory)) = found else { return };
+                directory
+            }
         };
+        if let Some(id) = session {
+            self.remember_session(&id, &directory);
+        }
+        let now = Instant::now();
         let ours = || is_registered(&self.store.snapshot(), &directory);
         let mut inner = self.lock();
-        inner.account.told(generation, &directory, sign, ours, Instant::now());
+        match endpoint.line {
+            Line::V1 => inner.account.told(endpoint.generation, &directory, sign, ours, now),
+            // It has a list, and tells of what is not loaded too: of a session that is created, say.
+            Line::V2 => {
+                if sign == Sign::Used {
+                    inner.account.touch(&directory, now);
+                }
+                if (sign == Sign::Disposed) == inner.account.is_loaded(&directory) {
+                    self.list_soon(&mut inner, endpoint);
+                }
+            }
+        }
         self.settle(&mut inner);
     }
-}
 
-/// An event of `GET /global/event`.
-#[derive(Deserialize)]
-struct EngineEvent {
-    directory: Option<String>,
-    payload: Payload,
-}
-
-#[derive(Deserialize)]
-struct Payload {
-    #[serde(rename = "type")]
-    kind: String,
+    /// Has opencode be asked for its list, if it has one.
+    fn list_soon(&self, inner: &mut Inner, endpoint: &Endpoint) {
+        if endpoint.line == Line::V2 && inner.list_at.is_none() {
+            inner.list_at = Some(Instant::now() + LIST_PAUSE);
+            self.changed.notify_all();
+        }
+    }
 }

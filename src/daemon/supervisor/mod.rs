@@ -32,12 +32,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::Builder;
 use std::time::Instant;
 
-use super::engine::Endpoint;
+use super::engine::{Credentials, Endpoint};
 use super::events::{EventKind, Events};
 use super::instances::Instances;
 use crate::agent::Listener;
 use crate::error::{Error, Result};
-use crate::framing::basic;
 use crate::options::EngineOptions;
 use crate::paths::DataDir;
 use crate::state::{Auth, EngineRecord, Store};
@@ -84,7 +83,7 @@ impl Held {
     }
 
     fn target(&self, generation: u64) -> Target {
-        Target { generation, pid: self.record.pid, listener: self.listener(0) }
+        Target { generation, pid: self.record.pid, line: self.record.line(), listener: self.listener(0) }
     }
 }
 
@@ -98,8 +97,8 @@ pub struct Supervisor {
     /// Ends a question for a version.
     stopping: Arc<Flag>,
     data_dir: DataDir,
-    /// The value of the `Authorization` header.
-    authorization: Arc<str>,
+    /// The credentials it wants.
+    credentials: Credentials,
     store: &'static Store,
     instances: &'static Instances,
     events: &'static Events,
@@ -121,14 +120,14 @@ impl Supervisor {
         let stopping = Arc::new(Flag::new().map_err(no_flag)?);
         let watcher = Arc::new(Watcher::new(data_dir.opencode_log()).map_err(no_flag)?);
         let limits = Limits::of_this_daemon();
-        let authorization: Arc<str> = basic(&auth.opencode_username, &auth.opencode_password).into();
+        let credentials = Credentials::new(&auth);
         let ((jobs, for_worker), (looks, for_prober)) = (channel(), channel());
         let messages = || handle.messages.clone();
         let prober = Prober {
             data_dir: data_dir.clone(),
             store,
             instances,
-            authorization: authorization.clone(),
+            credentials: credentials.clone(),
             max_memory: options.max_memory,
             messages: messages(),
         };
@@ -136,7 +135,7 @@ impl Supervisor {
             data_dir: data_dir.clone(),
             options,
             auth,
-            authorization: authorization.clone(),
+            credentials: credentials.clone(),
             store,
             instances,
             grace: limits.sweep,
@@ -156,7 +155,7 @@ impl Supervisor {
             watcher,
             stopping,
             data_dir,
-            authorization,
+            credentials,
             store,
             instances,
             events,
@@ -244,7 +243,7 @@ impl Supervisor {
             let is_known = held.endpoint.as_ref().is_some_and(|known| known.listener.socket == socket);
             if !is_known {
                 let listener = held.listener(socket);
-                held.endpoint = Some(Endpoint::new(listener, generation, self.authorization.clone()));
+                held.endpoint = Some(Endpoint::new(listener, generation, held.record.line(), &self.credentials));
             }
         }
         Probe { answer, cpu, log, heard: self.handle.shared.was_heard(generation), memory }
@@ -279,7 +278,8 @@ impl Supervisor {
             }
             Action::Bury { job, cause } => {
                 let Some(Held { process, record, log_start, .. }) = self.held.take() else { return };
-                let grave = Grave { generation, process, address: record.address(), log_start, cause };
+                let (address, line) = (record.address(), record.line());
+                let grave = Grave { generation, process, address, line, log_start, cause };
                 self.job(Job::Bury { job, grave, client: self.client });
             }
             Action::Release => self.watcher.watch(None),

@@ -2,17 +2,16 @@
 //! is, so that a lack of threads cannot be taken for silence.
 
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use super::handle::{Message, Report};
 use super::policy::{Answer, Memory};
 use crate::agent::Listener;
-use crate::daemon::engine::{CallError, Endpoint};
+use crate::daemon::engine::{CallError, Credentials, Endpoint};
 use crate::daemon::instances::Instances;
 use crate::error::Error;
+use crate::line::Line;
 use crate::log;
 use crate::paths::DataDir;
 use crate::state::Store;
@@ -32,6 +31,8 @@ pub struct Target {
     pub generation: u64,
     /// Its id.
     pub pid: u32,
+    /// Which protocol it speaks.
+    pub line: Line,
     /// Where it is to listen; its socket is still to be found.
     pub listener: Listener,
 }
@@ -54,8 +55,8 @@ pub struct Prober {
     pub store: &'static Store,
     /// Which instances it has loaded.
     pub instances: &'static Instances,
-    /// The value of the `Authorization` header.
-    pub authorization: Arc<str>,
+    /// The credentials it wants.
+    pub credentials: Credentials,
     /// More memory than this, with all that it has started, is too much. Bytes.
     pub max_memory: Option<u64>,
     /// The supervisor.
@@ -81,7 +82,7 @@ impl Prober {
             }
         }
         let (mut memory, mut holder) = (None, None);
-        let (answer, version) = match find(&look.target, &self.authorization) {
+        let (answer, version) = match find(&look.target, &self.credentials) {
             Err(e) => (Answer::NotAsked(Error::Internal(format!("cannot look at opencode: {e}"))), None),
             Ok(None) => (without_listener(&look), None),
             Ok(Some((endpoint, listening))) => {
@@ -115,7 +116,7 @@ impl Prober {
         let loaded = self.store.latest().opencode.as_ref().map(|engine| engine.instances.clone());
         let is_busy = |directory: &String| {
             // What cannot be known is taken for a running session.
-            endpoint.running_sessions(Path::new(directory), deadline).map_or(true, |running| !running.is_empty())
+            self.instances.running(endpoint, directory, deadline).map_or(true, |running| !running.is_empty())
         };
         Some(Memory { exceeds, busy: exceeds && loaded.unwrap_or_default().iter().any(is_busy) })
     }
@@ -125,11 +126,11 @@ impl Prober {
 ///
 /// # Errors
 /// When this process lacks a resource for the look.
-pub fn find(target: &Target, authorization: &Arc<str>) -> io::Result<Option<(Endpoint, Listening)>> {
-    let Target { generation, pid, listener } = target;
+pub fn find(target: &Target, credentials: &Credentials) -> io::Result<Option<(Endpoint, Listening)>> {
+    let Target { generation, pid, line, listener } = target;
     let Some(listening) = socket::listening(*pid, listener.address)? else { return Ok(None) };
     let listener = Listener { socket: listening.inode, ..listener.clone() };
-    Ok(Some((Endpoint::new(listener, *generation, authorization.clone()), listening)))
+    Ok(Some((Endpoint::new(listener, *generation, *line, credentials), listening)))
 }
 
 /// Asks for its health.
@@ -144,7 +145,9 @@ fn ask(look: &Look, endpoint: &Endpoint) -> (Answer, Option<String>) {
             }
         }
         Err(CallError::TimedOut) => Answer::Silent(Error::OpencodeTimeout("did not answer")),
-        Err(CallError::Failed(e @ Error::OpencodeAuthFailed(_))) => Answer::Refused(e),
+        Err(CallError::Failed(e @ (Error::OpencodeAuthFailed(_) | Error::OpencodeUnsupported { .. }))) => {
+            Answer::Refused(e)
+        }
         Err(CallError::Failed(e @ Error::Overloaded(_))) => Answer::NotAsked(e),
         Err(CallError::Failed(e)) => Answer::Silent(e),
     };

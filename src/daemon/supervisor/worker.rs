@@ -18,9 +18,10 @@ use rustix::process::Signal;
 use super::handle::Message;
 use super::policy::{Cause, Checked, End};
 use super::prober::{self, Target};
-use crate::daemon::engine;
+use crate::daemon::engine::{self, Credentials};
 use crate::daemon::instances::{Failure, Instances};
 use crate::error::{Error, Result};
+use crate::line::{Line, migration};
 use crate::log::{self, now_ms};
 use crate::options::EngineOptions;
 use crate::paths::{DataDir, find_opencode};
@@ -57,6 +58,8 @@ pub struct Grave {
     pub process: Process,
     /// Where it listened, or was to.
     pub address: SocketAddrV4,
+    /// Which protocol it spoke.
+    pub line: Line,
     /// Where its output begins in the log. Bytes.
     pub log_start: u64,
     /// Why it has ended.
@@ -71,8 +74,8 @@ pub struct Worker {
     pub options: EngineOptions,
     /// The credentials opencode is started with.
     pub auth: Auth,
-    /// The value of the `Authorization` header.
-    pub authorization: Arc<str>,
+    /// The same, as opencode wants them.
+    pub credentials: Credentials,
     /// Where the process is written down.
     pub store: &'static Store,
     /// Which instances opencode has loaded.
@@ -83,8 +86,8 @@ pub struct Worker {
     pub messages: Sender<Message>,
     /// Raised when the daemon is to stop: ends the question for a version.
     pub stopping: Arc<Flag>,
-    /// The binary found last.
-    pub binary: Option<PathBuf>,
+    /// The binary found last, and its version.
+    pub binary: Option<(PathBuf, String, Line)>,
 }
 
 impl Worker {
@@ -96,7 +99,7 @@ impl Worker {
                 Job::Version { job, limit } => Message::Version { job, result: self.version(limit) },
                 Job::Launch { job } => Message::Launched { job, result: self.launch() },
                 Job::Dispose { job, target, deadline } => {
-                    if let Ok(Some((endpoint, _))) = prober::find(&target, &self.authorization) {
+                    if let Ok(Some((endpoint, _))) = prober::find(&target, &self.credentials) {
                         let _ = endpoint.dispose_all(deadline);
                     }
                     Message::Disposed { job }
@@ -117,29 +120,35 @@ impl Worker {
         };
         crate::log!("found opencode (pid {}) of an earlier daemon", record.pid);
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
-        Some((process, record, Checked { manners: engine::MANNERS, age }))
+        let manners = engine::manners(record.line());
+        Some((process, record, Checked { manners, age }))
     }
 
     /// Finds the binary and asks for its version, unless that is remembered.
     fn version(&mut self, limit: Duration) -> Result<(String, Checked)> {
         let (binary, metadata) = find_opencode(self.options.binary.as_deref())?;
-        let mut record = engine::record(&binary, &metadata);
+        let mut record = BinaryRecord::of(&binary, &metadata);
         let known = self.store.snapshot().binaries.as_ref().and_then(|binaries| binaries.opencode.clone());
-        let version = match known.filter(|known| known.is_same_file(&record)).and_then(|known| known.actual_version) {
-            Some(version) => engine::check_version(&binary, &version)?,
-            None => {
-                let version = self.ask_version(&binary, limit)?;
-                record.actual_version = Some(version.clone());
-                self.remember(record);
-                version
-            }
-        };
+        let before = known.as_ref().and_then(|known| Line::of(known.actual_version.as_deref()?));
+        let (version, line) =
+            match known.filter(|known| known.is_same_file(&record)).and_then(|known| known.actual_version) {
+                Some(version) => engine::check_version(&binary, &version)?,
+                None => {
+                    let (version, line) = self.ask_version(&binary, limit)?;
+                    record.actual_version = Some(version.clone());
+                    self.remember(record);
+                    (version, line)
+                }
+            };
+        if let Some(warning) = migration(before, line) {
+            crate::log!("{warning}");
+        }
         self.instances.version_is(&version);
-        self.binary = Some(binary);
-        Ok((version, Checked { manners: engine::MANNERS, age: Duration::ZERO }))
+        self.binary = Some((binary, version.clone(), line));
+        Ok((version, Checked { manners: engine::manners(line), age: Duration::ZERO }))
     }
 
-    fn ask_version(&self, binary: &std::path::Path, limit: Duration) -> Result<String> {
+    fn ask_version(&self, binary: &std::path::Path, limit: Duration) -> Result<(String, Line)> {
         let failed = |why: String| Error::OpencodeStartFailed(format!("{} --version {why}", binary.display()));
         let mut command = engine::version_command(binary, &self.data_dir.opencode_cwd());
         let spawned = Process::spawn(&mut command, &random_hex::<16>()?);
@@ -173,13 +182,14 @@ impl Worker {
 
     /// Starts the process: it is written down before it can do anything.
     fn launch(&self) -> Result<(Process, EngineRecord)> {
-        let binary = self.binary.as_deref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))?;
+        let found = self.binary.as_ref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))?;
+        let (binary, version, line) = found;
         let address = engine::choose_address(&self.options, &self.store.snapshot().ports)?;
         let engine_id = random_hex::<16>()?;
         let log_path = self.data_dir.opencode_log();
         let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
         let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
-        let mut command = engine::launch_command(binary, address, &self.auth);
+        let mut command = engine::launch_command(binary, *line, address, &self.auth);
         command.current_dir(self.data_dir.opencode_cwd()).stdout(log).stderr(log_too);
         let failed = |e| Error::OpencodeStartFailed(format!("cannot start {}: {e}", binary.display()));
         let mut process = Process::spawn_leader(&mut command, &engine_id).map_err(|e| spawn_failed(e, failed))?;
@@ -192,6 +202,7 @@ impl Worker {
             engine_id,
             start_ticks,
             boot_id,
+            version: Some(version.clone()),
             instances: Vec::new(),
             strangers: None,
             extra: serde_json::Map::new(),
@@ -215,7 +226,7 @@ impl Worker {
     }
 
     fn bury(&self, grave: Grave, client: Option<u32>) -> End {
-        let Grave { generation, process, address, log_start, cause } = grave;
+        let Grave { generation, process, address, line, log_start, cause } = grave;
         let Identity { pid, engine_id, .. } = process.identity().clone();
         let spared = client.map_or_else(Vec::new, |client| process::ancestors(client, &engine_id));
         let status = process.bury(self.grace, &spared);
@@ -225,7 +236,9 @@ impl Worker {
         let failed = match cause {
             // A hang may well be the doing of a workspace.
             Cause::Failure => true,
-            Cause::Itself => !status.is_some_and(was_sent_a_signal),
+            Cause::Itself => {
+                !status.is_some_and(|status| was_sent_a_signal(status) || engine::is_good_end(line, status))
+            }
             Cause::Wanted => false,
         };
         let failure = failed.then(|| Failure { how: how.clone(), output: output.clone() });

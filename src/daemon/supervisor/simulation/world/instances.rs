@@ -110,7 +110,7 @@ impl World {
                     }
                     self.engines[index].loaded[directory] = false;
                 }
-                self.account.disposed(eviction.generation, &eviction.directory, since, done);
+                self.account.disposed(eviction.generation, &eviction.directory, since, done, self.now);
                 self.account.evicted(&eviction, if done { Evicted::Disposed } else { Evicted::Failed }, self.now);
                 self.look_at_account();
             }

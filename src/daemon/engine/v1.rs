@@ -1,0 +1,129 @@
+//! opencode 1.x: `v2.rs` beside this has the same functions.
+//!
+//! Source of the protocol: the OpenAPI document of 1.18.33 (`GET /doc`), and measurements of it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{CallResult, Endpoint, Manners, Place, Sign, Subject, Told, fault, segments};
+use crate::framing::percent_encode;
+use crate::line::{V1_PASSWORD, V1_USERNAME};
+use crate::state::Auth;
+use crate::wire::from_json;
+
+/// How long a disposal may take: mostly some milliseconds.
+pub const DISPOSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What it disposes is disposed before TERM, so that little is left for it to do then.
+pub const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
+
+/// The exit status of a good end.
+pub const GOOD_END: i32 = 0;
+
+/// The event stream of all instances.
+pub const EVENTS: &str = "/global/event";
+
+/// The credentials in the environment of `opencode serve`.
+pub fn credentials(auth: &Auth) -> [(&'static str, String); 2] {
+    [(V1_USERNAME, auth.opencode_username.clone()), (V1_PASSWORD, auth.opencode_password.clone())]
+}
+
+/// `GET /global/health`: the version.
+pub fn health(endpoint: &Endpoint, deadline: Instant) -> CallResult<String> {
+    let answer = endpoint.ask("GET", "/global/health", None, deadline)?;
+    match (&answer["healthy"], &answer["version"]) {
+        (Value::Bool(true), Value::String(version)) => Ok(version.clone()),
+        _ => Err(fault("opencode reports that it is not healthy")),
+    }
+}
+
+/// `GET /path`: the directories of an instance, which is loaded.
+pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Map<String, Value>> {
+    match endpoint.ask("GET", "/path", Some(directory), deadline)? {
+        Value::Object(path) if path.get("directory").is_some_and(Value::is_string) => Ok(path),
+        _ => Err(fault("GET /path: no directory in the answer")),
+    }
+}
+
+/// `GET /session/status`: the ids of the sessions that are running in an instance, which is loaded.
+pub fn running_sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Vec<String>> {
+    match endpoint.ask("GET", "/session/status", Some(directory), deadline)? {
+        Value::Object(sessions) => {
+            let is_idle = |status: &Value| status.get("type").and_then(Value::as_str) == Some("idle");
+            Ok(sessions.into_iter().filter(|(_, status)| !is_idle(status)).map(|(id, _)| id).collect())
+        }
+        _ => Err(fault("GET /session/status: not an object")),
+    }
+}
+
+/// `GET /session/:id`: the title of a session; none when it has none. Loads the instance.
+pub fn session_title(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<String>> {
+    let target = format!("/session/{}", percent_encode(id.as_bytes()));
+    let session = endpoint.ask("GET", &target, Some(directory), deadline)?;
+    Ok(session["title"].as_str().filter(|title| !title.is_empty()).map(str::to_owned))
+}
+
+/// `POST /instance/dispose`. Loads the instance first if it was not loaded.
+pub fn dispose(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<()> {
+    endpoint.ask("POST", "/instance/dispose", Some(directory), deadline).map(|_| ())
+}
+
+/// `POST /global/dispose`: ends every instance with its children, in good order.
+pub fn dispose_all(endpoint: &Endpoint, deadline: Instant) -> CallResult<()> {
+    endpoint.ask("POST", "/global/dispose", None, deadline).map(|_| ())
+}
+
+/// An event of `GET /global/event`.
+#[derive(Deserialize)]
+struct Event {
+    directory: Option<String>,
+    payload: Payload,
+}
+
+#[derive(Deserialize)]
+struct Payload {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// What an event says of an instance; `None` when it is about none.
+pub fn understand(event: &[u8]) -> Option<Told> {
+    let Event { directory, payload: Payload { kind } } = from_json(event).ok()?;
+    // Events about no instance have no directory, or "global".
+    let directory = directory.filter(|directory| directory.starts_with('/'))?;
+    let sign = match kind.split('.').next().unwrap_or_default() {
+        "server" if kind == "server.instance.disposed" => Sign::Disposed,
+        "server" | "global" => return None,
+        // What somebody does; the rest an instance does by itself (watching files, say).
+        "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => Sign::Used,
+        _ => Sign::Alive,
+    };
+    Some(Told { sign, place: Place::Directory(directory), session: None })
+}
+
+/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
+/// a filter: it limits the list of sessions to those of that directory, which the header does not.
+/// opencode decodes the value once more than usual, except for its early form of the 2.x protocol.
+pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
+    let once = percent_encode(directory.as_os_str().as_encoded_bytes());
+    let segments = segments(path);
+    let value = match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
+        [b"session"] | [b"experimental", b"session"] => percent_encode(once.as_bytes()),
+        [b"api", b"session"] => once,
+        _ => return None,
+    };
+    Some(format!("directory={value}"))
+}
+
+/// What a request is about: all load the instance but those about none, and those of the early form of
+/// the 2.x protocol (`/api`), which has instances of its own.
+pub fn subject(path: &str) -> Subject {
+    let segments = segments(path);
+    match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
+        [b"global" | b"auth" | b"api", _, ..] | [b"doc"] => Subject::Process,
+        [..] => Subject::Instance,
+    }
+}

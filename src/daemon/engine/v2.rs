@@ -1,0 +1,327 @@
+//! opencode 2.x: `v1.rs` beside this has the same functions.
+//!
+//! What it has loaded it calls *locations*; each is known by exactly the string that was sent. It lists
+//! them, and which sessions run, without loading anything.
+//!
+//! Sources of the protocol: measurements of a server built from its sources of August 2026, and the
+//! sources of 2.0.18 to 2.3 for what is newer.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{CallError, CallResult, Endpoint, Manners, Place, Sign, Subject, Told, fault, segments};
+use crate::error::Error;
+use crate::framing::{percent_decode, percent_encode};
+use crate::line::{Line, V1_PASSWORD, V2_PASSWORD};
+use crate::state::Auth;
+use crate::wire::from_json;
+
+/// How long a disposal may take. opencode answers after the teardown: 4.2 s with one MCP server that
+/// ignores TERM.
+pub const DISPOSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// It has no call that disposes everything: TERM does, and took up to 6.8 s.
+pub const MANNERS: Manners = Manners { disposes: false, kill_after: Duration::from_secs(15) };
+
+/// The exit status of a good end.
+pub const GOOD_END: i32 = 130;
+
+/// The event stream of the whole process.
+pub const EVENTS: &str = "/api/event";
+
+/// The credentials in the environment of `opencode serve`. The user is always `opencode`.
+pub fn credentials(auth: &Auth) -> [(&'static str, String); 2] {
+    // The first wins; the second is set too, so that an inherited value is not passed on.
+    [(V2_PASSWORD, auth.opencode_password.clone()), (V1_PASSWORD, auth.opencode_password.clone())]
+}
+
+/// `GET /api/info`: the version. Earlier versions have the route under other names.
+pub fn health(endpoint: &Endpoint, deadline: Instant) -> CallResult<String> {
+    let reply = endpoint.request(("GET", "/api/info"), None, None, deadline)?;
+    // 503 while it starts.
+    if reply.status == 404 {
+        let version = "a 2.x without GET /api/info".to_owned();
+        return Err(CallError::Failed(Error::OpencodeUnsupported { path: "opencode".into(), version }));
+    }
+    match reply.json(("GET", "/api/info"))?.get("version") {
+        Some(Value::String(version)) if Line::of(version) == Some(Line::V2) => Ok(version.clone()),
+        _ => Err(fault("GET /api/info: no version of 2.x in the answer")),
+    }
+}
+
+/// The query parameter that chooses a location. Always the resolved path of a directory: opencode takes
+/// each spelling for a location of its own.
+pub fn location(directory: &Path) -> String {
+    format!("location%5Bdirectory%5D={}", percent_encode(directory.as_os_str().as_encoded_bytes()))
+}
+
+fn at_location(path: &str, directory: &Path) -> String {
+    format!("{path}?{}", location(directory))
+}
+
+/// `GET /api/location`: the location, which is loaded, in the form of `GET /path` of 1.x.
+pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Map<String, Value>> {
+    let answer = endpoint.ask("GET", &at_location("/api/location", directory), Some(directory), deadline)?;
+    // Another directory would mean that opencode takes the parameter for something else.
+    if answer["directory"].as_str().map(Path::new) != Some(directory) {
+        return Err(fault("GET /api/location: the answer is about another directory"));
+    }
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    // opencode has our environment. It tells these directories no more; they are where they were.
+    let home = variable("HOME").unwrap_or_default();
+    let below = |name: &str, default: &str| variable(name).unwrap_or_else(|| format!("{home}/{default}"));
+    let path = json!({
+        "home": home,
+        "state": below("XDG_STATE_HOME", ".local/state") + "/opencode",
+        "config": below("XDG_CONFIG_HOME", ".config") + "/opencode",
+        "worktree": answer["project"]["directory"],
+        "directory": answer["directory"],
+    });
+    match path {
+        Value::Object(path) => Ok(path),
+        _ => Ok(Map::new()),
+    }
+}
+
+/// `GET /api/session/active`: the ids of the running sessions of the whole process.
+pub fn active_sessions(endpoint: &Endpoint, deadline: Instant) -> CallResult<Vec<String>> {
+    let answer = endpoint.ask("GET", "/api/session/active", None, deadline)?;
+    let active = answer["data"].as_object().ok_or_else(|| fault("GET /api/session/active: no data"))?;
+    Ok(active.keys().cloned().collect())
+}
+
+/// `GET /api/session/:id`: the directory of a session; `None` when there is no such session.
+pub fn session_directory(endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<String>> {
+    let target = format!("/api/session/{}", percent_encode(id.as_bytes()));
+    let reply = endpoint.request(("GET", &target), None, None, deadline)?;
+    if matches!(reply.status, 400 | 404) {
+        return Ok(None);
+    }
+    let answer = reply.json(("GET", &target))?;
+    match answer["data"]["location"]["directory"].as_str() {
+        Some(directory) => Ok(Some(directory.to_owned())),
+        None => Err(fault(&format!("GET {target}: no directory in the answer"))),
+    }
+}
+
+/// `GET /api/session/:id`: the title of a session; none when it has none.
+pub fn session_title(endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<String>> {
+    let session = endpoint.ask("GET", &format!("/api/session/{}", percent_encode(id.as_bytes())), None, deadline)?;
+    Ok(session["data"]["title"].as_str().filter(|title| !title.is_empty()).map(str::to_owned))
+}
+
+/// `POST /api/session/:id/interrupt`: ends the running turn of a session. Loads its location.
+pub fn interrupt(endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<()> {
+    let target = format!("/api/session/{}/interrupt", percent_encode(id.as_bytes()));
+    endpoint.request(("POST", &target), None, None, deadline)?.success(("POST", &target))
+}
+
+/// `GET /api/debug/location`: the directories of the loaded locations.
+pub fn loaded(endpoint: &Endpoint, deadline: Instant) -> CallResult<Vec<String>> {
+    let answer = endpoint.ask("GET", "/api/debug/location", None, deadline)?;
+    let list = answer.as_array().ok_or_else(|| fault("GET /api/debug/location: not a list"))?;
+    Ok(list.iter().filter_map(|entry| Some(entry["directory"].as_str()?.to_owned())).collect())
+}
+
+/// `DELETE /api/debug/location`. Always with its directory: without one, opencode disposes the
+/// location of its own working directory. Not to be called while a session runs there: its MCP
+/// servers would live on for ever as soon as the location is loaded again.
+pub fn dispose(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<()> {
+    let target = at_location("/api/debug/location", directory);
+    endpoint.request(("DELETE", &target), Some(directory), None, deadline)?.success(("DELETE", &target))
+}
+
+/// An event of `GET /api/event`.
+#[derive(Deserialize)]
+struct Event {
+    #[serde(rename = "type")]
+    kind: String,
+    location: Option<Location>,
+    data: Option<Data>,
+}
+
+#[derive(Deserialize)]
+struct Location {
+    directory: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Data {
+    #[serde(rename = "sessionID")]
+    session: Option<String>,
+    location: Option<Location>,
+}
+
+/// What an event says of a location; `None` when it is about none.
+pub fn understand(event: &[u8]) -> Option<Told> {
+    let Event { kind, location, data } = from_json(event).ok()?;
+    let directory = |location: Option<Location>| location.and_then(|location| location.directory);
+    let (session, moved) = data.map_or((None, None), |data| (data.session, directory(data.location)));
+    // Creation and move say in their data where the session is from now on.
+    let place = moved.or(directory(location)).filter(|directory| directory.starts_with('/'));
+    let sign = match kind.split('.').next().unwrap_or_default() {
+        // What somebody does. Some ninety events of a boot and ten of an eviction are none of these.
+        "session" | "permission" | "form" | "pty" | "shell" => Sign::Used,
+        _ if kind == "location.shutdown" => Sign::Disposed,
+        _ => Sign::Alive,
+    };
+    match (place, session) {
+        (Some(directory), session) => Some(Told { sign, place: Place::Directory(directory), session }),
+        // Starts and ends of turns do not say where.
+        (None, Some(session)) => Some(Told { sign, place: Place::Session(session), session: None }),
+        (None, None) => None,
+    }
+}
+
+/// What a request is about.
+pub fn subject(method: &str, path: &str) -> Subject {
+    let segments = segments(path);
+    let segments: Vec<&[u8]> = segments.iter().map(Vec::as_slice).collect();
+    let Some((b"api", rest)) = segments.split_first().map(|(first, rest)| (*first, rest)) else {
+        return Subject::Process;
+    };
+    let rest = rest.strip_prefix(&[&b"experimental"[..]]).unwrap_or(rest);
+    match rest {
+        [] | [b"info" | b"status" | b"health" | b"server" | b"event"] | [b"debug" | b"migration", ..] => {
+            Subject::Process
+        }
+        [b"session"] | [b"session", b"import"] if method == "POST" => Subject::Creation,
+        [b"session"] | [b"session", b"active" | b"stats" | b"import"] => Subject::Process,
+        [b"session", _, ..] => match session_id(path) {
+            Some(id) => Subject::Session { id, loads: !reads_session(method, rest) },
+            None => Subject::Process,
+        },
+        [..] => Subject::Instance,
+    }
+}
+
+/// Whether a call about a session only reads what is stored, and so loads nothing.
+fn reads_session(method: &str, rest: &[&[u8]]) -> bool {
+    let is_stored = match rest {
+        [_, _] | [_, _, b"message" | b"export" | b"log", ..] => true,
+        [..] => false,
+    };
+    is_stored && matches!(method, "GET" | "HEAD")
+}
+
+/// The id of a session in a path, as it is spelled there: ids are compared with case.
+fn session_id(path: &str) -> Option<String> {
+    let mut segments = path.split([';', '#']).next()?.split('/').filter(|segment| !segment.is_empty());
+    segments.find(|segment| segment.eq_ignore_ascii_case("session"))?;
+    String::from_utf8(percent_decode(segments.next()?)?).ok()
+}
+
+/// The parameter that puts a request into this location, at the paths that have locations. The header
+/// alone would do; clients send it, and so the parameter is what opencode is tried with.
+pub fn place_parameter(path: &str, directory: &Path) -> Option<String> {
+    let is_api = segments(path).first().is_some_and(|first| first == b"api");
+    is_api.then(|| location(directory))
+}
+
+/// The parameter that takes the place of `directory` in the query of `GET /api/session`, where it is a
+/// filter, compared literally.
+pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
+    let segments = segments(path);
+    let is_list = segments.iter().map(Vec::as_slice).eq([&b"api"[..], b"session"]);
+    is_list.then(|| format!("directory={}", percent_encode(directory.as_os_str().as_encoded_bytes())))
+}
+
+/// The body of a creation or import, put into this directory whatever it says.
+///
+/// # Errors
+/// `bad_request` when it is not a JSON object.
+pub fn relocate(body: &[u8], directory: &str) -> crate::error::Result<Vec<u8>> {
+    let bad = |why: String| Error::BadRequest(format!("the body of a session has to be a JSON object: {why}"));
+    let body = if body.trim_ascii().is_empty() { b"{}" } else { body };
+    let mut object: Map<String, Value> = from_json(body).map_err(|e| bad(e.to_string()))?;
+    // Whole, or an experimental workspace in it would win.
+    object.insert("location".to_owned(), json!({"directory": directory}));
+    serde_json::to_vec(&object).map_err(|e| bad(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_says_what_a_request_is_about() {
+        let session = |id: &str, loads| Subject::Session { id: id.to_owned(), loads };
+        for (request, expected) in [
+            ("GET /api/info", Subject::Process),
+            ("GET /api/event", Subject::Process),
+            ("GET /api/debug/location", Subject::Process),
+            ("DELETE /api/debug/location", Subject::Process),
+            ("GET /", Subject::Process),
+            ("GET /openapi.json", Subject::Process),
+            ("GET /api/session", Subject::Process),
+            ("GET /api/session/active", Subject::Process),
+            ("POST /api/session", Subject::Creation),
+            ("POST /api/session/", Subject::Creation),
+            ("POST //API/%73ession", Subject::Creation),
+            ("POST /api/session/import", Subject::Creation),
+            ("POST /api/experimental/session/import", Subject::Creation),
+            ("GET /api/session/ses_aB", session("ses_aB", false)),
+            ("GET /api/session/ses_1/message", session("ses_1", false)),
+            ("GET /api/experimental/session/ses_1/export", session("ses_1", false)),
+            ("GET /api/session/ses_1/form", session("ses_1", true)),
+            ("DELETE /api/session/ses_1", session("ses_1", true)),
+            ("POST /api/session/ses_1/prompt", session("ses_1", true)),
+            ("POST /api/session/ses_1/message", session("ses_1", true)),
+            ("GET /api/location", Subject::Instance),
+            ("GET /api/pty/pty_1/connect", Subject::Instance),
+            ("POST /api/experimental/generate", Subject::Instance),
+        ] {
+            let (method, path) = request.split_once(' ').unwrap();
+            assert_eq!(subject(method, path), expected, "{request}");
+        }
+    }
+
+    #[test]
+    fn turns_are_told_by_session_and_the_rest_by_directory() {
+        let told = |event: &str| understand(event.as_bytes());
+        let at = |directory: &str| Place::Directory(directory.to_owned());
+        let created = told(
+            r#"{"id":"evt_1","created":1,"type":"session.created","location":{"directory":"/a"},
+                "data":{"sessionID":"ses_1","location":{"directory":"/b"}}}"#,
+        );
+        assert_eq!(created, Some(Told { sign: Sign::Used, place: at("/b"), session: Some("ses_1".to_owned()) }));
+        let started = told(r#"{"id":"evt_1","type":"session.execution.started","data":{"sessionID":"ses_1"}}"#);
+        assert_eq!(started, Some(Told { sign: Sign::Used, place: Place::Session("ses_1".to_owned()), session: None }));
+        let booted = told(r#"{"id":"evt_1","type":"plugin.added","location":{"directory":"/a"},"data":{"id":"x"}}"#);
+        assert_eq!(booted, Some(Told { sign: Sign::Alive, place: at("/a"), session: None }));
+        let shut_down = told(r#"{"id":"evt_1","type":"location.shutdown","location":{"directory":"/a"},"data":{}}"#);
+        assert_eq!(shut_down.unwrap().sign, Sign::Disposed);
+        for kind in ["permission.requested", "form.created", "pty.exited", "shell.created"] {
+            let event = format!(r#"{{"type":"{kind}","location":{{"directory":"/a"}},"data":{{}}}}"#);
+            assert_eq!(told(&event).unwrap().sign, Sign::Used, "{kind}");
+        }
+        assert_eq!(told(r#"{"id":"evt_1","type":"server.connected","data":{}}"#), None);
+    }
+
+    #[test]
+    fn a_session_is_created_in_the_workspace_whatever_its_body_says() {
+        for body in [
+            "",
+            " {} ",
+            r#"{"location":{"directory":"/b"}}"#,
+            r#"{"location":{"directory":"/b","workspaceID":"wrk_1"}}"#,
+            r#"{"location":null}"#,
+            r#"{"location":"/b"}"#,
+            r#"{"location":{"directory":"/a"},"location":{"directory":"/b"}}"#,
+        ] {
+            let moved = relocate(body.as_bytes(), "/a").unwrap();
+            assert_eq!(moved, br#"{"location":{"directory":"/a"}}"#, "{body}");
+        }
+        let moved = relocate(br#"{"title":"t","location":{}}"#, "/a").unwrap();
+        assert_eq!(
+            serde_json::from_slice::<Value>(&moved).unwrap(),
+            json!({"title": "t", "location": {"directory": "/a"}})
+        );
+        for body in ["[]", "null", "x", "{", "{}{}"] {
+            assert!(relocate(body.as_bytes(), "/a").is_err(), "{body}");
+        }
+    }
+}

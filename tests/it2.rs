@@ -1,0 +1,27 @@
+//! What `openwork` does with opencode 2.x: the tests of `it` that opencode has a part in, from the same
+//! source, and those that are about 2.x alone. `support::IS_V2` tells a test which it is.
+
+#![allow(dead_code, unused_imports, reason = "not every helper of the harness is about 2.x")]
+
+#[path = "it/adopt.rs"]
+mod adopt;
+#[path = "it/engine.rs"]
+mod engine;
+#[path = "it/evict.rs"]
+mod evict;
+#[path = "it/fence.rs"]
+mod fence;
+#[path = "it/passthrough.rs"]
+mod passthrough;
+#[path = "it/repeat.rs"]
+mod repeat;
+#[path = "it/restart.rs"]
+mod restart;
+#[path = "it/route.rs"]
+mod route;
+#[path = "it/supervise.rs"]
+mod supervise;
+#[path = "support/mod.rs"]
+mod support;
+#[path = "it2/v2.rs"]
+mod v2;

@@ -1,0 +1,494 @@
+//! What is about opencode 2.x alone: where a request acts, sessions, disposals, versions, its clients.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::support::{
+    Host, LOADING_CALL, Reply, Signal, basic, copy_program, fake_opencode, kill, wait_for, wait_gone,
+};
+
+/// A host with a warm opencode and two workspaces, `a` and `b`.
+fn host() -> (Host, PathBuf, PathBuf) {
+    let host = Host::new();
+    let (a, b) = (host.project("a"), host.project("b"));
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    host.add(&b);
+    (host, a, b)
+}
+
+fn encoded(path: &Path) -> String {
+    path.to_str().unwrap().replace('/', "%2F")
+}
+
+/// The `location` parameter for a directory.
+fn location(path: &Path) -> String {
+    format!("location%5Bdirectory%5D={}", encoded(path))
+}
+
+/// The entry of a workspace in `instance list`.
+fn instance(host: &Host, name: &str) -> Value {
+    let list = host.openwork(["instance", "list"]).json();
+    let mut entries = list["instances"].as_array().unwrap().iter();
+    entries.find(|entry| entry["workspace"]["name"] == name).unwrap().clone()
+}
+
+fn last_used(host: &Host, name: &str) -> u64 {
+    host.openwork(["workspace", "info", name]).json()["workspace"]["lastUsedAt"].as_u64().unwrap()
+}
+
+/// Creates a session in a directory, past the daemon.
+fn session(host: &Host, directory: &Path) -> String {
+    let reply = host.opencode("POST", "/api/session").json(json!({"location": {"directory": directory}})).send();
+    reply.json()["data"]["id"].as_str().unwrap().to_owned()
+}
+
+/// The calls that opencode got with credentials from somebody else than the supervisor.
+fn calls(host: &Host) -> Vec<Value> {
+    let ours = ["/api/info", "/api/event", "/api/debug/location", "/api/session/active"];
+    let is_ours = |call: &Value| ours.iter().any(|path| call["target"] == *path);
+    host.requests().into_iter().filter(|call| !is_ours(call)).collect()
+}
+
+// --- Where a request acts ---
+
+#[test]
+fn a_request_below_w_acts_in_its_workspace_whatever_it_says() {
+    let (host, a, b) = host();
+    let query = format!("/w/a/api/location?{}&directory={}", location(&b), encoded(&b));
+    let routed = host.routed("GET", &query).header("x-opencode-directory", encoded(&b)).send();
+    assert_eq!(routed.json()["directory"], json!(a));
+
+    for path in ["/api/session", "/api/session/import", "/api/experimental/session/import"] {
+        let target = format!("/w/a{path}?{}", location(&b));
+        let body = json!({"title": "t", "location": {"directory": b, "workspaceID": "wrk_1"}});
+        let created = host.routed("POST", &target).header("x-opencode-directory", encoded(&b)).json(body).send();
+        assert_eq!(created.json()["data"]["location"]["directory"], json!(a), "{path}");
+    }
+    // Without a body, and in chunks.
+    assert_eq!(host.routed("POST", "/w/a/api/session").send().status, 200);
+    let mut stream = host.connect();
+    let body = json!({"location": {"directory": b}}).to_string();
+    let head = format!(
+        "POST /w/a/api/session HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nAuthorization: {}\r\n\
+         Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+        host.port(),
+        host.credentials(),
+        body.len(),
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let reply = String::from_utf8(crate::support::read_to_close(&mut stream)).unwrap();
+    assert!(reply.contains("100 Continue") && reply.contains("HTTP/1.1 200 OK"), "{reply}");
+    assert_eq!(host.recorded("created"), vec![a.to_str().unwrap(); 5]);
+    let bodies = host.recorded("bodies");
+    let first: Value = serde_json::from_str(&bodies[0]).unwrap();
+    assert_eq!(first, json!({"title": "t", "location": {"directory": a}}));
+
+    host.routed("POST", "/w/a/api/session").body("[]").send().refused(400, "bad_request");
+    let compressed = host.routed("POST", "/w/a/api/session").header("Content-Encoding", "gzip").body("x");
+    compressed.send().refused(415, "unsupported_media_type");
+    let too_large = format!("POST /w/a/api/session HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n", host.port())
+        + &format!("Authorization: {}\r\nContent-Length: 67108865\r\n\r\n", host.credentials());
+    Reply::parse(&host.send_raw(too_large)).unwrap().refused(413, "too_large");
+    assert_eq!(host.recorded("created").len(), 5);
+    assert_eq!(host.instance(&b), [""; 0]);
+}
+
+#[test]
+fn a_list_below_w_is_of_its_workspace_when_it_asks_for_one_directory() {
+    let (host, a, b) = host();
+    let ids = [session(&host, &a), session(&host, &b)];
+    let target = format!("/w/a/api/session?directory={}&limit=5", encoded(&b));
+    let listed = host.routed("GET", &target).send().json();
+    let listed: Vec<_> = listed["data"].as_array().unwrap().iter().map(|session| session["id"].clone()).collect();
+    assert_eq!(listed, [json!(ids[0])]);
+}
+
+#[test]
+fn a_request_at_the_root_acts_where_it_says() {
+    let (host, a, b) = host();
+    let by_query = host.routed("GET", &format!("/api/location?{}", location(&b)));
+    assert_eq!(by_query.header("x-opencode-directory", encoded(&a)).send().json()["directory"], json!(b));
+    let by_header = host.routed("GET", "/api/location").header("x-opencode-directory", encoded(&a));
+    assert_eq!(by_header.send().json()["directory"], json!(a));
+    let body = json!({"location": {"directory": b}}).to_string();
+    let created = host.routed("POST", "/api/session").header("Content-Type", "application/json").body(&body).send();
+    assert_eq!(created.json()["data"]["location"]["directory"], json!(b));
+    assert_eq!(host.recorded("bodies"), [body], "passed on as it is");
+    // Use is booked where it acts.
+    let used = last_used(&host, "b");
+    wait_for("the next millisecond", || {
+        host.routed("GET", &format!("/api/location?{}", location(&b))).send();
+        last_used(&host, "b") > used
+    });
+    assert_eq!((&instance(&host, "a")["state"], &instance(&host, "b")["state"]), (&json!("warm"), &json!("warm")));
+    // Its own routes are no one else's.
+    assert_eq!(host.http("GET", "/health").send().status, 200);
+}
+
+#[test]
+fn without_credentials_nothing_reaches_opencode() {
+    let (host, a, _) = host();
+    let id = session(&host, &a);
+    let before = calls(&host).len();
+    let at = location(&a);
+    for (method, target) in [
+        ("GET", "/api/info".to_owned()),
+        ("GET", format!("/api/location?{at}")),
+        ("GET", "/api/event".to_owned()),
+        ("POST", "/api/session".to_owned()),
+        ("POST", format!("/api/session/{id}/prompt")),
+        ("GET", format!("/api/pty/x/connect?ticket=good&{at}")),
+        ("GET", format!("/api/pty/x/connect?ticket=&{at}")),
+        ("GET", "/w/a/api/location".to_owned()),
+        ("POST", "/w/a/api/session".to_owned()),
+    ] {
+        host.http(method, &target).fails(401, "unauthorized");
+        let wrong = basic("opencode", &"0".repeat(64));
+        host.http(method, &target).header("Authorization", wrong).fails(401, "unauthorized");
+    }
+    assert_eq!(calls(&host).len(), before);
+}
+
+#[test]
+fn a_user_of_another_name_is_opencode_for_2_x() {
+    let mut host = Host::new();
+    host.set("OPENWORK_OPENCODE_USERNAME", "somebody");
+    host.add(host.project("a"));
+    host.openwork(["workspace", "path", "a"]).ok();
+    for user in ["somebody", "opencode"] {
+        let call = host.http("GET", "/w/a/api/location").header("Authorization", basic(user, &host.password()));
+        assert_eq!(call.send().status, 200, "{user}");
+    }
+}
+
+/// Opens the WebSocket of a terminal, and has it send back what it is sent.
+fn terminal(host: &Host, target: &str, credentials: &str) {
+    let mut stream: TcpStream = host.connect();
+    let head = format!(
+        "GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n{credentials}Connection: Upgrade\r\n\
+         Upgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\ntyped",
+        host.port()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut begin = [0; 12];
+    stream.read_exact(&mut begin).unwrap();
+    assert_eq!(&begin, b"HTTP/1.1 101", "{target}");
+    let mut rest = Vec::new();
+    while !rest.ends_with(b"typed") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        rest.push(byte[0]);
+    }
+}
+
+#[test]
+fn terminals_are_tunnelled_below_w_and_at_the_root() {
+    let (host, a, _) = host();
+    let id = host.add(&a);
+    host.openwork(["workspace", "path", "a"]).ok();
+    let credentials = format!("Authorization: {}\r\n", host.credentials());
+    terminal(&host, "/w/a/api/pty/x/connect", &credentials);
+    terminal(&host, &format!("/api/pty/x/connect?{}", location(&a)), &credentials);
+    // A web page has a ticket for credentials.
+    terminal(&host, &format!("/w/{id}/api/pty/x/connect?ticket=good"), "");
+    terminal(&host, &format!("/api/pty/x/connect?ticket=good&{}", location(&a)), "");
+    let directories = calls(&host).into_iter().filter(|call| call["target"].as_str().unwrap().contains("/connect"));
+    assert!(directories.map(|call| call["directory"].clone()).all(|directory| directory == json!(a)));
+}
+
+// --- Sessions ---
+
+#[test]
+fn a_call_by_session_is_booked_where_the_session_is() {
+    let (host, a, b) = host();
+    let there = session(&host, &b);
+    let (used_a, used_b) = (last_used(&host, "a"), last_used(&host, "b"));
+    for target in [format!("/w/a/api/session/{there}/prompt"), format!("/api/session/{there}/prompt")] {
+        let before = last_used(&host, "b");
+        wait_for("the use to be booked", || {
+            assert_eq!(host.routed("POST", &target).json(json!({"text": "x"})).send().status, 200);
+            last_used(&host, "b") > before
+        });
+    }
+    assert!(last_used(&host, "b") > used_b);
+    assert_eq!(last_used(&host, "a"), used_a);
+    assert_eq!((host.instance(&a), host.instance(&b)), (vec![], vec!["load".to_owned()]));
+    assert_eq!(instance(&host, "b")["state"], "busy");
+    // opencode says itself that there is no such session.
+    let unknown = host.routed("GET", "/w/a/api/session/ses_none").send();
+    assert_eq!((unknown.status, &unknown.json()["_tag"]), (404, &json!("SessionNotFoundError")));
+}
+
+#[test]
+fn a_session_runs_where_it_was_created_before_the_daemon() {
+    let mut host = Host::new();
+    host.set("OPENWORK_IDLE_TTL", "1s");
+    let (a, b) = (host.project("a"), host.project("b"));
+    host.add(&a);
+    host.add(&b);
+    let there = session(&host, &a);
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    host.openwork(["daemon", "start"]).ok();
+    // Its turn is told by session only; where that is, is asked for.
+    host.opencode("POST", &format!("/api/session/{there}/prompt")).json(json!({"text": "x"})).send();
+    wait_for("the turn to be seen", || instance(&host, "a")["state"] == "busy");
+    host.openwork(["workspace", "path", "b"]).ok();
+    wait_for("the idle one to be disposed", || host.instance(&b) == ["load", "dispose"]);
+    assert_eq!(host.instance(&a), ["load"]);
+    host.opencode("POST", &format!("/api/session/{there}/interrupt")).send();
+    wait_for("the other to be disposed", || host.instance(&a) == ["load", "dispose"]);
+    assert_eq!(host.recorded("leaks"), [""; 0]);
+}
+
+// --- Instances ---
+
+#[test]
+fn a_disposal_names_its_directory_and_waits_for_turns() {
+    let (host, a, b) = host();
+    host.openwork(["workspace", "path", "a"]).ok();
+    host.openwork(["workspace", "path", "b"]).ok();
+    let running = session(&host, &a);
+    host.routed("POST", &format!("/w/a/api/session/{running}/prompt")).json(json!({"text": "x"})).send();
+    host.openwork(["instance", "dispose", "a"]).fails(1, "instance_busy");
+    // A turn is ended before, or its MCP servers would live for ever.
+    assert_eq!(host.openwork(["instance", "dispose", "--force", "a"]).json()["disposed"], true);
+    assert_eq!(host.recorded("leaks"), [""; 0]);
+    assert_eq!((host.instance(&a), host.instance(&b)), (vec!["load".into(), "dispose".into()], vec!["load".into()]));
+    assert_eq!(host.openwork(["instance", "dispose", "a"]).json()["disposed"], false);
+    let disposals = host.requests().into_iter().filter(|call| call["method"] == "DELETE");
+    let targets: Vec<_> = disposals.map(|call| call["target"].clone()).collect();
+    assert_eq!(targets, [json!(format!("/api/debug/location?{}", location(&a)))]);
+}
+
+#[test]
+fn the_list_is_opencodes_own() {
+    let (host, a, b) = host();
+    // Seen although no event tells of it.
+    host.opencode("GET", &format!("/api/location?{}", location(&a))).send();
+    assert_eq!((&instance(&host, "a")["state"], &instance(&host, "b")["state"]), (&json!("warm"), &json!("cold")));
+    host.opencode("DELETE", &format!("/api/debug/location?{}", location(&a))).send();
+    assert_eq!(instance(&host, "a")["state"], "cold");
+    // A session that is created loads nothing.
+    session(&host, &b);
+    assert_eq!(instance(&host, "b")["state"], "cold");
+    assert_eq!(host.openwork(["instance", "dispose", "b"]).json()["disposed"], false);
+    assert_eq!(host.instance(&b), [""; 0]);
+}
+
+#[test]
+fn booting_and_evicting_are_no_use() {
+    let mut host = Host::new();
+    host.set("OPENWORK_IDLE_TTL", "2s");
+    let (a, b) = (host.project("a"), host.project("b"));
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    host.add(&b);
+    host.openwork(["workspace", "path", "a"]).ok();
+    // Ninety events tell of another boot, and ten of another eviction.
+    wait_for("the idle one to be disposed", || {
+        host.use_directly(&b);
+        host.dispose_directly(&b);
+        host.instance(&a) == ["load", "dispose"]
+    });
+}
+
+#[test]
+fn one_that_a_client_revives_is_given_twice_the_time() {
+    let mut host = Host::new();
+    host.set("OPENWORK_IDLE_TTL", "1s");
+    let a = host.project("a");
+    host.behave(&format!("FAKE_REVIVE={}", a.display()));
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    host.openwork(["workspace", "path", "a"]).ok();
+    let revived = || host.instance(&a).len() >= 3;
+    wait_for("it to be revived", revived);
+    wait_for("it to be known", || instance(&host, "a")["state"] == "warm");
+    let due = || instance(&host, "a")["evictAt"].as_u64();
+    wait_for("its time to be doubled more than once", || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
+        due().is_some_and(|due| due > now + 3000)
+    });
+}
+
+#[test]
+fn an_older_2_x_tells_nothing_of_a_shutdown() {
+    let mut host = Host::new();
+    host.set("OPENWORK_IDLE_TTL", "1s");
+    host.behave("FAKE_NO_SHUTDOWN_EVENT=1");
+    let a = host.project("a");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    host.use_directly(&a);
+    wait_for("it to be disposed", || host.instance(&a) == ["load", "dispose"]);
+    host.use_directly(&a);
+    wait_for("it to be known", || instance(&host, "a")["state"] == "warm");
+    host.dispose_directly(&a);
+    wait_for("its end to be known", || instance(&host, "a")["state"] == "cold");
+}
+
+#[test]
+fn the_path_has_the_shape_of_1_x() {
+    let (host, a, _) = host();
+    let path = host.openwork(["workspace", "path", "a"]).json()["path"].clone();
+    let mut names: Vec<_> = path.as_object().unwrap().keys().map(String::as_str).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["config", "directory", "home", "state", "worktree"]);
+    assert_eq!((&path["directory"], &path["home"]), (&json!(a), &json!(host.home())));
+    assert_eq!((&path["worktree"], &path["state"]), (&json!("/"), &json!(host.path("home/.local/state/opencode"))));
+    assert!(host.requests().iter().any(|call| call["target"].as_str().unwrap().starts_with(LOADING_CALL)));
+}
+
+// --- Starts and versions ---
+
+#[test]
+fn it_is_started_with_both_passwords_and_no_other_user() {
+    let mut host = Host::new();
+    host.set("OPENCODE_PASSWORD", "of the shell");
+    host.set("OPENCODE_SERVER_PASSWORD", "of the shell");
+    host.openwork(["daemon", "start"]).ok();
+    let environment = host.environment(host.opencode_pid());
+    let password = host.password();
+    for name in ["OPENCODE_PASSWORD", "OPENCODE_SERVER_PASSWORD"] {
+        assert!(environment.contains(&format!("{name}={password}")), "{name}");
+    }
+    assert_eq!(host.openwork(["status"]).json()["engine"]["version"], "2.3.2");
+}
+
+#[test]
+fn a_503_is_a_start_that_goes_on() {
+    let host = Host::new();
+    host.behave("FAKE_STARTING_MS=1500");
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn an_older_2_x_is_refused() {
+    for health in ["status", "health"] {
+        let host = Host::new();
+        host.behave(&format!("FAKE_HEALTH={health}"));
+        let error = host.openwork(["daemon", "start"]).fails(5, "opencode_unsupported");
+        assert!(error["message"].as_str().unwrap().contains("GET /api/info"), "{error}");
+        assert_eq!(host.starts().len(), 1);
+        assert_eq!(host.processes(), [host.daemon_pid()]);
+    }
+}
+
+/// A host whose opencode can be replaced by [`replace`].
+fn replaceable(version: &str) -> Host {
+    let mut host = Host::new();
+    copy_program(fake_opencode(), &host.path("opencode"));
+    host.set("OPENWORK_OPENCODE_BIN", host.path("opencode"));
+    host.behave(&format!("FAKE_VERSION={version}"));
+    host
+}
+
+/// Replaces the binary, as an upgrade does, by one of another version.
+fn replace(host: &Host, version: &str) {
+    copy_program(fake_opencode(), &host.path("new"));
+    std::fs::rename(host.path("new"), host.path("opencode")).unwrap();
+    host.behave(&format!("FAKE_VERSION={version}"));
+}
+
+#[test]
+fn one_that_is_replaced_under_a_running_daemon_is_noticed_at_the_next_start() {
+    let host = replaceable("1.18.33");
+    let a = host.project("a");
+    host.add(&a);
+    host.openwork(["workspace", "path", "a"]).ok();
+    let first = host.opencode_pid();
+    assert_eq!(host.health()["engine"]["version"], "1.18.33");
+    assert!(!host.openwork(["status"]).ok().stdout.contains("was replaced"));
+    replace(&host, "2.3.2");
+    assert!(host.openwork(["status"]).ok().stdout.contains("opencode was replaced"));
+    // A client of 2.x cannot speak to it.
+    let error = host.openwork(["run", "a", "hello"]).fails(5, "opencode_unavailable");
+    assert!(error["message"].as_str().unwrap().contains("2.3.2"), "{error}");
+    kill(first, Signal::KILL);
+    wait_gone(first);
+    wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
+    assert_eq!(host.health()["engine"]["version"], "2.3.2");
+    let path = host.openwork(["workspace", "path", "a"]).json();
+    assert_eq!(path["path"]["directory"], json!(a));
+    assert_eq!(host.routed("GET", "/w/a/api/location").send().json()["directory"], json!(a));
+    let log = std::fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains("2.x migrates the sessions of 1.x"), "{log}");
+    // And back.
+    host.openwork(["daemon", "stop"]).ok();
+    replace(&host, "1.18.33");
+    let told = host.openwork(["daemon", "start"]).ok();
+    assert!(told.stderr.contains("1.x does not see what 2.x has done"), "{told:?}");
+    host.openwork(["workspace", "path", "a"]).ok();
+    host.routed("GET", "/api/location").fails(404, "not_found");
+    host.openwork(["daemon", "stop"]).ok();
+    replace(&host, "2.3.2");
+    let told = host.openwork(["run", "a", "--", "hello"]).ok();
+    assert!(told.stderr.contains("2.x migrates the sessions of 1.x"), "{told:?}");
+    let told = host.openwork(["daemon", "start"]).ok();
+    assert!(!told.stderr.contains("migrates"), "said once: {told:?}");
+}
+
+#[test]
+fn it_has_the_time_that_an_orderly_end_takes() {
+    let host = Host::new();
+    host.behave("FAKE_STOP_MS=6500\nFAKE_GRANDCHILD=1");
+    host.openwork(["daemon", "start"]).ok();
+    host.openwork(["daemon", "stop"]).ok();
+    assert!(host.processes().is_empty());
+    let log = std::fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains("ended with exit status: 130"), "{log}");
+    // Nothing of it is a call that disposes all: there is none.
+    assert!(host.requests().iter().all(|call| call["authorized"] == true && call["method"] == "GET"));
+}
+
+#[test]
+fn one_that_runs_is_adopted_by_the_protocol_that_it_speaks() {
+    for (running, replaced_by) in [("1.18.33", "2.3.2"), ("2.3.2", "1.18.33")] {
+        let host = replaceable(running);
+        let a = host.project("a");
+        host.add(&a);
+        host.openwork(["workspace", "path", "a"]).ok();
+        let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+        replace(&host, replaced_by);
+        kill(daemon, Signal::KILL);
+        wait_gone(daemon);
+        host.openwork(["daemon", "start"]).ok();
+        assert_eq!((host.opencode_pid(), host.starts().len()), (opencode, 1));
+        assert_eq!(host.health()["engine"]["version"], running);
+        assert_eq!(host.openwork(["workspace", "path", "a"]).json()["path"]["directory"], json!(a));
+        assert_eq!(host.instance(&a), ["load"]);
+    }
+}
+
+// --- Its clients ---
+
+#[test]
+fn its_clients_are_told_where_by_their_working_directory() {
+    let (host, a, _) = host();
+    let id = host.add(&a);
+    let url = format!("http://127.0.0.1:{}/w/{id}", host.port());
+    host.openwork(["attach", "a", "--", "--continue"]).ok();
+    host.openwork(["run", "a", "--", "--format", "json", "hello"]).ok();
+    let clients: Vec<Value> = host.recorded("clients").iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(clients[0]["argv"], json!(["--server", url, "--continue"]));
+    assert_eq!(clients[1]["argv"], json!(["run", "--server", url, "--format", "json", "hello"]));
+    let password = host.password();
+    for client in clients {
+        assert_eq!(client["cwd"], json!(a));
+        let environment = host.environment(client["pid"].as_u64().unwrap() as u32);
+        assert!(environment.contains(&format!("PWD={}", a.display())));
+        assert!(environment.contains(&format!("OPENCODE_PASSWORD={password}")));
+        assert!(!client["argv"].to_string().contains(&password));
+    }
+    let env = host.openwork(["env", "a"]).secret().ok().stdout;
+    for name in ["OPENCODE_PASSWORD", "OPENCODE_SERVER_PASSWORD"] {
+        assert!(env.contains(&format!("export {name}='{password}'\n")), "{name}");
+    }
+}
