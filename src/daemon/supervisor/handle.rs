@@ -30,8 +30,8 @@ pub enum Message {
     Adopted { job: u64, found: Option<(Process, EngineRecord, Checked)> },
     /// The binary was found and asked for its version.
     Version { job: u64, result: Result<(String, Checked)> },
-    /// A process was started and written down.
-    Launched { job: u64, result: Result<(Process, EngineRecord)> },
+    /// A process was started and written down; where its output begins in the log. Bytes.
+    Launched { job: u64, result: Result<(Process, EngineRecord, u64)> },
     /// A look at the process, and mostly a health call.
     Probed { generation: u64, report: Report },
     /// All instances are disposed, or that took too long.

@@ -204,7 +204,9 @@ impl Supervisor {
             }
             Message::Adopted { job, found: None } => Event::Adopted { job, found: None },
             Message::Adopted { job, found: Some((process, record, checked)) } => {
-                self.hold(process, record);
+                // What was printed before is not about what happens now.
+                let log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
+                self.held = Some(Held { process, record, endpoint: None, log_start });
                 Event::Adopted { job, found: Some(checked) }
             }
             Message::Version { job, result } => {
@@ -215,7 +217,8 @@ impl Supervisor {
                 Event::VersionKnown { job, result }
             }
             Message::Launched { job, result } => {
-                Event::Launched { job, result: result.map(|(process, record)| self.hold(process, record)) }
+                let held = |(process, record, log_start)| Held { process, record, endpoint: None, log_start };
+                Event::Launched { job, result: result.map(|launched| self.held = Some(held(launched))) }
             }
             Message::Probed { generation, report } => {
                 Event::Probed { generation, probe: self.probe(generation, report) }
@@ -225,13 +228,6 @@ impl Supervisor {
             Message::Buried { job, end } => Event::Buried { job, end },
             Message::Broken => panic!("a helper of the supervisor has panicked"),
         }
-    }
-
-    /// There is a process now.
-    fn hold(&mut self, process: Process, record: EngineRecord) {
-        // What was printed before is not about what happens now.
-        let log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
-        self.held = Some(Held { process, record, endpoint: None, log_start });
     }
 
     fn probe(&mut self, generation: u64, report: Report) -> Probe {

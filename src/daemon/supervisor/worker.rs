@@ -180,8 +180,9 @@ impl Worker {
         }
     }
 
-    /// Starts the process: it is written down before it can do anything.
-    fn launch(&self) -> Result<(Process, EngineRecord)> {
+    /// Starts the process: it is written down before it can do anything. With it, where its output begins
+    /// in the log, in bytes.
+    fn launch(&self) -> Result<(Process, EngineRecord, u64)> {
         let found = self.binary.as_ref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))?;
         let (binary, version, line) = found;
         let address = engine::choose_address(&self.options, &self.store.snapshot().ports)?;
@@ -189,6 +190,7 @@ impl Worker {
         let log_path = self.data_dir.opencode_log();
         let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
         let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
+        let log_start = log.metadata().map_or(0, |metadata| metadata.len());
         let mut command = engine::launch_command(binary, *line, address, &self.auth);
         command.current_dir(self.data_dir.opencode_cwd()).stdout(log).stderr(log_too);
         let failed = |e| Error::OpencodeStartFailed(format!("cannot start {}: {e}", binary.display()));
@@ -222,7 +224,7 @@ impl Worker {
             return Err(e);
         }
         crate::log!("starting {} on {address} (pid {pid})", binary.display());
-        Ok((process, record))
+        Ok((process, record, log_start))
     }
 
     fn bury(&self, grave: Grave, client: Option<u32>) -> End {
