@@ -29,7 +29,7 @@ run() {
     if ((${#met[@]})); then cargo test --locked "$@" -- --ignored "${met[@]}"; fi
 }
 
-run --bins --test it
+run --bins --test it --test it2
 if (($#)); then
     opencode=$(scripts/opencode.sh "$1")
     sdk=$(scripts/sdk.sh "$1")

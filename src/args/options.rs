@@ -89,7 +89,7 @@ pub const OPTIONS: &[OptionRow] = &[
     flag("--all", &["daemon restart"], "Restart opencode too"),
     value("--program", "FILE", &["service print"], "Have the unit run this openwork (default: the one that prints it)"),
     value("--daemon-port", "PORT", RUNS_DAEMON, "Listen on this port (default: the last one, 6174, or any)").env("OPENWORK_DAEMON_PORT"),
-    value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
+    value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode, 1.x or 2.x (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
     value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, else a random one)").env("OPENWORK_OPENCODE_PORT"),
     value("--idle-ttl", "DURATION", RUNS_DAEMON, "Dispose instances unused for this long: 90s, 30m (the default), 2h; 0 for never").env("OPENWORK_IDLE_TTL"),
     value("--max-memory", "SIZE", RUNS_DAEMON, "Restart opencode, while no session runs, when it takes more than this: 800M, 2G").env("OPENWORK_MAX_MEMORY"),

@@ -410,7 +410,7 @@ fn running_sessions(
 
 /// Disposes the instance of a workspace; false when it is not loaded.
 fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instant) -> Result<bool> {
-    let directory = workspace.local_path()?;
+    workspace.local_path()?;
     // Neither opencode nor the instance is woken to be put to sleep. A list is newer than the account.
     if let Some(endpoint) = daemon.supervisor.ready_now() {
         let _ = daemon.instances.list(&endpoint, deadline.min(Instant::now() + ASK_LIMIT));
@@ -442,7 +442,7 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
                 sessions = running()?;
             }
         }
-        daemon.instances.dispose(endpoint.generation, &workspace.path, || endpoint.dispose(directory, deadline))?;
+        daemon.instances.dispose(endpoint, &workspace.path, deadline)?;
         Ok(true)
     })?;
     if disposed {

@@ -6,8 +6,14 @@
 //! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
 //! connection is proven to lead to that socket (`agent`).
 
+mod routing;
 mod v1;
 mod v2;
+
+pub use self::routing::{
+    DIRECTORY_HEADER, PLACE_HEADERS, PLACE_PARAMETER, Subject, TOKEN_PARAMETER, chooses_place, directory_filter,
+    place_parameter, relocate, subject, takes_ticket,
+};
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
@@ -23,7 +29,7 @@ use ureq::{Agent, Body};
 
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
-use crate::framing::{basic, is_json, percent_decode, percent_encode};
+use crate::framing::{basic, is_json, percent_encode};
 use crate::line::{Line, V2_USERNAME, parse_version};
 use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
 use crate::state::{Auth, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
@@ -333,6 +339,14 @@ pub enum Running {
     Anywhere(Vec<String>),
 }
 
+impl Running {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        let (Running::Here(sessions) | Running::Anywhere(sessions)) = self;
+        sessions.is_empty()
+    }
+}
+
 /// What an event of opencode says of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sign {
@@ -362,92 +376,6 @@ pub struct Told {
     pub place: Place,
     /// A session that is in this directory from now on.
     pub session: Option<String>,
-}
-
-/// The query parameter by which web pages give credentials where they can set no header: the part
-/// of the Basic credentials behind the scheme, percent-encoded.
-pub const TOKEN_PARAMETER: &str = "auth_token";
-
-/// The header that chooses the instance: its directory, percent-encoded once.
-pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
-
-/// The headers that choose a place; the second one an experimental workspace of opencode's.
-pub const PLACE_HEADERS: [&str; 2] = [DIRECTORY_HEADER, "x-opencode-workspace"];
-
-/// Whether a query parameter with this decoded name chooses a place: a directory, or an experimental
-/// workspace of opencode's, which may be anywhere. opencode compares with case today.
-pub fn chooses_place(parameter: &[u8]) -> bool {
-    // `location[directory]` and `location[workspace]` are parts of `location`.
-    let name = parameter.split(|byte| *byte == b'[').next().unwrap_or_default();
-    [&b"directory"[..], b"workspace", b"location"].iter().any(|place| name.eq_ignore_ascii_case(place))
-}
-
-/// What a request is about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Subject {
-    /// The instance that the request chooses, which is loaded.
-    Instance,
-    /// A session to be created in the directory that the body names, or in the chosen one.
-    Creation,
-    /// A session, wherever it is; whether the call loads the instance there.
-    Session { id: String, loads: bool },
-    /// The whole process, or nothing of opencode's.
-    Process,
-}
-
-/// What a request is about.
-pub fn subject(line: Line, method: &str, path: &str) -> Subject {
-    match line {
-        Line::V1 => v1::subject(path),
-        Line::V2 => v2::subject(method, path),
-    }
-}
-
-/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
-/// a filter of a list.
-pub fn directory_filter(line: Line, path: &str, directory: &Path) -> Option<String> {
-    match line {
-        Line::V1 => v1::directory_filter(path, directory),
-        Line::V2 => v2::directory_filter(path, directory),
-    }
-}
-
-/// The parameter that chooses the instance, beside [`DIRECTORY_HEADER`].
-pub fn place_parameter(line: Line, path: &str, directory: &Path) -> Option<String> {
-    match line {
-        Line::V1 => None,
-        Line::V2 => v2::place_parameter(path, directory),
-    }
-}
-
-/// The body of a [`Subject::Creation`], put into this directory whatever it says.
-///
-/// # Errors
-/// `bad_request` when it is not a JSON object.
-pub fn relocate(body: &[u8], directory: &str) -> Result<Vec<u8>> {
-    v2::relocate(body, directory)
-}
-
-/// The parameter by which a request chooses the instance for itself, in 2.x.
-pub const PLACE_PARAMETER: &[u8] = b"location[directory]";
-
-/// The segments of a path as opencode's router compares them: without empty ones, percent-decoded, in
-/// lower case, up to a `;` or `#` (find-my-way 9, with the options that opencode gives it).
-fn segments(path: &str) -> Vec<Vec<u8>> {
-    let path = path.split([';', '#']).next().unwrap_or_default();
-    let segments = path.split('/').filter(|segment| !segment.is_empty());
-    segments.map(|segment| percent_decode(segment).unwrap_or_else(|| segment.into()).to_ascii_lowercase()).collect()
-}
-
-/// Whether a call may have a ticket in its query for credentials: a terminal's WebSocket, opened by a
-/// web page that can set no header. opencode gives tickets to users with credentials, takes each once,
-/// and checks it. Other spellings of the path, which no client uses, need credentials.
-pub fn takes_ticket(path: &str, query: &str) -> bool {
-    let path = path.strip_prefix("/api").unwrap_or(path);
-    let id = path.strip_prefix("/pty/").and_then(|rest| rest.strip_suffix("/connect"));
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
-    let has_ticket = query.split('&').any(|p| p.strip_prefix("ticket=").is_some_and(|ticket| !ticket.is_empty()));
-    id.is_some_and(|id| !id.is_empty() && id.bytes().all(is_plain)) && has_ticket
 }
 
 /// How often a random port may turn out to be taken: with most of them free, twice is rare.
@@ -644,56 +572,4 @@ pub fn exec_once_recorded(command: &[std::ffi::OsString]) -> u8 {
     let error = Command::new(program).args(arguments).stdin(Stdio::null()).exec();
     let _ = writeln!(io::stderr(), "openwork: cannot run {}: {error}", Path::new(program).display());
     127
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_path_is_routed_as_opencode_routes_it() {
-        let directory = Path::new("/p");
-        for path in ["/session", "/session/", "//session", "/%73ession", "/SESSION", "/session;x", "/session#x"] {
-            assert_eq!(directory_filter(Line::V1, path, directory).as_deref(), Some("directory=%252Fp"), "{path}");
-            assert_eq!(directory_filter(Line::V2, path, directory), None, "{path}");
-        }
-        for line in [Line::V1, Line::V2] {
-            assert_eq!(directory_filter(line, "/api/session/", directory).as_deref(), Some("directory=%2Fp"));
-        }
-        for path in ["/session/x", "/sessions", "/%2Fsession", "/session%2F", "/", "/x/session"] {
-            assert_eq!(directory_filter(Line::V1, path, directory), None, "{path}");
-        }
-        for path in ["/global/health", "//global//event/", "/Global/health", "/auth/x", "/api/session", "/doc", "/doc/"]
-        {
-            assert_eq!(subject(Line::V1, "GET", path), Subject::Process, "{path}");
-        }
-        for path in ["/path", "/", "/doc/x", "/globals/x", "/x/global/y"] {
-            assert_eq!(subject(Line::V1, "GET", path), Subject::Instance, "{path}");
-        }
-    }
-
-    #[test]
-    fn a_ticket_is_taken_for_a_terminal_only() {
-        for path in ["/pty/pty_1-x/connect", "/api/pty/x/connect"] {
-            assert!(takes_ticket(path, "a=b&ticket=t"), "{path}");
-            for query in ["", "ticket", "ticket=", "tickets=t", "a=ticket=t", "Ticket=t"] {
-                assert!(!takes_ticket(path, query), "{path}?{query}");
-            }
-        }
-        for path in
-            ["/pty/connect", "/pty//connect", "/pty/x/y/connect", "/pty/x/connect/", "/pty/%2e%2e/connect", "/x"]
-        {
-            assert!(!takes_ticket(path, "ticket=t"), "{path}");
-        }
-    }
-
-    #[test]
-    fn parameters_of_a_place_are_known_in_every_spelling() {
-        for name in ["directory", "Directory", "workspace", "location", "location[directory]", "directory[]"] {
-            assert!(chooses_place(name.as_bytes()), "{name}");
-        }
-        for name in ["", "directories", "mydirectory", "path", "[directory]", "auth_token", "ticket"] {
-            assert!(!chooses_place(name.as_bytes()), "{name}");
-        }
-    }
 }

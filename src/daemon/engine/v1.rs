@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{CallResult, Endpoint, Manners, Place, Sign, Subject, Told, fault, segments};
+use super::routing::{Subject, segments};
+use super::{CallResult, Endpoint, Manners, Place, Sign, Told, fault};
 use crate::framing::percent_encode;
 use crate::line::{V1_PASSWORD, V1_USERNAME};
 use crate::state::Auth;

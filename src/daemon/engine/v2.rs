@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{CallError, CallResult, Endpoint, Manners, Place, Sign, Subject, Told, fault, segments};
+use super::routing::{Subject, segments};
+use super::{CallError, CallResult, Endpoint, Manners, Place, Sign, Told, fault};
 use crate::error::Error;
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::{Line, V1_PASSWORD, V2_PASSWORD};

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
-use super::engine::{CallError, CallResult, Endpoint, Place, Running, Told};
+use super::engine::{CallResult, Endpoint, Place, Running, Told};
 use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
@@ -403,20 +403,17 @@ impl Instances {
         self.settle(&mut inner);
     }
 
-    /// Disposes an instance, by whatever `dispose` does; requests for it wait meanwhile.
+    /// Disposes an instance; requests for it wait meanwhile.
     ///
     /// # Errors
-    /// Those of `dispose`.
-    pub fn dispose(
-        &self,
-        generation: u64,
-        directory: &str,
-        dispose: impl FnOnce() -> std::result::Result<(), CallError>,
-    ) -> std::result::Result<(), CallError> {
+    /// Those of the call.
+    pub fn dispose(&self, endpoint: &Endpoint, directory: &str, deadline: Instant) -> CallResult<()> {
         let since = self.lock().account.dispose(directory, Instant::now());
-        let result = dispose();
+        let result = endpoint.dispose(Path::new(directory), deadline);
         let mut inner = self.lock();
-        inner.account.disposed(generation, directory, since, result.is_ok(), Instant::now());
+        inner.account.disposed(endpoint.generation, directory, since, result.is_ok(), Instant::now());
+        // A client may have loaded it again before opencode replied.
+        self.list_soon(&mut inner, endpoint);
         self.settle(&mut inner);
         self.changed.notify_all();
         result
@@ -462,6 +459,25 @@ impl Instances {
                 Ok(here)
             }
         }
+    }
+
+    /// Whether a session is running anywhere: in one of these instances, which are loaded, or wherever
+    /// opencode says so itself.
+    ///
+    /// # Errors
+    /// Those of the calls: what cannot be known is no zero.
+    pub fn any_running(&self, endpoint: &Endpoint, loaded: &[String], deadline: Instant) -> CallResult<bool> {
+        match endpoint.line {
+            Line::V1 => {}
+            // One question is about all.
+            Line::V2 => return Ok(!endpoint.running(Path::new("/"), deadline)?.is_empty()),
+        }
+        for directory in loaded {
+            if !endpoint.running(Path::new(directory), deadline)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The directory of a session, remembered or asked for; `None` when opencode knows no such session.
@@ -565,7 +581,7 @@ impl Instances {
         let Some(endpoint) = supervisor.ready_now().filter(|endpoint| endpoint.generation == *generation) else {
             return Outcome::Failed;
         };
-        let (path, deadline) = (Path::new(directory), Instant::now() + endpoint.dispose_limit());
+        let deadline = Instant::now() + endpoint.dispose_limit();
         match endpoint.loaded(deadline) {
             Ok(Some(loaded)) if !loaded.contains(directory) => return Outcome::Absent,
             Ok(_) => {}
@@ -576,7 +592,7 @@ impl Instances {
             Ok(_) => return Outcome::Busy,
             Err(_) => return Outcome::Failed,
         }
-        if self.dispose(*generation, directory, || endpoint.dispose(path, deadline)).is_err() {
+        if self.dispose(&endpoint, directory, deadline).is_err() {
             return Outcome::Failed;
         }
         crate::log!("disposed the idle instance of {directory}");

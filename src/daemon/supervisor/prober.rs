@@ -114,11 +114,10 @@ impl Prober {
         let exceeds = process::family_share(&record.engine_id)? > max;
         let deadline = Instant::now() + SESSIONS_LIMIT;
         let loaded = self.store.latest().opencode.as_ref().map(|engine| engine.instances.clone());
-        let is_busy = |directory: &String| {
-            // What cannot be known is taken for a running session.
-            self.instances.running(endpoint, directory, deadline).map_or(true, |running| !running.is_empty())
-        };
-        Some(Memory { exceeds, busy: exceeds && loaded.unwrap_or_default().iter().any(is_busy) })
+        let loaded = loaded.unwrap_or_default();
+        // What cannot be known is taken for a running session.
+        let busy = exceeds && self.instances.any_running(endpoint, &loaded, deadline).unwrap_or(true);
+        Some(Memory { exceeds, busy })
     }
 }
 
