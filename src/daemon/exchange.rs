@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 
-use super::head::Framing;
+use super::connections::Connection;
+use super::head::{Framing, Head};
 use super::reply::cors_headers;
-use super::router::Client;
 use crate::error::{Error, Result};
 use crate::framing::{Body, HEADER_LIMIT, parse_reply_head};
 use crate::system::wait::{Flag, timespec};
@@ -48,6 +48,25 @@ pub fn is_hop_by_hop(name: &str) -> bool {
 pub fn push_header(head: &mut Vec<u8>, header: &httparse::Header<'_>) {
     for part in [header.name.as_bytes(), b": ", header.value, b"\r\n"] {
         head.extend_from_slice(part);
+    }
+}
+
+/// A client whose request is to be routed.
+pub struct Client<'a> {
+    /// Its connection.
+    pub connection: &'a Connection,
+    /// Its request.
+    pub request: &'a Head<'a>,
+    /// The bytes that have come after the head.
+    pub rest: &'a [u8],
+    /// The allowed origin, if a web page asks.
+    pub origin: Option<&'a str>,
+}
+
+impl Client<'_> {
+    /// The client's socket.
+    pub fn stream(&self) -> &TcpStream {
+        &self.connection.stream
     }
 }
 

@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 
 use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME};
 use super::events::{Next, Subscription};
-use super::head::{Framing, HEADER_LIMIT, Head};
-use super::{Daemon, api, reply, router};
+use super::head::{Framing, HEAD_TIME, HEADER_LIMIT, Head};
+use super::{Daemon, api, exchange, reply, router};
 use crate::error::{Error, Result};
 use crate::framing::is_json;
 use crate::system::wait::{self, Flag};
@@ -31,8 +31,6 @@ use crate::wire::{BODY_LIMIT, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
-/// How long a head may take: it fits into one packet.
-pub const HEAD_TIME: Duration = Duration::from_secs(2);
 /// How long the body of a control request may take: 1 MiB over loopback needs milliseconds.
 const BODY_TIME: Duration = Duration::from_secs(5);
 /// How much of a reply of the control plane is passed on at once. Bytes.
@@ -175,8 +173,11 @@ impl Gate {
         }
         let result = match request.path() {
             path if router::is_routed(path) => {
-                let routed =
-                    router::route(daemon, &router::Client { connection, request: &request, rest, origin }, &self.stop);
+                let routed = router::route(
+                    daemon,
+                    &exchange::Client { connection, request: &request, rest, origin },
+                    &self.stop,
+                );
                 let _ = stream.set_nonblocking(false);
                 routed.map(|upstream| {
                     finish(stream);

@@ -6,11 +6,16 @@
 //!
 //! Source of the format: RFC 9112.
 
+use std::time::Duration;
+
 use crate::error::{Error, Result};
 use crate::wire::BODY_LIMIT;
 
 /// The most header lines; as many as common servers allow.
 pub const HEADER_LIMIT: usize = 100;
+
+/// How long a head may take: it fits into one packet.
+pub const HEAD_TIME: Duration = Duration::from_secs(2);
 
 /// A parsed head. Header names are compared without case.
 pub struct Head<'h> {

@@ -16,11 +16,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connections::Connection;
 use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, PLACE_PARAMETER, Subject, TOKEN_PARAMETER};
-use super::exchange::{Answer, Exchange, is_hop_by_hop, push_header};
-use super::gate::HEAD_TIME;
-use super::head::{Framing, Head};
+use super::exchange::{Answer, Client, Exchange, is_hop_by_hop, push_header};
+use super::head::{Framing, HEAD_TIME, Head};
 use super::instances::Use;
 use super::{Daemon, api};
 use crate::error::{Error, Result};
@@ -53,25 +51,6 @@ const ROOT_PREFIX: &str = "/api/";
 /// Whether a request at this path is routed.
 pub fn is_routed(path: &str) -> bool {
     path.starts_with(PREFIX) || path.starts_with(ROOT_PREFIX)
-}
-
-/// A client whose request is to be routed.
-pub struct Client<'a> {
-    /// Its connection.
-    pub connection: &'a Connection,
-    /// Its request.
-    pub request: &'a Head<'a>,
-    /// The bytes that have come after the head.
-    pub rest: &'a [u8],
-    /// The allowed origin, if a web page asks.
-    pub origin: Option<&'a str>,
-}
-
-impl Client<'_> {
-    /// The client's socket.
-    pub fn stream(&self) -> &TcpStream {
-        &self.connection.stream
-    }
 }
 
 /// The parts of the target of a routed request.
