@@ -29,11 +29,16 @@ impl DataDir {
         Ok(DataDir(path))
     }
 
-    /// Refuses a directory of another user. One that does not exist yet is fine.
+    /// Refuses a directory of another user, and one behind a symbolic link that another user has put
+    /// where everybody can write, and that would make any directory of ours the data directory. One
+    /// that does not exist yet is fine.
     ///
     /// # Errors
     /// `permission_denied`.
     pub fn check_owner(&self) -> Result<()> {
+        if self.0.ancestors().any(is_planted_link) {
+            return Err(self.denied("the path of the data directory has a symbolic link of another user"));
+        }
         match fs::metadata(&self.0) {
             Ok(metadata) if metadata.uid() == rustix::process::geteuid().as_raw() => Ok(()),
             Ok(_) => Err(self.denied("the data directory belongs to another user")),
@@ -170,6 +175,14 @@ pub fn find_opencode(given: Option<&Path>) -> Result<(PathBuf, Metadata)> {
             let path = path.to_string_lossy();
             Error::OpencodeNotFound(format!("neither in ~/.opencode/bin nor on the PATH of the daemon, {path}"))
         })
+}
+
+/// Whether a path is a symbolic link of another user in a directory where everybody can write. Kernels
+/// refuse to follow those in directories such as `/tmp`, but only with `fs.protected_symlinks`.
+fn is_planted_link(path: &Path) -> bool {
+    let Ok(link) = fs::symlink_metadata(path) else { return false };
+    let is_writable = || path.parent().and_then(|p| fs::metadata(p).ok()).is_some_and(|p| p.mode() & 0o002 != 0);
+    link.is_symlink() && ![0, rustix::process::geteuid().as_raw()].contains(&link.uid()) && is_writable()
 }
 
 /// Whether nothing exists at a path, by the error of a look at it.

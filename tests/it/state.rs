@@ -694,7 +694,7 @@ fn a_directory_of_another_is_refused() {
 
 /// What takes two users: root, and an account without rights.
 mod as_root {
-    use std::os::unix::fs::chown;
+    use std::os::unix::fs::{chown, lchown};
 
     use super::*;
     use crate::support::NOBODY;
@@ -709,6 +709,29 @@ mod as_root {
         host.openwork(["workspace", "add", "/"]).fails(1, "permission_denied");
         assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
         assert_eq!(mode(&host.data()), 0o777);
+    }
+
+    #[test]
+    #[ignore = "needs root, to make a link of another user"]
+    fn a_link_of_another_does_not_choose_the_data_directory() {
+        let host = Host::new();
+        let (shared, open) = (host.project("shared"), host.project("open"));
+        fs::set_permissions(&shared, fs::Permissions::from_mode(0o1777)).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o755)).unwrap();
+        let link = shared.join("link");
+        symlink(&open, &link).unwrap();
+        lchown(&link, Some(NOBODY), Some(NOBODY)).unwrap();
+        for data in [link.clone(), link.join("openwork")] {
+            for command in [&["daemon", "start"][..], &["workspace", "add", "/"], &["state", "repair"]] {
+                let option = ["--data-dir", data.to_str().unwrap()];
+                host.openwork(command.iter().chain(&option)).fails(1, "permission_denied");
+            }
+        }
+        assert_eq!((mode(&open), fs::read_dir(&open).unwrap().count()), (0o755, 0));
+        // A link of one's own is one's own choice.
+        lchown(&link, Some(0), Some(0)).unwrap();
+        let option = ["--data-dir", link.to_str().unwrap()];
+        host.openwork(["state", "repair"].iter().chain(&option)).ok();
     }
 
     /// sudo, which keeps HOME.
