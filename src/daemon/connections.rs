@@ -57,9 +57,9 @@ pub struct Connection {
     /// The socket.
     pub stream: TcpStream,
     peer: SocketAddr,
-    /// Whether the client has proven neither with a head nor, where a ticket takes the place of
-    /// credentials, with the ticket that the connection is worth its slot.
-    unproven: AtomicBool,
+    /// Whether the client has proven that the connection is worth its slot: by being the owner's, or with
+    /// credentials or a ticket. A request alone proves nothing, since every user can ask `/health`.
+    proven: AtomicBool,
     is_owners: OnceLock<bool>,
 }
 
@@ -81,16 +81,16 @@ impl Drop for Slot {
 impl Connection {
     /// A connection that was accepted.
     pub fn new(stream: TcpStream, peer: SocketAddr) -> Connection {
-        Connection { stream, peer, unproven: AtomicBool::new(true), is_owners: OnceLock::new() }
+        Connection { stream, peer, proven: AtomicBool::new(false), is_owners: OnceLock::new() }
     }
 
-    /// Notes that the connection is worth its slot, or is not so far.
-    pub fn set_unproven(&self, unproven: bool) {
-        self.unproven.store(unproven, Ordering::Relaxed);
+    /// Notes that the connection is worth its slot.
+    pub fn prove(&self) {
+        self.proven.store(true, Ordering::Relaxed);
     }
 
     fn is_unproven(&self) -> bool {
-        self.unproven.load(Ordering::Relaxed)
+        !self.proven.load(Ordering::Relaxed)
     }
 
     /// Requires that the client belongs to the user of the daemon, or to root.
@@ -99,7 +99,10 @@ impl Connection {
     /// `forbidden_user`, also when the client has gone; `overloaded` without a descriptor for the look.
     pub fn check_user(&self) -> Result<()> {
         match socket::peer_user(&self.stream, self.peer) {
-            Ok(Some(user)) if user == 0 || user == rustix::process::geteuid().as_raw() => Ok(()),
+            Ok(Some(user)) if user == 0 || user == rustix::process::geteuid().as_raw() => {
+                self.prove();
+                Ok(())
+            }
             Ok(Some(_) | None) => Err(Error::ForbiddenUser),
             Err(_) => Err(Error::Overloaded("connections")),
         }

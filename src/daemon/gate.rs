@@ -157,7 +157,6 @@ impl Gate {
             Ok(None) => return,
             Err(e) => return send(stream, &reply::error("GET", &e, None)),
         };
-        connection.set_unproven(false);
         let (head, rest) = buffer[..length].split_at(head_length);
         let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
         let request = match Head::parse(head, &mut headers) {
@@ -227,7 +226,8 @@ impl Gate {
             Err(Error::ForbiddenUser) if request.path() == "/health" => true,
             other => other.map(|()| false)?,
         };
-        let body = read_body(&connection.stream, request, rest)?;
+        // The body of another user's request would take memory, and `/health` needs none.
+        let body = if is_stranger { Vec::new() } else { read_body(&connection.stream, request, rest)? };
         let timeout = request.only(TIMEOUT_HEADER)?;
         let timeout = timeout.filter(|_| request.path() != "/health");
         let deadline = Instant::now() + api::timeout(timeout)? + CONTROL_GRACE;

@@ -71,8 +71,13 @@ struct Target<'a> {
 /// just ends.
 pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
     match has_credentials(daemon, client.request)? {
-        true if client.request.path().starts_with(PREFIX) => route_to_workspace(daemon, client, stop),
-        true => route_anywhere(daemon, client, stop),
+        true => {
+            client.connection.prove();
+            match client.request.path().starts_with(PREFIX) {
+                true => route_to_workspace(daemon, client, stop),
+                false => route_anywhere(daemon, client, stop),
+            }
+        }
         // Before anything else is looked at: an error about the target would tell a stranger
         // something.
         false => route_ticket(daemon, client, stop),
@@ -308,7 +313,6 @@ fn route_ticket(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Tcp
     let request = client.request;
     let Some(target) = ticket_target(request) else { return Err(Error::Unauthorized) };
     let deadline = Instant::now() + TICKET_TIME;
-    client.connection.set_unproven(true);
     if let Some(upstream) = try_ticket(daemon, client, &target, deadline, stop)? {
         return Ok(upstream);
     }
@@ -369,7 +373,7 @@ fn try_ticket(
     if !matches!(exchange.wait_for_reply(Some(deadline), stop), Ok(Answer::Tunnel)) {
         return Ok(None);
     }
-    client.connection.set_unproven(false);
+    client.connection.prove();
     // The ticket was good, so a user with credentials has asked for this terminal.
     let _entered = daemon.instances.enter(workspace, deadline)?;
     exchange.pass_on(stop);

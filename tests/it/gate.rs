@@ -304,13 +304,61 @@ mod as_root {
         let mut attacker = bash.stdout(Stdio::piped()).spawn().unwrap();
         let mut rounds = BufReader::new(attacker.stdout.take().unwrap()).lines();
         rounds.next().expect("a first round").unwrap();
-        let threads = resources(gate.pid).1;
+        wait_for("most slots to be the attacker's", || resources(gate.pid).1 > 500);
         let replies: Vec<_> =
             (0..200).map(|_| gate.host.http("GET", "/workspaces").try_send().map(|r| r.status)).collect();
         attacker.kill().unwrap();
         attacker.wait().unwrap();
-        assert!(threads > 500, "the attacker holds {threads} connections only");
         assert!(replies.iter().all(|status| *status == Some(200)), "{replies:?}");
+    }
+
+    #[test]
+    #[ignore = "needs root, to become another user"]
+    fn the_requests_of_another_user_make_room_for_the_owner() {
+        // 74 slots, 4 of them the owner's: fewer than the owner has streams open.
+        const STREAMS: usize = 40;
+        let gate = Gate::with(&[], "ulimit -n 256");
+        // Whole requests, whose connections stay open for as long as the daemon lets them.
+        let script = r#"while :; do
+            for n in $(seq 100); do { exec {fd}<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&$fd; } || break; done
+            echo; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -gt 2 ] && eval "exec $fd>&-"; done
+        done 2>/dev/null"#;
+        let request = gate.request("GET /health", "\r\n");
+        let mut attackers: Vec<_> = (0..3)
+            .map(|_| {
+                let mut bash = Command::new("bash");
+                bash.args(["-c", script, &gate.host.port().to_string(), &request]).uid(NOBODY).current_dir("/");
+                bash.stdout(Stdio::piped()).spawn().unwrap()
+            })
+            .collect();
+        for attacker in &mut attackers {
+            BufReader::new(attacker.stdout.as_mut().unwrap()).lines().next().expect("a first round").unwrap();
+        }
+        let streams: Vec<_> = (0..STREAMS)
+            .map(|_| {
+                let mut stream = gate.host.connect();
+                stream.write_all(gate.request("GET /events", "\r\n").as_bytes()).unwrap();
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                (line, stream)
+            })
+            .collect();
+        for mut attacker in attackers {
+            attacker.kill().unwrap();
+            attacker.wait().unwrap();
+        }
+        let refused: Vec<_> = streams.iter().map(|(line, _)| line).filter(|line| !line.contains(" 200 ")).collect();
+        assert!(refused.is_empty(), "{} of {STREAMS}: {refused:?}", refused.len());
+    }
+
+    #[test]
+    #[ignore = "needs root, to become another user"]
+    fn the_body_of_another_user_is_not_read() {
+        let gate = Gate::new();
+        // The largest that the owner may send. None of it comes, and nobody waits for it.
+        let body = "Content-Type: application/json\r\nContent-Length: 1048576\r\n\r\n";
+        assert_eq!(gate.host.send_raw_as_another_user(&gate.request("GET /health", body)).status, 200);
+        gate.host.send_raw_as_another_user(&gate.request("POST /health", body)).refused(405, "method_not_allowed");
     }
 
     #[test]
