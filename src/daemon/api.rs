@@ -347,6 +347,10 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             Answer::new(200, &daemon.health())
         }
         Route::Restart => {
+            // The allowed pages may use opencode; which program runs as the user is for a command to say.
+            if let Some(origin) = header(request, ORIGIN_HEADER) {
+                return Err(Error::ForbiddenOrigin(format!("the web page {origin:?}")));
+            }
             let restart: Restart = parse(&body)?;
             daemon.ending.hand_over(Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?)?;
             let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at })?;

@@ -154,6 +154,19 @@ fn a_program_that_is_none_leaves_the_daemon_as_it_was() {
 }
 
 #[test]
+fn no_web_page_says_what_the_daemon_becomes() {
+    let host = Host::new();
+    host.openwork(["daemon", "start", "--cors", "http://localhost:3000"]).ok();
+    let (daemon, before) = (host.daemon_pid(), started_at(&host));
+    let body = json!({"program": "/bin/true", "environment": []}).to_string();
+    for origin in ["tauri://localhost", "http://tauri.localhost", "http://localhost:3000"] {
+        let request = host.http("POST", "/restart").header("Origin", origin);
+        request.header("Content-Type", "application/json").body(&body).fails(403, "forbidden_origin");
+    }
+    assert_eq!((host.daemon_pid(), started_at(&host)), (daemon, before));
+}
+
+#[test]
 fn a_successor_that_fails_is_replaced() {
     let host = Host::new();
     host.exercises(["route POST /restart"]);
