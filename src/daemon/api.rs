@@ -161,7 +161,7 @@ fn handle(daemon: &Daemon, mut request: Request) {
         }
         Some(AfterReply::Restart { keep_opencode, client }) => {
             crate::log!("restarting, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
-            daemon.supervisor.stop(keep_opencode, client);
+            daemon.restart(keep_opencode, client);
         }
     }
 }

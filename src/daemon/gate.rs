@@ -16,7 +16,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{self, Builder, JoinHandle};
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME};
@@ -44,6 +44,9 @@ const CONTROL_GRACE: Duration = Duration::from_secs(2);
 const LINGER_TIME: Duration = Duration::from_millis(500);
 /// How much the gate reads in that time. Bytes.
 const LINGER_LIMIT: u64 = 1024 * 1024;
+/// How long the thread that accepts may take to end. It takes in one more connection at most, which
+/// may have to wait for a slot.
+const CLOSING_TIME: Duration = Duration::from_secs(1);
 /// The pause when descriptors or memory for a connection are lacking: until some are free again.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How often an event stream shows that it is alive while nothing happens.
@@ -58,6 +61,8 @@ pub struct Gate {
     origins: Vec<String>,
     /// Raised when no more connections are to be accepted.
     closing: Flag,
+    /// Raised when no more connections are accepted.
+    closed: Flag,
     /// Raised when the daemon ends: routed streams break off.
     stop: Flag,
     connections: Connections,
@@ -75,8 +80,8 @@ impl Gate {
         rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
-        let (closing, stop) = (Flag::new()?, Flag::new()?);
-        Ok(Gate { listener, port, origins, closing, stop, connections: Connections::default() })
+        let (closing, closed, stop) = (Flag::new()?, Flag::new()?, Flag::new()?);
+        Ok(Gate { listener, port, origins, closing, closed, stop, connections: Connections::default() })
     }
 
     /// The listening socket.
@@ -90,7 +95,7 @@ impl Gate {
         loop {
             let accepted = match wait::wait_readable(&self.listener, &self.closing, None) {
                 Ok(true) => self.listener.accept(),
-                Ok(false) => return,
+                Ok(false) => return self.closed.raise(),
                 Err(e) => Err(e),
             };
             match accepted {
@@ -129,12 +134,11 @@ impl Gate {
         drop(kept);
     }
 
-    /// Accepts no more connections: `accepting`, the thread of [`Gate::serve`], ends. Connections that
-    /// come wait at the listening socket, which stays open: nobody else can listen there while
-    /// `daemon.lock` names it.
-    pub fn close(&self, accepting: JoinHandle<()>) {
+    /// Accepts no more connections: [`Gate::serve`] ends. Connections that come wait at the listening
+    /// socket, which stays open: nobody else can listen there while `daemon.lock` names it.
+    pub fn close(&self) {
         self.closing.raise();
-        let _ = accepting.join();
+        wait::wait_until_readable(&self.closed, Instant::now() + CLOSING_TIME);
     }
 
     /// Ends the connections, each after its reply, but within [`DRAIN_TIME`]. With `at_once`, those

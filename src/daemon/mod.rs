@@ -76,6 +76,7 @@ struct Daemon {
     authorizations: [Arc<str>; 2],
     store: &'static Store,
     supervisor: Handle,
+    gate: &'static Gate,
     control: &'static api::ControlPlane,
     instances: &'static Instances,
     events: &'static Events,
@@ -85,6 +86,17 @@ impl Daemon {
     /// Stops for good, as the process `client` has asked, if one did.
     fn stop(&self, keep_opencode: bool, client: Option<u32>) {
         self.ending.stop();
+        self.supervisor.stop(keep_opencode, client);
+    }
+
+    /// Ends, to become its successor.
+    fn restart(&self, keep_opencode: bool, client: Option<u32>) {
+        if keep_opencode {
+            // No request is to find a daemon without an opencode: those under way are finished first,
+            // and those to come wait for the successor.
+            self.gate.close();
+            self.gate.drain(false);
+        }
         self.supervisor.stop(keep_opencode, client);
     }
 
@@ -319,6 +331,7 @@ fn serve(
         authorizations,
         store,
         supervisor,
+        gate,
         control,
         instances,
         events,
@@ -328,7 +341,7 @@ fn serve(
     // A thread that cannot be had ends the daemon: one without all of them would hold the lock and
     // be deaf. The supervisor comes last, so that there is no opencode yet.
     spawn(|| store.write_behind())?;
-    let accepting = spawn(|| gate.serve(daemon))?;
+    spawn(|| gate.serve(daemon))?;
     spawn(|| instances.evict(handle))?;
     spawn(|| instances.listen(handle))?;
     spawn(|| control.serve(daemon))?;
@@ -352,7 +365,7 @@ fn serve(
     let supervision = spawn(|| supervision.run())?;
     listening();
     let supervised = supervision.join();
-    gate.close(accepting);
+    gate.close();
     let successor = match daemon.ending.take() {
         End::Successor(successor) if supervised.is_ok() => Some(successor),
         End::Successor(_) | End::Stop | End::None => None,
