@@ -356,6 +356,20 @@ fn a_daemon_whose_directory_was_made_anew_stops_with_its_opencode() {
 }
 
 #[test]
+fn a_daemon_whose_directory_was_made_anew_notices_without_a_request() {
+    let mut host = Host::new();
+    host.set("OPENWORK_TEST_PACE", "10");
+    host.openwork(["daemon", "start"]).ok();
+    let (first, old) = (host.daemon_pid(), host.opencode_pid());
+    fs::remove_dir_all(host.data()).unwrap();
+    host.openwork(["daemon", "start"]).env("OPENWORK_DAEMON_PORT", free_port().to_string()).ok();
+    assert_ne!((host.daemon_pid(), host.opencode_pid()), (first, old));
+    wait_gone(first);
+    wait_gone(old);
+    host.runs_one_of_each();
+}
+
+#[test]
 fn a_daemon_whose_directory_was_removed_stops_with_its_opencode() {
     let host = Host::new();
     let foreground = host.openwork(["daemon", "run"]).spawn();

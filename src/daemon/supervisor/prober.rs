@@ -76,6 +76,9 @@ impl Prober {
     fn look(&self, look: Look) -> Report {
         let log = self.data_dir.opencode_log();
         if look.is_ready {
+            // Another daemon may have started an opencode of its own by now; if nobody asks this one
+            // for anything, nothing else would tell.
+            let _ = self.store.check_lock();
             // What its watcher does while it grows; and the daemon's own, which grows by lines.
             for log in [&log, &self.data_dir.daemon_log()] {
                 let _ = log::bound(log);
