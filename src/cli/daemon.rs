@@ -16,7 +16,7 @@ use crate::line::{Line, migration};
 use crate::lock;
 use crate::log::now_ms;
 use crate::options::Options;
-use crate::state::{BinaryRecord, State};
+use crate::state::{Auth, BinaryRecord, State};
 use crate::system;
 use crate::system::process::{self, Process};
 use crate::wire::{Done, Health, Phase, ProcessInfo, Shutdown, WorkspaceReply};
@@ -179,7 +179,8 @@ pub fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
     if client.autostart.is_none() {
         return Err(Error::usage("`daemon restart` cannot be used with --no-autostart"));
     }
-    // A daemon that works must not be stopped for a port that its successor cannot have.
+    // A daemon that works must not be stopped for credentials or a port that its successor cannot have.
+    Auth::check_loading(&client.data_dir)?;
     let port = client.autostart.as_ref().and_then(|options| options.port);
     if let (Some(port), Some(address)) = (port, client.find()?) {
         let is_taken = |e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse;

@@ -50,7 +50,7 @@ use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
 use crate::options::Options;
 use crate::paths::{DataDir, create_private};
-use crate::state::{Auth, DaemonRecord, PASSWORD_VARIABLE, State, Store, USERNAME_VARIABLE};
+use crate::state::{Auth, DaemonRecord, State, Store};
 use crate::system::{limits, process, signals};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
@@ -284,7 +284,7 @@ fn serve(
 ) -> Result<()> {
     let _ = log::bound(&data_dir.daemon_log());
     let store = forever(Store::open(data_dir, &lock.file)?);
-    let auth = Auth::load_or_create(data_dir, variable(USERNAME_VARIABLE)?, variable(PASSWORD_VARIABLE)?)?;
+    let auth = Auth::load_or_create(data_dir)?;
     let is_successor = handed_over.is_some();
     let listener = handed_over.map_or_else(|| bind(options.port, &store.snapshot()), Ok)?;
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
@@ -403,12 +403,6 @@ fn serve(
         (Err(e), Some(_)) => Err(e),
         (Ok(()) | Err(_), _) => Ok(()),
     }
-}
-
-/// A variable of the environment, if it is set to something.
-fn variable(name: &str) -> Result<Option<String>> {
-    let value = std::env::var_os(name).filter(|value| !value.is_empty());
-    value.map(|value| value.into_string().map_err(|_| Error::usage(format!("{name} is not UTF-8")))).transpose()
 }
 
 /// Keeps a value for as long as the process lives: the daemon's threads share it.

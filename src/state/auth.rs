@@ -36,15 +36,33 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// Reads the credentials, creating them when there are none. A user name or password that is
-    /// given replaces the stored one for good: commands read the file.
+    /// Reads the credentials, creating them when there are none. A user name or password that the
+    /// environment gives replaces the stored one for good: commands read the file.
     ///
     /// # Errors
     /// `state_corrupt` when the file makes no sense: a new password would lock us out of an opencode
     /// that runs with the old one. `usage` for given ones that cannot be sent.
-    pub fn load_or_create(data_dir: &DataDir, username: Option<String>, password: Option<String>) -> Result<Auth> {
+    pub fn load_or_create(data_dir: &DataDir) -> Result<Auth> {
         let path = data_dir.auth();
-        let stored = Auth::read(&path)?;
+        let (auth, is_stored) = Auth::load(&path)?;
+        if !is_stored {
+            write_whole(&path, &auth)?;
+        }
+        Ok(auth)
+    }
+
+    /// Looks whether a daemon with this process's environment can have its credentials; changes nothing.
+    ///
+    /// # Errors
+    /// As for [`Auth::load_or_create`].
+    pub fn check_loading(data_dir: &DataDir) -> Result<()> {
+        Auth::load(&data_dir.auth()).map(drop)
+    }
+
+    /// The credentials, and whether they are stored already.
+    fn load(path: &Path) -> Result<(Auth, bool)> {
+        let (username, password) = (variable(USERNAME_VARIABLE)?, variable(PASSWORD_VARIABLE)?);
+        let stored = Auth::read(path)?;
         let is_stored = stored.is_some() && username.is_none() && password.is_none();
         let mut auth = match stored {
             Some(auth) => auth,
@@ -53,14 +71,10 @@ impl Auth {
                 Auth { opencode_username: "opencode".to_owned(), opencode_password, extra: Map::new() }
             }
         };
-        if is_stored {
-            return Ok(auth);
-        }
         auth.opencode_username = username.unwrap_or(auth.opencode_username);
         auth.opencode_password = password.unwrap_or(auth.opencode_password);
         auth.check().map_err(|why| Error::usage(format!("{USERNAME_VARIABLE}, {PASSWORD_VARIABLE}: {why}")))?;
-        write_whole(&path, &auth)?;
-        Ok(auth)
+        Ok((auth, is_stored))
     }
 
     /// Whether opencode can run with these, and HTTP carry them.
@@ -87,6 +101,12 @@ impl Auth {
         auth.check().map_err(|why| corrupt(why.to_owned()))?;
         Ok(Some(auth))
     }
+}
+
+/// A variable of the environment, if it is set to something.
+fn variable(name: &str) -> Result<Option<String>> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty());
+    value.map(|value| value.into_string().map_err(|_| Error::usage(format!("{name} is not UTF-8")))).transpose()
 }
 
 /// Random bytes from the kernel.

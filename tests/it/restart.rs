@@ -8,7 +8,7 @@ use std::thread;
 
 use serde_json::json;
 
-use crate::support::{Host, Signal, fake_opencode, free_port, is_alive, kill, until, wait_for, wait_gone};
+use crate::support::{AUTH, Host, Signal, fake_opencode, free_port, is_alive, kill, until, wait_for, wait_gone};
 
 fn started_at(host: &Host) -> u64 {
     host.health()["daemon"]["startedAt"].as_u64().unwrap()
@@ -165,6 +165,26 @@ fn no_web_page_says_what_the_daemon_becomes() {
         request.header("Content-Type", "application/json").body(&body).fails(403, "forbidden_origin");
     }
     assert_eq!((host.daemon_pid(), started_at(&host)), (daemon, before));
+}
+
+#[test]
+fn credentials_that_no_successor_can_have_leave_the_daemon_as_it_was() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, before) = (host.daemon_pid(), started_at(&host));
+    for (variable, value) in [
+        ("OPENWORK_OPENCODE_USERNAME", "a:b"),
+        ("OPENWORK_OPENCODE_PASSWORD", "a\nb"),
+        ("OPENWORK_OPENCODE_PASSWORD", "\u{7f}"),
+    ] {
+        host.openwork(["daemon", "restart"]).env(variable, value).fails(2, "usage");
+    }
+    let stored = fs::read(host.file(AUTH)).unwrap();
+    fs::write(host.file(AUTH), "{").unwrap();
+    host.openwork(["daemon", "restart"]).fails(1, "state_corrupt");
+    fs::write(host.file(AUTH), stored).unwrap();
+    assert_eq!((host.daemon_pid(), started_at(&host)), (daemon, before));
+    host.openwork(["daemon", "restart"]).ok();
 }
 
 #[test]
