@@ -295,7 +295,7 @@ mod as_root {
     fn another_user_cannot_keep_the_owner_out() {
         let gate = Gate::with(&[], "ulimit -n 4096");
         // As many half-open heads as there are slots and more, again and again.
-        let script = r#"ulimit -n 4096; while :; do
+        let script = r#"trap '' PIPE; ulimit -n 4096; while :; do
             for n in $(seq 1100); do { exec {fd}<>"/dev/tcp/127.0.0.1/$0" && printf 'GET /x HTTP/1.1\r\n' >&$fd; } || break; done
             echo; sleep 1; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -gt 2 ] && eval "exec $fd>&-"; done
         done 2>/dev/null"#;
@@ -319,7 +319,7 @@ mod as_root {
         const STREAMS: usize = 40;
         let gate = Gate::with(&[], "ulimit -n 256");
         // Whole requests, whose connections stay open for as long as the daemon lets them.
-        let script = r#"while :; do
+        let script = r#"trap '' PIPE; while :; do
             for n in $(seq 100); do { exec {fd}<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&$fd; } || break; done
             echo; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -gt 2 ] && eval "exec $fd>&-"; done
         done 2>/dev/null"#;
