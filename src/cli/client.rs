@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,8 @@ pub struct Address {
     pub port: u16,
     /// The listening socket there, proven to be the daemon's.
     listener: Listener,
+    /// When it took the lock. A successor has all the rest of its predecessor.
+    since: SystemTime,
 }
 
 /// Who holds the lock.
@@ -107,6 +109,7 @@ impl Client {
         let Some(mut file) = lock::if_held(&path)? else { return Ok(None) };
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(|e| Error::io("read", &path, e))?;
+        let since = file.metadata().and_then(|file| file.modified()).map_err(|e| Error::io("look at", &path, e))?;
         // `<pid> <port> <place>`; empty until the daemon listens. Version 0.1.0 wrote no place.
         let Some(line) = text.strip_suffix('\n') else { return Ok(Some(Holder::Unreachable)) };
         let mut words = line.split(' ');
@@ -120,7 +123,7 @@ impl Client {
         let listener =
             prove(pid, port, &file, &path).map_err(|e| Error::io("look at the daemon that holds", &path, e))?;
         Ok(Some(match listener {
-            Some(listener) => Holder::Listening(Address { pid, port, listener }),
+            Some(listener) => Holder::Listening(Address { pid, port, listener, since }),
             // The text of a daemon before this holder, or one that is just ending.
             None => Holder::Unreachable,
         }))
@@ -233,11 +236,13 @@ impl Client {
     /// # Errors
     /// As for [`Client::read`].
     pub fn read_bytes(&self, target: &str) -> Result<Option<Vec<u8>>> {
-        let Some(address) = self.find()? else { return Ok(None) };
-        match self.exchange(&address, "GET", target, None, self.deadline) {
-            Err(Error::DaemonNotRunning) => Ok(None),
-            other => other.map(Some),
-        }
+        let read = || match self.find()? {
+            Some(address) => self.exchange(&address, "GET", target, None, self.deadline).map(Some),
+            None => Ok(None),
+        };
+        // One that has ended may have a successor.
+        let not_running = |result| if matches!(result, Err(Error::DaemonNotRunning)) { None } else { Some(result) };
+        not_running(read()).or_else(|| not_running(read())).unwrap_or(Ok(None))
     }
 
     /// What a daemon says at once, as it came; `None` when no daemon does. The state file has the
@@ -450,12 +455,12 @@ impl Client {
     }
 
     /// Whether a daemon that no longer answers is on its way out: then its lock is free within a
-    /// moment, or another's already.
+    /// moment, or another's already, or its successor's.
     fn is_leaving(&self, address: &Address) -> bool {
         let patience = self.deadline.min(Instant::now() + LEAVING);
         loop {
             match self.holder() {
-                Ok(Some(Holder::Listening(holder))) if holder.pid == address.pid => {}
+                Ok(Some(Holder::Listening(holder))) if (holder.pid, holder.since) == (address.pid, address.since) => {}
                 Ok(_) => return true,
                 Err(_) => return false,
             }

@@ -30,7 +30,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread::{self, Builder, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::OFlags;
 use serde_json::Map;
@@ -304,8 +304,12 @@ fn serve(
         state.ports.daemon = port;
         Ok(())
     })?;
-    // The text of a predecessor is true of its successor.
-    if !is_successor {
+    if is_successor {
+        // The text of a predecessor is true of its successor; the time tells clients that it is another.
+        lock.file
+            .set_modified(SystemTime::now())
+            .map_err(|e| Error::io("set the time of", data_dir.daemon_lock(), e))?;
+    } else {
         // Where a process lives says whether its pid and port mean anything to who reads them.
         let place = process::place().map(|place| format!(" {place}")).unwrap_or_default();
         (&lock.file)

@@ -155,6 +155,22 @@ fn a_program_that_is_none_leaves_the_daemon_as_it_was() {
 }
 
 #[test]
+fn a_command_that_waits_longer_than_a_restart_goes_on_with_the_successor() {
+    let host = Host::new();
+    host.behave("FAKE_LOAD_MS=2500");
+    host.add(host.project("p"));
+    host.openwork(["daemon", "start"]).ok();
+    let before = started_at(&host);
+    let path = host.openwork(["workspace", "path", "p"]).spawn();
+    wait_for("the loading to begin", || !host.recorded("loadings").is_empty());
+    host.openwork(["daemon", "restart"]).ok();
+    assert!(started_at(&host) > before);
+    let output = path.wait();
+    assert_eq!((output.status.code(), &*output.stderr), (Some(0), ""), "{output:?}");
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
 fn no_web_page_says_what_the_daemon_becomes() {
     let host = Host::new();
     host.openwork(["daemon", "start", "--cors", "http://localhost:3000"]).ok();
