@@ -12,6 +12,7 @@
 //!   workspace  the registry, and which workspace a selector means
 //!   passthrough: OpenCode's own calls and clients: api, env, attach, run
 //!   http       HTTP as api passes it through
+//!   session    OpenCode's sessions, and the wait for their end
 //!   import     takes over the workspaces of another program
 //!   output     one value, printed for people or as JSON
 //!   complete, manual, service: what packages ship, from the tables of args
@@ -26,6 +27,7 @@
 //!   supervisor  the one thread that owns opencode; its policy decides, and does nothing
 //!   engine      opencode itself: command line and protocol; v1 and v2, where its lines differ
 //!   instances   what opencode has loaded, and what ends it by being loaded
+//!   sessions    which sessions run, and the wait for their end
 //!   events      who is told what happened
 //!   handover    becomes its successor at a restart
 //! state/       the state file, and the credentials

@@ -75,6 +75,16 @@ pub enum Route {
     Dispose,
     /// Lifts its fence.
     Reset,
+    /// The sessions of all loaded instances.
+    Sessions,
+    /// The sessions of a workspace.
+    WorkspaceSessions,
+    /// Ends the running turn of a session.
+    Abort,
+    /// Waits until no session runs.
+    Idle,
+    /// Waits until no session runs in a workspace.
+    WorkspaceIdle,
     /// What happens, as server-sent events.
     Events,
     /// Waits for opencode to be ready, trying again if it had failed.
@@ -101,6 +111,11 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/instances", Route::Instances),
     ("POST", "/instances/:id/dispose", Route::Dispose),
     ("POST", "/instances/:id/reset", Route::Reset),
+    ("GET", "/sessions", Route::Sessions),
+    ("GET", "/workspaces/:id/sessions", Route::WorkspaceSessions),
+    ("POST", "/sessions/:id/abort", Route::Abort),
+    ("GET", "/idle", Route::Idle),
+    ("GET", "/workspaces/:id/idle", Route::WorkspaceIdle),
     ("GET", "/events", Route::Events),
     ("POST", "/start", Route::Start),
     ("POST", "/restart", Route::Restart),
@@ -360,6 +375,74 @@ pub struct ResetReply {
     pub workspace: Arc<Workspace>,
 }
 
+/// Whether the agent is at work in a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SessionState {
+    /// A turn is running.
+    Running,
+    /// No turn is running.
+    Idle,
+}
+
+impl SessionState {
+    /// As on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            SessionState::Running => "running",
+            SessionState::Idle => "idle",
+        }
+    }
+}
+
+/// A session of OpenCode's.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Session {
+    /// OpenCode's id of it.
+    pub id: String,
+    /// Null when it has none, or OpenCode does not say in time.
+    pub title: Option<String>,
+    /// Null when its directory is no workspace: a client that calls opencode directly has made it.
+    pub workspace: Option<Arc<Workspace>>,
+    /// The directory of its instance.
+    pub directory: String,
+    /// See [`SessionState`].
+    pub state: SessionState,
+    /// Unix milliseconds; null when OpenCode does not say in time.
+    pub updated_at: Option<u64>,
+}
+
+/// `GET /sessions` and `GET /workspaces/:id/sessions`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SessionList {
+    /// Always true.
+    pub ok: bool,
+    /// Running ones first, then the most recently updated ones.
+    pub sessions: Vec<Session>,
+}
+
+/// `POST /sessions/:id/abort`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AbortReply {
+    /// Always true.
+    pub ok: bool,
+    /// False when no turn was running in it.
+    pub aborted: bool,
+    /// The session, as it was before.
+    pub session: Session,
+}
+
+/// `POST /shutdown`; the daemon stops after the reply.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ShutdownReply {
+    /// Always true.
+    pub ok: bool,
+    /// The running sessions that end with opencode.
+    #[serde(default)]
+    pub sessions: Vec<Session>,
+}
+
 /// A reply without content.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Done {
@@ -438,6 +521,7 @@ pub struct Start {
 
 /// Body of `POST /restart`. The strings are percent-encoded, since none of them has to be UTF-8.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Restart {
     /// The path of the openwork that the daemon becomes.
     pub program: String,
@@ -452,6 +536,9 @@ pub struct Restart {
     /// As in [`Shutdown`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<u32>,
+    /// Waits until no session runs, before anything is stopped.
+    #[serde(default)]
+    pub when_idle: bool,
 }
 
 /// `POST /restart`; the daemon restarts after the reply.
@@ -462,6 +549,9 @@ pub struct RestartReply {
     pub ok: bool,
     /// `daemon.startedAt` of `/health` until the successor answers. Unix milliseconds.
     pub started_at: u64,
+    /// The running sessions that end with opencode.
+    #[serde(default)]
+    pub sessions: Vec<Session>,
 }
 
 /// Body of `POST /shutdown`.
@@ -475,4 +565,7 @@ pub struct Shutdown {
     /// for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<u32>,
+    /// Waits until no session runs, before anything is stopped.
+    #[serde(default)]
+    pub when_idle: bool,
 }

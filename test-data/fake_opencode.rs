@@ -184,6 +184,14 @@ impl Settings {
         self.lists("busy", "FAKE_BUSY", directory)
     }
 
+    /// The session that runs in this directory does no more.
+    fn end_turn(&self, directory: &str) {
+        let Some(path) = self.file("busy") else { return };
+        let busy = fs::read_to_string(&path).unwrap_or_default();
+        let rest: String = busy.lines().filter(|line| *line != directory).map(|line| format!("{line}\n")).collect();
+        fs::write(path, rest).expect("writing who is busy");
+    }
+
     /// Whether a directory is a line of this file, or the value of this variable.
     fn lists(&self, file: &str, key: &str, directory: &str) -> bool {
         let file = self.file(file).and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
@@ -202,6 +210,14 @@ fn json(text: &str) -> String {
     }
     out.push('"');
     out
+}
+
+fn session(id: &str, title: &str, directory: &str, updated: u64) -> String {
+    format!(
+        "{{\"id\":\"{id}\",\"title\":{},\"directory\":{},\"time\":{{\"created\":1,\"updated\":{updated}}}}}",
+        json(title),
+        json(directory),
+    )
 }
 
 fn json_list<T>(items: &[T], item: impl Fn(&T) -> String) -> String {
@@ -463,7 +479,9 @@ impl Request {
     fn directory(&self, cwd: &str) -> String {
         let key = if self.path().starts_with("/api/") { "location[directory]" } else { "directory" };
         let header = || self.header("x-opencode-directory").map(percent_decode);
-        self.query(key).or_else(header).unwrap_or_else(|| cwd.to_owned())
+        // The real one decodes the query once more than usual, but for `/api`.
+        let query = self.query(key).map(|value| if key == "directory" { percent_decode(&value) } else { value });
+        query.or_else(header).unwrap_or_else(|| cwd.to_owned())
     }
 }
 
@@ -627,9 +645,22 @@ impl Server {
                 ok(stream, JSON, if busy { br#"{"ses_fake":{"type":"busy"}}"# } else { b"{}" })
             }
             ("GET", "/session/ses_fake") => {
-                let session =
-                    format!("{{\"id\":\"ses_fake\",\"title\":\"mend {{it}}\",\"directory\":{}}}", json(&directory));
+                let session = session("ses_fake", "mend {it}", &directory, 1_700_000_000_000);
                 ok(stream, JSON, session.as_bytes())
+            }
+            ("GET", "/session") => {
+                let old = session("ses_old", "", &directory, 1_800_000_000_000);
+                let running = session("ses_fake", "mend {it}", &directory, 1_700_000_000_000);
+                ok(stream, JSON, format!("[{old},{running}]").as_bytes())
+            }
+            ("GET", path) if path.starts_with("/session/") => {
+                let content_type = format!("Content-Type: {JSON}\r\n");
+                reply(stream, "404 Not Found", &content_type, b"{\"name\":\"NotFoundError\",\"data\":{}}").map(|()| Next::KeepAlive)
+            }
+            ("POST", "/session/ses_fake/abort") => {
+                self.settings.end_turn(&directory);
+                self.publish(&directory, "session.idle", "{\"sessionID\":\"ses_fake\"}");
+                ok(stream, JSON, b"true")
             }
             ("POST", "/session") => {
                 self.publish(&directory, "session.created", "{}");

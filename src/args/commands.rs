@@ -80,9 +80,11 @@ pub const COMMANDS: &[CommandRow] = &[
     row("daemon run", "", (0, 0), false, "The same", |_| Ok(Command::DaemonRun)),
     row("daemon start", "", (0, 0), true, "Start the daemon in the background and wait until opencode is ready", |_| Ok(Command::DaemonStart)),
     row("daemon stop", "", (0, 0), false, "Stop the daemon and opencode",
-        |given| Ok(Command::DaemonStop { keep_opencode: given.has("--keep-opencode"), force: given.has("--force") })),
+        |given| Ok(Command::DaemonStop {
+            keep_opencode: given.has("--keep-opencode"), force: given.has("--force"), when_idle: given.has("--when-idle"),
+        })),
     row("daemon restart", "", (0, 0), true, "Restart the daemon; opencode keeps running",
-        |given| Ok(Command::DaemonRestart { all: given.has("--all") })),
+        |given| Ok(Command::DaemonRestart { all: given.has("--all"), when_idle: given.has("--when-idle") })),
     row("daemon status", "", (0, 0), false, "The same as status", |_| Ok(Command::Status)),
     row("workspace add", "<path>", (1, 1), true, "Add a directory",
         |given| Ok(Command::WorkspaceAdd { path: given.next().into(), name: given.name()? })),
@@ -109,6 +111,10 @@ pub const COMMANDS: &[CommandRow] = &[
         |given| Ok(Command::Attach { selector: given.optional(), args: given.take_trailing() })).passing_on(),
     row("run", "[-w <ws>] ARGS", (0, 1), true, "Run `opencode run ARGS` in a workspace, against the warm server",
         |given| Ok(Command::Run { selector: given.optional(), args: given.take_trailing() })).passing_on(),
+    row("session list", "[<ws>]", (0, 1), true, "List OpenCode's sessions in a workspace, running ones first (loads its instance)", session_list),
+    row("session abort", "<id>", (1, 1), true, "End the running turn of a session",
+        |given| Ok(Command::SessionAbort { id: text("<id>", given.next())? })),
+    row("wait", "[<ws>]", (0, 1), true, "Wait until no session runs in a workspace, without a limit but --timeout", wait),
     row("env", "[<ws>]", (0, 1), true, "Print the environment for other OpenCode clients, for eval", env),
     row("events", "", (0, 0), true, "Print the daemon's events, one JSON object a line", |_| Ok(Command::Events)),
     row("instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm, cold or fenced", |_| Ok(Command::InstanceList)),
@@ -198,6 +204,28 @@ fn add_remote(given: &mut Given<'_>) -> Result<Command> {
 fn rename(given: &mut Given<'_>) -> Result<Command> {
     let selector = given.next();
     Ok(Command::WorkspaceRename { selector, name: super::values::name(given.next())? })
+}
+
+/// Refuses a workspace beside `--all`.
+fn all_or_one(given: &mut Given<'_>) -> Result<(Option<OsString>, bool)> {
+    let (selector, all) = (given.optional(), given.has("--all"));
+    match (&selector, all) {
+        (Some(selector), true) => {
+            let message = format!("--all means every workspace, and {} is named too", shown(selector));
+            Err(Error::Usage { message, hint: Some("leave one of them out".to_owned()) })
+        }
+        _ => Ok((selector, all)),
+    }
+}
+
+fn session_list(given: &mut Given<'_>) -> Result<Command> {
+    let (selector, all) = all_or_one(given)?;
+    Ok(Command::SessionList { selector, all, quiet: given.has("--quiet") })
+}
+
+fn wait(given: &mut Given<'_>) -> Result<Command> {
+    let (selector, all) = all_or_one(given)?;
+    Ok(Command::Wait { selector, all })
 }
 
 fn env(given: &mut Given<'_>) -> Result<Command> {

@@ -31,7 +31,9 @@ use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
 use crate::paths::DataDir;
 use crate::system::{self, process, socket, wait};
 use crate::timed::Timed;
-use crate::wire::{BODY_LIMIT, Done, Failure, Health, NOTICE_HEADER, Restart, RestartReply, TIMEOUT_HEADER, from_json};
+use crate::wire::{
+    BODY_LIMIT, Done, Failure, Health, NOTICE_HEADER, Restart, RestartReply, Session, TIMEOUT_HEADER, from_json,
+};
 use crate::{lock, log};
 
 /// How often a lock is looked at while somebody else is about to change it.
@@ -411,12 +413,13 @@ impl Client {
     }
 
     /// Has a daemon become its successor: this program, with this environment, and with the options of
-    /// this command if it has any. With `all`, opencode is stopped first. False when the daemon
-    /// cannot do that.
+    /// this command if it has any. With `all`, opencode is stopped first; the running sessions that end
+    /// with it are returned. With a limit for `idle`, sessions that run so long are an error. `None`
+    /// when the daemon cannot do that.
     ///
     /// # Errors
-    /// What the daemon replies; `daemon_unresponsive`.
-    pub fn hand_over(&self, address: &Address, all: bool) -> Result<bool> {
+    /// What the daemon replies, `still_busy` among that; `daemon_unresponsive`.
+    pub fn hand_over(&self, address: &Address, all: bool, idle: Option<Duration>) -> Result<Option<Vec<Session>>> {
         let program = std::env::current_exe();
         let program = program.map_err(|e| Error::Internal(format!("cannot find this program: {e}")))?;
         let options = self.autostart.as_ref().filter(|options| !options.is_default());
@@ -431,27 +434,34 @@ impl Client {
             environment: variables.chain(allocator).map(variable).collect(),
             all,
             client: Some(std::process::id()),
+            when_idle: idle.is_some(),
         };
         // An environment that no request can hold.
         if to_json(&restart)?.len() > BODY_LIMIT {
-            return Ok(false);
+            return Ok(None);
         }
-        let before: RestartReply = match self.ask_at(address, "POST", "/restart", &restart) {
-            Err(e) if e.code() == Code::NotFound => return Ok(false),
+        let asking = self.until(idle.map_or(self.deadline, |limit| self.deadline.min(Instant::now() + limit)));
+        let before: RestartReply = match asking.ask_at(address, "POST", "/restart", &restart) {
+            Err(e) if e.code() == Code::NotFound => return Ok(None),
             other => other?,
         };
         let _waiting = Waiting::new("the daemon to restart");
         loop {
             // One that has ended instead has said why in its log, and is started anew.
-            let Some(health) = self.read::<Health>("/health")? else { return Ok(true) };
+            let Some(health) = self.read::<Health>("/health")? else { return Ok(Some(before.sessions)) };
             if health.daemon.started_at != before.started_at {
-                return Ok(true);
+                return Ok(Some(before.sessions));
             }
             if Instant::now() >= self.deadline {
                 return Err(Error::DaemonUnresponsive("it has not restarted before the deadline".to_owned()));
             }
             std::thread::sleep(LOOK_INTERVAL);
         }
+    }
+
+    /// The same with another deadline, and without a start.
+    pub fn until(&self, deadline: Instant) -> Client {
+        Client { data_dir: self.data_dir.clone(), deadline, autostart: None }
     }
 
     /// Whether a daemon that no longer answers is on its way out: then its lock is free within a

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::VERSION;
 use super::client::{Address, Client, decode};
 use super::output::{self, Output, Waiting, duration, megabytes, note, table};
+use super::session;
 use super::workspace::named;
 use crate::error::{Code, Error, Result};
 use crate::line::{Line, migration};
@@ -19,10 +20,13 @@ use crate::options::Options;
 use crate::state::{Auth, BinaryRecord, State};
 use crate::system;
 use crate::system::process::{self, Process};
-use crate::wire::{Done, Health, Phase, ProcessInfo, Shutdown, WorkspaceReply};
+use crate::wire::{Health, Phase, ProcessInfo, Session, Shutdown, ShutdownReply, WorkspaceReply};
 
 /// How long a daemon may take to reply to a stop: it replies first and stops then.
 const STOP_REPLY: Duration = Duration::from_secs(10);
+/// How long the daemon looks once more whether a session runs, before it stops. Short: a command that is
+/// interrupted meanwhile must not be carried out long after.
+const IDLE_CHECK: Duration = Duration::from_secs(1);
 /// How long a daemon that does not respond has for a stop in good order before it is killed.
 const TERM_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -83,33 +87,87 @@ fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
     Ok(other_port || other_host || options.engine.binary.as_deref().is_some_and(is_another))
 }
 
+/// How to stop the daemon.
+#[derive(Clone, Copy)]
+pub struct Stop {
+    /// opencode stays, for the next daemon.
+    pub keep_opencode: bool,
+    /// Ends a daemon that does not respond, too.
+    pub force: bool,
+}
+
+/// A wait for the end of all sessions that comes first.
+#[derive(Clone, Copy)]
+pub struct WhenIdle {
+    /// The time of the command. Without `is_limit`, it begins when no session runs any more.
+    pub timeout: Duration,
+    /// The user has given that time, and it is for the wait too.
+    pub is_limit: bool,
+}
+
+/// Does something as soon as no session runs. `act` is given how long it may wait for the sessions that
+/// have begun since.
+fn when_idle<T>(
+    client: &Client,
+    when: Option<WhenIdle>,
+    act: impl Fn(&Client, Option<Duration>) -> Result<T>,
+) -> Result<T> {
+    let Some(WhenIdle { timeout, is_limit }) = when else { return act(client, None) };
+    let until = is_limit.then_some(client.deadline);
+    loop {
+        match session::until_idle(&client.until(client.deadline), "/idle", until) {
+            // What runs no more has no sessions.
+            Ok(()) | Err(Error::DaemonNotRunning) => {}
+            Err(e) => return Err(e),
+        }
+        let deadline = until.unwrap_or_else(|| Instant::now() + timeout);
+        let client = Client { autostart: client.autostart.clone(), ..client.until(deadline) };
+        match act(&client, Some(IDLE_CHECK)) {
+            Err(e) if session::is_late(e.code()) && until.is_none_or(|until| Instant::now() < until) => {}
+            other => return other,
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Stopped {
     ok: bool,
     stopped: bool,
+    /// The sessions that were running, and ended with opencode.
+    sessions: Vec<Session>,
 }
 
 /// Stops the daemon and opencode.
-pub fn stop(client: &Client, out: &mut Output, keep_opencode: bool, force: bool) -> Result<()> {
-    let stopped = Stopped { ok: true, stopped: stop_running(client, keep_opencode, force)? };
-    out.print(&stopped, |stopped| {
-        let done = match (stopped.stopped, keep_opencode) {
+pub fn stop(client: &Client, out: &mut Output, how: Stop, when: Option<WhenIdle>) -> Result<()> {
+    let (stopped, sessions) = when_idle(client, when, |client, idle| stop_running(client, how, idle))?;
+    out.print(&Stopped { ok: true, stopped, sessions }, |stopped| {
+        let done = match (stopped.stopped, how.keep_opencode) {
             (false, _) => "the daemon is not running",
             (true, false) => "stopped",
             (true, true) => "stopped; opencode keeps running",
         };
-        format!("{done}\n")
+        ended(&stopped.sessions) + done + "\n"
     })
 }
 
-/// Stops the daemon, with `force` also one that does not respond; whether one was running.
-fn stop_running(client: &Client, keep_opencode: bool, force: bool) -> Result<bool> {
+/// A line for each session that a stop of opencode has ended.
+fn ended(sessions: &[Session]) -> String {
+    sessions.iter().map(|session| format!("ended the running turn of {}\n", session::described(session))).collect()
+}
+
+/// Stops the daemon, with `force` also one that does not respond; whether one was running, and the
+/// running sessions that have ended with opencode.
+fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(bool, Vec<Session>)> {
     let mut stopped = false;
+    let mut ended = Vec::new();
     loop {
-        match stop_one(client, keep_opencode, force, stopped) {
-            Ok(true) => stopped = true,
-            Ok(false) => return Ok(stopped),
-            Err(e @ Error::DaemonUnresponsive(_)) if force => {
+        match stop_one(client, how, stopped, idle) {
+            Ok(Some(sessions)) => {
+                stopped = true;
+                ended.extend(sessions);
+            }
+            Ok(None) => return Ok((stopped, ended)),
+            Err(e @ Error::DaemonUnresponsive(_)) if how.force => {
                 end_unresponsive(client, e)?;
                 stopped = true;
             }
@@ -118,32 +176,38 @@ fn stop_running(client: &Client, keep_opencode: bool, force: bool) -> Result<boo
     }
 }
 
-/// Stops the daemon that runs now; false when there is none, or `stopped` says that this command has
-/// stopped one already: then the user has started the next one.
-fn stop_one(client: &Client, keep_opencode: bool, force: bool, stopped: bool) -> Result<bool> {
-    let soon = |limit| client.deadline.min(Instant::now() + limit);
-    let within = |deadline| Client { data_dir: client.data_dir.clone(), deadline, autostart: None };
-    let found = if force { within(soon(STOP_REPLY)).find() } else { client.find() };
+/// Stops the daemon that runs now; `None` when there is none, or `stopped` says that this command has
+/// stopped one already: then the user has started the next one. With a limit for `idle`, sessions that
+/// run so long are an error.
+fn stop_one(
+    client: &Client,
+    Stop { keep_opencode, force }: Stop,
+    stopped: bool,
+    idle: Option<Duration>,
+) -> Result<Option<Vec<Session>>> {
+    let soon = |limit| client.until(client.deadline.min(Instant::now() + limit));
+    let found = if force { soon(STOP_REPLY).find() } else { client.find() };
     let address = match found? {
-        Some(_) if stopped => return Ok(false),
+        Some(_) if stopped => return Ok(None),
         Some(address) => address,
         // The opencode of a daemon that was killed, perhaps just now, while it was asked to stop. The
         // next daemon takes that opencode over and ends it in good order; its port does not matter.
         None if !keep_opencode && has_orphan(client)? => {
             client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
         }
-        None => return Ok(false),
+        None => return Ok(None),
     };
     let daemon = process::open(address.pid).map_err(elsewhere)?;
-    let shutdown = Shutdown { keep_opencode, client: Some(std::process::id()) };
-    match within(soon(STOP_REPLY)).ask_at::<Done>(&address, "POST", "/shutdown", &shutdown) {
-        Ok(Done { .. }) | Err(Error::DaemonNotRunning) => {}
+    let shutdown = Shutdown { keep_opencode, client: Some(std::process::id()), when_idle: idle.is_some() };
+    let sessions = match soon(idle.unwrap_or(STOP_REPLY)).ask_at(&address, "POST", "/shutdown", &shutdown) {
+        Ok(ShutdownReply { sessions, .. }) => sessions,
+        Err(Error::DaemonNotRunning) => Vec::new(),
         Err(e) => return Err(e),
-    }
+    };
     if let Some(daemon) = daemon {
         client.wait_until_gone(&daemon)?;
     }
-    Ok(true)
+    Ok(Some(sessions))
 }
 
 /// Ends a daemon that does not respond, if it is proven to be ours: a process of our user that holds
@@ -175,7 +239,7 @@ fn has_orphan(client: &Client) -> Result<bool> {
 }
 
 /// Restarts the daemon, with `all` opencode too.
-pub fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
+pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenIdle>) -> Result<()> {
     if client.autostart.is_none() {
         return Err(Error::usage("`daemon restart` cannot be used with --no-autostart"));
     }
@@ -189,12 +253,23 @@ pub fn restart(client: &Client, out: &mut Output, all: bool) -> Result<()> {
         }
     }
     let is_elsewhere = |address: &Address| port.is_some_and(|port| port != address.port);
-    match client.find()? {
-        Some(address) if !is_elsewhere(&address) && client.hand_over(&address, all)? => {}
-        // A daemon of 0.1.0 cannot hand over, and at another port there is nothing to hand over.
-        Some(_) | None => drop(stop_running(client, !all, false)?),
-    }
-    wait_until_ready(client, out, true)
+    when_idle(client, when, |client, idle| {
+        let handed_over = match client.find()? {
+            Some(address) if !is_elsewhere(&address) => client.hand_over(&address, all, idle)?,
+            Some(_) | None => None,
+        };
+        let sessions = match handed_over {
+            Some(sessions) => sessions,
+            // A daemon of 0.1.0 cannot hand over, and at another port there is nothing to hand over.
+            None => stop_running(client, Stop { keep_opencode: !all, force: false }, idle)?.1,
+        };
+        note(&ended(&sessions));
+        Ok(())
+    })?;
+    // A wait may have lasted longer than the time for the rest.
+    let rest = when.filter(|when| !when.is_limit).map(|when| Instant::now() + when.timeout);
+    let client = Client { autostart: client.autostart.clone(), ..client.until(rest.unwrap_or(client.deadline)) };
+    wait_until_ready(&client, out, true)
 }
 
 /// Shows the state of the daemon and of opencode.

@@ -11,6 +11,7 @@ mod manual;
 mod output;
 mod passthrough;
 mod service;
+mod session;
 mod workspace;
 
 use std::borrow::Cow;
@@ -23,6 +24,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use self::client::{Client, decode};
+use self::daemon::WhenIdle;
 use self::output::{Output, clean, duration, megabytes, note, table};
 use self::workspace::named;
 use crate::args::{self, Command, Invocation};
@@ -113,6 +115,8 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
 }
 
 fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out: &mut Output) -> Result<()> {
+    let idle = WhenIdle { timeout: invocation.timeout, is_limit: invocation.timeout_given };
+    let wanted = |when_idle: bool| when_idle.then_some(idle);
     match &invocation.command {
         Command::Help { topic } => help::print(out, topic.as_deref()),
         Command::Version => version(out),
@@ -121,8 +125,11 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::Man => print_text(out, &manual::page()),
         Command::ServicePrint { program } => print_text(out, &service(invocation, program.as_deref())?),
         Command::DaemonStart => daemon::start(&client()?, out),
-        Command::DaemonStop { keep_opencode, force } => daemon::stop(&client()?, out, *keep_opencode, *force),
-        Command::DaemonRestart { all } => daemon::restart(&client()?, out, *all),
+        Command::DaemonStop { keep_opencode, force, when_idle } => {
+            let stop = daemon::Stop { keep_opencode: *keep_opencode, force: *force };
+            daemon::stop(&client()?, out, stop, wanted(*when_idle))
+        }
+        Command::DaemonRestart { all, when_idle } => daemon::restart(&client()?, out, *all, wanted(*when_idle)),
         Command::Status => daemon::status(&client()?, out),
         Command::WorkspaceAdd { path, name } => workspace::add(&client()?, out, path, name.clone()),
         Command::WorkspaceAddRemote(body) => workspace::add_remote(&client()?, out, body),
@@ -138,6 +145,15 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::Api(call) => passthrough::api(&client()?, out, call, invocation.timeout_given),
         Command::Attach { selector, args } => Err(passthrough::attach(&client()?, selector.as_deref(), args)),
         Command::Run { selector, args } => Err(passthrough::run(&client()?, selector.as_deref(), args)),
+        Command::SessionList { selector, all, quiet } => {
+            session::list(&client()?, out, selector.as_deref(), *all, *quiet)
+        }
+        Command::SessionAbort { id } => session::abort(&client()?, out, id),
+        Command::Wait { selector, all } => {
+            let client = client()?;
+            let until = invocation.timeout_given.then_some(client.deadline);
+            session::wait(&client, out, selector.as_deref(), *all, until)
+        }
         Command::Env { selector, shell } => passthrough::env(&client()?, out, selector.as_deref(), *shell),
         Command::Events => events(&client()?, out, invocation.timeout_given),
         Command::InstanceList => instances(&client()?, out),

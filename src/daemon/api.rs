@@ -19,15 +19,15 @@ use tiny_http::{Request, Server};
 use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
-use super::{CONTROL_SOCKET, Daemon, reply};
+use super::{CONTROL_SOCKET, Daemon, reply, sessions};
 use crate::error::{Error, Result};
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::Line;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, InstanceEntry, InstanceList, InstanceState, Listed, Move,
-    NOTICE_HEADER, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, Shutdown,
-    Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
+    NOTICE_HEADER, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, SessionList,
+    Shutdown, ShutdownReply, Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -43,7 +43,7 @@ const LONGEST_TIMEOUT: f64 = 86_400.0;
 /// The pause before the control plane listens again, when descriptors or memory for it are lacking.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long opencode may take to say which sessions are running, for all instances together.
-const ASK_LIMIT: Duration = Duration::from_secs(2);
+pub const ASK_LIMIT: Duration = Duration::from_secs(2);
 /// The pause between two looks whether interrupted sessions have ended: mostly they have at once.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -155,7 +155,7 @@ fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     match answer_with(daemon, request, answer) {
         None => {}
-        Some(AfterReply::Stop(Shutdown { keep_opencode, client })) => {
+        Some(AfterReply::Stop(Shutdown { keep_opencode, client, .. })) => {
             crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
             daemon.stop(keep_opencode, client);
         }
@@ -298,30 +298,30 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         }
         Route::Path => {
             let workspace = daemon.store.latest().find(&selector)?.clone();
-            let directory = workspace.local_path()?;
-            // opencode would answer for a directory that is not there.
-            existing_directory(directory)?;
-            daemon.instances.check_fence(&workspace)?;
-            let entered = daemon.instances.enter(&workspace, deadline)?;
-            let path = daemon.supervisor.call(deadline, |endpoint| {
-                // An opencode that is gone already must not be taken for one that ends by this request.
-                endpoint.connect(deadline)?;
-                // Before the answer: one that comes too late has loaded it all the same.
-                if !entered.loads(endpoint.generation, deadline).map_err(CallError::Failed)? {
-                    return Err(CallError::Gone("it has ended".to_owned()));
-                }
-                endpoint.path(directory, deadline).map_err(|e| match e {
-                    // What ended opencode by loading the instance would end the next one too.
-                    CallError::Gone(_) | CallError::Failed(Error::OpencodeFault(_)) => {
-                        entered.blame(&daemon.supervisor, endpoint).map_or(e, CallError::Failed)
-                    }
-                    CallError::TimedOut | CallError::Failed(_) => e,
-                })
-            })?;
-            entered.replied();
-            daemon.store.touch(&workspace.id);
-            drop(entered);
+            let path = call_loaded(daemon, &workspace, deadline, |endpoint, path| endpoint.path(path, deadline))?;
             Answer::new(200, &PathReply { ok: true, workspace, path: path.into() })
+        }
+        Route::Sessions => {
+            let sessions = sessions::all(daemon, deadline)?;
+            Answer::new(200, &SessionList { ok: true, sessions })
+        }
+        Route::WorkspaceSessions => {
+            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            let ask = |endpoint: &Endpoint, _: &Path| sessions::of(daemon, endpoint, &workspace.path, deadline);
+            let found = call_loaded(daemon, &workspace, deadline, ask)?;
+            let sessions = sessions::described(daemon, found);
+            Answer::new(200, &SessionList { ok: true, sessions })
+        }
+        Route::Abort => Answer::new(200, &sessions::abort(daemon, &selector, deadline)?),
+        Route::Idle => {
+            sessions::wait_until_idle(daemon, None, deadline)?;
+            Answer::new(200, &Done { ok: true })
+        }
+        Route::WorkspaceIdle => {
+            let workspace = daemon.store.snapshot().find(&selector)?.clone();
+            workspace.local_path()?;
+            sessions::wait_until_idle(daemon, Some(&workspace), deadline)?;
+            Answer::new(200, &Done { ok: true })
         }
         Route::Instances => Answer::new(200, &instances(daemon, deadline)),
         // The gate streams them.
@@ -352,8 +352,12 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
                 return Err(Error::ForbiddenOrigin(format!("the web page {origin:?}")));
             }
             let restart: Restart = parse(&body)?;
+            if restart.when_idle {
+                sessions::wait_until_idle(daemon, None, deadline)?;
+            }
+            let sessions = if restart.all { sessions::running_now(daemon, deadline) } else { Vec::new() };
             daemon.ending.hand_over(Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?)?;
-            let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at })?;
+            let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at, sessions })?;
             Ok(Answer {
                 after: Some(AfterReply::Restart { keep_opencode: !restart.all, client: restart.client }),
                 ..reply
@@ -361,9 +365,49 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         }
         Route::Shutdown => {
             let shutdown: Shutdown = parse(&body)?;
-            Ok(Answer { after: Some(AfterReply::Stop(shutdown)), ..Answer::new(200, &Done { ok: true })? })
+            if shutdown.when_idle {
+                sessions::wait_until_idle(daemon, None, deadline)?;
+            }
+            let sessions = if shutdown.keep_opencode { Vec::new() } else { sessions::running_now(daemon, deadline) };
+            let reply = Answer::new(200, &ShutdownReply { ok: true, sessions })?;
+            Ok(Answer { after: Some(AfterReply::Stop(shutdown)), ..reply })
         }
     }
+}
+
+/// Makes a call in a workspace, whose instance is loaded by it if it was not. It counts as use.
+///
+/// # Errors
+/// `workspace_is_remote`, `path_not_found`, `workspace_fenced`, and those of the call.
+fn call_loaded<T>(
+    daemon: &Daemon,
+    workspace: &Workspace,
+    deadline: Instant,
+    ask: impl Fn(&Endpoint, &Path) -> std::result::Result<T, CallError>,
+) -> Result<T> {
+    let directory = workspace.local_path()?;
+    // opencode would answer for a directory that is not there.
+    existing_directory(directory)?;
+    daemon.instances.check_fence(workspace)?;
+    let entered = daemon.instances.enter(workspace, deadline)?;
+    let answer = daemon.supervisor.call(deadline, |endpoint| {
+        // An opencode that is gone already must not be taken for one that ends by this request.
+        endpoint.connect(deadline)?;
+        // Before the answer: one that comes too late has loaded it all the same.
+        if !entered.loads(endpoint.generation, deadline).map_err(CallError::Failed)? {
+            return Err(CallError::Gone("it has ended".to_owned()));
+        }
+        ask(endpoint, directory).map_err(|e| match e {
+            // What ended opencode by loading the instance would end the next one too.
+            CallError::Gone(_) | CallError::Failed(Error::OpencodeFault(_)) => {
+                entered.blame(&daemon.supervisor, endpoint).map_or(e, CallError::Failed)
+            }
+            CallError::TimedOut | CallError::Failed(_) => e,
+        })
+    })?;
+    entered.replied();
+    daemon.store.touch(&workspace.id);
+    Ok(answer)
 }
 
 /// How the instances of the local workspaces are; only loaded ones are asked about.
@@ -498,7 +542,9 @@ fn find_route(method: &str, path: &str) -> Result<(Route, String)> {
     let decoded = percent_decode(selector).and_then(|bytes| String::from_utf8(bytes).ok());
     match decoded {
         // What was active before is a matter of a command line.
-        Some(selector) if selector == "-" => Err(Error::WorkspaceNotFound(selector)),
+        Some(selector) if selector == "-" && !pattern.starts_with("/sessions/") => {
+            Err(Error::WorkspaceNotFound(selector))
+        }
         Some(selector) => Ok((*route, selector)),
         None => Err(Error::BadRequest(format!("{selector:?} in the path is not percent-encoded UTF-8"))),
     }

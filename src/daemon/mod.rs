@@ -20,6 +20,7 @@ mod head;
 mod instances;
 mod reply;
 mod router;
+mod sessions;
 mod supervisor;
 
 use std::fs::{OpenOptions, Permissions};

@@ -12,11 +12,8 @@ use std::path::{Path, PathBuf};
 use crate::support::exercised::everything;
 
 /// What no process test can bring about, and why.
-const EXCEPTIONS: &[(&str, &str)] = &[
-    ("code internal", "takes a bug; that a panic costs one request is a unit test of src/daemon/api.rs"),
-    ("code still_busy", "of a feature to come"),
-    ("code session_not_found", "of a feature to come"),
-];
+const EXCEPTIONS: &[(&str, &str)] =
+    &[("code internal", "takes a bug; that a panic costs one request is a unit test of src/daemon/api.rs")];
 
 /// The sources of these tests.
 fn sources(dir: &Path) -> Vec<PathBuf> {

@@ -20,6 +20,7 @@ mod repeat;
 mod restart;
 mod route;
 mod selectors;
+mod session;
 mod state;
 mod supervise;
 #[path = "../support/mod.rs"]

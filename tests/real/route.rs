@@ -392,6 +392,34 @@ fn a_busy_instance_is_disposed_by_force() {
 }
 
 #[test]
+fn running_sessions_are_listed_waited_for_and_aborted() {
+    let provided = Provided::new();
+    let host = &provided.host;
+    provided.start(&[]);
+    let project = host.project("p");
+    host.add(&project);
+    let quiet = host.routed("POST", "/w/p/session").json(json!({"title": "quiet"})).send().json();
+    let session = provided.hold("p");
+    let list = host.openwork(["session", "list", "p"]).json();
+    let told = |at: usize| (list["sessions"][at]["id"].clone(), list["sessions"][at]["state"].clone());
+    assert_eq!([told(0), told(1)], [(json!(session), json!("running")), (quiet["id"].clone(), json!("idle"))]);
+    assert_eq!((&list["sessions"][1]["title"], list["sessions"].as_array().unwrap().len()), (&json!("quiet"), 2));
+    assert!(list["sessions"][0]["updatedAt"].as_u64().unwrap() > 1_700_000_000_000);
+
+    host.openwork(["wait", "p", "--timeout", "1"]).fails(1, "still_busy");
+    let waiting = host.openwork(["wait", "--all"]).spawn();
+    host.openwork(["session", "abort", "ses_none"]).fails(4, "session_not_found");
+    assert_eq!(host.openwork(["session", "abort", quiet["id"].as_str().unwrap()]).json()["aborted"], false);
+    assert_eq!(host.openwork(["session", "abort", &session]).json()["aborted"], true);
+    assert!(waiting.wait().status.success());
+    assert_eq!(host.openwork(["session", "list", "--all"]).json()["sessions"][0]["state"], "idle");
+
+    let session = provided.hold("p");
+    let stopped = host.openwork(["daemon", "stop"]).json();
+    assert_eq!(stopped["sessions"][0]["id"], session.as_str());
+}
+
+#[test]
 fn an_answer_comes_through_when_its_turn_has_ended() {
     let provided = Provided::new();
     let host = &provided.host;

@@ -228,6 +228,31 @@ impl Endpoint {
         }
     }
 
+    /// The sessions of a directory, the most recently updated first; opencode lists no more than some
+    /// hundred. 1.x loads the instance.
+    pub fn sessions(&self, directory: &Path, deadline: Instant) -> CallResult<Vec<SessionInfo>> {
+        match self.line {
+            Line::V1 => v1::sessions(self, directory, deadline),
+            Line::V2 => v2::sessions(self, directory, deadline),
+        }
+    }
+
+    /// A session; `None` when there is no such session. 1.x loads the instance of the directory.
+    pub fn session(&self, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<SessionInfo>> {
+        match self.line {
+            Line::V1 => v1::session(self, directory, id, deadline),
+            Line::V2 => v2::session(self, id, deadline),
+        }
+    }
+
+    /// Ends the running turn of a session in this directory, whose instance is loaded.
+    pub fn abort(&self, directory: &Path, id: &str, deadline: Instant) -> CallResult<()> {
+        match self.line {
+            Line::V1 => v1::abort(self, directory, id, deadline),
+            Line::V2 => v2::interrupt(self, id, deadline),
+        }
+    }
+
     /// Ends the running turns of these sessions, where that has to come before a disposal.
     pub fn interrupt(&self, sessions: &[String], deadline: Instant) -> CallResult<()> {
         match self.line {
@@ -376,6 +401,31 @@ pub struct Told {
     pub place: Place,
     /// A session that is in this directory from now on.
     pub session: Option<String>,
+}
+
+/// What opencode says of a session.
+#[derive(Clone, Debug)]
+pub struct SessionInfo {
+    /// Its id.
+    pub id: String,
+    /// Absent when it has none.
+    pub title: Option<String>,
+    /// Where it works.
+    pub directory: Option<String>,
+    /// Unix milliseconds.
+    pub updated_at: Option<u64>,
+}
+
+impl SessionInfo {
+    /// From an object with `id`, `title`, `time.updated`, and `directory` (1.x) or `location.directory`.
+    fn of(session: &Value) -> Option<SessionInfo> {
+        let text = |name: &str| session[name].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        // Numbers may have a fraction.
+        let updated = &session["time"]["updated"];
+        let updated_at = updated.as_u64().or_else(|| updated.as_f64().map(|ms| ms as u64));
+        let directory = text("directory").or_else(|| session["location"]["directory"].as_str().map(str::to_owned));
+        Some(SessionInfo { id: text("id")?, title: text("title"), directory, updated_at })
+    }
 }
 
 /// How often a random port may turn out to be taken: with most of them free, twice is rare.

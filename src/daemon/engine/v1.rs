@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::routing::{Subject, segments};
-use super::{CallResult, Endpoint, Manners, Place, Sign, Told, fault};
+use super::{CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Told, fault};
 use crate::framing::percent_encode;
 use crate::line::{V1_PASSWORD, V1_USERNAME};
 use crate::state::Auth;
@@ -65,6 +65,32 @@ pub fn session_title(endpoint: &Endpoint, directory: &Path, id: &str, deadline: 
     let target = format!("/session/{}", percent_encode(id.as_bytes()));
     let session = endpoint.ask("GET", &target, Some(directory), deadline)?;
     Ok(session["title"].as_str().filter(|title| !title.is_empty()).map(str::to_owned))
+}
+
+/// `GET /session`: the sessions of a directory; 1.18 lists the last hundred. Loads the instance.
+pub fn sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Vec<SessionInfo>> {
+    let filter = directory_filter("/session", directory).unwrap_or_default();
+    match endpoint.ask("GET", &format!("/session?{filter}"), Some(directory), deadline)? {
+        Value::Array(sessions) => Ok(sessions.iter().filter_map(SessionInfo::of).collect()),
+        _ => Err(fault("GET /session: not a list")),
+    }
+}
+
+/// `GET /session/:id`: a session; `None` when there is no such session. Loads the instance.
+pub fn session(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<SessionInfo>> {
+    let target = format!("/session/{}", percent_encode(id.as_bytes()));
+    let reply = endpoint.request(("GET", &target), Some(directory), None, deadline)?;
+    match reply.status {
+        // What cannot be an id is 400.
+        400 | 404 => Ok(None),
+        _ => Ok(SessionInfo::of(&reply.json(("GET", &target))?)),
+    }
+}
+
+/// `POST /session/:id/abort`: ends the running turn of a session of this directory. Loads the instance.
+pub fn abort(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instant) -> CallResult<()> {
+    let target = format!("/session/{}/abort", percent_encode(id.as_bytes()));
+    endpoint.ask("POST", &target, Some(directory), deadline).map(|_| ())
 }
 
 /// `POST /instance/dispose`. Loads the instance first if it was not loaded.

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::routing::{Subject, segments};
-use super::{CallError, CallResult, Endpoint, Manners, Place, Sign, Told, fault};
+use super::{CallError, CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Told, fault};
 use crate::error::Error;
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::{Line, V1_PASSWORD, V2_PASSWORD};
@@ -112,6 +112,24 @@ pub fn session_directory(endpoint: &Endpoint, id: &str, deadline: Instant) -> Ca
 pub fn session_title(endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<String>> {
     let session = endpoint.ask("GET", &format!("/api/session/{}", percent_encode(id.as_bytes())), None, deadline)?;
     Ok(session["data"]["title"].as_str().filter(|title| !title.is_empty()).map(str::to_owned))
+}
+
+/// `GET /api/session`: the sessions of a directory, the most recently updated first.
+pub fn sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Vec<SessionInfo>> {
+    let filter = directory_filter("/api/session", directory).unwrap_or_default();
+    let answer = endpoint.ask("GET", &format!("/api/session?{filter}"), None, deadline)?;
+    let list = answer["data"].as_array().ok_or_else(|| fault("GET /api/session: no data"))?;
+    Ok(list.iter().filter_map(SessionInfo::of).collect())
+}
+
+/// `GET /api/session/:id`: a session; `None` when there is no such session.
+pub fn session(endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<SessionInfo>> {
+    let target = format!("/api/session/{}", percent_encode(id.as_bytes()));
+    let reply = endpoint.request(("GET", &target), None, None, deadline)?;
+    match reply.status {
+        400 | 404 => Ok(None),
+        _ => Ok(SessionInfo::of(&reply.json(("GET", &target))?["data"])),
+    }
 }
 
 /// `POST /api/session/:id/interrupt`: ends the running turn of a session. Loads its location.

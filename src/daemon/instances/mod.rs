@@ -513,6 +513,11 @@ impl Instances {
         self.lock().account.is_loaded(directory)
     }
 
+    /// The directories whose instances are loaded, workspaces or not.
+    pub fn loaded(&self) -> Vec<String> {
+        self.lock().account.loaded().map(|(directory, _)| directory.clone()).collect()
+    }
+
     /// Whether an instance is loaded in this opencode.
     pub fn is_loaded_in(&self, generation: u64, directory: &str) -> bool {
         let inner = self.lock();

@@ -1,0 +1,203 @@
+//! OpenCode's sessions: which there are, which run, the end of a turn, and the wait for all of them.
+//!
+//! opencode 1.x loads an instance when it is asked about it. What runs can only run in an instance that
+//! is loaded, so no other is asked.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Daemon;
+use super::api::ASK_LIMIT;
+use super::engine::{CallError, CallResult, Endpoint, SessionInfo};
+use crate::error::{Error, Result};
+use crate::wire::{AbortReply, Phase, Session, SessionState};
+use crate::workspace::Workspace;
+
+/// How often opencode is asked what runs while a client waits for the end of it: a person does not
+/// notice the difference, and the answer costs opencode less than a millisecond.
+const INTERVAL: Duration = Duration::from_millis(250);
+/// How long the last question of a wait may take, beyond the deadline of the wait. The client waits for
+/// a second more than it says.
+const LAST_QUESTION: Duration = Duration::from_millis(500);
+
+/// A session, the directory of its instance, and whether a turn runs in it.
+pub type Found = (SessionInfo, String, SessionState);
+
+/// The workspace of a directory.
+fn workspace_of(daemon: &Daemon, directory: &str) -> Option<Arc<Workspace>> {
+    let state = daemon.store.snapshot();
+    state.workspaces.iter().find(|workspace| workspace.is_local() && workspace.path == directory).cloned()
+}
+
+/// Sessions as they are told, running ones first, then the most recently updated ones.
+pub fn described(daemon: &Daemon, found: Vec<Found>) -> Vec<Session> {
+    let describe = |(SessionInfo { id, title, updated_at, .. }, directory, state): Found| {
+        let workspace = workspace_of(daemon, &directory);
+        Session { id, title, workspace, directory, state, updated_at }
+    };
+    let mut sessions: Vec<Session> = found.into_iter().map(describe).collect();
+    sessions.sort_by_key(|session| (session.state, std::cmp::Reverse(session.updated_at)));
+    sessions
+}
+
+/// The sessions of a directory, whose instance is loaded by the question. opencode does not list every
+/// session; those that run are always among these.
+///
+/// # Errors
+/// Those of the calls.
+pub fn of(daemon: &Daemon, endpoint: &Endpoint, directory: &str, deadline: Instant) -> CallResult<Vec<Found>> {
+    let path = Path::new(directory);
+    let mut running = daemon.instances.running(endpoint, directory, deadline)?;
+    let mut found = Vec::new();
+    for session in endpoint.sessions(path, deadline)? {
+        // opencode's own filter compares less strictly.
+        if session.directory.as_deref().is_some_and(|of| of != directory) {
+            continue;
+        }
+        let is_running = running.iter().position(|id| *id == session.id);
+        let state = is_running.map_or(SessionState::Idle, |at| {
+            running.swap_remove(at);
+            SessionState::Running
+        });
+        found.push((session, directory.to_owned(), state));
+    }
+    for id in running {
+        found.push((looked_up(endpoint, directory, id, deadline), directory.to_owned(), SessionState::Running));
+    }
+    Ok(found)
+}
+
+/// A session that runs, with what opencode says of it in time.
+fn looked_up(endpoint: &Endpoint, directory: &str, id: String, deadline: Instant) -> SessionInfo {
+    let known = endpoint.session(Path::new(directory), &id, deadline).ok().flatten();
+    known.unwrap_or(SessionInfo { id, title: None, directory: None, updated_at: None })
+}
+
+/// The sessions of all loaded instances.
+///
+/// # Errors
+/// Those of the calls; `opencode_timeout` when opencode does not become ready in time.
+pub fn all(daemon: &Daemon, deadline: Instant) -> Result<Vec<Session>> {
+    let Some(endpoint) = opencode(daemon, deadline)? else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for directory in daemon.instances.loaded() {
+        found.extend(of(daemon, &endpoint, &directory, deadline)?);
+    }
+    Ok(described(daemon, found))
+}
+
+/// The sessions that run, as far as opencode says at once.
+pub fn running_now(daemon: &Daemon, deadline: Instant) -> Vec<Session> {
+    let deadline = deadline.min(Instant::now() + ASK_LIMIT);
+    let Some(endpoint) = daemon.supervisor.ready_now() else { return Vec::new() };
+    let running = running(daemon, &endpoint, None, deadline).unwrap_or_default();
+    let look_up = |(directory, id): (String, String)| {
+        (looked_up(&endpoint, &directory, id, deadline), directory, SessionState::Running)
+    };
+    described(daemon, running.into_iter().map(look_up).collect())
+}
+
+/// Directory and id of each session that runs, in a workspace or anywhere.
+fn running(
+    daemon: &Daemon,
+    endpoint: &Endpoint,
+    only: Option<&Workspace>,
+    deadline: Instant,
+) -> CallResult<Vec<(String, String)>> {
+    let mut running = Vec::new();
+    for directory in daemon.instances.loaded() {
+        if only.is_none_or(|only| only.path == directory) {
+            let ids = daemon.instances.running(endpoint, &directory, deadline)?;
+            running.extend(ids.into_iter().map(|id| (directory.clone(), id)));
+        }
+    }
+    Ok(running)
+}
+
+/// opencode, once it can be asked; `None` when it does not run.
+///
+/// # Errors
+/// `opencode_timeout` when it is neither ready nor given up at the deadline.
+fn opencode(daemon: &Daemon, deadline: Instant) -> Result<Option<Endpoint>> {
+    loop {
+        match (daemon.supervisor.ready_now(), daemon.supervisor.status().phase) {
+            (Some(endpoint), _) => return Ok(Some(endpoint)),
+            // No process, and so no session.
+            (None, Phase::Waiting | Phase::Failed) => return Ok(None),
+            // An adopted opencode may have had running sessions all the time.
+            (None, Phase::Starting | Phase::Stopping | Phase::Ready) => pause(deadline)?,
+        }
+    }
+}
+
+/// A pause between two looks.
+///
+/// # Errors
+/// `opencode_timeout` at the deadline.
+fn pause(deadline: Instant) -> Result<()> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(Error::OpencodeTimeout("was not ready")),
+        rest => {
+            thread::sleep(INTERVAL.min(rest));
+            Ok(())
+        }
+    }
+}
+
+/// Ends the running turn of a session.
+///
+/// # Errors
+/// `session_not_found`; those of the calls.
+pub fn abort(daemon: &Daemon, id: &str, deadline: Instant) -> Result<AbortReply> {
+    let not_found = || Error::SessionNotFound(id.to_owned());
+    let endpoint = opencode(daemon, deadline)?.ok_or_else(not_found)?;
+    let describe = |session, directory, state| described(daemon, vec![(session, directory, state)]).pop();
+    let running = running(daemon, &endpoint, None, deadline)?;
+    if let Some((directory, id)) = running.into_iter().find(|(_, running)| running == id) {
+        let session = looked_up(&endpoint, &directory, id.clone(), deadline);
+        endpoint.abort(Path::new(&directory), &id, deadline)?;
+        let session = describe(session, directory, SessionState::Running).ok_or_else(not_found)?;
+        return Ok(AbortReply { ok: true, aborted: true, session });
+    }
+    for directory in daemon.instances.loaded() {
+        if let Some(session) = endpoint.session(Path::new(&directory), id, deadline)? {
+            // Any instance knows every session.
+            let directory = session.directory.clone().unwrap_or(directory);
+            let session = describe(session, directory, SessionState::Idle).ok_or_else(not_found)?;
+            return Ok(AbortReply { ok: true, aborted: false, session });
+        }
+    }
+    Err(not_found())
+}
+
+/// Waits until no session runs in a workspace, or anywhere.
+///
+/// # Errors
+/// `still_busy` at the deadline; `opencode_timeout` when opencode does not say in time.
+pub fn wait_until_idle(daemon: &Daemon, only: Option<&Workspace>, deadline: Instant) -> Result<()> {
+    let mut sessions = 0;
+    loop {
+        let limit = deadline.max(Instant::now() + LAST_QUESTION);
+        let asked = match opencode(daemon, limit)? {
+            Some(endpoint) => running(daemon, &endpoint, only, limit),
+            None => return Ok(()),
+        };
+        match asked {
+            Ok(running) if running.is_empty() => return Ok(()),
+            Ok(running) => sessions = running.len(),
+            // The next look finds out what has become of it.
+            Err(CallError::Gone(_)) => {}
+            // It did not answer, and sessions ran when it last did.
+            Err(CallError::TimedOut) if sessions > 0 && Instant::now() >= deadline => {}
+            Err(e) => return Err(e.into()),
+        }
+        let rest = deadline.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
+            let place = only.map_or_else(|| "opencode".to_owned(), |workspace| workspace.name.clone());
+            return Err(Error::StillBusy { place, sessions });
+        }
+        thread::sleep(INTERVAL.min(rest));
+    }
+}

@@ -1,0 +1,189 @@
+//! OpenCode's sessions: what is listed, the end of a turn, and the wait for all of them.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, wait_for};
+
+/// A host with two workspaces, `web` (loaded) and `api`, and their directories.
+fn host() -> (Host, PathBuf, PathBuf) {
+    let host = Host::new();
+    let (web, api) = (host.project("web"), host.project("api"));
+    host.add(&web);
+    host.add(&api);
+    host.openwork(["workspace", "path", "web"]).ok();
+    (host, web, api)
+}
+
+fn ids(list: &Value) -> Vec<&str> {
+    list["sessions"].as_array().unwrap().iter().map(|session| session["id"].as_str().unwrap()).collect()
+}
+
+/// Waits until the daemon has been asked to wait.
+fn wait_until_asked(host: &Host) {
+    let before = host.requests().len();
+    wait_for("opencode to be asked what runs", || {
+        host.requests()[before..].iter().any(|request| request["target"] == "/session/status")
+    });
+}
+
+#[test]
+fn running_sessions_come_first() {
+    let (host, web, _) = host();
+    host.exercises(["command session list", "route GET /workspaces/:id/sessions", "option -q"]);
+    let list = host.openwork(["session", "list", "web"]).json();
+    assert_eq!(ids(&list), ["ses_old", "ses_fake"], "by the time of their last change");
+    host.busy(&[&web]);
+    let list = host.openwork(["session", "list", "web"]).json();
+    assert_eq!(ids(&list), ["ses_fake", "ses_old"]);
+    let running = &list["sessions"][0];
+    assert_eq!(
+        (&running["state"], &running["title"], &running["updatedAt"], &running["workspace"]["name"]),
+        (&json!("running"), &json!("mend {it}"), &json!(1_700_000_000_000_u64), &json!("web"))
+    );
+    assert_eq!((&list["sessions"][1]["state"], &list["sessions"][1]["title"]), (&json!("idle"), &Value::Null));
+    assert_eq!(host.openwork(["session", "list", "-w", "web", "-q"]).ok().stdout, "ses_fake\nses_old\n");
+    let table = host.openwork(["session", "list", "web"]).ok().stdout;
+    assert!(table.lines().next().unwrap().starts_with("ID "), "{table}");
+    assert!(table.lines().nth(1).unwrap().contains("mend {it}"), "{table}");
+    assert_eq!(host.http("GET", "/workspaces/web/sessions").ok()["sessions"], list["sessions"]);
+}
+
+#[test]
+fn sessions_are_those_of_the_working_directory() {
+    let (host, web, api) = host();
+    host.openwork(["workspace", "switch", "web"]).ok();
+    let of = |directory: &PathBuf| {
+        let list = host.openwork(["session", "list"]).cwd(directory).json();
+        list["sessions"][0]["workspace"]["name"].clone()
+    };
+    assert_eq!([of(&web), of(&api), of(&host.home())], ["web", "api", "web"]);
+}
+
+#[test]
+fn sessions_of_everything_load_nothing() {
+    let (host, web, api) = host();
+    host.exercises(["route GET /sessions", "option --all"]);
+    host.busy(&[&web]);
+    for list in [host.openwork(["session", "list", "--all"]).json(), host.http("GET", "/sessions").ok()] {
+        assert_eq!(ids(&list), ["ses_fake", "ses_old"]);
+    }
+    assert!(host.instance(&api).is_empty());
+    host.openwork(["session", "list", "web", "--all"]).fails(2, "usage");
+    // A client that calls opencode directly has loaded a directory that is no workspace.
+    let stranger = host.project("stranger");
+    wait_for("the daemon to listen", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    host.opencode("POST", &format!("/session?directory={}", stranger.display())).send();
+    let of_stranger = || {
+        let list = host.openwork(["session", "list", "--all"]).json();
+        let sessions = list["sessions"].as_array().unwrap().clone();
+        sessions.into_iter().find(|session| session["directory"] == stranger.to_str().unwrap())
+    };
+    wait_for("the daemon to know of it", || of_stranger().is_some());
+    assert_eq!(of_stranger().unwrap()["workspace"], Value::Null);
+}
+
+#[test]
+fn an_abort_ends_the_running_turn() {
+    let (host, web, _) = host();
+    host.exercises(["command session abort", "route POST /sessions/:id/abort", "code session_not_found"]);
+    host.busy(&[&web]);
+    let reply = host.openwork(["session", "abort", "ses_fake"]).json();
+    assert_eq!((&reply["aborted"], &reply["session"]["id"]), (&json!(true), &json!("ses_fake")));
+    assert_eq!(reply["session"]["workspace"]["name"], "web");
+    assert_eq!(host.openwork(["instance", "list"]).json()["instances"][0]["state"], "warm");
+
+    let reply = host.openwork(["session", "abort", "ses_fake"]).ok();
+    assert_eq!(reply.stdout, "no turn is running in mend {it} (ses_fake) in web\n");
+    assert_eq!(host.http("POST", "/sessions/ses_fake/abort").ok()["aborted"], false);
+    for unknown in ["ses_none", "-", "../x"] {
+        host.openwork(["session", "abort", unknown]).fails(4, "session_not_found");
+    }
+}
+
+#[test]
+fn a_wait_ends_with_the_sessions() {
+    let (host, web, api) = host();
+    host.exercises(["command wait", "route GET /idle", "route GET /workspaces/:id/idle", "code still_busy"]);
+    host.busy(&[&web]);
+    // Nothing runs in the other one, and nothing is loaded to find that out.
+    host.openwork(["wait", "api"]).ok();
+    assert!(host.instance(&api).is_empty());
+    host.http("GET", "/workspaces/api/idle").ok();
+
+    let error = host.openwork(["wait", "web", "--timeout", "0.3"]).fails(1, "still_busy");
+    assert_eq!(error["message"], "web: 1 session still running at the deadline");
+    host.openwork(["wait", "--all", "--timeout", "0.3"]).fails(1, "still_busy");
+    host.http("GET", "/idle").header("X-Openwork-Timeout", "0.3").fails(409, "still_busy");
+
+    let waiting = [vec!["wait", "web"], vec!["wait", "--all"]].map(|command| host.openwork(command).spawn());
+    wait_until_asked(&host);
+    host.busy(&[]);
+    for command in waiting {
+        let output = command.wait();
+        assert!(output.status.success(), "{output:?}");
+        assert!(output.stdout.starts_with("no session is running"), "{output:?}");
+    }
+    host.http("GET", "/idle").ok();
+    host.openwork(["wait"]).cwd(&web).ok();
+}
+
+#[test]
+fn a_wait_goes_on_with_the_next_daemon() {
+    let (host, web, _) = host();
+    host.busy(&[&web]);
+    let waiting = host.openwork(["wait", "web"]).spawn();
+    wait_until_asked(&host);
+    host.openwork(["daemon", "restart"]).ok();
+    wait_until_asked(&host);
+    host.busy(&[]);
+    assert!(waiting.wait().status.success());
+}
+
+#[test]
+fn a_stop_names_the_sessions_it_ends() {
+    let (host, web, _) = host();
+    host.busy(&[&web]);
+    let output = host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(output.stdout, "ended the running turn of mend {it} (ses_fake) in web\nstopped\n");
+
+    host.openwork(["workspace", "path", "web"]).ok();
+    let output = host.openwork(["daemon", "restart", "--all"]).ok();
+    assert_eq!(output.stderr, "ended the running turn of mend {it} (ses_fake) in web\n");
+    host.openwork(["workspace", "path", "web"]).ok();
+    // What keeps opencode ends no session.
+    assert_eq!(host.openwork(["daemon", "restart"]).ok().stderr, "");
+    assert_eq!(host.openwork(["daemon", "stop", "--keep-opencode"]).json()["sessions"], json!([]));
+    let stopped = host.openwork(["daemon", "stop"]).json();
+    assert_eq!(ids(&stopped), ["ses_fake"]);
+}
+
+#[test]
+fn a_stop_or_restart_waits_for_the_sessions_when_told_so() {
+    let (host, web, _) = host();
+    host.exercises(["option --when-idle"]);
+    host.busy(&[&web]);
+    for command in ["stop", "restart"] {
+        let limit = ["daemon", command, "--when-idle", "--timeout", "0.3"];
+        host.openwork(limit).fails(1, "still_busy");
+    }
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    let restarting = host.openwork(["daemon", "restart", "--all", "--when-idle"]).spawn();
+    wait_until_asked(&host);
+    assert_eq!(host.opencode_pid(), opencode);
+    host.busy(&[]);
+    assert!(restarting.wait().status.success());
+    assert_ne!(host.opencode_pid(), opencode);
+
+    host.openwork(["workspace", "path", "web"]).ok();
+    host.busy(&[&web]);
+    let stopping = host.openwork(["daemon", "stop", "--when-idle", "--json"]).spawn();
+    wait_until_asked(&host);
+    assert_eq!(host.daemon_pid(), daemon);
+    host.busy(&[]);
+    let stopped = stopping.wait().object();
+    assert_eq!((&stopped["stopped"], &stopped["sessions"]), (&json!(true), &json!([])));
+    // None runs any more.
+    host.openwork(["daemon", "stop", "--when-idle"]).ok();
+}
