@@ -25,6 +25,9 @@ pub const API_VERSION: u32 = 1;
 /// The header by which a client says how long it will wait, in seconds (a decimal number).
 pub const TIMEOUT_HEADER: &str = "X-Openwork-Timeout";
 
+/// The header by which a client of `/events` names the last event that it has seen, as browsers do.
+pub const LAST_EVENT_HEADER: &str = "Last-Event-ID";
+
 /// The largest body of a control request. Bytes.
 pub const BODY_LIMIT: usize = 1024 * 1024;
 

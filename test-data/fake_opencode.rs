@@ -657,8 +657,22 @@ impl Server {
                 let content_type = format!("Content-Type: {JSON}\r\n");
                 reply(stream, "404 Not Found", &content_type, b"{\"name\":\"NotFoundError\",\"data\":{}}").map(|()| Next::KeepAlive)
             }
+            ("POST", "/session/ses_fake/prompt_async") => {
+                // As the real one: each step says that it is busy.
+                let info = session("ses_fake", "mend {it}", &directory, 1_700_000_000_000);
+                self.publish(&directory, "session.updated", &format!("{{\"sessionID\":\"ses_fake\",\"info\":{info}}}"));
+                let status = "{\"sessionID\":\"ses_fake\",\"status\":{\"type\":\"busy\"}}";
+                self.publish(&directory, "session.status", status);
+                self.publish(&directory, "session.status", status);
+                self.settings.record("busy", &directory);
+                ok(stream, JSON, b"true")
+            }
             ("POST", "/session/ses_fake/abort") => {
                 self.settings.end_turn(&directory);
+                let error = "{\"name\":\"MessageAbortedError\",\"data\":{\"message\":\"Aborted\"}}";
+                self.publish(&directory, "session.error", &format!("{{\"sessionID\":\"ses_fake\",\"error\":{error}}}"));
+                let status = "{\"sessionID\":\"ses_fake\",\"status\":{\"type\":\"idle\"}}";
+                self.publish(&directory, "session.status", status);
                 self.publish(&directory, "session.idle", "{\"sessionID\":\"ses_fake\"}");
                 ok(stream, JSON, b"true")
             }

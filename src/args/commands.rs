@@ -116,7 +116,8 @@ pub const COMMANDS: &[CommandRow] = &[
         |given| Ok(Command::SessionAbort { id: text("<id>", given.next())? })),
     row("wait", "[<ws>]", (0, 1), true, "Wait until no session runs in a workspace, without a limit but --timeout", wait),
     row("env", "[<ws>]", (0, 1), true, "Print the environment for other OpenCode clients, for eval", env),
-    row("events", "", (0, 0), true, "Print the daemon's events, one JSON object a line", |_| Ok(Command::Events)),
+    row("events", "", (0, 0), true, "Print the daemon's events, one JSON object a line", 
+        |given| Ok(Command::Events { since: given.value("--since").map(|id| event_id(&id)).transpose()? })),
     row("instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm, cold or fenced", |_| Ok(Command::InstanceList)),
     row("instance dispose", "[<ws>]", (0, 1), true, "Have OpenCode dispose the instance of a workspace",
         |given| Ok(Command::InstanceDispose { force: given.has("--force"), selector: given.optional() })),
@@ -204,6 +205,12 @@ fn add_remote(given: &mut Given<'_>) -> Result<Command> {
 fn rename(given: &mut Given<'_>) -> Result<Command> {
     let selector = given.next();
     Ok(Command::WorkspaceRename { selector, name: super::values::name(given.next())? })
+}
+
+/// The value of `--since`.
+fn event_id(value: &OsStr) -> Result<u64> {
+    let id = value.to_str().and_then(|text| text.parse::<u64>().ok()).filter(|id| *id < u64::MAX);
+    id.ok_or_else(|| Error::usage(format!("--since: {} is not the id of an event", shown(value))))
 }
 
 /// Refuses a workspace beside `--all`.

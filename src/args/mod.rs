@@ -62,7 +62,7 @@ pub enum Command {
     SessionAbort { id: String },
     Wait { selector: Option<OsString>, all: bool },
     Env { selector: Option<OsString>, shell: Shell },
-    Events,
+    Events { since: Option<u64> },
     InstanceList,
     InstanceDispose { selector: Option<OsString>, force: bool },
     InstanceReset { selector: Option<OsString> },

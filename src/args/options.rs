@@ -87,6 +87,7 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--shell", "SHELL", &["env"], "Write for sh (also bash, zsh) or fish"),
     flag("--follow", &["logs"], "Keep printing new lines").short("-f"),
     value("--lines", "N", &["logs"], "Print only the last N lines").short("-n"),
+    value("--since", "ID", &["events"], "Begin after this event; what is no longer kept is told by an event `gap`"),
     flag("--keep-opencode", &["daemon stop"], "Leave opencode running for the next daemon"),
     value("--program", "FILE", &["service print"], "Have the unit run this openwork (default: the one that prints it)"),
     flag("--all", &["daemon restart", "session list", "wait"], "Restart opencode too; every workspace that is loaded"),

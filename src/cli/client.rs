@@ -32,7 +32,8 @@ use crate::paths::DataDir;
 use crate::system::{self, process, socket, wait};
 use crate::timed::Timed;
 use crate::wire::{
-    BODY_LIMIT, Done, Failure, Health, NOTICE_HEADER, Restart, RestartReply, Session, TIMEOUT_HEADER, from_json,
+    BODY_LIMIT, Done, Failure, Health, LAST_EVENT_HEADER, NOTICE_HEADER, Restart, RestartReply, Session,
+    TIMEOUT_HEADER, from_json,
 };
 use crate::{lock, log};
 
@@ -338,15 +339,17 @@ impl Client {
             .map_err(|e| self.failed(address, e))
     }
 
-    /// Opens the stream of the daemon's events, which ends with the command's deadline if `ends`.
+    /// Opens the stream of the daemon's events from now on, or after the event `since`, which ends with the command's deadline if `ends`.
     /// A read at the end of that time fails with `TimedOut`.
     ///
     /// # Errors
     /// What the daemon replies; `daemon_unresponsive`; `daemon_not_running` when it ends instead.
-    pub fn events(&self, ends: bool) -> Result<impl Read + use<>> {
+    pub fn events(&self, ends: bool, since: Option<u64>) -> Result<impl Read + use<>> {
         let address = self.reach()?;
         let timeout = seconds_until(self.deadline);
-        let headers = [(TIMEOUT_HEADER, timeout.as_str())];
+        let since = since.map(|since| since.to_string());
+        let mut headers = vec![(TIMEOUT_HEADER, timeout.as_str())];
+        headers.extend(since.as_deref().map(|since| (LAST_EVENT_HEADER, since)));
         let limit = if ends { Limit::Whole(self.deadline) } else { Limit::Head(self.deadline) };
         let mut response = self.call(&address, ("GET", "/events"), &headers, None, limit)?;
         if response.status().as_u16() != 200 {

@@ -155,7 +155,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
             session::wait(&client, out, selector.as_deref(), *all, until)
         }
         Command::Env { selector, shell } => passthrough::env(&client()?, out, selector.as_deref(), *shell),
-        Command::Events => events(&client()?, out, invocation.timeout_given),
+        Command::Events { since } => events(&client()?, out, invocation.timeout_given, *since),
         Command::InstanceList => instances(&client()?, out),
         Command::InstanceDispose { selector, force } => dispose(&client()?, out, selector.as_deref(), *force),
         Command::InstanceReset { selector } => reset(&client()?, out, selector.as_deref()),
@@ -315,8 +315,8 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
 
 /// Prints the daemon's events, one a line, until the daemon ends, the reader closes the pipe, or the
 /// given time is over.
-fn events(client: &Client, out: &mut Output, timeout_given: bool) -> Result<()> {
-    let mut lines = BufReader::new(client.events(timeout_given)?);
+fn events(client: &Client, out: &mut Output, timeout_given: bool, since: Option<u64>) -> Result<()> {
+    let mut lines = BufReader::new(client.events(timeout_given, since)?);
     let mut line = Vec::new();
     while !out.is_closed() {
         line.clear();

@@ -1,12 +1,14 @@
 //! The daemon's events and their subscribers: the source of `GET /events`.
 //!
-//! Publishing never waits. The subscription of a reader that falls too far behind ends: the client
-//! can subscribe again and read the state anew, which tells it more than a gap would. A reader that
-//! hangs up is noticed at once.
+//! Publishing never waits. The subscription of a reader that falls too far behind ends; the client can
+//! subscribe again from the last event that it has seen, and is told when some of the events since then
+//! are no longer kept. A reader that hangs up is noticed at once.
+//!
+//! Ids begin at the start of the daemon, in Unix milliseconds times 1,000, and count from there: those of
+//! the next daemon are larger.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,34 @@ use crate::workspace::Workspace;
 
 /// How many events a subscriber may be behind: the busiest daemon publishes them in seconds.
 const BEHIND_LIMIT: usize = 256;
+
+/// How many events are kept for those who subscribe again.
+const KEPT: usize = 1000;
+/// The same in bytes: an event can be large, and a daemon is to stay small.
+const KEPT_BYTES: usize = 1024 * 1024;
+
+/// The session that an event is about.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventSession {
+    /// OpenCode's id; null when an error is about no session.
+    pub session_id: Option<String>,
+    /// Null when opencode has not told it.
+    pub title: Option<String>,
+    /// Null when the directory is no workspace.
+    pub workspace: Option<Arc<Workspace>>,
+    /// The directory of its instance.
+    pub directory: String,
+}
+
+/// What went wrong in a session.
+#[derive(Clone, Debug, Serialize)]
+pub struct SessionError {
+    /// OpenCode's name of the kind of error.
+    pub name: String,
+    /// For a person; may be empty.
+    pub message: String,
+}
 
 /// An event. On the wire its fields stand beside `id`, `type` and `time`.
 #[derive(Clone, Debug, Serialize)]
@@ -50,6 +80,19 @@ pub enum EventKind {
     EngineRecycled { generation: u64, pid: u32 },
     #[serde(rename = "engine.oversize")]
     EngineTooLarge { generation: u64, pid: u32 },
+    #[serde(rename = "session.started")]
+    SessionStarted(EventSession),
+    #[serde(rename = "session.idle")]
+    SessionIdle(EventSession),
+    #[serde(rename = "session.error")]
+    SessionError {
+        #[serde(flatten)]
+        session: EventSession,
+        error: SessionError,
+    },
+    /// Events after `since` are no longer kept.
+    #[serde(rename = "gap")]
+    Gap { since: u64 },
 }
 
 #[derive(Serialize)]
@@ -60,18 +103,52 @@ struct Event<'a> {
     kind: &'a EventKind,
 }
 
-/// The subscribers.
-#[derive(Default)]
-pub struct Events {
-    last_id: AtomicU64,
-    subscribers: Mutex<Subscribers>,
+impl Event<'_> {
+    /// As a server-sent event; `None` when it cannot be written.
+    fn text(&self) -> Option<Arc<str>> {
+        let data = serde_json::to_string(self).ok()?;
+        Some(format!("id: {}\ndata: {data}\n\n", self.id).into())
+    }
 }
+
+/// The subscribers, and the last events.
+#[derive(Default)]
+pub struct Events(Mutex<Subscribers>);
 
 #[derive(Default)]
 struct Subscribers {
+    /// The id of the last event; before the first one, what its id comes after.
+    last_id: u64,
+    /// The last events, each with its id, the oldest first.
+    kept: VecDeque<(u64, Arc<str>)>,
+    kept_bytes: usize,
     inboxes: Vec<Weak<Inbox>>,
     /// The daemon ends: there are no more events.
     closed: bool,
+}
+
+impl Subscribers {
+    fn keep(&mut self, id: u64, text: Arc<str>) {
+        self.kept_bytes += text.len();
+        self.kept.push_back((id, text));
+        while self.kept.len() > KEPT || self.kept_bytes > KEPT_BYTES {
+            let Some((_, oldest)) = self.kept.pop_front() else { return };
+            self.kept_bytes -= oldest.len();
+        }
+    }
+
+    /// The events after an id, and before them what there is to say of those that are not kept.
+    fn since(&self, since: u64) -> VecDeque<Arc<str>> {
+        let first_kept = self.kept.front().map_or(self.last_id + 1, |(id, _)| *id);
+        // An id of events to come is that of a daemon whose clock was ahead.
+        let is_whole = since + 1 >= first_kept && since <= self.last_id;
+        let after = if is_whole { since } else { first_kept - 1 };
+        // The next reconnect is from there.
+        let gap = Event { id: after, time: now_ms(), kind: &EventKind::Gap { since } };
+        let gap = Some(gap).filter(|_| !is_whole).and_then(|gap| gap.text());
+        let kept = self.kept.iter().filter(|(id, _)| *id > after).map(|(_, text)| text.clone());
+        gap.into_iter().chain(kept).collect()
+    }
 }
 
 /// The events that a subscriber has not taken yet.
@@ -84,6 +161,8 @@ struct Inbox {
 #[derive(Default)]
 struct Queue {
     events: VecDeque<Arc<str>>,
+    /// How many events of before the subscription it began with.
+    replayed: usize,
     /// Nothing more will come.
     over: bool,
 }
@@ -96,7 +175,7 @@ impl Inbox {
     /// Adds an event; false when the subscriber is too far behind, which ends its subscription.
     fn push(&self, event: &Arc<str>) -> bool {
         let mut queue = self.lock();
-        queue.over |= queue.events.len() >= BEHIND_LIMIT;
+        queue.over |= queue.events.len() >= queue.replayed + BEHIND_LIMIT;
         if !queue.over {
             queue.events.push_back(event.clone());
         }
@@ -152,29 +231,34 @@ impl Subscription {
 }
 
 impl Events {
-    /// Hands an event to every subscriber.
+    /// No events yet; the first one has the id after this one.
+    pub fn after(last_id: u64) -> Events {
+        Events(Mutex::new(Subscribers { last_id, ..Subscribers::default() }))
+    }
+
+    /// Hands an event to every subscriber, and keeps it for those who come back.
     pub fn publish(&self, kind: EventKind) {
         let mut subscribers = self.lock();
         // Numbered under the lock, so that every subscriber sees the numbers in order.
-        let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
-        if subscribers.inboxes.is_empty() {
-            return;
-        }
-        let Ok(data) = serde_json::to_string(&Event { id, time: now_ms(), kind: &kind }) else { return };
-        let text: Arc<str> = format!("id: {id}\ndata: {data}\n\n").into();
+        let id = subscribers.last_id + 1;
+        let Some(text) = (Event { id, time: now_ms(), kind: &kind }).text() else { return };
+        subscribers.last_id = id;
+        subscribers.keep(id, text.clone());
         subscribers.inboxes.retain(|inbox| inbox.upgrade().is_some_and(|inbox| inbox.push(&text)));
     }
 
-    /// Subscribes to the events from now on.
+    /// Subscribes to the events from now on; with `since`, to those after that id that are still kept,
+    /// before them a [`EventKind::Gap`] if some are not.
     ///
     /// # Errors
     /// `overloaded` without a descriptor for the subscription.
-    pub fn subscribe(&self) -> Result<Subscription> {
+    pub fn subscribe(&self, since: Option<u64>) -> Result<Subscription> {
         let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let news = news.map_err(|_| Error::Overloaded("connections"))?;
         let mut subscribers = self.lock();
-        let queue = Mutex::new(Queue { over: subscribers.closed, ..Queue::default() });
-        let inbox = Arc::new(Inbox { news, queue });
+        let events = since.map_or_else(VecDeque::new, |since| subscribers.since(since));
+        let queue = Queue { over: subscribers.closed, replayed: events.len(), events };
+        let inbox = Arc::new(Inbox { news, queue: Mutex::new(queue) });
         // Publishing drops the inboxes of readers that have gone, and may not happen for days.
         subscribers.inboxes.retain(|inbox| inbox.strong_count() > 0);
         subscribers.inboxes.push(Arc::downgrade(&inbox));
@@ -191,7 +275,7 @@ impl Events {
     }
 
     fn lock(&self) -> MutexGuard<'_, Subscribers> {
-        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -208,9 +292,9 @@ mod tests {
     fn readers_that_have_gone_are_forgotten() {
         let (reader, _client) = UnixStream::pair().unwrap();
         let events = Events::default();
-        let stays = events.subscribe().unwrap();
+        let stays = events.subscribe(None).unwrap();
         for _ in 0..100 {
-            drop(events.subscribe());
+            drop(events.subscribe(None));
         }
         assert!(events.lock().inboxes.len() <= 2);
         events.publish(EVENT);
@@ -222,7 +306,7 @@ mod tests {
     fn a_reader_that_hangs_up_is_noticed_while_nothing_happens() {
         let (reader, client) = UnixStream::pair().unwrap();
         let events = Events::default();
-        let subscription = events.subscribe().unwrap();
+        let subscription = events.subscribe(None).unwrap();
         drop(client);
         assert_eq!(subscription.next(&reader, LONG), Next::HungUp);
     }
@@ -231,7 +315,7 @@ mod tests {
     fn a_reader_that_falls_behind_gets_what_was_kept_and_then_the_end() {
         let (reader, _client) = UnixStream::pair().unwrap();
         let events = Events::default();
-        let slow = events.subscribe().unwrap();
+        let slow = events.subscribe(None).unwrap();
         for _ in 0..=BEHIND_LIMIT {
             events.publish(EVENT);
         }
@@ -241,13 +325,65 @@ mod tests {
         assert_eq!(slow.next(&reader, LONG), Next::Over);
     }
 
+    /// The ids of the events that are there at once; a gap's is negative.
+    fn ids(subscription: &Subscription) -> Vec<i64> {
+        let (reader, _client) = UnixStream::pair().unwrap();
+        let mut ids = Vec::new();
+        while let Next::Event(event) = subscription.next(&reader, Duration::ZERO) {
+            let id: i64 = event.split(['\n', ' ']).nth(1).unwrap().parse().unwrap();
+            ids.push(if event.contains("\"gap\"") { -id } else { id });
+        }
+        ids
+    }
+
+    #[test]
+    fn who_comes_back_is_told_what_was_missed_or_that_it_is_gone() {
+        let events = Events::after(5000);
+        let since = |since| ids(&events.subscribe(Some(since)).unwrap());
+        assert_eq!(since(5000), [0; 0]);
+        // Of an earlier daemon: what happened in between is not known.
+        assert_eq!(since(4000), [-5000]);
+        for _ in 0..3 {
+            events.publish(EVENT);
+        }
+        assert_eq!(since(4000), [-5000, 5001, 5002, 5003]);
+        assert_eq!(since(5000), [5001, 5002, 5003]);
+        assert_eq!(since(5002), [5003]);
+        assert_eq!(since(5003), [0; 0]);
+        // Of a daemon whose clock was ahead.
+        assert_eq!(since(u64::MAX - 1), [-5000, 5001, 5002, 5003]);
+        for _ in 0..KEPT {
+            events.publish(EVENT);
+        }
+        assert_eq!(since(5002)[..2], [-5003, 5004]);
+        assert_eq!(since(5003).len(), KEPT);
+        // All of them, and what comes meanwhile.
+        let slow = events.subscribe(Some(5003)).unwrap();
+        for _ in 0..BEHIND_LIMIT {
+            events.publish(EVENT);
+        }
+        assert_eq!(ids(&slow).len(), KEPT + BEHIND_LIMIT);
+    }
+
+    #[test]
+    fn large_events_are_not_kept_beyond_a_limit() {
+        let events = Events::after(0);
+        let large = "x".repeat(KEPT_BYTES / 4);
+        for _ in 0..10 {
+            let error = ErrorBody { code: "internal".to_owned(), message: large.clone(), hint: None };
+            events.publish(EventKind::EngineFailed { error });
+        }
+        let subscription = events.subscribe(Some(0)).unwrap();
+        assert_eq!(ids(&subscription), [-7, 8, 9, 10]);
+    }
+
     #[test]
     fn no_subscription_outlives_the_end() {
         let (reader, _client) = UnixStream::pair().unwrap();
         let events = Events::default();
-        let before = events.subscribe().unwrap();
+        let before = events.subscribe(None).unwrap();
         events.close();
-        for subscription in [before, events.subscribe().unwrap()] {
+        for subscription in [before, events.subscribe(None).unwrap()] {
             assert_eq!(subscription.next(&reader, LONG), Next::Over);
         }
     }

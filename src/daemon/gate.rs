@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::framing::is_json;
 use crate::system::wait::{self, Flag};
 use crate::timed::Timed;
-use crate::wire::{BODY_LIMIT, TIMEOUT_HEADER};
+use crate::wire::{BODY_LIMIT, LAST_EVENT_HEADER, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
@@ -189,7 +189,7 @@ impl Gate {
             }
             "/events" if request.method == "GET" => connection
                 .check_user()
-                .and_then(|()| daemon.events.subscribe())
+                .and_then(|()| daemon.events.subscribe(last_event_id(&request)?))
                 .map(|subscription| stream_events(stream, &subscription, origin)),
             _ => self.control(daemon, connection, &request, rest, origin),
         };
@@ -359,6 +359,18 @@ fn finish(stream: &TcpStream) {
         let timed = Timed::new(stream, Some(Instant::now() + LINGER_TIME));
         let _ = io::copy(&mut timed.take(LINGER_LIMIT), &mut io::sink());
     }
+}
+
+/// The last event that a client of `/events` has seen.
+///
+/// # Errors
+/// `bad_request` when it is none of our ids.
+fn last_event_id(request: &Head<'_>) -> Result<Option<u64>> {
+    let Some(id) = request.only(LAST_EVENT_HEADER)?.filter(|id| !id.is_empty()) else { return Ok(None) };
+    let number = id.parse::<u64>().ok().filter(|id| *id < u64::MAX);
+    number
+        .map(Some)
+        .ok_or_else(|| Error::BadRequest(format!("{LAST_EVENT_HEADER} must be the id of an event, not {id:?}")))
 }
 
 /// `GET /events`: server-sent events until the client hangs up, does not read, or the daemon stops.

@@ -319,7 +319,7 @@ fn serve(
     }
     crate::log!("openwork {} (pid {}) listens on {}", env!("CARGO_PKG_VERSION"), info.pid, info.base_url);
 
-    let events = forever(Events::default());
+    let events = forever(Events::after(now_ms() * 1000));
     let instances = forever(Instances::new(store, events, options.idle_ttl));
     let (sender, receiver) = channel();
     let supervisor = Handle::new(sender);

@@ -1,6 +1,6 @@
 //! What the daemon tells of what happens.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Events, Host, Signal, kill, wait_for};
 
@@ -68,6 +68,70 @@ fn disposals_are_told() {
     host.openwork(["instance", "dispose", "p"]).ok();
     let event = next(&mut events, "instance.disposed");
     assert_eq!((&event["workspaceId"], &event["directory"]), (&id.into(), &project.to_str().unwrap().into()));
+}
+
+#[test]
+fn turns_are_told_with_workspace_and_title() {
+    let host = Host::new();
+    let project = host.project("p");
+    let id = host.add(&project);
+    host.openwork(["workspace", "path", "p"]).ok();
+    wait_for("the daemon to listen", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    let mut events = host.http("GET", "/events").events();
+    host.openwork(["api", "p", "POST", "/session/ses_fake/prompt_async"]).ok();
+    host.openwork(["session", "abort", "ses_fake"]).ok();
+    for kind in ["session.started", "session.error", "session.idle"] {
+        let event = next(&mut events, kind);
+        assert_eq!((&event["sessionId"], &event["title"]), (&"ses_fake".into(), &"mend {it}".into()), "{event}");
+        assert_eq!((&event["workspace"]["id"], &event["directory"]), (&json!(id), &json!(project)));
+        let error = json!({"name": "MessageAbortedError", "message": "Aborted"});
+        assert_eq!(event.get("error"), (kind == "session.error").then_some(&error));
+    }
+    // Each once: this is the next one.
+    host.openwork(["workspace", "rename", "p", "q"]).ok();
+    next(&mut events, "workspace.renamed");
+}
+
+#[test]
+fn ids_survive_a_reconnect_and_the_daemon() {
+    let host = Host::new();
+    host.exercises(["option --since"]);
+    host.openwork(["daemon", "start"]).ok();
+    let mut events = host.http("GET", "/events").events();
+    let names = ["a", "b", "c"];
+    for name in names {
+        host.add(host.project(name));
+    }
+    let ids = names.map(|_| next(&mut events, "workspace.added")["id"].as_u64().unwrap());
+    assert!(
+        ids[0] / 1000 > 1_700_000_000_000
+            && ids[0] / 1000 <= host.health()["daemon"]["startedAt"].as_u64().unwrap() + 60_000
+    );
+    drop(events);
+    let mut events = host.http("GET", "/events").header("Last-Event-ID", ids[0].to_string()).events();
+    for (id, name) in [(ids[1], "b"), (ids[2], "c")] {
+        let event = next(&mut events, "workspace.added");
+        assert_eq!((&event["id"], &event["workspace"]["name"]), (&json!(id), &json!(name)));
+    }
+    let since = |id: u64| {
+        let lines = host.openwork(["events", "--timeout", "1", "--since", &id.to_string()]).ok().stdout;
+        lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(since(ids[1])[0]["id"], ids[2]);
+    assert_eq!(since(ids[2]), [Value::Null; 0]);
+
+    // The next daemon counts on, and does not know what happened before it.
+    host.openwork(["daemon", "restart"]).ok();
+    let told = since(ids[1]);
+    assert_eq!((&told[0]["type"], &told[0]["since"]), (&json!("gap"), &json!(ids[1])));
+    assert!(told.iter().all(|event| event["id"].as_u64().unwrap() > ids[2]), "{told:?}");
+    assert_eq!(
+        since(told[0]["id"].as_u64().unwrap()).first().map(|event| &event["type"]),
+        told.get(1).map(|event| &event["type"])
+    );
+
+    host.http("GET", "/events").header("Last-Event-ID", "x").fails(400, "bad_request");
+    host.openwork(["events", "--since", "x"]).fails(2, "usage");
 }
 
 #[test]

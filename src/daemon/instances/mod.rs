@@ -12,6 +12,7 @@
 
 pub(super) mod account;
 pub(super) mod fence;
+mod turns;
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -24,8 +25,9 @@ use std::time::{Duration, Instant};
 pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
+use self::turns::{News, Turns};
 use super::engine::{CallResult, Endpoint, Place, Running, Told};
-use super::events::{EventKind, Events};
+use super::events::{EventKind, EventSession, Events, SessionError};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
 use crate::line::Line;
@@ -63,6 +65,7 @@ pub struct Instances {
     changed: Condvar,
     /// The directories of sessions. A session stays where it is, whatever process serves it.
     sessions: Mutex<HashMap<String, String>>,
+    turns: Mutex<Turns>,
 }
 
 struct Inner {
@@ -229,7 +232,14 @@ impl Instances {
         let noted = account.revision();
         let inner =
             Inner { account, noted, reported: 0, version: None, next_look: None, list_at: None, clock: Clock::now() };
-        Instances { store, events, inner: Mutex::new(inner), changed: Condvar::new(), sessions: Mutex::default() }
+        Instances {
+            store,
+            events,
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            sessions: Mutex::default(),
+            turns: Mutex::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -273,6 +283,7 @@ impl Instances {
             };
             (directory, ours)
         });
+        self.turns().begin();
         let mut inner = self.lock();
         inner.account.begin(generation, loaded, Instant::now());
         // What is loaded comes from the state file, or is nothing: there is no news in it.
@@ -633,8 +644,14 @@ impl Instances {
                 return Ok(());
             }
             supervisor.heard(endpoint.generation);
-            if let Some(told) = line.strip_prefix(b"data:").and_then(|data| endpoint.understand(data)) {
+            let Some(data) = line.strip_prefix(b"data:") else { continue };
+            if let Some(told) = endpoint.understand(data) {
                 self.observe(endpoint, told);
+            }
+            // Released before the event is published, which has a lock of its own.
+            let told = self.turns().observe(data);
+            if let Some((directory, told)) = told {
+                self.tell_of_turn(directory, told);
             }
         }
     }
@@ -667,6 +684,21 @@ impl Instances {
             }
         }
         self.settle(&mut inner);
+    }
+
+    fn turns(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_of_turn(&self, directory: String, turns::Told { id, title, news }: turns::Told) {
+        let state = self.store.snapshot();
+        let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory).cloned();
+        let session = EventSession { session_id: id, title, workspace, directory };
+        self.events.publish(match news {
+            News::Started => EventKind::SessionStarted(session),
+            News::Idle => EventKind::SessionIdle(session),
+            News::Error { name, message } => EventKind::SessionError { session, error: SessionError { name, message } },
+        });
     }
 
     /// Has opencode be asked for its list, if it has one.
