@@ -399,6 +399,7 @@ fn running_sessions_are_listed_waited_for_and_aborted() {
     let project = host.project("p");
     host.add(&project);
     let quiet = host.routed("POST", "/w/p/session").json(json!({"title": "quiet"})).send().json();
+    let mut events = host.http("GET", "/events").events();
     let session = provided.hold("p");
     let list = host.openwork(["session", "list", "p"]).json();
     let told = |at: usize| (list["sessions"][at]["id"].clone(), list["sessions"][at]["state"].clone());
@@ -413,6 +414,11 @@ fn running_sessions_are_listed_waited_for_and_aborted() {
     assert_eq!(host.openwork(["session", "abort", &session]).json()["aborted"], true);
     assert!(waiting.wait().status.success());
     assert_eq!(host.openwork(["session", "list", "--all"]).json()["sessions"][0]["state"], "idle");
+    for kind in ["session.started", "session.error", "session.idle"] {
+        let event = events.find(|event| event["type"].as_str().unwrap().starts_with("session.")).unwrap();
+        assert_eq!((&event["type"], &event["sessionId"]), (&json!(kind), &json!(session)), "{event}");
+        assert_eq!((&event["workspace"]["name"], event["title"].is_string()), (&json!("p"), true), "{event}");
+    }
 
     let session = provided.hold("p");
     let stopped = host.openwork(["daemon", "stop"]).json();
