@@ -87,10 +87,10 @@ pub const COMMANDS: &[CommandRow] = &[
         |given| Ok(Command::DaemonRestart { all: given.has("--all"), when_idle: given.has("--when-idle") })),
     row("daemon status", "", (0, 0), false, "The same as status", |_| Ok(Command::Status)),
     row("workspace add", "<path>", (1, 1), true, "Add a directory",
-        |given| Ok(Command::WorkspaceAdd { path: given.next().into(), name: given.name()? })),
+        |given| Ok(Command::WorkspaceAdd { path: given.next().into(), name: given.name()?, force: given.has("--force") })),
     row("workspace add-remote", "<base-url>", (1, 1), true, "Add an OpenCode server elsewhere", add_remote),
     row("workspace list", "", (0, 0), false, "List the workspaces; * marks the active one",
-        |given| Ok(Command::WorkspaceList { quiet: given.has("--quiet") })),
+        |given| Ok(Command::WorkspaceList { quiet: given.has("--quiet"), names: given.has("--names") })),
     row("workspace switch", "<ws>", (1, 1), true, "Make a workspace the active one",
         |given| Ok(Command::WorkspaceSwitch { selector: given.next() })),
     row("workspace current", "", (0, 0), false, "Show the active workspace",
@@ -111,11 +111,15 @@ pub const COMMANDS: &[CommandRow] = &[
         |given| Ok(Command::Attach { selector: given.optional(), args: given.take_trailing() })).passing_on(),
     row("run", "[-w <ws>] ARGS", (0, 1), true, "Run `opencode run ARGS` in a workspace, against the warm server",
         |given| Ok(Command::Run { selector: given.optional(), args: given.take_trailing() })).passing_on(),
+    row("open", "[<dir>]", (0, 1), true, "Open OpenCode's terminal interface in a directory, which is added if it is in no workspace",
+        |given| Ok(Command::Open { directory: given.optional().unwrap_or_else(|| ".".into()).into() })),
     row("session list", "[<ws>]", (0, 1), true, "List OpenCode's sessions in a workspace, running ones first (loads its instance)", session_list),
     row("session abort", "<id>", (1, 1), true, "End the running turn of a session",
         |given| Ok(Command::SessionAbort { id: text("<id>", given.next())? })),
     row("wait", "[<ws>]", (0, 1), true, "Wait until no session runs in a workspace, without a limit but --timeout", wait),
     row("env", "[<ws>]", (0, 1), true, "Print the environment for other OpenCode clients, for eval", env),
+    row("prompt", "", (0, 0), false, "Print the name of the workspace for a shell prompt, from the state file alone; nothing when there is none",
+        |_| Ok(Command::Prompt)),
     row("events", "", (0, 0), true, "Print the daemon's events, one JSON object a line", 
         |given| Ok(Command::Events { since: given.value("--since").map(|id| event_id(&id)).transpose()? })),
     row("instance list", "", (0, 0), true, "List the instances of the local workspaces: busy, warm, cold or fenced", |_| Ok(Command::InstanceList)),
@@ -241,7 +245,15 @@ fn env(given: &mut Given<'_>) -> Result<Command> {
         Some("fish") => Shell::Fish,
         Some(other) => return Err(choice("shell", other, "sh (also for bash and zsh) or fish")),
     };
-    Ok(Command::Env { selector: given.optional(), shell })
+    if !given.has("--unset") {
+        return Ok(Command::Env { selector: given.optional(), shell });
+    }
+    match given.optional() {
+        None => Ok(Command::EnvUnset { shell }),
+        Some(selector) => {
+            Err(Error::usage(format!("--unset is for every workspace, and {} is named", shown(&selector))))
+        }
+    }
 }
 
 fn logs(given: &mut Given<'_>) -> Result<Command> {

@@ -164,7 +164,7 @@ fn argument(row: &CommandRow, position: usize, is_behind: bool, given: &[(&Optio
             other => other,
         },
         ("api", "METHOD") => Found::words(METHODS.map(|method| (method, ""))),
-        ("workspace add" | "workspace move", "<path>") => Found::Directories,
+        ("open" | "workspace add" | "workspace move", "<path>" | "<dir>") => Found::Directories,
         (_, "<file>") => Found::Files,
         (_, "<ws>") => workspaces(given),
         (_, words) if words.contains('|') => Found::words(words.split('|').map(|word| (word, ""))),

@@ -15,7 +15,7 @@ const ABOUT: &str = "openwork keeps one opencode server alive and routes its cal
 const NOTES: &str = "
 The word `workspace` can be left out or shortened to `ws`; `ls`, `rm`, `mv` and `use` are short for list, remove,
 rename and switch. <ws> is an id, a name, the beginning of either, a path in the workspace, or - for the previously
-active one; the default is OPENWORK_WORKSPACE, else (for attach, run, session list and wait) the workspace of the
+active one; the default is OPENWORK_WORKSPACE, else (for attach, run, session list, wait and prompt) the workspace of the
 working directory, else the active one.
 `openwork help <command>` says more; `openwork help --json` prints the tables.
 ";

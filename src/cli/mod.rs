@@ -94,7 +94,12 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
     // Those that deal with the daemon itself have their own words for its version.
     let is_about_daemon = matches!(
         invocation.command,
-        Command::DaemonStart | Command::DaemonStop { .. } | Command::DaemonRestart { .. } | Command::Status
+        // A prompt asks no daemon.
+        Command::Prompt
+            | Command::DaemonStart
+            | Command::DaemonStop { .. }
+            | Command::DaemonRestart { .. }
+            | Command::Status
     );
     let asking = || {
         let client = client()?;
@@ -131,9 +136,9 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         }
         Command::DaemonRestart { all, when_idle } => daemon::restart(&client()?, out, *all, wanted(*when_idle)),
         Command::Status => daemon::status(&client()?, out),
-        Command::WorkspaceAdd { path, name } => workspace::add(&client()?, out, path, name.clone()),
+        Command::WorkspaceAdd { path, name, force } => workspace::add(&client()?, out, path, name.clone(), *force),
         Command::WorkspaceAddRemote(body) => workspace::add_remote(&client()?, out, body),
-        Command::WorkspaceList { quiet } => workspace::list(&client()?, out, *quiet),
+        Command::WorkspaceList { quiet, names } => workspace::list(&client()?, out, *quiet, *names),
         Command::WorkspaceCurrent { quiet } => workspace::current(&client()?, out, *quiet),
         Command::WorkspaceInfo { selector } => workspace::info(&client()?, out, selector.as_deref()),
         Command::WorkspaceSwitch { selector } => workspace::switch(&client()?, out, selector),
@@ -155,6 +160,14 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
             session::wait(&client, out, selector.as_deref(), *all, until)
         }
         Command::Env { selector, shell } => passthrough::env(&client()?, out, selector.as_deref(), *shell),
+        Command::EnvUnset { shell } => passthrough::env_unset(out, *shell),
+        Command::Open { directory } => {
+            let client = client()?;
+            let id = workspace::at(&client, directory)?;
+            Err(passthrough::attach(&client, Some(id.as_ref()), &[]))
+        }
+        // A prompt never fails, and never waits.
+        Command::Prompt => workspace::prompt(client().ok().as_ref(), out),
         Command::Events { since } => events(&client()?, out, invocation.timeout_given, *since),
         Command::InstanceList => instances(&client()?, out),
         Command::InstanceDispose { selector, force } => dispose(&client()?, out, selector.as_deref(), *force),

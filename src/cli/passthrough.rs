@@ -31,6 +31,17 @@ const CHUNK: usize = 64 * 1024;
 /// The largest body that `--json` puts into an object. Bytes.
 const JSON_BODY_LIMIT: usize = 256 * 1024 * 1024;
 
+/// The hosts that no proxy is asked for.
+const NO_PROXY_HOSTS: &str = "127.0.0.1,localhost,127.0.0.0/8";
+/// The variables that `env` sets, but those about proxies.
+const VARIABLES: [&str; 5] = [
+    "OPENCODE_BASE_URL",
+    "OPENCODE_SERVER_USERNAME",
+    "OPENCODE_SERVER_PASSWORD",
+    WORKSPACE_VARIABLE,
+    "OPENWORK_DIRECTORY",
+];
+
 /// opencode's credentials, which the daemon has stored.
 fn credentials(client: &Client) -> Result<Auth> {
     let path = client.data_dir.auth();
@@ -208,7 +219,7 @@ fn variables(client: &Client, address: &Address, workspace: &Workspace) -> Resul
     // Without NO_PROXY the client would send the password to a proxy.
     let mut no_proxy: Vec<String> = Vec::new();
     let given = ["NO_PROXY", "no_proxy"].iter().filter_map(std::env::var_os);
-    for hosts in given.chain(["127.0.0.1,localhost,127.0.0.0/8".into()]) {
+    for hosts in given.chain([NO_PROXY_HOSTS.into()]) {
         for host in hosts.to_string_lossy().split(',').map(str::trim).filter(|host| !host.is_empty()) {
             if !no_proxy.iter().any(|given| given == host) {
                 no_proxy.push(host.to_owned());
@@ -241,16 +252,41 @@ pub fn env(client: &Client, out: &mut Output, selector: Option<&OsStr>, shell: S
     struct Env {
         ok: bool,
         #[serde(flatten)]
+        fields: BTreeMap<&'static str, String>,
+        /// The same, for programs that put all of them into an environment.
         variables: BTreeMap<&'static str, String>,
     }
     let (address, workspace) = workspace(client, selector)?;
-    let env = Env { ok: true, variables: variables(client, &address, &workspace)? };
+    let variables = variables(client, &address, &workspace)?;
+    let env = Env { ok: true, fields: variables.clone(), variables };
     out.print(&env, |env| {
         let line = |(name, value): (&&str, &String)| match shell {
             Shell::Sh => format!("export {name}='{}'\n", value.replace('\'', "'\\''")),
             Shell::Fish => format!("set -gx {name} '{}'\n", value.replace('\\', "\\\\").replace('\'', "\\'")),
         };
         env.variables.iter().map(line).collect()
+    })
+}
+
+/// Prints commands for a shell that take away what `env` has set. A list of hosts without proxy that has
+/// more in it than `env` writes is the user's, and stays.
+///
+/// # Errors
+/// When the output cannot be written.
+pub fn env_unset(out: &mut Output, shell: Shell) -> Result<()> {
+    #[derive(Serialize)]
+    struct Unset {
+        ok: bool,
+        unset: Vec<&'static str>,
+    }
+    let is_ours = |name: &&str| std::env::var(name).is_ok_and(|hosts| hosts == NO_PROXY_HOSTS);
+    let unset = VARIABLES.into_iter().chain(["NO_PROXY", "no_proxy"].into_iter().filter(is_ours)).collect();
+    out.print(&Unset { ok: true, unset }, |env| {
+        let line = |name: &&str| match shell {
+            Shell::Sh => format!("unset {name}\n"),
+            Shell::Fish => format!("set -e {name}\n"),
+        };
+        env.unset.iter().map(line).collect()
     })
 }
 

@@ -6,6 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::iter::once;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +19,7 @@ use crate::log::timestamp;
 use crate::paths;
 use crate::state::State;
 use crate::wire::{AddLocal, AddRemote, Listed, Move, PathReply, Rename, WorkspaceList, WorkspaceReply};
-use crate::workspace::{Kind, Workspace, location, looks_like_path};
+use crate::workspace::{Kind, Workspace, existing_directory, location, looks_like_path};
 
 /// The environment variable that names a workspace where none is given.
 pub const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
@@ -122,9 +123,59 @@ fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
 }
 
 /// Adds a directory.
-pub fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>) -> Result<()> {
-    let reply = client.ask("POST", "/workspaces", &AddLocal { path: directory(path)?, name })?;
-    print_added(out, &reply)
+pub fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>, force: bool) -> Result<()> {
+    print_added(out, &add_directory(client, path, name, force)?)
+}
+
+/// Adds a directory; `/` and the home directory only by force: the agent could change everything in it.
+fn add_directory(client: &Client, path: &Path, name: Option<String>, force: bool) -> Result<WorkspaceReply> {
+    let path = directory(path)?;
+    let resolved = std::fs::canonicalize(&path).unwrap_or_else(|_| (&path).into());
+    let home = paths::home().ok().and_then(|home| std::fs::canonicalize(home).ok());
+    let is_home = home.is_some_and(|home| home == resolved);
+    if !force && (is_home || resolved == Path::new("/")) {
+        let what = if is_home { "your home directory" } else { "the root of all directories" };
+        return Err(Error::Usage {
+            message: format!("{} is {what}: the agent would work in all of it", clean(&path)),
+            hint: Some("add a directory in it, or say --force with `openwork workspace add`".to_owned()),
+        });
+    }
+    client.ask("POST", "/workspaces", &AddLocal { path, name })
+}
+
+/// The id of the workspace that contains a directory, which is added if there is none.
+pub fn at(client: &Client, directory: &Path) -> Result<String> {
+    let directory = existing_directory(&paths::absolute(directory)?)?;
+    let Some(text) = directory.to_str() else { return Err(Error::PathNotUtf8(directory)) };
+    let target = format!("/workspaces/{}", percent_encode(text.as_bytes()));
+    let reply = match client.ask::<WorkspaceReply>("GET", &target, &()) {
+        Err(e) if e.code() == Code::WorkspaceNotFound => {
+            let reply = add_directory(client, &directory, None, false)?;
+            note(&format!("added {}\n", named(&reply.workspace.workspace)));
+            reply
+        }
+        other => other?,
+    };
+    Ok(reply.workspace.workspace.id.clone())
+}
+
+/// Prints the name of the workspace that people use where they are, from the state file alone; nothing
+/// when there is none, or it cannot be read.
+pub fn prompt(client: Option<&Client>, out: &mut Output) -> Result<()> {
+    #[derive(Serialize)]
+    struct Prompt {
+        ok: bool,
+        workspace: Option<Arc<Workspace>>,
+    }
+    let state = client.and_then(|client| State::read(&client.data_dir.state()).ok()).unwrap_or_default();
+    let here = || paths::absolute(Path::new(".")).ok()?.into_os_string().into_string().ok();
+    let found = match std::env::var(WORKSPACE_VARIABLE).ok().filter(|value| !value.is_empty()) {
+        Some(selector) => state.find(&selector).ok(),
+        None => here().and_then(|directory| state.find(&directory).ok()).or_else(|| state.active()),
+    };
+    out.print(&Prompt { ok: true, workspace: found.cloned() }, |prompt| {
+        prompt.workspace.as_ref().map_or_else(String::new, |workspace| format!("{}\n", clean(&workspace.name)))
+    })
 }
 
 /// A directory as the daemon takes it: absolute.
@@ -188,7 +239,7 @@ pub fn add_remote(client: &Client, out: &mut Output, body: &AddRemote) -> Result
 }
 
 /// Lists the workspaces.
-pub fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
+pub fn list(client: &Client, out: &mut Output, quiet: bool, names: bool) -> Result<()> {
     let list = match client.read_soon("/workspaces")? {
         Some(list) => list,
         None => {
@@ -202,9 +253,9 @@ pub fn list(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
         return out.write(b"\n");
     }
     let Rows { active_id, workspaces } = decode(&list)?;
-    if quiet {
-        let ids: String = workspaces.iter().map(|row| format!("{}\n", clean(&row.id))).collect();
-        return out.write(ids.as_bytes());
+    if quiet || names {
+        let field = |row: &Row<'_>| format!("{}\n", clean(if names { &row.name } else { &row.id }));
+        return out.write(workspaces.iter().map(field).collect::<String>().as_bytes());
     }
     if workspaces.is_empty() {
         note("no workspaces yet: add one with `openwork workspace add <path>`\n");

@@ -173,7 +173,7 @@ fn an_unknown_command_or_option_is_refused_with_the_nearest() {
         (&["daemon", "strat"], "start"),
         (&["instance", "dipose", "p"], "dispose"),
         (&["workspace", "list", "--jsn"], "--json"),
-        (&["workspace", "add", "/", "--nmae", "n"], "--name"),
+        (&["workspace", "add", "/tmp", "--nmae", "n"], "--name"),
         (&["status", "--data-dri=/x"], "--data-dir"),
     ] {
         check_suggests(&host, args, suggestion);
@@ -251,7 +251,7 @@ fn what_a_command_does_not_take_is_refused() {
         &["workspace", "list", "extra"][..],
         &["workspace", "list", "--name", "n"],
         &["workspace", "add"],
-        &["workspace", "add", "/", "/tmp"],
+        &["workspace", "add", "/tmp", "/tmp"],
         &["workspace", "rename", "only-one"],
         &["workspace", "add-remote"],
         &["workspace", "info", "p", "--force"],

@@ -351,7 +351,7 @@ fn a_start_that_does_not_end_is_not_waited_for() {
     let lock = File::open(host.file("start.lock")).unwrap();
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     host.openwork(["daemon", "start", "--timeout", "1"]).fails(1, "daemon_start_failed");
-    host.openwork(["workspace", "add", "/", "--timeout", "1"]).fails(1, "daemon_start_failed");
+    host.openwork(["workspace", "add", "/tmp", "--timeout", "1"]).fails(1, "daemon_start_failed");
     drop(lock);
     host.openwork(["daemon", "start"]).ok();
 }
@@ -523,7 +523,7 @@ fn an_opencode_of_openwork_0_1_keeps_its_address_until_it_is_started_anew() {
     host.write_state(state.to_string());
     host.openwork(["daemon", "start"]).ok();
     assert_eq!((host.opencode_pid(), host.opencode_address()), (pid, address));
-    host.openwork(["workspace", "add", "/"]).ok();
+    host.openwork(["workspace", "add", "/tmp"]).ok();
     host.openwork(["workspace", "path", "/"]).ok();
     host.openwork(["daemon", "restart", "--all"]).ok();
     assert_ne!(host.opencode_address().ip(), address.ip());
@@ -538,7 +538,7 @@ fn one_that_does_not_answer_is_not_waited_for() {
     host.openwork(["daemon", "start"]).ok();
     let daemon = host.daemon_pid();
     kill(daemon, Signal::STOP);
-    for command in [&["status"][..], &["workspace", "add", "/"], &["daemon", "start"], &["workspace", "path"]] {
+    for command in [&["status"][..], &["workspace", "add", "/tmp"], &["daemon", "start"], &["workspace", "path"]] {
         host.openwork(command.iter().chain(&["--timeout", "1"])).fails(1, "daemon_unresponsive");
     }
     kill(daemon, Signal::CONT);
@@ -611,7 +611,7 @@ fn a_dead_one_is_not_asked() {
     let stranger = TcpListener::bind(("127.0.0.1", port)).unwrap();
     stranger.set_nonblocking(true).unwrap();
     host.openwork(["status"]).fails(3, "daemon_not_running");
-    host.openwork(["workspace", "add", "/", "--no-autostart"]).fails(3, "daemon_not_running");
+    host.openwork(["workspace", "add", "/tmp", "--no-autostart"]).fails(3, "daemon_not_running");
     assert_eq!(host.names(), ["p"]);
     host.openwork(["daemon", "stop"]).ok();
     assert_eq!(stranger.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -627,7 +627,7 @@ fn one_that_cannot_start_says_why() {
     fs::create_dir_all(host.file("daemon.lock")).unwrap();
     let output = host.openwork(["daemon", "start"]).exits(1);
     assert!(output.stderr.contains("daemon.lock"), "{output:?}");
-    let output = host.openwork(["workspace", "add", "/"]).exits(1);
+    let output = host.openwork(["workspace", "add", "/tmp"]).exits(1);
     assert!(output.stderr.contains("daemon.lock"), "{output:?}");
     assert_eq!(host.processes(), [0; 0]);
 }

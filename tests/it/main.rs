@@ -8,6 +8,7 @@ mod daemon;
 mod doc;
 mod engine;
 mod events;
+mod everyday;
 mod evict;
 mod fence;
 mod gate;

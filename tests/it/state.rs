@@ -108,7 +108,7 @@ fn a_directory_in_its_place_is_refused_untouched() {
     host.exercises(["code state_corrupt"]);
     fs::create_dir_all(host.file(STATE).join("something")).unwrap();
     host.openwork(["workspace", "list"]).fails(1, "state_corrupt");
-    host.openwork(["workspace", "add", "/"]).fails(1, "state_corrupt");
+    host.openwork(["workspace", "add", "/tmp"]).fails(1, "state_corrupt");
     assert!(host.file(STATE).join("something").is_dir());
 }
 
@@ -700,7 +700,8 @@ fn a_directory_of_another_is_refused() {
     let host = Host::unprivileged();
     host.exercises(["code permission_denied", "option --data-dir"]);
     host.openwork(["daemon", "start", "--data-dir", "/usr"]).fails(1, "permission_denied");
-    for args in [&["workspace", "add", "/"][..], &["workspace", "list"], &["status"], &["logs"], &["daemon", "stop"]] {
+    for args in [&["workspace", "add", "/tmp"][..], &["workspace", "list"], &["status"], &["logs"], &["daemon", "stop"]]
+    {
         let error = host.openwork([args, &["--data-dir", "/usr"]].concat()).fails(1, "permission_denied");
         assert!(error["message"].as_str().unwrap().contains("another user"), "{error}");
     }
@@ -720,7 +721,7 @@ mod as_root {
         fs::create_dir(host.data()).unwrap();
         fs::set_permissions(host.data(), fs::Permissions::from_mode(0o777)).unwrap();
         host.openwork(["daemon", "start"]).fails(1, "permission_denied");
-        host.openwork(["workspace", "add", "/"]).fails(1, "permission_denied");
+        host.openwork(["workspace", "add", "/tmp"]).fails(1, "permission_denied");
         assert_eq!(fs::read_dir(host.data()).unwrap().count(), 0);
         assert_eq!(mode(&host.data()), 0o777);
     }
@@ -755,7 +756,7 @@ mod as_root {
         let mut host = Host::new();
         host.unset("OPENWORK_DATA_DIR");
         chown(host.home(), Some(NOBODY), Some(NOBODY)).unwrap();
-        for args in [&["daemon", "start"][..], &["daemon"], &["workspace", "add", "/"], &["state", "repair"]] {
+        for args in [&["daemon", "start"][..], &["daemon"], &["workspace", "add", "/tmp"], &["state", "repair"]] {
             host.openwork(args).fails(1, "permission_denied");
         }
         host.openwork(["workspace", "list"]).ok();
@@ -779,7 +780,7 @@ fn a_directory_that_is_not_for_openwork_alone_is_refused_untouched() {
     let shared = host.project("shared");
     for (directory, before) in [(host.home(), 0o750), (shared, 0o1777)] {
         fs::set_permissions(&directory, fs::Permissions::from_mode(before)).unwrap();
-        for command in [&["daemon", "start"][..], &["workspace", "add", "/"], &["state", "repair"]] {
+        for command in [&["daemon", "start"][..], &["workspace", "add", "/tmp"], &["state", "repair"]] {
             let option = ["--data-dir", directory.to_str().unwrap()];
             host.openwork(command.iter().chain(&option)).fails(1, "permission_denied");
         }
@@ -796,7 +797,7 @@ fn a_directory_that_cannot_be_made_is_an_error() {
     let data = locked.join("data");
     let data = data.to_str().unwrap();
     host.openwork(["daemon", "start", "--data-dir", data]).fails(1, "permission_denied");
-    host.openwork(["workspace", "add", "/", "--data-dir", data]).fails(1, "permission_denied");
+    host.openwork(["workspace", "add", "/tmp", "--data-dir", data]).fails(1, "permission_denied");
     // A file in its place, or on the way to it.
     fs::write(host.path("file"), "").unwrap();
     for data in [host.path("file"), host.path("file/below")] {
@@ -845,7 +846,7 @@ fn a_planted_link_is_not_followed() {
             symlink(&victim, host.file(name)).unwrap();
             // It may be an error or the link may be replaced; the other end is not touched.
             host.openwork(["daemon", "start"]).output();
-            host.openwork(["workspace", "add", "/"]).output();
+            host.openwork(["workspace", "add", "/tmp"]).output();
             host.openwork(["daemon", "stop"]).output();
             match dangling {
                 true => assert!(!victim.exists(), "{name}"),

@@ -1,0 +1,129 @@
+//! What people use where they are: the prompt, `open`, names, and what `env` has set.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::support::{Host, Signal, kill};
+
+#[test]
+fn the_prompt_is_the_workspace_where_you_are() {
+    let host = Host::new();
+    host.exercises(["command prompt"]);
+    // Nothing is no failure, and starts nothing.
+    assert_eq!(host.openwork(["prompt"]).ok().stdout, "");
+    assert_eq!(host.openwork(["prompt"]).json()["workspace"], json!(null));
+    assert!(host.lock_text().is_none());
+
+    let (web, api) = (host.project("web"), host.project("api"));
+    host.add(&web);
+    let id = host.add(&api);
+    let inside = host.project("api/src");
+    let prompt = |directory: &Path| host.openwork(["prompt"]).cwd(directory).ok().stdout;
+    assert_eq!([prompt(&host.home()), prompt(&web), prompt(&inside)], ["web\n", "web\n", "api\n"]);
+    assert_eq!(host.openwork(["prompt"]).cwd(&web).env("OPENWORK_WORKSPACE", &id).ok().stdout, "api\n");
+    assert_eq!(host.openwork(["prompt"]).env("OPENWORK_WORKSPACE", "none").ok().stdout, "");
+    assert_eq!(host.openwork(["prompt"]).json()["workspace"]["name"], "web");
+
+    // A frozen daemon is not waited for, nor is it asked for its version.
+    kill(host.daemon_pid(), Signal::STOP);
+    assert_eq!(prompt(&inside), "api\n");
+    kill(host.daemon_pid(), Signal::CONT);
+    host.openwork(["daemon", "stop"]).ok();
+    host.write_state("{");
+    assert_eq!(host.openwork(["prompt"]).ok().stdout, "");
+}
+
+#[test]
+fn the_prompt_of_bash_is_as_the_docs_say() {
+    let host = Host::new();
+    host.add(host.project("it's"));
+    let docs = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/prompt.md")).unwrap();
+    let snippet = docs.split("```bash\n").nth(1).unwrap().split("```").next().unwrap();
+    let script = format!("PS1='$ '\n{snippet}\nprintf '%s' \"${{PS1@P}}\"");
+    let mut path = vec![host.binary().parent().unwrap().to_owned()];
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
+    let prompt = Command::new("bash")
+        .args(["--norc", "-c", &script])
+        .env("PATH", std::env::join_paths(path).unwrap())
+        .env("OPENWORK_DATA_DIR", host.data())
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8(prompt.stdout).unwrap(), "[it's] $ ");
+}
+
+#[test]
+fn open_adds_the_directory_and_attaches() {
+    let host = Host::new();
+    host.exercises(["command open"]);
+    let project = host.project("p");
+    let output = host.openwork(["open"]).cwd(&project).ok();
+    assert!(output.stdout.starts_with("fake: attach "), "{output:?}");
+    assert!(output.stderr.starts_with("added p ("), "{output:?}");
+    // What is in a workspace is not added.
+    let inside = host.project("p/src");
+    let output = host.openwork(["open", inside.to_str().unwrap()]).ok();
+    assert!(output.stdout.contains(project.to_str().unwrap()) && output.stderr.is_empty(), "{output:?}");
+    assert_eq!(host.names(), ["p"]);
+    host.openwork(["open", "/no/such"]).fails(1, "path_not_found");
+    host.openwork(["open"]).cwd(host.home()).fails(2, "usage");
+}
+
+#[test]
+fn the_home_directory_and_the_root_are_added_by_force_only() {
+    let host = Host::new();
+    host.exercises(["option --force"]);
+    for place in [host.home().to_str().unwrap(), "/", "~", "/tmp/.."] {
+        let error = host.openwork(["workspace", "add", place]).fails(2, "usage");
+        assert!(error["hint"].as_str().unwrap().contains("--force"), "{error}");
+    }
+    assert!(host.names().is_empty());
+    host.openwork(["add", "/", "--force", "--name", "root"]).ok();
+    host.openwork(["add", "~", "--force", "--name", "home"]).ok();
+    assert_eq!(host.names(), ["root", "home"]);
+    assert_eq!(host.openwork(["workspace", "list", "--names"]).ok().stdout, "root\nhome\n");
+}
+
+#[test]
+fn names_alone_are_listed() {
+    let host = Host::new();
+    host.exercises(["option --names"]);
+    host.add(host.project("b"));
+    host.add(host.project("a"));
+    assert_eq!(host.openwork(["ws", "ls", "--names"]).ok().stdout, "b\na\n");
+}
+
+#[test]
+fn what_env_sets_can_be_taken_away() {
+    let mut host = Host::new();
+    host.exercises(["option --unset"]);
+    host.set("PATH", std::env::var_os("PATH").unwrap());
+    for name in ["NO_PROXY", "no_proxy"] {
+        host.unset(name);
+    }
+    host.add(host.project("p"));
+    let env = host.openwork(["env"]).json();
+    assert_eq!(env["variables"]["OPENCODE_BASE_URL"], env["OPENCODE_BASE_URL"]);
+    assert_eq!(env["variables"].as_object().unwrap().len(), 7);
+
+    let variables = "OPENCODE|OPENWORK_(WORKSPACE|DIRECTORY)|NO_PROXY|no_proxy";
+    let script = format!(
+        "eval \"$(\"$0\" env)\"; {}\neval \"$(\"$0\" env --unset)\"; {}; exit 0",
+        count(variables),
+        count(variables)
+    );
+    let output = host.openwork(["env"]).after(&script).ok();
+    assert_eq!(output.stdout, "7\n0\n");
+    assert!(host.openwork(["env", "--unset", "--shell", "fish"]).ok().stdout.contains("set -e OPENCODE_BASE_URL\n"));
+    // A list with more in it than openwork writes is the user's.
+    let unset = host.openwork(["env", "--unset"]).env("NO_PROXY", "10.0.0.1,127.0.0.1").ok().stdout;
+    assert!(!unset.contains("unset NO_PROXY"), "{unset}");
+    host.openwork(["env", "p", "--unset"]).fails(2, "usage");
+}
+
+/// A shell command that prints how many of these variables there are.
+fn count(variables: &str) -> String {
+    format!("env | grep -cE '^({variables})[A-Z_]*='")
+}
