@@ -34,13 +34,8 @@ const JSON_BODY_LIMIT: usize = 256 * 1024 * 1024;
 /// The hosts that no proxy is asked for.
 const NO_PROXY_HOSTS: &str = "127.0.0.1,localhost,127.0.0.0/8";
 /// The variables that `env` sets, but those about proxies.
-const VARIABLES: [&str; 5] = [
-    "OPENCODE_BASE_URL",
-    "OPENCODE_SERVER_USERNAME",
-    "OPENCODE_SERVER_PASSWORD",
-    WORKSPACE_VARIABLE,
-    "OPENWORK_DIRECTORY",
-];
+const VARIABLES: [&str; 6] =
+    ["OPENCODE_BASE_URL", V1_USERNAME, V1_PASSWORD, V2_PASSWORD, WORKSPACE_VARIABLE, "OPENWORK_DIRECTORY"];
 
 /// opencode's credentials, which the daemon has stored.
 fn credentials(client: &Client) -> Result<Auth> {

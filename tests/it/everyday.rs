@@ -106,7 +106,7 @@ fn what_env_sets_can_be_taken_away() {
     host.add(host.project("p"));
     let env = host.openwork(["env"]).json();
     assert_eq!(env["variables"]["OPENCODE_BASE_URL"], env["OPENCODE_BASE_URL"]);
-    assert_eq!(env["variables"].as_object().unwrap().len(), 7);
+    assert_eq!(env["variables"].as_object().unwrap().len(), 8);
 
     let variables = "OPENCODE|OPENWORK_(WORKSPACE|DIRECTORY)|NO_PROXY|no_proxy";
     let script = format!(
@@ -115,7 +115,7 @@ fn what_env_sets_can_be_taken_away() {
         count(variables)
     );
     let output = host.openwork(["env"]).after(&script).ok();
-    assert_eq!(output.stdout, "7\n0\n");
+    assert_eq!(output.stdout, "8\n0\n");
     assert!(host.openwork(["env", "--unset", "--shell", "fish"]).ok().stdout.contains("set -e OPENCODE_BASE_URL\n"));
     // A list with more in it than openwork writes is the user's.
     let unset = host.openwork(["env", "--unset"]).env("NO_PROXY", "10.0.0.1,127.0.0.1").ok().stdout;
