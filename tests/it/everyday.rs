@@ -104,7 +104,7 @@ fn what_env_sets_can_be_taken_away() {
         host.unset(name);
     }
     host.add(host.project("p"));
-    let env = host.openwork(["env"]).json();
+    let env = host.openwork(["env"]).secret().json();
     assert_eq!(env["variables"]["OPENCODE_BASE_URL"], env["OPENCODE_BASE_URL"]);
     assert_eq!(env["variables"].as_object().unwrap().len(), 8);
 
@@ -114,7 +114,7 @@ fn what_env_sets_can_be_taken_away() {
         count(variables),
         count(variables)
     );
-    let output = host.openwork(["env"]).after(&script).ok();
+    let output = host.openwork(["env"]).secret().after(&script).ok();
     assert_eq!(output.stdout, "8\n0\n");
     assert!(host.openwork(["env", "--unset", "--shell", "fish"]).ok().stdout.contains("set -e OPENCODE_BASE_URL\n"));
     // A list with more in it than openwork writes is the user's.
