@@ -25,9 +25,9 @@ use std::time::{Duration, Instant};
 pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
-use self::turns::{News, Turns};
+use self::turns::Turns;
 use super::engine::{CallResult, Endpoint, Place, Running, Told};
-use super::events::{EventKind, EventSession, Events, SessionError};
+use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
 use crate::line::Line;
@@ -283,7 +283,7 @@ impl Instances {
             };
             (directory, ours)
         });
-        self.turns().begin();
+        turns::lock(&self.turns).begin();
         let mut inner = self.lock();
         inner.account.begin(generation, loaded, Instant::now());
         // What is loaded comes from the state file, or is nothing: there is no news in it.
@@ -649,9 +649,11 @@ impl Instances {
                 self.observe(endpoint, told);
             }
             // Released before the event is published, which has a lock of its own.
-            let told = self.turns().observe(data);
+            let told = turns::lock(&self.turns).observe(data);
             if let Some((directory, told)) = told {
-                self.tell_of_turn(directory, told);
+                let state = self.store.snapshot();
+                let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory).cloned();
+                self.events.publish(told.event(directory, workspace));
             }
         }
     }
@@ -684,21 +686,6 @@ impl Instances {
             }
         }
         self.settle(&mut inner);
-    }
-
-    fn turns(&self) -> MutexGuard<'_, Turns> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tell_of_turn(&self, directory: String, turns::Told { id, title, news }: turns::Told) {
-        let state = self.store.snapshot();
-        let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory).cloned();
-        let session = EventSession { session_id: id, title, workspace, directory };
-        self.events.publish(match news {
-            News::Started => EventKind::SessionStarted(session),
-            News::Idle => EventKind::SessionIdle(session),
-            News::Error { name, message } => EventKind::SessionError { session, error: SessionError { name, message } },
-        });
     }
 
     /// Has opencode be asked for its list, if it has one.

@@ -4,11 +4,14 @@
 //! (`session.status` and `session.idle`); here each is told once.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::daemon::events::{EventKind, EventSession, SessionError};
 use crate::wire::from_json;
+use crate::workspace::Workspace;
 
 /// The most sessions that are remembered; each takes some hundred bytes, and what is forgotten costs a
 /// title or a repeated event.
@@ -43,6 +46,19 @@ pub struct Told {
     pub news: News,
 }
 
+impl Told {
+    /// As an event of the daemon's.
+    pub fn event(self, directory: String, workspace: Option<Arc<Workspace>>) -> EventKind {
+        let Told { id, title, news } = self;
+        let session = EventSession { session_id: id, title, workspace, directory };
+        match news {
+            News::Started => EventKind::SessionStarted(session),
+            News::Idle => EventKind::SessionIdle(session),
+            News::Error { name, message } => EventKind::SessionError { session, error: SessionError { name, message } },
+        }
+    }
+}
+
 /// The sessions that events have told of.
 #[derive(Debug, Default)]
 pub struct Turns(HashMap<String, Known>);
@@ -51,6 +67,11 @@ pub struct Turns(HashMap<String, Known>);
 struct Known {
     title: Option<String>,
     runs: Option<bool>,
+}
+
+/// The turns, also after a panic of another thread: each change of them is whole.
+pub fn lock(turns: &Mutex<Turns>) -> MutexGuard<'_, Turns> {
+    turns.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The properties of `session.*`.
