@@ -524,7 +524,7 @@ fn an_opencode_of_openwork_0_1_keeps_its_address_until_it_is_started_anew() {
     host.openwork(["daemon", "start"]).ok();
     assert_eq!((host.opencode_pid(), host.opencode_address()), (pid, address));
     host.openwork(["workspace", "add", "/tmp"]).ok();
-    host.openwork(["workspace", "path", "/"]).ok();
+    host.openwork(["workspace", "path", "/tmp"]).ok();
     host.openwork(["daemon", "restart", "--all"]).ok();
     assert_ne!(host.opencode_address().ip(), address.ip());
 }

@@ -105,7 +105,7 @@ fn a_tilde_is_home() {
     fs::create_dir(host.home().join("code")).unwrap();
     let added = host.openwork(["workspace", "add", "~/code"]).json();
     assert_eq!(added["workspace"]["path"], utf8(&host.home().join("code")));
-    let added = host.openwork(["workspace", "add", "~"]).json();
+    let added = host.openwork(["workspace", "add", "~", "--force"]).json();
     assert_eq!(added["workspace"]["path"], utf8(&host.home()));
 }
 
@@ -186,7 +186,7 @@ fn unusual_directories_are_directories() {
         // OpenCode gets the very same string.
         assert_eq!(host.openwork(["workspace", "path", &id]).json()["path"]["directory"], utf8(&project));
     }
-    host.add("/");
+    host.openwork(["workspace", "add", "/", "--force"]).ok();
 }
 
 // --- Names ---

@@ -97,7 +97,8 @@ fn a_path_is_the_workspace_that_contains_it() {
 fn a_path_may_begin_at_home() {
     let host = Host::new();
     fs::create_dir_all(host.home().join("code/deep")).unwrap();
-    let home = host.add(host.home());
+    let added = host.openwork(["workspace", "add", "~", "--force"]).json();
+    let home = added["workspace"]["id"].as_str().unwrap();
     let code = host.add(host.home().join("code"));
     assert_eq!(info(&host, "~"), home);
     assert_eq!(info(&host, "~/code"), code);
