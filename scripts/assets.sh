@@ -10,3 +10,4 @@ openwork() {
 }
 openwork man > share/man/openwork.1
 openwork service print --program /usr/bin/openwork > share/systemd/openwork.service
+openwork service print --socket > share/systemd/openwork.socket

@@ -29,6 +29,7 @@
 //!   instances   what opencode has loaded, and what ends it by being loaded
 //!   sessions    which sessions run, and the wait for their end
 //!   events      who is told what happened
+//!   notify      what the service manager is told
 //!   handover    becomes its successor at a restart
 //! state/       the state file, and the credentials
 //!   records    what it says of processes, binaries and ports

@@ -11,6 +11,21 @@ pub const MARKER: &str = "OPENWORK_ENGINE";
 /// The socket on which a service manager expects our readiness, and not that of our children.
 pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
+/// How long the service manager waits for a sign of life, in microseconds, and of which process.
+pub const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
+/// See [`WATCHDOG_USEC`].
+pub const WATCHDOG_PID: &str = "WATCHDOG_PID";
+
+/// How many sockets the service manager passes, to which process, and what they are called.
+pub const LISTEN_FDS: &str = "LISTEN_FDS";
+/// See [`LISTEN_FDS`].
+pub const LISTEN_PID: &str = "LISTEN_PID";
+
+/// What a service manager tells one process in its environment, and no other: neither opencode nor a
+/// daemon that a command starts from within a service.
+pub const SERVICE_VARIABLES: [&str; 6] =
+    [NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID, LISTEN_FDS, LISTEN_PID, "LISTEN_FDNAMES"];
+
 /// Settings of glibc's allocator in the environment of a daemon in the background, unless the user has
 /// set them: one pool for all threads, returned to the system when free. Otherwise the memory of a burst
 /// of large requests would stay resident for weeks, in the pool of each thread.
@@ -27,6 +42,9 @@ pub fn allocator(ours: impl Fn(&str) -> bool) -> Vec<(&'static str, String)> {
     let mark = (ALLOCATOR_MARK, names.join(","));
     ours.into_iter().map(|(name, value)| (name, value.to_owned())).chain([mark]).collect()
 }
+
+/// The default of `--daemon-port`, while no other was used.
+pub const DEFAULT_PORT: u16 = 6174;
 
 /// The default of `--idle-ttl`.
 pub const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);

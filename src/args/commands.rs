@@ -281,7 +281,7 @@ fn service(given: &mut Given<'_>) -> Result<Command> {
     if program.as_ref().is_some_and(|program| program.as_os_str().is_empty()) {
         return Err(Error::usage("--program needs a value (FILE)"));
     }
-    Ok(Command::ServicePrint { program })
+    Ok(Command::ServicePrint { program, is_socket: given.has("--socket") })
 }
 
 /// The HTTP methods that `api` knows: any other word is a workspace.

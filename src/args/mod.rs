@@ -73,7 +73,7 @@ pub enum Command {
     StateRepair,
     Completions { shell: CompletedShell },
     Man,
-    ServicePrint { program: Option<PathBuf> },
+    ServicePrint { program: Option<PathBuf>, is_socket: bool },
 }
 
 /// An OpenCode call.

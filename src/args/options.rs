@@ -92,6 +92,7 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--since", "ID", &["events"], "Begin after this event; what is no longer kept is told by an event `gap`"),
     flag("--keep-opencode", &["daemon stop"], "Leave opencode running for the next daemon"),
     value("--program", "FILE", &["service print"], "Have the unit run this openwork (default: the one that prints it)"),
+    flag("--socket", &["service print"], "Print the socket unit instead: a connection starts the daemon"),
     flag("--all", &["daemon restart", "session list", "wait"], "Restart opencode too; every workspace that is loaded"),
     flag("--when-idle", &["daemon stop", "daemon restart"], "Wait until no session runs, without a limit but --timeout"),
     value("--daemon-port", "PORT", RUNS_DAEMON, "Listen on this port (default: the last one, 6174, or any)").env("OPENWORK_DAEMON_PORT"),

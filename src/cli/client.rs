@@ -27,8 +27,9 @@ use super::output::{Waiting, clean, note};
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Code, Error, Result};
 use crate::framing::{percent_decode, percent_encode};
-use crate::options::{MARKER, NOTIFY_SOCKET, Options, allocator};
+use crate::options::{DEFAULT_PORT, MARKER, Options, SERVICE_VARIABLES, allocator};
 use crate::paths::DataDir;
+use crate::state::State;
 use crate::system::{self, process, socket, wait};
 use crate::timed::Timed;
 use crate::wire::{
@@ -44,6 +45,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 const GRACE: Duration = Duration::from_secs(1);
 /// How long a daemon that holds the lock may refuse connections: it is on its way out.
 const LEAVING: Duration = Duration::from_secs(2);
+/// How long a service manager may take to start the daemon. Its fork and exec take milliseconds; a unit
+/// that fails, or is for another data directory, costs its users this once for each start.
+const WAKING: Duration = Duration::from_secs(3);
 /// The largest reply: the list of a million workspaces.
 const REPLY_LIMIT: u64 = 512 * 1024 * 1024;
 /// The largest error object. Bytes.
@@ -53,9 +57,12 @@ const SOON: Duration = Duration::from_millis(250);
 /// How much of its log is told when a daemon ends without a word. Lines.
 const LAST_LINES: usize = 10;
 
-/// What of the environment is not for a daemon. Started from a shell of the agent's, it would carry
-/// the marker of the opencode that it is going to end.
-const NOT_THE_DAEMONS: [&str; 2] = [MARKER, NOTIFY_SOCKET];
+/// Whether a variable of this command's environment is not for a daemon that it starts. Started from a
+/// shell of the agent's, the daemon would carry the marker of the opencode that it is going to end;
+/// started from a service, it would speak for that service.
+fn is_not_the_daemons(name: &OsStr) -> bool {
+    name == MARKER || SERVICE_VARIABLES.iter().any(|variable| name == *variable)
+}
 
 /// A running daemon.
 #[derive(Clone, Debug)]
@@ -175,6 +182,9 @@ impl Client {
                 return Ok(address);
             }
             if lock.is_some() {
+                if let Some(address) = self.wake(options)? {
+                    return Ok(address);
+                }
                 self.spawn(options, variables)?;
                 // A daemon that lost a race tells nothing worse than that there is another.
                 return self.find()?.ok_or_else(|| Error::DaemonStartFailed("it has ended again".to_owned()));
@@ -184,6 +194,34 @@ impl Client {
             }
             std::thread::sleep(LOOK_INTERVAL);
         }
+    }
+
+    /// Has the service manager start the daemon, if it holds the daemon's port for that (socket
+    /// activation): a connection is all it waits for, and nothing is sent.
+    ///
+    /// # Errors
+    /// As for [`Client::find`].
+    fn wake(&self, options: &Options) -> Result<Option<Address>> {
+        // A state file that cannot be read is for the daemon to refuse.
+        let last = State::read(&self.data_dir.state()).map_or(0, |state| state.ports.daemon);
+        let ports = options.port.map_or_else(|| vec![last, DEFAULT_PORT], |port| vec![port]);
+        let deadline = self.deadline.min(Instant::now() + WAKING);
+        for address in ports.into_iter().map(|port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)) {
+            let no_look = |e| Error::Internal(format!("cannot see who listens on {address}: {e}"));
+            if !socket::is_held_by_service_manager(address).map_err(no_look)? {
+                continue;
+            }
+            let limit = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            let Ok(_connection) = TcpStream::connect_timeout(&address.into(), limit) else { continue };
+            while Instant::now() < deadline {
+                if let Some(address) = self.find()? {
+                    return Ok(Some(address));
+                }
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+        }
+        // Its unit may be for another data directory, or be broken.
+        Ok(None)
     }
 
     /// Starts the process and waits for its word.
@@ -196,7 +234,7 @@ impl Client {
         let mut command = Command::new(&program);
         command.arg(DETACHED_COMMAND).arg("--data-dir").arg(self.data_dir.path());
         command.args(options.arguments());
-        for variable in without.iter().chain(&NOT_THE_DAEMONS) {
+        for variable in without.iter().chain(&[MARKER]).chain(&SERVICE_VARIABLES) {
             command.env_remove(variable);
         }
         command.envs(allocator(|name| std::env::var_os(name).is_none()));
@@ -427,7 +465,7 @@ impl Client {
         let program = program.map_err(|e| Error::Internal(format!("cannot find this program: {e}")))?;
         let options = self.autostart.as_ref().filter(|options| !options.is_default());
         let encode = |text: &OsStr| percent_encode(text.as_bytes());
-        let variables = std::env::vars_os().filter(|(name, _)| !NOT_THE_DAEMONS.iter().any(|not| name == not));
+        let variables = std::env::vars_os().filter(|(name, _)| !is_not_the_daemons(name));
         let allocator = allocator(|name| std::env::var_os(name).is_none());
         let allocator = allocator.into_iter().map(|(name, value)| (name.into(), value.into()));
         let variable = |(name, value): (OsString, OsString)| format!("{}={}", encode(&name), encode(&value));

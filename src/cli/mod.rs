@@ -128,7 +128,10 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::DaemonRun => run_daemon(invocation, Start::Foreground),
         Command::Completions { shell } => print_text(out, complete::script(*shell)),
         Command::Man => print_text(out, &manual::page()),
-        Command::ServicePrint { program } => print_text(out, &service(invocation, program.as_deref())?),
+        Command::ServicePrint { is_socket: true, .. } => print_text(out, &service::socket_unit(&invocation.daemon)),
+        Command::ServicePrint { program, is_socket: false } => {
+            print_text(out, &service(invocation, program.as_deref())?)
+        }
         Command::DaemonStart => daemon::start(&client()?, out),
         Command::DaemonStop { keep_opencode, force, when_idle } => {
             let stop = daemon::Stop { keep_opencode: *keep_opencode, force: *force };

@@ -21,7 +21,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::{Error, Result};
 use crate::framing::percent_decode;
 use crate::lock::Lock;
-use crate::options::NOTIFY_SOCKET;
+use crate::options::{NOTIFY_SOCKET, SERVICE_VARIABLES, WATCHDOG_PID, WATCHDOG_USEC};
 use crate::paths::DataDir;
 use crate::system::limits;
 use crate::wire::Restart;
@@ -122,9 +122,15 @@ impl Successor {
         }
         let mut command = Command::new(&self.program);
         command.arg0("openwork").args(&self.arguments).env_clear().envs(self.environment.iter().cloned());
-        // The service manager that started this process goes on watching it.
-        if let Some(socket) = std::env::var_os(NOTIFY_SOCKET) {
-            command.env(NOTIFY_SOCKET, socket);
+        // The service manager that started this process goes on watching it, and not the client, if
+        // that has one. A socket that the manager passed goes on as standard input.
+        for name in SERVICE_VARIABLES {
+            command.env_remove(name);
+        }
+        for name in [NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID] {
+            if let Some(value) = std::env::var_os(name) {
+                command.env(name, value);
+            }
         }
         failed(command.stdin(std::os::fd::OwnedFd::from(listener)).stdout(lock).exec())
     }

@@ -18,6 +18,7 @@ mod gate;
 pub mod handover;
 mod head;
 mod instances;
+mod notify;
 mod reply;
 mod router;
 mod sessions;
@@ -25,7 +26,7 @@ mod supervisor;
 
 use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -43,21 +44,20 @@ use self::events::{EventKind, Events};
 use self::gate::Gate;
 use self::handover::{End, Ending};
 use self::instances::Instances;
+use self::notify::Notifier;
 use self::supervisor::handle::Handle;
 use self::supervisor::{Context, Supervisor};
 use crate::error::{Error, Result};
 use crate::line::Line;
 use crate::lock::{self, Lock};
 use crate::log::{self, now_ms};
-use crate::options::Options;
+use crate::options::{DEFAULT_PORT, Options};
 use crate::paths::{DataDir, create_private};
 use crate::state::{Auth, DaemonRecord, State, Store};
 use crate::system::{limits, process, signals};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
 
-/// The default port of the daemon.
-const DEFAULT_PORT: u16 = 6174;
 /// How long a lock that is held may be a client's, which only looks.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 /// How often the lock is tried in that time.
@@ -81,17 +81,20 @@ struct Daemon {
     control: &'static api::ControlPlane,
     instances: &'static Instances,
     events: &'static Events,
+    notifier: &'static Notifier,
 }
 
 impl Daemon {
     /// Stops for good, as the process `client` has asked, if one did.
     fn stop(&self, keep_opencode: bool, client: Option<u32>) {
         self.ending.stop();
+        self.notifier.stopping();
         self.supervisor.stop(keep_opencode, client);
     }
 
     /// Ends, to become its successor.
     fn restart(&self, keep_opencode: bool, client: Option<u32>) {
+        self.notifier.reloading();
         if keep_opencode {
             // No request is to find a daemon without an opencode: those under way are finished first,
             // and those to come wait for the successor.
@@ -194,6 +197,7 @@ pub enum Start {
 pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     signals::unblock_all();
     limits::raise_descriptor_limit();
+    let passed = if start == Start::Foreground { passed_listener(options)? } else { None };
     let detached = start == Start::Detached;
     if detached {
         limits::close_inherited_descriptors();
@@ -207,7 +211,7 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     let signals = handled.map_err(|e| Error::Internal(format!("cannot handle signals: {e}")));
     if start == Start::Successor {
         let (lock, listener) = handover::receive(data_dir)?;
-        return prepare(data_dir).and_then(|()| serve(data_dir, options, lock, signals?, Some(listener), || {}));
+        return prepare(data_dir).and_then(|()| serve(data_dir, options, start, lock, signals?, Some(listener), || {}));
     }
     let tell = |outcome: std::result::Result<(), &Error>| {
         if detached {
@@ -215,7 +219,7 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
         }
     };
     let result = prepare(data_dir).and_then(|()| match take_lock(data_dir)? {
-        Some(lock) => serve(data_dir, options, lock, signals?, None, || tell(Ok(()))),
+        Some(lock) => serve(data_dir, options, start, lock, signals?, passed, || tell(Ok(()))),
         // A lost race: what was wanted is there.
         None if detached => {
             tell(Ok(()));
@@ -227,6 +231,36 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
         tell(Err(e));
     }
     result
+}
+
+/// The socket at which a service manager has listened for this daemon, if it passes one.
+///
+/// # Errors
+/// `usage` for anything but one socket that listens on 127.0.0.1, at the port that was asked for.
+fn passed_listener(options: &Options) -> Result<Option<TcpListener>> {
+    let refused = |what: &str| Error::Usage {
+        message: format!("cannot listen where the service manager does: {what}"),
+        hint: Some(format!("a socket unit for openwork has one line ListenStream=127.0.0.1:{DEFAULT_PORT}")),
+    };
+    let socket = limits::take_passed_socket().map_err(|e| match e.kind() {
+        io::ErrorKind::InvalidInput => refused("it passes several sockets"),
+        _ => refused(&format!("it passes no socket ({e})")),
+    })?;
+    let Some(listener) = socket.map(TcpListener::from) else { return Ok(None) };
+    if !rustix::net::sockopt::socket_acceptconn(&listener).is_ok_and(|listens| listens) {
+        return Err(refused("its socket takes no connections"));
+    }
+    match listener.local_addr() {
+        Ok(SocketAddr::V4(address)) if *address.ip() != Ipv4Addr::LOCALHOST => {
+            Err(refused(&format!("{} is not 127.0.0.1", address.ip())))
+        }
+        Ok(SocketAddr::V4(address)) if options.port.is_some_and(|port| port != address.port()) => {
+            Err(refused(&format!("port {} is not the one of --daemon-port", address.port())))
+        }
+        Ok(SocketAddr::V4(_)) => Ok(Some(listener)),
+        Ok(SocketAddr::V6(address)) => Err(refused(&format!("{} is not 127.0.0.1", address.ip()))),
+        Err(_) => Err(refused("its socket is not of the internet")),
+    }
 }
 
 /// One line to the client that waits, and then nothing more: its end of the pipe is closed soon.
@@ -274,20 +308,20 @@ fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
     }
 }
 
-/// Serves until the end, at the socket that a predecessor handed over or at a new one.
+/// Serves until the end, at the socket that a predecessor or a service manager passed, else at a new one.
 fn serve(
     data_dir: &DataDir,
     options: &Options,
+    start: Start,
     lock: Lock,
     mut signals: Signals,
-    handed_over: Option<TcpListener>,
+    passed: Option<TcpListener>,
     listening: impl FnOnce(),
 ) -> Result<()> {
     let _ = log::bound(&data_dir.daemon_log());
     let store = forever(Store::open(data_dir, &lock.file)?);
     let auth = Auth::load_or_create(data_dir)?;
-    let is_successor = handed_over.is_some();
-    let listener = handed_over.map_or_else(|| bind(options.port, &store.snapshot()), Ok)?;
+    let listener = passed.map_or_else(|| bind(options.port, &store.snapshot()), Ok)?;
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
     let port = listener.local_addr().map_err(no_socket)?.port();
     let gate = forever(Gate::new(listener, &options.origins).map_err(no_socket)?);
@@ -305,7 +339,7 @@ fn serve(
         state.ports.daemon = port;
         Ok(())
     })?;
-    if is_successor {
+    if start == Start::Successor {
         // The text of a predecessor is true of its successor; the time tells clients that it is another.
         lock.file
             .set_modified(SystemTime::now())
@@ -327,7 +361,8 @@ fn serve(
     let authorizations = [Line::V1, Line::V2].map(|line| credentials.of(line).clone());
     let (data_dir, options, ending) = (data_dir.clone(), options.clone(), Ending::default());
     let engine = options.engine.clone();
-    let context = Context { data_dir: data_dir.clone(), options: engine, auth, store, instances, events };
+    let notifier = forever(Notifier::from_environment());
+    let context = Context { data_dir: data_dir.clone(), options: engine, auth, store, instances, events, notifier };
     let daemon = forever(Daemon {
         info,
         data_dir,
@@ -340,6 +375,7 @@ fn serve(
         control,
         instances,
         events,
+        notifier,
     });
     let handle = &daemon.supervisor;
     let supervision = Supervisor::new(handle, receiver, context)?;
@@ -365,9 +401,11 @@ fn serve(
     store.when_lost(move |lost| {
         let opencode = if lost.is_taken_over { "opencode is the other daemon's now" } else { "opencode ends too" };
         crate::log!("stopping, since another daemon may run over the same files: {opencode}");
+        notifier.stopping();
         handle.stop(lost.is_taken_over, None);
     });
     let supervision = spawn(|| supervision.run())?;
+    notifier.ready();
     listening();
     let supervised = supervision.join();
     gate.close();

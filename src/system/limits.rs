@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::options::{LISTEN_FDS, LISTEN_PID};
 
 /// Whether this process ran out of a resource: descriptors, memory, threads or ports. Such an
 /// error says nothing about the other side of a call.
@@ -60,4 +64,41 @@ pub fn close_inherited_descriptors() {
             rustix::io::close(fd);
         }
     }
+}
+
+/// The first descriptor that a service manager passes: `SD_LISTEN_FDS_START` of sd_listen_fds(3).
+const FIRST_PASSED: RawFd = 3;
+
+/// Takes the one socket that a service manager has passed to this process (socket activation, by the
+/// protocol of sd_listen_fds(3)); `None` when it passed none, or when it was taken before.
+///
+/// # Errors
+/// `InvalidInput` when there are several: nobody would answer at the others. `NotFound` when the
+/// environment promises one and the descriptor is not open.
+pub fn take_passed_socket() -> io::Result<Option<OwnedFd>> {
+    static IS_TAKEN: AtomicBool = AtomicBool::new(false);
+    let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
+    if number(LISTEN_PID) != Some(std::process::id()) {
+        return Ok(None);
+    }
+    match number(LISTEN_FDS) {
+        None | Some(0) => return Ok(None),
+        Some(1) => {}
+        Some(2..) => return Err(io::ErrorKind::InvalidInput.into()),
+    }
+    if fs::symlink_metadata(format!("/proc/self/fd/{FIRST_PASSED}")).is_err() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    if IS_TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(None);
+    }
+    // SAFETY: the descriptor is open, and has been since before this program started: `LISTEN_PID` is
+    // the id of this very process, and is set only by the program that passes the descriptor on. So
+    // nothing that this process opened was given its number and no other value owns it; and the flag
+    // above lets it be taken only once.
+    #[allow(unsafe_code)]
+    let socket = unsafe { OwnedFd::from_raw_fd(FIRST_PASSED) };
+    // opencode must not inherit it.
+    fcntl_setfd(&socket, FdFlags::CLOEXEC)?;
+    Ok(Some(socket))
 }

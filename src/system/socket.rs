@@ -11,9 +11,10 @@ use std::path::Path;
 use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
+use rustix::process::geteuid;
 
 use super::limits::is_exhausted;
-use super::process::stat_field;
+use super::process::{is_ours, stat_field};
 
 /// States of a TCP socket that matter here, as the kernel numbers them (`net/tcp_states.h`).
 const ESTABLISHED: u8 = 1;
@@ -81,6 +82,25 @@ fn open_files(pid: u32) -> io::Result<Option<ReadDir>> {
 fn holds(pid: u32, socket: &str) -> io::Result<bool> {
     let mut entries = open_files(pid)?.into_iter().flatten().flatten();
     Ok(entries.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket))))
+}
+
+/// Whether a service manager of our user listens on this address, to start a daemon for whoever connects
+/// (socket activation). A manager whose descriptors cannot be seen may be the one.
+///
+/// # Errors
+/// When this process lacks a resource for the look.
+pub fn is_held_by_service_manager(address: SocketAddrV4) -> io::Result<bool> {
+    let found = tcp_socket(address, NOBODY)?.filter(|socket| socket.state == LISTEN);
+    let Some(socket) = found.filter(|socket| socket.user == geteuid().as_raw()) else { return Ok(false) };
+    let wanted = format!("socket:[{}]", socket.inode);
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let is_manager = fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name == "systemd\n");
+        if is_manager && is_ours(pid) && (open_files(pid)?.is_none() || holds(pid, &wanted)?) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The inode of the socket that listens on exactly this address.

@@ -26,5 +26,6 @@ mod state;
 mod supervise;
 #[path = "../support/mod.rs"]
 mod support;
+mod systemd;
 mod trust;
 mod version;

@@ -237,6 +237,7 @@ fn shared(name: &str) -> String {
 #[test]
 fn share_is_what_the_program_prints() {
     let mut host = Host::new();
+    host.exercises(["option --socket"]);
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
         host.unset(variable);
     }
@@ -246,6 +247,7 @@ fn share_is_what_the_program_prints() {
         ("completions/_openwork", &["completions", "zsh"]),
         ("completions/openwork.fish", &["completions", "fish"]),
         ("systemd/openwork.service", &["service", "print", "--program", "/usr/bin/openwork"]),
+        ("systemd/openwork.socket", &["service", "print", "--socket"]),
     ] {
         let printed = host.openwork(command).ok().stdout;
         assert!(shared(file) == printed, "share/{file} is not what {command:?} prints: run `just assets`");
@@ -263,15 +265,20 @@ fn share_has_the_description_of_the_interface() {
 
 // --- The unit for systemd ---
 
-/// The words of `ExecStart=`, by the rules of systemd.service(5).
 fn exec_start(unit: &str) -> Vec<String> {
-    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap_or_else(|| panic!("{unit}"));
-    let (mut words, mut word, mut is_quoted) = (Vec::new(), String::new(), false);
+    words_of(unit, "ExecStart=")
+}
+
+/// The words of a command line in a unit, by the rules of systemd.service(5).
+fn words_of(unit: &str, key: &str) -> Vec<String> {
+    let line = unit.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("{unit}"));
+    let (mut words, mut word, mut quote) = (Vec::new(), String::new(), None);
     let mut rest = line.chars();
     while let Some(c) = rest.next() {
         match c {
-            '"' => is_quoted = !is_quoted,
-            ' ' if !is_quoted => words.push(std::mem::take(&mut word)),
+            '"' | '\'' if quote == Some(c) => quote = None,
+            '"' | '\'' if quote.is_none() => quote = Some(c),
+            ' ' if quote.is_none() => words.push(std::mem::take(&mut word)),
             '\\' => word.push(rest.next().unwrap()),
             '%' | '$' => {
                 assert_eq!(rest.next(), Some(c), "{line}");
@@ -303,13 +310,18 @@ fn what_the_unit_says_runs_the_daemon() {
     let daemon = daemon.spawn();
     wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
     assert_eq!(host.daemon_pid(), daemon.pid());
-    // systemd must not start again and again what cannot start: a second daemon, or wrong options.
-    let refused = [host.openwork(["daemon"]).exits(1), host.openwork(["daemon", "--idle-ttl=soon"]).exits(2)];
-    let statuses: Vec<_> = refused.iter().map(|output| output.status.code().unwrap().to_string()).collect();
-    assert!(unit.contains(&format!("\nRestartPreventExitStatus={}\n", statuses.join(" "))), "{unit}");
-    assert!(unit.contains("\nRestart=on-failure\n") && unit.contains("\nOOMPolicy=continue\n"), "{unit}");
+    // Nobody starts a second daemon beside one that runs, and wrong options are not tried again.
+    let condition = words_of(&unit, "ExecCondition=");
+    let is_met = || Command::new(&condition[0]).args(&condition[1..]).env_clear().status().unwrap().code();
+    assert_eq!(is_met(), Some(1));
+    host.openwork(["daemon", "--idle-ttl=soon"]).exits(2);
+    let has = |line: &str| unit.lines().any(|given| given == line);
+    for line in ["Type=notify", "Restart=on-failure", "RestartPreventExitStatus=2", "OOMPolicy=continue"] {
+        assert!(has(line), "{line}: {unit}");
+    }
     host.openwork(["daemon", "stop"]).ok();
     assert!(daemon.wait().status.success());
+    assert_eq!(is_met(), Some(0));
 }
 
 /// Else systemd would start again what somebody has stopped.

@@ -31,7 +31,7 @@ use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
 use crate::framing::{basic, is_json, percent_encode};
 use crate::line::{Line, V2_USERNAME, parse_version};
-use crate::options::{ALLOCATOR_MARK, EngineOptions, NOTIFY_SOCKET};
+use crate::options::{ALLOCATOR_MARK, EngineOptions, SERVICE_VARIABLES};
 use crate::state::{Auth, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
 use crate::system::process::Process;
 use crate::system::{limits, signals};
@@ -487,13 +487,10 @@ pub fn is_free(address: SocketAddrV4) -> bool {
 /// The command that asks a binary for its version.
 pub fn version_command(binary: &Path, cwd: &Path) -> Command {
     let mut command = Command::new(binary);
-    command
-        .arg("--version")
-        .env_remove(NOTIFY_SOCKET)
-        .current_dir(cwd)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
+    for name in SERVICE_VARIABLES {
+        command.env_remove(name);
+    }
+    command.arg("--version").current_dir(cwd).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     command
 }
 
@@ -551,7 +548,8 @@ pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &A
         .args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()])
         .stdin(Stdio::piped());
     let ours = std::env::var(ALLOCATOR_MARK).unwrap_or_default();
-    for name in ours.split(',').chain(NOT_PASSED_ON).chain(ABOUT_ONE_REPOSITORY).filter(|name| !name.is_empty()) {
+    let not_passed_on = NOT_PASSED_ON.into_iter().chain(SERVICE_VARIABLES).chain(ABOUT_ONE_REPOSITORY);
+    for name in ours.split(',').chain(not_passed_on).filter(|name| !name.is_empty()) {
         command.env_remove(name);
     }
     command.envs(match line {
@@ -563,8 +561,7 @@ pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &A
 
 /// What is not passed on: what is about the daemon alone, and what `openwork env` says of one
 /// workspace, which the agent's shells of all would believe.
-const NOT_PASSED_ON: [&str; 7] = [
-    NOTIFY_SOCKET,
+const NOT_PASSED_ON: [&str; 6] = [
     ALLOCATOR_MARK,
     USERNAME_VARIABLE,
     PASSWORD_VARIABLE,

@@ -35,6 +35,7 @@ use std::time::Instant;
 use super::engine::{Credentials, Endpoint};
 use super::events::{EventKind, Events};
 use super::instances::Instances;
+use super::notify::{Notifier, Reporter};
 use crate::agent::Listener;
 use crate::error::{Error, Result};
 use crate::options::EngineOptions;
@@ -65,6 +66,8 @@ pub struct Context {
     pub instances: &'static Instances,
     /// Who is told.
     pub events: &'static Events,
+    /// The service manager.
+    pub notifier: &'static Notifier,
 }
 
 /// The process that there is.
@@ -102,6 +105,7 @@ pub struct Supervisor {
     store: &'static Store,
     instances: &'static Instances,
     events: &'static Events,
+    notifier: &'static Notifier,
     limits: Limits,
     held: Option<Held>,
     version: Option<String>,
@@ -115,7 +119,7 @@ impl Supervisor {
     /// # Errors
     /// When threads or descriptors for the helpers are lacking.
     pub fn new(handle: &Handle, receiver: Receiver<Message>, context: Context) -> Result<Supervisor> {
-        let Context { data_dir, options, auth, store, instances, events } = context;
+        let Context { data_dir, options, auth, store, instances, events, notifier } = context;
         let no_flag = |e| Error::Internal(format!("cannot start the supervisor: {e}"));
         let stopping = Arc::new(Flag::new().map_err(no_flag)?);
         let watcher = Arc::new(Watcher::new(data_dir.opencode_log()).map_err(no_flag)?);
@@ -159,6 +163,7 @@ impl Supervisor {
             store,
             instances,
             events,
+            notifier,
             limits,
             held: None,
             version: None,
@@ -171,6 +176,7 @@ impl Supervisor {
         let mut actions = Vec::new();
         let recorded = self.store.snapshot().opencode.is_some();
         let mut policy = Policy::new(self.limits.clone(), recorded, &mut actions);
+        let mut reporter = Reporter::new(self.notifier);
         loop {
             for action in actions.drain(..) {
                 self.act(action, policy.generation());
@@ -179,12 +185,17 @@ impl Supervisor {
             if policy.is_stopped() {
                 return;
             }
-            let message = match policy.next_deadline() {
+            let report_at = reporter.report(|| self.handle.status(), Instant::now());
+            let message = match [policy.next_deadline(), report_at].into_iter().flatten().min() {
                 None => self.receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(at) => self.receiver.recv_timeout(at.saturating_duration_since(Instant::now())),
             };
             let event = match message {
                 Ok(message) => self.event(message),
+                // Awake for the service manager, and nothing else is due.
+                Err(RecvTimeoutError::Timeout) if policy.next_deadline().is_none_or(|at| at > Instant::now()) => {
+                    continue;
+                }
                 Err(RecvTimeoutError::Timeout) => Event::Timer,
                 // Cannot be, since we hold a sender; but to go on would be to spin.
                 Err(RecvTimeoutError::Disconnected) => Event::Stop { keep_opencode: true },
