@@ -47,6 +47,14 @@ simulate minutes="10":
 assets:
     scripts/assets.sh
 
+# Build a Debian package below target/package; DEBFULLNAME and DEBEMAIL say who maintains it
+deb:
+    packaging/deb.sh
+
+# Try the units with a systemd user manager of their own; as root
+try-systemd:
+    packaging/try-systemd.sh
+
 # Install the binary where cargo does
 install:
     cargo install --locked --path .
