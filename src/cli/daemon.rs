@@ -24,6 +24,8 @@ use crate::wire::{Health, Phase, ProcessInfo, Session, Shutdown, ShutdownReply, 
 
 /// How long a daemon may take to reply to a stop: it replies first and stops then.
 const STOP_REPLY: Duration = Duration::from_secs(10);
+/// How often a daemon is asked whether it has taken over an opencode: that takes some milliseconds.
+const TAKE_OVER_INTERVAL: Duration = Duration::from_millis(10);
 /// How long the daemon looks once more whether a session runs, before it stops. Short: a command that is
 /// interrupted meanwhile must not be carried out long after.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
@@ -193,7 +195,10 @@ fn stop_one(
         // The opencode of a daemon that was killed, perhaps just now, while it was asked to stop. The
         // next daemon takes that opencode over and ends it in good order; its port does not matter.
         None if !keep_opencode && has_orphan(client)? => {
-            client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?
+            let address =
+                client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?;
+            wait_until_taken_over(&soon(STOP_REPLY), &address);
+            address
         }
         None => return Ok(None),
     };
@@ -208,6 +213,18 @@ fn stop_one(
         client.wait_until_gone(&daemon)?;
     }
     Ok(Some(sessions))
+}
+
+/// Waits until a daemon has taken over the opencode that it has found, or has given that up: before, it
+/// knows of no sessions, and could not end them in good order. At the client's deadline it is stopped
+/// as it is.
+fn wait_until_taken_over(client: &Client, address: &Address) {
+    while Instant::now() < client.deadline {
+        match client.ask_at::<Health>(address, "GET", "/health", &()) {
+            Ok(health) if health.engine.phase == "starting" => std::thread::sleep(TAKE_OVER_INTERVAL),
+            Ok(_) | Err(_) => return,
+        }
+    }
 }
 
 /// Ends a daemon that does not respond, if it is proven to be ours: a process of our user that holds
