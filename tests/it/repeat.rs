@@ -3,25 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 
 use serde_json::json;
 
-use crate::support::Host;
+use crate::support::{Host, compiled};
 
 /// The library that kills a daemon between a change on disk and the reply.
 fn die_after_write() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/die_after_write.rs");
-        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("die_after_write-{}.so", std::process::id()));
-        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-        let mut command = Command::new(rustc);
-        command.args(["-O", "--edition", "2021", "--crate-type", "cdylib", "-o"]).args([&library, &source]);
-        assert!(command.status().expect("running rustc").success(), "the library does not compile");
-        library
-    })
+    BUILT.get_or_init(|| compiled("die_after_write.so", &["die_after_write.rs"], &["--crate-type", "cdylib"]))
 }
 
 /// A host with the workspaces `web` (active) and `web-api`, whose daemons die after a write when told to.

@@ -939,34 +939,35 @@ pub fn copy_program(from: &Path, to: &Path) {
     assert!(Command::new("cp").args([from, to]).status().unwrap().success());
 }
 
-/// Compiles the fake opencode, if that has not been done.
+/// The fake opencode.
 pub fn fake_opencode() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data").join(name);
-        let sources = ["fake_opencode.rs", "fake_opencode2.rs"].map(source);
-        let binary = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_opencode");
-        let written = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-        let is_built = || sources.iter().all(|source| written(&binary) > written(source));
-        if is_built() {
-            return binary;
-        }
-        // Where each test is a process of its own, one of them compiles it and the others wait.
-        let lock = File::create(binary.with_extension("lock")).unwrap();
-        flock(&lock, FlockOperation::LockExclusive).unwrap();
-        if is_built() {
-            return binary;
-        }
-        let unfinished = binary.with_extension(std::process::id().to_string());
-        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-        let status = Command::new(rustc)
-            .args(["-O", "--edition", "2021", "-o"])
-            .args([&unfinished, &sources[0]])
-            .status()
-            .expect("running rustc");
-        assert!(status.success(), "the fake opencode does not compile");
-        // A rename, since a run at the same time may be using the old one.
-        fs::rename(&unfinished, &binary).unwrap();
-        binary
-    })
+    BUILT.get_or_init(|| compiled("fake_opencode", &["fake_opencode.rs", "fake_opencode2.rs"], &[]))
+}
+
+/// Compiles the first of these sources of test-data, with what else rustc is told, unless that has been
+/// done since they changed. A user who cannot run the compiler can use what another has compiled.
+pub fn compiled(name: &str, sources: &[&str], arguments: &[&str]) -> PathBuf {
+    let source = |name: &&str| Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data").join(name);
+    let sources: Vec<PathBuf> = sources.iter().map(source).collect();
+    let binary = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let written = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let is_built = || sources.iter().all(|source| written(&binary) > written(source));
+    if is_built() {
+        return binary;
+    }
+    // Where each test is a process of its own, one of them compiles it and the others wait.
+    let lock = File::create(binary.with_extension("lock")).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    if is_built() {
+        return binary;
+    }
+    let unfinished = binary.with_extension(std::process::id().to_string());
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let mut command = Command::new(rustc);
+    command.args(["-O", "--edition", "2021"]).args(arguments).arg("-o").args([&unfinished, &sources[0]]);
+    assert!(command.status().expect("running rustc").success(), "{name} does not compile");
+    // A rename, since a run at the same time may be using the old one.
+    fs::rename(&unfinished, &binary).unwrap();
+    binary
 }
