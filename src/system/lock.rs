@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use std::time::Instant;
 use rustix::process::{Signal, geteuid, pidfd_send_signal};
 
 use super::process::open;
-use super::wait::wait_until_readable;
+use super::wait::{has_ended, wait_until_readable};
 
 /// A process that is proven to hold a lock.
 pub struct Holder {
@@ -43,9 +43,9 @@ pub fn holder(file: &File, path: &Path) -> io::Result<Option<Holder>> {
         if !entry.metadata().is_ok_and(|process| process.uid() == geteuid().as_raw()) {
             continue;
         }
-        // Held first, looked at after: what is true of the number then is true of what is held.
+        // Held first, looked at after: what is true of the number is true of a process that still runs.
         let Ok(Some(pidfd)) = open(pid) else { continue };
-        if has_locked(pid, &file, path) && is_number_of(pid, &pidfd) {
+        if has_locked(pid, &file, path) && !has_ended(&pidfd) {
             return Ok(Some(Holder { pid, pidfd }));
         }
     }
@@ -67,13 +67,6 @@ pub fn has_locked(pid: u32, file: &fs::Metadata, path: &Path) -> bool {
         };
         is_named_so && is_file() && is_locked()
     })
-}
-
-/// Whether `/proc` and this process count processes in the same namespace, by proc(5): the `Pid:` of
-/// a pidfd is the number that `/proc` has for it.
-fn is_number_of(pid: u32, pidfd: &OwnedFd) -> bool {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap_or_default();
-    info.lines().any(|line| line.strip_prefix("Pid:").is_some_and(|number| number.trim() == pid.to_string()))
 }
 
 #[cfg(test)]
