@@ -20,17 +20,17 @@ use rustix::process::{Resource, getrlimit};
 use crate::error::{Error, Result};
 use crate::system::socket;
 
-/// The most connections at once: each is a thread and up to three descriptors.
+/// The most connections at once: each is a thread and up to [`PER_CONNECTION`] descriptors.
 pub const CONNECTION_LIMIT: usize = 1024;
 /// One slot in so many is kept for the owner: 64 of 1,024 are enough for all clients of one person,
 /// and at least one is kept when descriptors are few.
 const OWNERS_SHARE: usize = 16;
-/// The descriptors a connection may come to need: its own, and both ends of a connection to the
-/// control plane, or one to opencode.
-const PER_CONNECTION: u64 = 3;
-/// The descriptors kept for connections that are open already: tiny_http does not survive it when
-/// an accept fails.
-const RESERVE: u64 = 32;
+/// The descriptors a connection may come to need: its own, and three for a connection to the control
+/// plane, whose end tiny_http holds twice. One to opencode, or an event stream, needs fewer.
+const PER_CONNECTION: u64 = 4;
+/// The descriptors kept for everything else: some 20 of the daemon itself, and those of connections
+/// whose slot is free already while tiny_http has yet to close its ends. It does not survive a lack.
+const RESERVE: u64 = 64;
 /// How long requests under way may take when the daemon stops: their replies are short.
 pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// How long a connection that is ended may take to give its slot back: its thread only has to wake.

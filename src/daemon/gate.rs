@@ -270,7 +270,11 @@ impl Gate {
             return Err(lost(io::ErrorKind::UnexpectedEof.into()));
         }
         let mut client = Timed::new(&connection.stream, Some(Instant::now() + REPLY_TIME));
-        while count > 0 && client.write_all(&buffer[..count]).is_ok() {
+        let mut is_taken = true;
+        while count > 0 {
+            // Also for a client that has gone, the reply is read to its end: by then tiny_http lets go
+            // of its descriptors, which are part of this slot.
+            is_taken = is_taken && client.write_all(&buffer[..count]).is_ok();
             // A reply that breaks off cannot be replaced by an error: the connection just ends.
             count = upstream.read(&mut buffer).unwrap_or(0);
         }

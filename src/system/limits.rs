@@ -18,8 +18,8 @@ pub fn is_exhausted(e: &io::Error) -> bool {
     exhausted.iter().any(|errno| e.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-/// As many descriptors as the daemon can use: three for each connection, and those of its own.
-const DESCRIPTORS: u64 = 4096;
+/// As many descriptors as the daemon can use: four for each connection, and those of its own.
+const DESCRIPTORS: u64 = 4096 + 64;
 
 /// The limit before [`raise_descriptor_limit`].
 static DESCRIPTORS_BEFORE: OnceLock<Rlimit> = OnceLock::new();
