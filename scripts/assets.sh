@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write what packages install from the tables of the program: share/man and share/systemd. What else is
-# in share/ is part of the program. A test holds all of it to what the program prints.
+# Write what is made from the tables of the program: share/man and share/systemd, which packages install,
+# and docs/commands.md. The rest of share/ is part of the program. Tests hold all of it to what the program prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo build --locked
@@ -11,3 +11,6 @@ openwork() {
 openwork man > share/man/openwork.1
 openwork service print --program /usr/bin/openwork > share/systemd/openwork.service
 openwork service print --socket > share/systemd/openwork.socket
+# The tables of docs/commands.md, by the test that holds them to the program.
+OPENWORK_TEST_WRITE_DOCS=1 cargo test --quiet --locked --test it -- --exact \
+    docs::the_page_of_commands_is_made_from_the_tables

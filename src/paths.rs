@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 
 use crate::error::{Error, Result};
 
-/// The directory that holds everything of openwork's; see the README's table of files.
+/// The directory that holds everything of openwork's; docs/files.md lists them.
 #[derive(Clone, Debug)]
 pub struct DataDir(PathBuf);
 

@@ -1,7 +1,7 @@
 //! What goes over HTTP and into `--json`: one set of types for both sides.
 //!
-//! Every reply is a JSON object with `ok`. The source of the format is this module; the README
-//! describes it for users.
+//! Every reply is a JSON object with `ok`. The source of the format is this module;
+//! docs/http-api.md describes it for users.
 
 use std::borrow::Cow;
 use std::path::Path;

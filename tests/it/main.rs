@@ -6,6 +6,7 @@ mod cli;
 mod coverage;
 mod daemon;
 mod doc;
+mod docs;
 mod engine;
 mod events;
 mod everyday;
