@@ -1,7 +1,7 @@
 //! The daemon's log and the bound on every log.
 //!
-//! The daemon logs to its standard error, which in the background is `daemon.log`, opened for
-//! appending: so a file can be cut under the process that writes it.
+//! The daemon logs to its standard error. In the background that is `daemon.log`, opened for appending,
+//! so the file can be truncated while a process writes to it.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -11,17 +11,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::paths::open_private;
 
-/// Above this a log is cut. Bytes.
+/// A log larger than this is cut. Bytes.
 const LIMIT: u64 = 10 * 1024 * 1024;
-/// What is kept of it, in the file with `.1`. Bytes.
+/// How much of the end is kept, in a file with the suffix `.1`. Bytes.
 const KEEP: u64 = 1024 * 1024;
 
-/// Unix time in milliseconds, for display and for files; never for logic.
+/// Unix time in milliseconds: for display and for files, never for timeouts.
 pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
-/// `2026-01-31T12:00:00.000Z` of Unix milliseconds.
+/// Formats Unix milliseconds as `2026-01-31T12:00:00.000Z`.
 pub fn timestamp(ms: u64) -> String {
     let (days, rest) = ((ms / 86_400_000) as i64, ms % 86_400_000);
     // Days to date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
@@ -37,30 +37,30 @@ pub fn timestamp(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", rest % 1000)
 }
 
-/// Writes a line to the daemon's log. A log that cannot be written is no reason to fail.
+/// Writes a line to the daemon's log. Errors are ignored: a full disk must not stop the daemon.
 pub fn line(message: fmt::Arguments<'_>) {
     let line = format!("{} {message}\n", timestamp(now_ms()));
     let _ = io::stderr().write_all(line.as_bytes());
 }
 
-/// A line of the daemon's log, as for `format!`.
+/// Writes a line to the daemon's log; takes what `format!` takes.
 #[macro_export]
 macro_rules! log {
     ($($arg:tt)*) => { $crate::log::line(format_args!($($arg)*)) };
 }
 
-/// Opens a log for appending, cut to its bound first.
+/// Opens a log for appending, after cutting it if it is too large.
 pub fn open(path: &Path) -> io::Result<File> {
     bound(path)?;
     open_private(path, OpenOptions::new().append(true).create(true))
 }
 
-/// Cuts a log of more than 10 MB: the last 1 MB goes to the file with `.1` and the log is
-/// emptied. What is written between the two steps is lost; the writing process need not reopen it.
-/// Whether it was cut.
+/// Cuts a log of more than 10 MB: copies the last 1 MB to a file with the suffix `.1`, and truncates the
+/// log. Lines written between the two steps are lost; the writing process need not reopen the file.
+/// Returns whether the log was cut.
 ///
 /// # Errors
-/// When the log, or the file with `.1`, cannot be opened or written.
+/// When either file cannot be opened or written.
 pub fn bound(path: &Path) -> io::Result<bool> {
     let mut log = match open_private(path, OpenOptions::new().read(true).write(true)) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -80,12 +80,12 @@ pub fn bound(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The last lines of a log: at most `lines` of them, from nothing before the byte `from`, and
-/// looking at no more than 1 MB. Bytes that are not UTF-8 are replaced.
+/// Reads the last lines of a log: at most `lines`, none from before the byte `from`, and from at most
+/// the last 1 MB. Invalid UTF-8 is replaced.
 pub fn tail(path: &Path, from: u64, lines: usize) -> io::Result<Vec<String>> {
     let mut log = open_private(path, OpenOptions::new().read(true))?;
     let length = log.metadata()?.len();
-    // A log that is shorter than where we began has been cut since.
+    // A log that is now shorter than `from` has been cut.
     let from = if length < from { 0 } else { from };
     log.seek(SeekFrom::Start(from.max(length.saturating_sub(KEEP))))?;
     let mut bytes = Vec::new();

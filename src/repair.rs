@@ -1,8 +1,8 @@
-//! Saving what can be read of a state file that cannot be read as a whole.
+//! Salvages a broken state file.
 //!
-//! Every JSON object in the bytes that is a workspace is one, wherever it stands: a file cut
-//! short, or with garbage in its middle, still has the others. The original is kept beside the
-//! new file, and nothing is touched before that is so.
+//! Every JSON object in the bytes that has the fields of a workspace is taken as a workspace, wherever it
+//! is: a file that was cut short or has garbage in the middle still contains the other entries. A copy of
+//! the original is kept beside the state file, and is made before anything else is written.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
@@ -18,28 +18,28 @@ use crate::paths::open_private;
 use crate::state::{EngineRecord, State, keep_beside, write_whole};
 use crate::workspace::{Place, Workspace, is_id};
 
-/// What was done.
+/// The result of `state repair`.
 #[derive(Debug, Serialize)]
 pub struct Repair {
     /// Always true.
     pub ok: bool,
-    /// False when there was nothing to do.
+    /// False when the file was fine.
     pub repaired: bool,
-    /// Where the original is now.
+    /// The path of the copy of the original.
     pub original: Option<String>,
-    /// What was wrong with it.
+    /// Why the original could not be read.
     pub problem: Option<String>,
-    /// The workspaces that were saved.
+    /// The workspaces in the repaired file.
     pub workspaces: Vec<Arc<Workspace>>,
-    /// What looked like a workspace and could not be saved, and why.
+    /// Entries that looked like a workspace and could not be salvaged, with the reason.
     pub refused: Vec<String>,
 }
 
 /// Repairs a state file. The caller holds `daemon.lock`.
 ///
 /// # Errors
-/// `state_too_new`: such a file is not broken; `state_write_failed`, and then the original is
-/// where it was.
+/// `state_too_new` for the file of a newer version, which is not broken; `state_write_failed`, and then
+/// the original is unchanged.
 pub fn repair(path: &Path) -> Result<Repair> {
     let problem = match State::read(path) {
         Ok(state) => {
@@ -57,18 +57,18 @@ pub fn repair(path: &Path) -> Result<Repair> {
         Err(other) => return Err(other),
     };
     if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink()) {
-        let what = "a link is not followed, put the file itself here".to_owned();
+        let what = "the state file is a symbolic link, which is not followed; put the file itself here".to_owned();
         return Err(Error::PermissionDenied { what, path: path.to_owned() });
     }
     let mut bytes = Vec::new();
     let read = open_private(path, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut bytes));
     let (state, refused) = match read {
         Ok(_) => salvage(&bytes),
-        // A directory, a device: there is nothing in it to save.
+        // A directory or a device contains nothing to salvage.
         Err(e) if e.kind() != io::ErrorKind::PermissionDenied => (State::default(), Vec::new()),
         Err(e) => return Err(Error::io("read", path, e)),
     };
-    // Until the new file is in place, the old name stays too, if the original is a file.
+    // A regular file also stays under its own name until the new file replaces it.
     let original = Some(keep_beside(path, "corrupt")?.to_string_lossy().into_owned());
     write_whole(path, &state)?;
     let workspaces = state.workspaces;
@@ -85,38 +85,38 @@ fn salvage(bytes: &[u8]) -> (State, Vec<String>) {
             Some(Ok(object)) if is_workspace(&object) => {
                 match workspace(object, |name| state.free_name(name)) {
                     Ok(found) if state.get(&found.id).is_none() => state.workspaces.push(Arc::new(found)),
-                    Ok(found) => refused.push(format!("{}: there twice", found.id)),
+                    Ok(found) => refused.push(format!("{}: a duplicate", found.id)),
                     Err(why) => refused.push(why),
                 }
                 values.byte_offset()
             }
-            // The opencode that may be running: what proves it ours.
+            // The record that proves that a running opencode is ours.
             Some(Ok(object)) if object.contains_key("engineId") => {
                 state.opencode = serde_json::from_value::<EngineRecord>(object.into()).ok();
                 values.byte_offset()
             }
-            // The whole file, say: what is in it is looked at on its own.
+            // Some other object, such as the whole file: look inside it.
             _ => 1,
         };
         at += length;
     }
-    // A file that is JSON has its other fields where they belong.
+    // If the file is valid JSON, its other fields are kept too.
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(mut whole)) => {
             state.binaries = whole.remove("binaries").and_then(|binaries| serde_json::from_value(binaries).ok());
-            // The fields of ours are looked for by themselves, wherever they stand.
+            // Our own fields are searched for below, at any depth.
             let ours = serde_json::to_value(State::default()).unwrap_or_default();
             state.extra = whole.into_iter().filter(|(name, _)| ours.get(name).is_none()).collect();
         }
         Ok(_) => {}
-        Err(_) => refused.push("fields beside the workspaces: they are in the original only".to_owned()),
+        Err(_) => refused.push("fields other than the workspaces: only the original has them".to_owned()),
     }
     for id in ids(bytes) {
         if state.get(&id).is_none() && !refused.iter().any(|refused| refused.contains(&id)) {
-            refused.push(format!("{id}: what is said of it cannot be read"));
+            refused.push(format!("{id}: its entry cannot be read"));
         }
     }
-    // So that addresses stay the same.
+    // The addresses that clients have stored stay valid.
     state.ports = value_after(bytes, "ports").unwrap_or_default();
     for (name, id) in [("activeId", &mut state.active_id), ("previousId", &mut state.previous_id)] {
         let found: String = value_after(bytes, name).unwrap_or_default();
@@ -132,8 +132,7 @@ fn is_workspace(object: &Map<String, Value>) -> bool {
     object.contains_key("workspaceType") || (has_text("id") && (has_text("path") || has_text("baseUrl")))
 }
 
-/// The workspace that an object is; of fields that are not as they should be, those are taken out
-/// that it can be without.
+/// Makes a workspace of an object. Optional fields with invalid values are dropped.
 fn workspace(
     mut object: Map<String, Value>,
     free_name: impl FnOnce(String) -> String,
@@ -163,7 +162,7 @@ fn workspace(
     serde_json::from_value(object.into()).map_err(|e| format!("{described}: {e}"))
 }
 
-/// The values behind the fields of this name.
+/// The values of all fields with this name, at any depth.
 fn values_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> impl Iterator<Item = T> {
     let field = format!("\"{name}\"");
     (0..bytes.len()).filter_map(move |at| {
@@ -172,12 +171,12 @@ fn values_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> impl Iterator<
     })
 }
 
-/// The value behind the first field of this name.
+/// The value of the first field with this name.
 fn value_after<T: DeserializeOwned>(bytes: &[u8], name: &str) -> Option<T> {
     values_after(bytes, name).next()
 }
 
-/// The ids of workspaces in the bytes, whatever stands around them.
+/// The ids of workspaces anywhere in the bytes.
 fn ids(bytes: &[u8]) -> impl Iterator<Item = String> {
     values_after::<String>(bytes, "id").filter(|id| is_id(id))
 }
@@ -198,7 +197,7 @@ mod tests {
             let (state, refused) = salvage(&WHOLE.as_bytes()[..cut]);
             let ends = WHOLE.match_indices("}\n").chain(WHOLE.match_indices("},\n")).count();
             assert!(ends > 0, "the text has another form now");
-            assert!(refused.len() == 1 && refused[0].starts_with("fields beside"), "cut at {cut}: {refused:?}");
+            assert!(refused.len() == 1 && refused[0].starts_with("fields other"), "cut at {cut}: {refused:?}");
             for (id, last) in [("ws-1", "\"other\":{\"x\":[1]}}"), ("ws-2", "\"https://b\"}")] {
                 let end = WHOLE.find(last).unwrap() + last.len();
                 assert_eq!(state.get(id).is_some(), cut >= end, "{id}, cut at {cut}");

@@ -1,7 +1,7 @@
-//! What goes over HTTP and into `--json`: one set of types for both sides.
+//! The types of the HTTP API and of `--json`, shared by daemon and command line.
 //!
-//! Every reply is a JSON object with `ok`. The source of the format is this module;
-//! docs/http-api.md describes it for users.
+//! Every reply is a JSON object with a field `ok`. This module defines the format; docs/http-api.md
+//! describes it for users.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -15,44 +15,44 @@ use crate::error::{Error, ErrorBody};
 use crate::system::disk;
 use crate::workspace::Workspace;
 
-/// How long a list waits to know which directories have gone: those on a mount that hangs would keep
-/// it for ever.
+/// How long a list waits to learn which directories are missing: a hanging mount would block it for
+/// ever.
 const MISSING_LIMIT: Duration = Duration::from_secs(1);
 
-/// Of the control plane; it changes when a client would have to.
+/// The version of the HTTP API; it changes only when clients have to change.
 pub const API_VERSION: u32 = 1;
 
-/// The header by which a client says how long it will wait, in seconds (a decimal number).
+/// The request header that says how long the client will wait, in seconds (a decimal number).
 pub const TIMEOUT_HEADER: &str = "X-Openwork-Timeout";
 
-/// The header by which a client of `/events` names the last event that it has seen, as browsers do.
+/// The request header that names the last event that a client of `/events` has seen; browsers send it too.
 pub const LAST_EVENT_HEADER: &str = "Last-Event-ID";
 
 /// The largest body of a control request. Bytes.
 pub const BODY_LIMIT: usize = 1024 * 1024;
 
-/// The header with the code of an error that is ours and not opencode's.
+/// The reply header with the error code; it tells our errors from opencode's.
 pub const ERROR_HEADER: &str = "X-Openwork-Error";
 
-/// The header with what the daemon has to say beside its reply, percent-encoded: what it did with a
-/// state file that was edited by hand.
+/// The reply header with a notice for the user, percent-encoded: what the daemon did with a state file
+/// that was edited by hand.
 pub const NOTICE_HEADER: &str = "X-Openwork-Notice";
 
-/// A value from its JSON.
+/// Parses JSON.
 ///
 /// # Errors
-/// When it is not JSON, or not of that shape.
+/// When the bytes are not JSON, or have another shape.
 pub fn from_json<'j, T: Deserialize<'j>>(json: &'j [u8]) -> serde_json::Result<T> {
-    // Whether it is UTF-8 is seen once for all of it, and not for each string in it.
+    // Checks UTF-8 once for the whole text instead of once for each string in it.
     serde_json::from_str(std::str::from_utf8(json).map_err(serde::de::Error::custom)?)
 }
 
 /// A route of the control plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// How the daemon and opencode are.
+    /// The health of daemon and opencode.
     Health,
-    /// What the routes are, as OpenAPI.
+    /// The OpenAPI description.
     Doc,
     /// The registry.
     List,
@@ -62,21 +62,21 @@ pub enum Route {
     AddRemote,
     /// One workspace.
     Get,
-    /// Gives it another name.
+    /// Renames a workspace.
     Rename,
-    /// Takes it out of the registry.
+    /// Removes a workspace from the registry.
     Remove,
-    /// Makes it the active one.
+    /// Makes a workspace the active one.
     Activate,
-    /// Moves it to another directory.
+    /// Moves a workspace to another directory.
     Move,
-    /// Asks OpenCode for its directory.
+    /// OpenCode's reply to `GET /path` in a workspace.
     Path,
-    /// How the instances are.
+    /// The instances and their states.
     Instances,
-    /// Disposes its instance.
+    /// Disposes the instance of a workspace.
     Dispose,
-    /// Lifts its fence.
+    /// Lifts the fence of a workspace.
     Reset,
     /// The sessions of all loaded instances.
     Sessions,
@@ -88,17 +88,17 @@ pub enum Route {
     Idle,
     /// Waits until no session runs in a workspace.
     WorkspaceIdle,
-    /// What happens, as server-sent events.
+    /// The event stream, as server-sent events.
     Events,
-    /// Waits for opencode to be ready, trying again if it had failed.
+    /// Waits until opencode is ready; starts it again if it had failed.
     Start,
-    /// Has the daemon become its successor.
+    /// Replaces the daemon by its successor.
     Restart,
     /// Stops the daemon.
     Shutdown,
 }
 
-/// Every control route: method, path (`:id` stands for a selector, percent-encoded), which.
+/// Every control route: method, path (`:id` is a percent-encoded selector), route.
 pub const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/health", Route::Health),
     ("GET", "/doc", Route::Doc),
@@ -125,35 +125,35 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("POST", "/shutdown", Route::Shutdown),
 ];
 
-/// A process as the outside sees it.
+/// The daemon or opencode.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProcessInfo {
     /// Process id.
     pub pid: u32,
-    /// Where it listens: the daemon on 127.0.0.1, opencode on an address of 127.0.0.0/8.
+    /// The listening port: the daemon's on 127.0.0.1, opencode's on an address of 127.0.0.0/8.
     pub port: u16,
-    /// The same as a URL.
+    /// The URL of address and port.
     pub base_url: String,
     /// Unix milliseconds.
     pub started_at: u64,
-    /// Resident memory in bytes; null when the kernel does not say.
+    /// Resident memory in bytes; null when unknown.
     #[serde(default)]
     pub memory: Option<u64>,
 }
 
-/// What the supervisor is doing with opencode.
+/// The state of opencode's supervision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// On its way.
+    /// Starting, and not ready yet.
     Starting,
-    /// Answering.
+    /// Serving requests.
     Ready,
-    /// Being ended, to be started again or not.
+    /// Being stopped, for good or for a restart.
     Stopping,
-    /// Pausing after a crash.
+    /// In the pause before the restart after a crash.
     Waiting,
-    /// Given up until somebody asks for it.
+    /// Not started again until a request needs opencode.
     Failed,
 }
 
@@ -170,19 +170,19 @@ impl Phase {
     }
 }
 
-/// How opencode's supervision goes.
+/// The supervision of opencode.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EngineInfo {
     /// The name of a [`Phase`]; a newer daemon may have others.
     pub phase: Cow<'static, str>,
-    /// Counts the processes this daemon has had.
+    /// How many opencode processes this daemon has had.
     pub generation: u64,
-    /// How many of them replaced one that had ended by itself.
+    /// How many of them replaced a process that had exited on its own.
     pub restarts: u64,
-    /// opencode's version, once known.
+    /// The version of opencode; null until known.
     pub version: Option<String>,
-    /// Why it is not ready, or was not before.
+    /// Why opencode is not ready, or why it last was not.
     pub last_error: Option<ErrorBody>,
 }
 
@@ -194,17 +194,17 @@ pub struct Health {
     pub ok: bool,
     /// [`API_VERSION`].
     pub api_version: u32,
-    /// Of the daemon's binary.
+    /// The version of the daemon's binary.
     pub cli_version: String,
     /// The daemon.
     pub daemon: ProcessInfo,
-    /// opencode, from the moment its process exists.
+    /// The opencode process, from its start on.
     pub opencode: Option<ProcessInfo>,
-    /// Its supervision.
+    /// The supervision of opencode.
     pub engine: EngineInfo,
     /// The active workspace; empty when there is none.
     pub active_id: String,
-    /// How many there are.
+    /// The number of workspaces.
     pub workspace_count: usize,
 }
 
@@ -214,7 +214,7 @@ pub struct Listed {
     /// The entry.
     #[serde(flatten)]
     pub workspace: Arc<Workspace>,
-    /// The directory has gone; on the wire only when it has.
+    /// The directory does not exist; on the wire only when true.
     #[serde(default)]
     pub missing: bool,
 }
@@ -225,7 +225,7 @@ impl Serialize for Listed {
         match (self.missing, self.workspace.extra.contains_key(FIELD)) {
             (false, false) => self.workspace.json().serialize(serializer),
             (missing, _) => {
-                // A field of this name in the file would be there twice, and say something else.
+                // A field `missing` in the state file would be a second one of this name.
                 let mut workspace = Workspace::clone(&self.workspace);
                 workspace.extra.remove(FIELD);
                 if missing {
@@ -238,13 +238,13 @@ impl Serialize for Listed {
 }
 
 impl Listed {
-    /// Looks whether the directory of a local one is there. On a mount that hangs it is taken to be.
+    /// Checks whether the directory of a local workspace exists. On a hanging mount it is assumed to.
     pub fn new(workspace: &Arc<Workspace>) -> Listed {
         let missing = Listed::all(std::slice::from_ref(workspace)).first().is_some_and(|listed| listed.missing);
         Listed { workspace: workspace.clone(), missing }
     }
 
-    /// The same for many.
+    /// As [`Listed::new`], for many workspaces.
     pub fn all(workspaces: &[Arc<Workspace>]) -> Vec<Listed> {
         let are_there = disk::all(MISSING_LIMIT, workspaces.to_vec(), |w| Path::new(&w.path), Path::is_dir);
         let listed = workspaces.iter().zip(are_there);
@@ -264,7 +264,7 @@ pub struct WorkspaceList {
     pub ok: bool,
     /// The active workspace; empty when there is none.
     pub active_id: String,
-    /// In the order they were added.
+    /// In the order of `workspace add`.
     pub workspaces: Vec<Listed>,
 }
 
@@ -276,9 +276,9 @@ pub struct WorkspaceReply {
     pub ok: bool,
     /// The active workspace; empty when there is none.
     pub active_id: String,
-    /// The one asked about.
+    /// The workspace of the request.
     pub workspace: Listed,
-    /// Of an addition: whether it was not there before.
+    /// Only in replies to an addition: whether the workspace is new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<bool>,
 }
@@ -288,9 +288,9 @@ pub struct WorkspaceReply {
 pub struct PathReply {
     /// Always true.
     pub ok: bool,
-    /// The one asked about.
+    /// The workspace of the request.
     pub workspace: Arc<Workspace>,
-    /// OpenCode's own answer: `home`, `state`, `config`, `worktree`, `directory`.
+    /// OpenCode's own reply: `home`, `state`, `config`, `worktree`, `directory`.
     pub path: Value,
 }
 
@@ -303,7 +303,7 @@ pub enum InstanceState {
     Warm,
     /// Not loaded.
     Cold,
-    /// Not to be loaded: that has ended opencode twice.
+    /// Not loaded, and requests for it are refused: loading it has crashed opencode twice.
     Fenced,
 }
 
@@ -322,9 +322,9 @@ impl InstanceState {
 /// A session whose turn is running.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunningSession {
-    /// OpenCode's id of it.
+    /// The session id of OpenCode.
     pub id: String,
-    /// Null when OpenCode does not say in time.
+    /// Null when OpenCode does not reply in time.
     pub title: Option<String>,
 }
 
@@ -332,16 +332,17 @@ pub struct RunningSession {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct InstanceEntry {
-    /// Whose it is.
+    /// The workspace of the instance.
     pub workspace: Arc<Workspace>,
     /// The name of an [`InstanceState`]; a newer daemon may have others.
     pub state: Cow<'static, str>,
-    /// Requests under way through the daemon, streams among them.
+    /// The open requests and streams through the daemon.
     pub open_streams: usize,
-    /// The sessions that are running in it.
+    /// The running sessions of the instance.
     #[serde(default)]
     pub sessions: Vec<RunningSession>,
-    /// When it will be disposed for want of use, Unix milliseconds; null while in use, or never.
+    /// When the instance will be evicted as idle, in Unix milliseconds; null while in use, or when
+    /// eviction is off.
     pub evict_at: Option<u64>,
 }
 
@@ -350,9 +351,9 @@ pub struct InstanceEntry {
 pub struct InstanceList {
     /// Always true.
     pub ok: bool,
-    /// Of the local workspaces.
+    /// An entry for each local workspace.
     pub instances: Vec<InstanceEntry>,
-    /// Resident memory of opencode and all it has started, in bytes; null when it does not run.
+    /// Resident memory of opencode and its descendants, in bytes; null when opencode does not run.
     pub memory: Option<u64>,
 }
 
@@ -361,9 +362,9 @@ pub struct InstanceList {
 pub struct DisposeReply {
     /// Always true.
     pub ok: bool,
-    /// False when it was not loaded.
+    /// False when the instance was not loaded.
     pub disposed: bool,
-    /// The one asked about.
+    /// The workspace of the request.
     pub workspace: Arc<Workspace>,
 }
 
@@ -372,13 +373,13 @@ pub struct DisposeReply {
 pub struct ResetReply {
     /// Always true.
     pub ok: bool,
-    /// False when it was not fenced.
+    /// False when the workspace was not fenced.
     pub reset: bool,
-    /// The one asked about.
+    /// The workspace of the request.
     pub workspace: Arc<Workspace>,
 }
 
-/// Whether the agent is at work in a session.
+/// Whether a turn is running in a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SessionState {
@@ -398,21 +399,21 @@ impl SessionState {
     }
 }
 
-/// A session of OpenCode's.
+/// A session of OpenCode.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Session {
-    /// OpenCode's id of it.
+    /// The session id of OpenCode.
     pub id: String,
-    /// Null when it has none, or OpenCode does not say in time.
+    /// Null when the session has no title, or OpenCode does not reply in time.
     pub title: Option<String>,
-    /// Null when its directory is no workspace: a client that calls opencode directly has made it.
+    /// Null when the directory is not a workspace: a client of opencode itself made the session.
     pub workspace: Option<Arc<Workspace>>,
-    /// The directory of its instance.
+    /// The directory of the session.
     pub directory: String,
     /// See [`SessionState`].
     pub state: SessionState,
-    /// Unix milliseconds; null when OpenCode does not say in time.
+    /// Unix milliseconds; null when OpenCode does not reply in time.
     pub updated_at: Option<u64>,
 }
 
@@ -421,7 +422,7 @@ pub struct Session {
 pub struct SessionList {
     /// Always true.
     pub ok: bool,
-    /// Running ones first, then the most recently updated ones.
+    /// Running sessions first, then by time of the last update, newest first.
     pub sessions: Vec<Session>,
 }
 
@@ -430,9 +431,9 @@ pub struct SessionList {
 pub struct AbortReply {
     /// Always true.
     pub ok: bool,
-    /// False when no turn was running in it.
+    /// False when no turn was running.
     pub aborted: bool,
-    /// The session, as it was before.
+    /// The session as it was before the abort.
     pub session: Session,
 }
 
@@ -446,19 +447,19 @@ pub struct ShutdownReply {
     pub sessions: Vec<Session>,
 }
 
-/// A reply without content.
+/// A reply that only says `ok`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Done {
     /// Always true.
     pub ok: bool,
 }
 
-/// A reply that is an error.
+/// An error reply.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Failure {
     /// Always false.
     pub ok: bool,
-    /// What happened.
+    /// The error.
     pub error: ErrorBody,
 }
 
@@ -471,9 +472,9 @@ impl From<&Error> for Failure {
 /// Body of `POST /workspaces`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct AddLocal {
-    /// Absolute.
+    /// An absolute path.
     pub path: String,
-    /// Derived from the path when absent.
+    /// Default: derived from the path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
@@ -482,12 +483,12 @@ pub struct AddLocal {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AddRemote {
-    /// http or https.
+    /// An http or https URL.
     pub base_url: String,
-    /// The directory there.
+    /// The directory on the remote server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<String>,
-    /// Derived from the host when absent.
+    /// Default: derived from the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
@@ -502,14 +503,14 @@ pub struct Rename {
 /// Body of `POST /workspaces/:id/move`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Move {
-    /// Absolute.
+    /// An absolute path.
     pub path: String,
 }
 
 /// Body of `POST /instances/:id/dispose`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Dispose {
-    /// Even when a session is running.
+    /// Dispose even when a session is running.
     #[serde(default)]
     pub force: bool,
 }
@@ -517,29 +518,29 @@ pub struct Dispose {
 /// Body of `POST /start`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Start {
-    /// The workspace whose instance is wanted: refused if it is fenced.
+    /// The workspace that the client will use; an error if it is fenced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<String>,
 }
 
-/// Body of `POST /restart`. The strings are percent-encoded, since none of them has to be UTF-8.
+/// Body of `POST /restart`. The strings are percent-encoded, because they may not be UTF-8.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Restart {
-    /// The path of the openwork that the daemon becomes.
+    /// The path of the openwork binary to restart into.
     pub program: String,
-    /// Options of `openwork daemon`, each with its value behind `=`; those of the daemon when absent.
+    /// Options of `openwork daemon`, as `--name=value`; default: those of the running daemon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub options: Option<Vec<String>>,
-    /// Its environment, as `NAME=VALUE`.
+    /// The environment of the successor, as `NAME=VALUE`.
     pub environment: Vec<String>,
-    /// opencode is stopped, and started anew.
+    /// Restart opencode too.
     #[serde(default)]
     pub all: bool,
     /// As in [`Shutdown`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<u32>,
-    /// Waits until no session runs, before anything is stopped.
+    /// Wait until no session runs before stopping anything.
     #[serde(default)]
     pub when_idle: bool,
 }
@@ -561,14 +562,13 @@ pub struct RestartReply {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Shutdown {
-    /// opencode stays, for the next daemon to adopt.
+    /// Leave opencode running, for the next daemon to adopt.
     #[serde(default)]
     pub keep_opencode: bool,
-    /// The process that asks. When an agent within opencode has started it, it survives what it asks
-    /// for.
+    /// The process id of the client. If an agent in opencode started the client, the stop spares it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<u32>,
-    /// Waits until no session runs, before anything is stopped.
+    /// Wait until no session runs before stopping anything.
     #[serde(default)]
     pub when_idle: bool,
 }

@@ -1,7 +1,7 @@
-//! What a workspace is: its entry in the state file, its id, name, path or URL, and how one is
-//! meant on a command line.
+//! Workspaces: the entry in the state file, the id, the name, the path or URL, and how a selector on
+//! the command line finds an entry.
 //!
-//! New entries are validated here; those read from a file are taken as they are stored.
+//! New entries are validated here; entries read from a file are accepted as stored.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -20,32 +20,32 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::system::disk;
 
-/// `ws-` and the first 12 hex digits of the SHA-1 of what the workspace is.
+/// `ws-` and the first 12 hex digits of the SHA-1 of the path, or of the URL and the directory there.
 pub type WorkspaceId = String;
 
 /// The longest name, in characters.
 const NAME_LIMIT: usize = 100;
 
-/// How long a directory may take to be resolved: a disk that sleeps needs ten seconds to spin up.
+/// How long resolving a directory may take: a sleeping disk needs up to ten seconds to spin up.
 const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
-/// How long the directories of other workspaces may take, when one of them is looked for through
-/// links: those on a mount that hangs are left out.
+/// How long resolving the directories of all workspaces may take, in a search through links. A
+/// directory on a hanging mount is skipped.
 const LINKS_LIMIT: Duration = Duration::from_secs(1);
 
-/// Where a workspace is: `workspaceType` on the wire and in the state file.
+/// The type of a workspace: `workspaceType` on the wire and in the state file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
     /// A directory of this machine.
     #[default]
     Local,
-    /// The URL of an OpenCode server elsewhere: an entry of the registry and no more.
+    /// The URL of an OpenCode server elsewhere: openwork stores it and does not route to it.
     Remote,
-    /// A type that a newer version has written: the entry is kept and listed, and cannot be used.
+    /// A type written by a newer version: the entry is kept and listed, but cannot be used.
     Other(String),
 }
 
 impl Kind {
-    /// As on the wire.
+    /// The name on the wire.
     pub fn name(&self) -> &str {
         match self {
             Kind::Local => "local",
@@ -83,34 +83,34 @@ impl<'de> Deserialize<'de> for Kind {
     }
 }
 
-/// A workspace as it stands in the state file and on the wire. Times are Unix milliseconds.
+/// A workspace, as in the state file and on the wire. Times are Unix milliseconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workspace {
-    /// Unique, and the same whenever the same thing is added.
+    /// Unique; the same directory or URL always gets the same id.
     pub id: WorkspaceId,
     /// Unique; see [`check_name`].
     #[serde(default)]
     pub name: String,
-    /// The resolved directory; empty for a remote one.
+    /// The resolved directory; empty for a remote workspace.
     #[serde(default)]
     pub path: String,
     /// Local or remote.
     #[serde(default)]
     pub workspace_type: Kind,
-    /// Of a remote one; normalised by [`normalise_url`].
+    /// The URL of a remote workspace, normalised by [`normalise_url`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_url: Option<String>,
-    /// Of a remote one: the directory there; empty or absent when there is none.
+    /// The directory on the remote server; empty or absent when none was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<String>,
-    /// When it was added.
+    /// The time of `workspace add`.
     #[serde(default)]
     pub created_at: Option<u64>,
-    /// When it was last switched to or routed to.
+    /// The time of the last switch to the workspace, or of the last request routed to it.
     #[serde(default)]
     pub last_used_at: Option<u64>,
-    /// Fields of other versions and programs; they survive.
+    /// Fields of other versions and programs, kept as they are.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
     /// See [`Workspace::json`].
@@ -119,8 +119,8 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Its JSON, made once: every write of the state writes all workspaces, and most are as they
-    /// were.
+    /// The workspace as JSON. It is cached: each write of the state file writes every workspace, and
+    /// most have not changed.
     pub fn json(&self) -> Option<&RawValue> {
         if let Some(json) = self.json.get() {
             return Some(json);
@@ -129,19 +129,19 @@ impl Workspace {
         Some(self.json.get_or_init(|| json))
     }
 
-    /// To change it; others who share it keep what they have.
+    /// A mutable workspace, copied if shared: other holders keep the old value. Clears the cached JSON.
     pub fn edit(shared: &mut Arc<Workspace>) -> &mut Workspace {
         let workspace = Arc::make_mut(shared);
         workspace.json = OnceLock::new();
         workspace
     }
 
-    /// Whether it has an instance in our opencode.
+    /// Whether our opencode serves the workspace.
     pub fn is_local(&self) -> bool {
         self.workspace_type == Kind::Local
     }
 
-    /// The directory, of a local one.
+    /// The directory of a local workspace.
     ///
     /// # Errors
     /// `workspace_is_remote`; `bad_request` for a type that this version does not know.
@@ -157,13 +157,13 @@ impl Workspace {
         }
     }
 
-    /// Where it is, for people.
+    /// The path or URL to show to people.
     pub fn location(&self) -> String {
         location(&self.workspace_type, &self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()
     }
 }
 
-/// Where a workspace is, for people: its path, or its URL and the directory there.
+/// The path, or the URL and the directory there, to show to people.
 pub fn location<'a>(kind: &Kind, path: &'a str, base_url: Option<&'a str>, directory: Option<&str>) -> Cow<'a, str> {
     match (kind, base_url, directory) {
         (Kind::Remote, Some(url), None | Some("")) => url.into(),
@@ -176,16 +176,16 @@ pub fn location<'a>(kind: &Kind, path: &'a str, base_url: Option<&'a str>, direc
     }
 }
 
-/// What is to be added, checked.
+/// A validated directory or URL that can be added.
 pub enum Place {
     /// A resolved directory.
     Local(String),
-    /// A normalised URL, and the directory there if any.
+    /// A normalised URL, and the directory on that server if one was given.
     Remote { base_url: String, directory: Option<String> },
 }
 
 impl Place {
-    /// A directory that is there, resolved with realpath.
+    /// An existing directory, resolved as by `realpath`.
     ///
     /// # Errors
     /// `bad_request` for a relative path, `path_not_found`, `path_not_directory`,
@@ -208,12 +208,12 @@ impl Place {
     pub fn remote(base_url: &str, directory: Option<&str>) -> Result<Place> {
         let directory = directory.filter(|directory| !directory.is_empty());
         if directory.is_some_and(|directory| directory.chars().any(char::is_control)) {
-            return Err(Error::BadRequest("the directory has a control character in it".to_owned()));
+            return Err(Error::BadRequest("the directory contains a control character".to_owned()));
         }
         Ok(Place::Remote { base_url: normalise_url(base_url)?, directory: directory.map(str::to_owned) })
     }
 
-    /// The id of the workspace that is there.
+    /// The id of a workspace at this place.
     pub fn id(&self) -> WorkspaceId {
         let hash = match self {
             Place::Local(path) => sha1_smol::Sha1::from(path),
@@ -227,8 +227,8 @@ impl Place {
         format!("ws-{hex}")
     }
 
-    /// The entry of this place, if there is one: by its id, or, when another program has made the
-    /// entry, by where it is. The disk is not asked.
+    /// The existing entry for this place: by id, or, if another program made the entry with an id of its
+    /// own, by path or URL. Does not touch the disk.
     pub fn entry<'w>(&self, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
         let id = self.id();
         let is_it = |w: &&Arc<Workspace>| match self {
@@ -242,22 +242,23 @@ impl Place {
         workspaces.iter().find(|w| w.id == id).or_else(|| workspaces.iter().find(is_it))
     }
 
-    /// The entry of another program that leads to this place through a link. Asks the disk.
+    /// An existing entry whose path leads to this place through a link, as another program may have
+    /// stored it. Touches the disk.
     pub fn linked_entry<'w>(&self, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
         let Place::Local(path) = self else { return None };
         let found = workspaces.iter().zip(real_paths(workspaces));
         found.filter(|(_, at)| at.as_deref() == Some(Path::new(path))).map(|(workspace, _)| workspace).next()
     }
 
-    /// The name it has when none is given: the last part of the path, or the host; what a name
-    /// may not have is replaced by `-`.
+    /// The default name: the last component of the path, or the host. Characters that a name must not
+    /// contain become `-`.
     pub fn derived_name(&self) -> String {
         let source = match self {
             Place::Local(path) => Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or("root"),
             Place::Remote { base_url, .. } => {
                 let authority = base_url.split("://").nth(1).unwrap_or_default();
                 let authority = authority.split('/').next().unwrap_or_default();
-                // The port goes, the colons of an IPv6 address stay.
+                // Drop the port, but keep the colons of an IPv6 address.
                 match authority.rfind(':') {
                     Some(colon) if !authority.ends_with(']') => &authority[..colon],
                     _ => authority,
@@ -266,7 +267,7 @@ impl Place {
         };
         let mut name: String =
             source.chars().take(NAME_LIMIT).map(|c| if forbidden_in_name(c) { '-' } else { c }).collect();
-        // A first character that is not allowed would only become another that is not allowed.
+        // `-` is not allowed as the first character either, so drop instead of replace.
         while name.starts_with(FORBIDDEN_FIRST) {
             name.remove(0);
         }
@@ -276,7 +277,7 @@ impl Place {
         if is_id(&name) { format!("workspace-{name}") } else { name }
     }
 
-    /// The entry of a new workspace.
+    /// A new entry for this place.
     pub fn into_workspace(self, name: String, now: u64) -> Workspace {
         let id = self.id();
         let (path, workspace_type, base_url, directory) = match self {
@@ -300,10 +301,10 @@ impl Place {
     }
 }
 
-/// Resolves a directory that must be there.
+/// Resolves an existing directory.
 ///
 /// # Errors
-/// As [`Place::local`]; `internal` when the file system does not answer.
+/// As [`Place::local`]; `internal` when the file system does not respond.
 pub fn existing_directory(path: &Path) -> Result<PathBuf> {
     let given = path.to_owned();
     disk::within(RESOLVE_LIMIT, move || resolve_directory(&given)).unwrap_or_else(|| {
@@ -327,15 +328,15 @@ fn resolve_directory(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// What a name may not begin with: it would look like an option, a path or a selector.
+/// Characters that a name must not start with: it would look like an option, a path or a selector.
 const FORBIDDEN_FIRST: [char; 4] = ['-', '.', '~', '@'];
 
-/// Control and bidi-control characters, and `/`, which would make a path of it.
+/// Control and bidi-control characters, and `/`, which would make the name look like a path.
 fn forbidden_in_name(c: char) -> bool {
     c == '/' || is_unprintable(c)
 }
 
-/// Control characters and those that turn the direction of text: neither is ever printed as is.
+/// Control characters and bidi controls, which could disguise text: never printed as they are.
 pub fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -346,20 +347,20 @@ pub fn is_id(name: &str) -> bool {
         .is_some_and(|hex| hex.len() == 12 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
 
-/// Whether a workspace may be called so: 1 to 100 characters, none of them a control or
-/// bidi-control character or `/`, not starting with `-`, `.`, `~` or `@`, not an id.
+/// Checks the name of a workspace: 1 to 100 characters; no control or bidi-control character and no
+/// `/`; not starting with `-`, `.`, `~` or `@`; not of the form of an id.
 ///
 /// # Errors
-/// `invalid_name`, saying which rule.
+/// `invalid_name`, with the rule that was broken.
 pub fn check_name(name: &str) -> Result<()> {
     let why = if name.is_empty() {
         "it is empty"
     } else if name.chars().count() > NAME_LIMIT {
         "it is longer than 100 characters"
     } else if name.contains('/') {
-        "it has a / in it"
+        "it contains a /"
     } else if name.chars().any(forbidden_in_name) {
-        "it has a control character in it"
+        "it contains a control character"
     } else if name.starts_with(FORBIDDEN_FIRST) {
         "it starts with one of - . ~ @"
     } else if is_id(name) {
@@ -370,7 +371,7 @@ pub fn check_name(name: &str) -> Result<()> {
     Err(Error::InvalidName { name: name.to_owned(), why })
 }
 
-/// A base URL in the one form we store: scheme and host in lower case, without default port and
+/// Normalises a base URL to the form that is stored: scheme and host in lower case, no default port, no
 /// trailing `/`.
 ///
 /// # Errors
@@ -385,14 +386,14 @@ pub fn normalise_url(url: &str) -> Result<String> {
         _ => return Err(bad("only http and https are supported")),
     };
     if rest.bytes().any(|b| !b.is_ascii_graphic() || b"\\\"<>^`{|}".contains(&b)) {
-        return Err(bad("it has a character that must be percent-encoded"));
+        return Err(bad("it contains a character that must be percent-encoded"));
     }
     if rest.contains(['?', '#']) {
         return Err(bad("it has a query or a fragment"));
     }
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     if authority.contains('@') {
-        return Err(bad("it has credentials in it"));
+        return Err(bad("it contains credentials"));
     }
     let (host, port) = match authority.rfind(':') {
         Some(colon) if !authority.ends_with(']') => (&authority[..colon], Some(&authority[colon + 1..])),
@@ -420,14 +421,14 @@ pub fn normalise_url(url: &str) -> Result<String> {
     Ok(normal)
 }
 
-/// Whether a selector is to be read as a path.
+/// Whether a selector is a path.
 pub fn looks_like_path(selector: &str) -> bool {
     selector.contains('/') || matches!(selector, "." | "..") || selector.starts_with('~')
 }
 
-/// The path with links resolved as far as it exists: a workspace whose directory has gone can
-/// still be named by it. Where nothing exists there are no links, and `..` is the part above. A path
-/// on a mount that hangs stays as it is.
+/// Resolves the links in the part of a path that exists, so that a workspace can still be named by a
+/// directory that has been deleted. In the rest `..` means the component above, since there are no links.
+/// A path on a hanging mount is returned unchanged.
 pub fn resolve_as_far_as_possible(path: &Path) -> PathBuf {
     let given = path.to_owned();
     disk::within(RESOLVE_LIMIT, move || resolve_existing_part(&given)).unwrap_or_else(|| path.to_owned())
@@ -447,16 +448,16 @@ fn resolve_existing_part(path: &Path) -> PathBuf {
     resolved
 }
 
-/// The workspace whose directory, through a link, is this one or contains it, the deepest first.
-/// Asks the disk.
+/// The workspace whose directory, with links resolved, is or contains this path; of several, the
+/// deepest. Touches the disk.
 pub fn containing_through_links<'w>(path: &Path, workspaces: &'w [Arc<Workspace>]) -> Option<&'w Arc<Workspace>> {
     let found = workspaces.iter().zip(real_paths(workspaces));
     let containing = found.filter_map(|(workspace, at)| Some((workspace, at.filter(|at| path.starts_with(at))?)));
     containing.max_by_key(|(_, at)| at.components().count()).map(|(workspace, _)| workspace)
 }
 
-/// The directories of the local ones with links resolved; `None` for those that have gone, and for
-/// those on a mount that hangs.
+/// The directories of local workspaces with links resolved; `None` for a directory that does not exist
+/// or is on a hanging mount.
 fn real_paths(workspaces: &[Arc<Workspace>]) -> Vec<Option<PathBuf>> {
     let resolve = |at: &Path| fs::canonicalize(at).ok();
     let resolved = disk::all(LINKS_LIMIT, workspaces.to_vec(), |w| Path::new(&w.path), resolve);

@@ -1,5 +1,5 @@
-//! Imports the workspaces of another program, from the state file of OpenWork's own orchestrator, whose
-//! format ours is, or from the `openwork-workspaces.json` of OpenWork's desktop program.
+//! Imports the workspaces of another program: from the state file of OpenWork's own orchestrator, which
+//! has the format of ours, or from the `openwork-workspaces.json` of OpenWork's desktop program.
 //!
 //! Both are an object with a list `workspaces`. A desktop entry also has a `displayName`, may lack any
 //! field or have null there, and may hold tokens, which are neither imported nor printed.
@@ -51,7 +51,7 @@ pub struct Imported {
     /// The entry of our registry, unless it was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workspace: Option<Arc<Workspace>>,
-    /// Why it was refused.
+    /// Why the entry was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
 }
@@ -60,16 +60,16 @@ pub struct Imported {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// The registry has it now.
+    /// The entry was added to the registry.
     Added,
-    /// The registry had it already; it is unchanged.
+    /// The registry already had the entry; nothing changed.
     Kept,
-    /// It cannot be a workspace here.
+    /// The entry is not valid as a workspace here.
     Refused,
 }
 
 impl Outcome {
-    /// For people.
+    /// The word to show to people.
     pub fn name(self) -> &'static str {
         match self {
             Outcome::Added => "added",
@@ -83,8 +83,8 @@ impl Outcome {
 /// does not affect the others.
 ///
 /// # Errors
-/// When the file cannot be read or has no such list; when the daemon cannot be reached or cannot write:
-/// what was added before then stays.
+/// When the file cannot be read or has no list `workspaces`; when the daemon cannot be reached or cannot
+/// write its state. Workspaces that were added before the error stay.
 pub fn import(client: &Client, file: &Path) -> Result<Import> {
     let bytes = fs::read(file).map_err(|e| match e.kind() {
         io::ErrorKind::PermissionDenied => Error::io("read", file, e),

@@ -487,8 +487,8 @@ fn a_repair_says_what_it_could_not_save() {
         "saved local (/local)",
         "saved far (https://h /srv)",
         "could not save ws-3: neither path nor baseUrl",
-        "could not save ws-1: there twice",
-        "could not save fields beside the workspaces: they are in the original only",
+        "could not save ws-1: a duplicate",
+        "could not save fields other than the workspaces: only the original has them",
         "saved in all: 2",
     ] {
         assert!(output.stdout.lines().any(|found| found == line), "{line}: {output:?}");
