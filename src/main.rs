@@ -39,6 +39,7 @@
 //! wire         what goes over HTTP and into --json
 //! agent        HTTP calls to a proven listener
 //! line         the two lines of opencode, 1.x and 2.x, and their clients
+//! service      the service of the user that plain opencode 2.x runs
 //! framing      where a body ends, what the head of a reply says, percent coding
 //! timed        a deadline for a socket
 //! system/      all that knows Linux: processes, sockets, waiting, limits, disks that hang
@@ -59,6 +60,7 @@ mod log;
 mod options;
 mod paths;
 mod repair;
+mod service;
 mod state;
 mod system;
 mod timed;

@@ -184,6 +184,13 @@ pub struct EngineInfo {
     pub version: Option<String>,
     /// Why opencode is not ready, or why it last was not.
     pub last_error: Option<ErrorBody>,
+    /// Whether it is the user's own service, as `--shared` asks for; else it is the daemon's own.
+    #[serde(default)]
+    pub shared: bool,
+    /// The URL of the user's own service, which runs beside the daemon's own opencode; null when it does
+    /// not run, or is shared.
+    #[serde(default)]
+    pub service: Option<String>,
 }
 
 /// `GET /health`.

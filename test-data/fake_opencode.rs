@@ -278,7 +278,7 @@ fn misbehave_before_listening(settings: &Arc<Settings>) {
     let burning = Arc::clone(settings);
     thread::spawn(move || loop {
         match burning.file("burn").is_some_and(|path| path.exists()) {
-            true => (0..1_000_000).for_each(|n| drop(std::hint::black_box(n))),
+            true => (0..1_000_000).for_each(|n| _ = std::hint::black_box(n)),
             false => thread::sleep(Duration::from_millis(20)),
         }
     });

@@ -347,6 +347,10 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>, replaced: Opti
         let path = output::clean_lines(&replaced.path);
         text.push_str(&format!("opencode  {path} was replaced; `openwork daemon restart --all` starts the new one\n"));
     }
+    if let Some(url) = &health.engine.service {
+        let url = output::clean_lines(url);
+        text.push_str(&format!("service   plain `opencode` has a server of its own on {url}\n"));
+    }
     if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready.name()) {
         text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));
     }

@@ -182,9 +182,9 @@ fn answer_with(daemon: &Daemon, request: Request, answer: Result<Answer>) -> Opt
     let origin = origin.as_deref();
     let (reply, after) = match answer {
         Ok(Answer { status, body, after }) => {
-            // Said to a client of the registry, whose user may have edited it, not to what polls /health.
-            let is_about_registry = request.url().starts_with("/workspaces");
-            let notice = is_about_registry.then(|| daemon.store.take_notice()).flatten();
+            // Told to the commands that a person runs, and not to what polls /health.
+            let is_for_a_person = request.url().starts_with("/workspaces") || request.url() == "/start";
+            let notice = is_for_a_person.then(|| daemon.store.take_notice()).flatten();
             let notice = notice.map(|notice| format!("{NOTICE_HEADER}: {}\r\n", percent_encode(notice.as_bytes())));
             (reply::json(&method, status, &notice.unwrap_or_default(), &body, origin), after)
         }
@@ -246,6 +246,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             if header(request, STRANGER_HEADER).is_some() {
                 // The output of opencode is its user's business, and an id proves a guessed path.
                 health.engine.last_error = None;
+                health.engine.service = None;
                 health.active_id.clear();
             }
             // As health checks expect. The body is the same in both cases.

@@ -314,6 +314,11 @@ impl Store {
         }
     }
 
+    /// Has the next client told this, once.
+    pub fn tell(&self, notice: String) {
+        lock(&self.shared).notice = Some(notice);
+    }
+
     /// What a client is to be told, once.
     pub fn take_notice(&self) -> Option<String> {
         lock(&self.shared).notice.take()

@@ -58,6 +58,8 @@ pub struct Report {
     pub log: u64,
     /// Its memory, where that is limited.
     pub memory: Option<Memory>,
+    /// The URL of the user's own service, if that runs beside it.
+    pub service: Option<String>,
 }
 
 /// What is published.
@@ -77,6 +79,8 @@ pub struct Status {
     pub process: Option<ProcessInfo>,
     /// How to call it, while it is ready.
     pub ready: Option<Endpoint>,
+    /// The URL of the user's own service, if that runs beside it.
+    pub service: Option<String>,
     /// Counts the times that it was given up.
     pub(super) failures: u64,
     /// Counts the health calls that were answered.
@@ -94,6 +98,8 @@ impl Status {
             restarts: self.restarts,
             version: self.version.clone(),
             last_error: self.last_error.clone(),
+            shared: false,
+            service: self.service.clone(),
         }
     }
 }
@@ -141,6 +147,7 @@ impl Handle {
             last_error: None,
             process: None,
             ready: None,
+            service: None,
             failures: 0,
             checks: 0,
             stopping: false,

@@ -47,7 +47,7 @@ use crate::wire::ProcessInfo;
 
 use self::handle::{Handle, Message, Report};
 use self::limits::Limits;
-use self::policy::{Action, Event, News, Policy, Probe};
+use self::policy::{Action, Answer, Event, News, Policy, Probe};
 use self::prober::{Look, Prober, Target};
 use self::watcher::Watcher;
 use self::worker::{Grave, Job, Worker};
@@ -109,6 +109,10 @@ pub struct Supervisor {
     limits: Limits,
     held: Option<Held>,
     version: Option<String>,
+    /// The URL of the user's own service, if that runs beside ours.
+    service: Option<String>,
+    /// That it does has been told.
+    is_service_told: bool,
     /// The process that asked for a stop, perhaps from within opencode.
     client: Option<u32>,
 }
@@ -167,6 +171,8 @@ impl Supervisor {
             limits,
             held: None,
             version: None,
+            service: None,
+            is_service_told: false,
             client: None,
         })
     }
@@ -242,7 +248,11 @@ impl Supervisor {
     }
 
     fn probe(&mut self, generation: u64, report: Report) -> Probe {
-        let Report { answer, version, socket, cpu, log, memory } = report;
+        let Report { answer, version, socket, cpu, log, memory, service } = report;
+        if matches!(answer, Answer::Healthy) {
+            self.service = service;
+            self.tell_of_service();
+        }
         if version.is_some() {
             self.version = version;
         }
@@ -254,6 +264,19 @@ impl Supervisor {
             }
         }
         Probe { answer, cpu, log, heard: self.handle.shared.was_heard(generation), memory }
+    }
+
+    /// Tells the user, once, of a service that runs beside our opencode: each of the two has its own
+    /// events, running sessions and MCP servers, over the same data.
+    fn tell_of_service(&mut self) {
+        if let (Some(url), false) = (&self.service, self.is_service_told) {
+            let notice = format!(
+                "plain `opencode` has a server of its own on {url}, which neither shows nor knows what runs in openwork's"
+            );
+            crate::log!("{notice}");
+            self.store.tell(notice);
+            self.is_service_told = true;
+        }
     }
 
     /// Does, or has done, what the policy has decided.
@@ -343,6 +366,7 @@ impl Supervisor {
             status.last_error = policy.last_error().cloned();
             status.process = process;
             status.ready = ready;
+            status.service.clone_from(&self.service);
             status.failures = policy.failures();
             status.checks = policy.checks();
             status.stopping = policy.is_stopping();

@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::line::Line;
 use crate::log;
 use crate::paths::DataDir;
+use crate::service;
 use crate::state::Store;
 use crate::system::socket::{self, Listening};
 use crate::system::{process, wait};
@@ -100,6 +101,10 @@ impl Prober {
                 (answer, version)
             }
         };
+        let service = match (&answer, look.target.line) {
+            (Answer::Healthy, Line::V2) => service::find().map(|service| service.registration.url),
+            (..) => None,
+        };
         Report {
             answer,
             version,
@@ -107,6 +112,7 @@ impl Prober {
             cpu: process::processor_time(holder.map_or(look.target.pid, |holder| holder.pid)),
             log: std::fs::metadata(&log).map_or(0, |metadata| metadata.len()),
             memory,
+            service,
         }
     }
 

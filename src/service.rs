@@ -1,0 +1,231 @@
+//! The user's own opencode service (2.x): plain `opencode` starts one server for all its clients
+//! (`opencode serve --service`), leaves it running, and registers it in a file with its URL, process id
+//! and password. With `--shared`, that server is openwork's opencode too.
+//!
+//! Invariants: a registration counts only if the file belongs to our user and nobody else can read it;
+//! a service counts only if its process is our user's and holds the socket that listens at its URL. The
+//! password of anything else is never sent anywhere. Nothing here signals a process.
+//!
+//! Source of the format: the sources of 2.x; the file has mode 0600, is replaced by a rename once the
+//! server listens, and is removed at an orderly end.
+
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::OFlags;
+use serde::Deserialize;
+
+use crate::agent::Listener;
+use crate::error::{Error, Result};
+use crate::paths::home;
+use crate::system::{process, socket, wait};
+use crate::wire::from_json;
+
+/// The largest registration that is read; a real one has some 250. Bytes.
+const LENGTH_LIMIT: u64 = 64 * 1024;
+
+/// What the service says of itself.
+#[derive(Clone, Deserialize)]
+#[allow(dead_code, reason = "the way to share the service needs the rest")]
+pub struct Registration {
+    /// Where it listens, `http://127.0.0.1:49374`.
+    pub url: String,
+    /// Its process.
+    pub pid: u32,
+    /// What it wants in Basic credentials, with the user `opencode`.
+    pub password: String,
+    /// Of opencode.
+    #[serde(default)]
+    pub version: Option<String>,
+}
+
+/// A service that runs, proved to be our user's.
+#[derive(Clone)]
+#[allow(dead_code, reason = "the way to share the service needs the rest")]
+pub struct Service {
+    /// What it says of itself.
+    pub registration: Registration,
+    /// The socket that it holds.
+    pub listener: Listener,
+}
+
+/// Where the service registers: `opencode/service.json` in `$XDG_STATE_HOME`, else in `~/.local/state`.
+///
+/// # Errors
+/// `usage` without a home directory.
+pub fn path() -> Result<PathBuf> {
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|state| state.is_absolute());
+    let state = match state {
+        Some(state) => state,
+        None => home()?.join(".local/state"),
+    };
+    Ok(state.join("opencode/service.json"))
+}
+
+/// The service that runs now, if there is one that can be trusted.
+pub fn find() -> Option<Service> {
+    prove(read(&path().ok()?).ok()??).ok()?
+}
+
+/// Reads a registration; `None` when there is none.
+///
+/// # Errors
+/// `opencode_unavailable` for a file that another user could have written or read, or that is no
+/// registration.
+pub fn read(path: &Path) -> Result<Option<Registration>> {
+    let refused = |why: &str| Err(Error::OpencodeUnavailable(format!("{} {why}", path.display())));
+    // A planted link is not followed, and a planted FIFO does not block.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path);
+    let mut file = match opened {
+        Ok(file) => file,
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(e) => return refused(&format!("cannot be read: {e}")),
+    };
+    let metadata = file.metadata().map_err(|e| Error::io("look at", path, e))?;
+    if !metadata.is_file() {
+        return refused("is not a regular file");
+    }
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        return refused("belongs to another user, and is not trusted");
+    }
+    if metadata.mode() & 0o077 != 0 {
+        return refused("is open to other users, and not trusted: its mode should be 0600");
+    }
+    let mut bytes = Vec::new();
+    if let Err(e) = (&mut file).take(LENGTH_LIMIT).read_to_end(&mut bytes) {
+        return refused(&format!("cannot be read: {e}"));
+    }
+    match from_json::<Registration>(&bytes) {
+        Ok(registration) if registration.password.is_empty() => refused("has no password"),
+        Ok(registration) => Ok(Some(registration)),
+        // The text stays out of the message: it has the password.
+        Err(_) => refused("is not the registration of an opencode service"),
+    }
+}
+
+/// The service of a registration; `None` when none of our user's processes is one: it has ended, or does
+/// not listen yet, or the registration is about another process.
+///
+/// # Errors
+/// `opencode_unavailable` for a URL that is not of loopback; `overloaded` when this process lacks a
+/// resource for the look.
+pub fn prove(registration: Registration) -> Result<Option<Service>> {
+    let Some(address) = registration.address() else {
+        let url = &registration.url;
+        return Err(Error::OpencodeUnavailable(format!(
+            "the opencode service listens on {url:?}, and openwork uses it on 127.0.0.1 only: `opencode service unset \
+             hostname`"
+        )));
+    };
+    // Held first, proved after: what is seen below is true of the process that is held.
+    let looked_at = || -> io::Result<Option<Listener>> {
+        let Some(held) = process::open(registration.pid)? else { return Ok(None) };
+        if !process::is_ours(registration.pid) {
+            return Ok(None);
+        }
+        let listening = socket::listening(registration.pid, address)?;
+        let listener = listening.map(|found| Listener { address, socket: found.inode, process: Arc::new(held) });
+        Ok(listener.filter(|listener| !wait::has_ended(&listener.process)))
+    };
+    match looked_at() {
+        Ok(listener) => Ok(listener.map(|listener| Service { registration, listener })),
+        Err(_) => Err(Error::Overloaded("descriptors")),
+    }
+}
+
+impl Registration {
+    /// Where it listens, if that is an address of 127.0.0.0/8.
+    fn address(&self) -> Option<SocketAddrV4> {
+        let rest = self.url.strip_prefix("http://")?.trim_end_matches('/');
+        let (host, port) = rest.rsplit_once(':')?;
+        let ip = if host == "localhost" { Ipv4Addr::LOCALHOST } else { host.parse().ok()? };
+        Some(SocketAddrV4::new(ip, port.parse().ok()?)).filter(|address| address.ip().is_loopback())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::net::TcpListener;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn registration(url: &str, pid: u32) -> Registration {
+        Registration { url: url.to_owned(), pid, password: "secret".to_owned(), version: None }
+    }
+
+    #[test]
+    fn a_service_is_the_process_that_holds_the_socket_at_its_url() {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", socket.local_addr().unwrap());
+        let me = std::process::id();
+        let service = prove(registration(&url, me)).unwrap().expect("this process listens there");
+        assert_eq!(service.listener.address.to_string(), url["http://".len()..]);
+        assert!(prove(registration(&format!("{url}/"), me)).unwrap().is_some());
+
+        // Another process of ours, one that is no more, and a port where nobody listens.
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert!(prove(registration(&url, other.id())).unwrap().is_none());
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert!(prove(registration(&url, other.id())).unwrap().is_none());
+        assert!(prove(registration(&url, 0)).unwrap().is_none());
+        drop(socket);
+        assert!(prove(registration(&url, me)).unwrap().is_none());
+    }
+
+    #[test]
+    fn only_loopback_is_a_service_of_ours() {
+        let address = |url: &str| registration(url, 1).address().map(|address| address.to_string());
+        for (url, expected) in [
+            ("http://127.0.0.1:49374", Some("127.0.0.1:49374")),
+            ("http://127.0.0.2:1/", Some("127.0.0.2:1")),
+            ("http://localhost:1", Some("127.0.0.1:1")),
+            ("http://0.0.0.0:1", None),
+            ("http://192.0.2.1:1", None),
+            ("http://[::1]:1", None),
+            ("http://127.0.0.1.example.com:1", None),
+            ("http://127.0.0.1:1@192.0.2.1:1", None),
+            ("https://127.0.0.1:1", None),
+            ("http://127.0.0.1", None),
+            ("", None),
+        ] {
+            assert_eq!(address(url).as_deref(), expected, "{url}");
+        }
+        assert!(prove(registration("http://0.0.0.0:1", 1)).is_err());
+    }
+
+    #[test]
+    fn a_registration_is_a_file_of_our_user_alone() {
+        let directory = std::env::temp_dir().join(format!("openwork-service-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let path = directory.join("service.json");
+        assert!(read(&path).unwrap().is_none());
+        let good = r#"{"id":"x","version":"2.3.2","url":"http://127.0.0.1:1","pid":5,"password":"secret"}"#;
+        fs::write(&path, good).unwrap();
+        for mode in [0o644, 0o640, 0o604, 0o620, 0o601] {
+            fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            assert!(read(&path).is_err(), "{mode:o}");
+        }
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        let found = read(&path).unwrap().unwrap();
+        assert_eq!((found.pid, found.password.as_str(), found.version.as_deref()), (5, "secret", Some("2.3.2")));
+
+        let link = directory.join("link.json");
+        symlink(&path, &link).unwrap();
+        assert!(read(&link).is_err());
+        assert!(read(&directory).is_err());
+        for bad in ["", "[]", r#"{"url":"http://127.0.0.1:1","pid":5}"#, &good.replace("secret", "")] {
+            fs::write(&path, bad).unwrap();
+            let error = read(&path).err().expect(bad).to_string();
+            assert!(!error.contains("secret"), "{error}");
+        }
+        fs::remove_dir_all(&directory).unwrap();
+    }
+}
