@@ -1,7 +1,7 @@
-//! Lock files: `daemon.lock` and `start.lock`.
+//! Lock files: `daemon.lock`, `start.lock` and `opencode.lock`.
 //!
 //! The lock is that of flock(2): it belongs to the open file, so every process that inherits the
-//! descriptor holds it too, and it ends with the last of them, however that ends. Lock files are
+//! descriptor holds it too, and the kernel releases it when the last of them exits. Lock files are
 //! never deleted: a lock on a deleted file protects nothing.
 
 use std::fs::{File, OpenOptions};

@@ -116,6 +116,11 @@ impl DataDir {
         self.0.join("start.lock")
     }
 
+    /// Held by opencode for as long as it lives.
+    pub fn opencode_lock(&self) -> PathBuf {
+        self.0.join("opencode.lock")
+    }
+
     /// The output of a daemon in the background.
     pub fn daemon_log(&self) -> PathBuf {
         self.0.join("daemon.log")

@@ -16,6 +16,8 @@ use super::wait::{has_ended, wait_until_readable};
 pub struct Holder {
     /// Process id.
     pub pid: u32,
+    /// The process that took the lock: this one, or one whose open file this one has inherited.
+    pub taken_by: u32,
     /// Readable once the process has ended.
     pub pidfd: OwnedFd,
 }
@@ -43,29 +45,40 @@ pub fn holder(file: &File, path: &Path) -> io::Result<Option<Holder>> {
         if !entry.metadata().is_ok_and(|process| process.uid() == geteuid().as_raw()) {
             continue;
         }
-        // Held first, looked at after: what is true of the number is true of a process that still runs.
+        // Open the process before looking at its number: if it has not ended after the look, the number
+        // was its own.
         let Ok(Some(pidfd)) = open(pid) else { continue };
-        if has_locked(pid, &file, path) && !has_ended(&pidfd) {
-            return Ok(Some(Holder { pid, pidfd }));
+        if let Some(taken_by) = locker(pid, &file, path).filter(|_| !has_ended(&pidfd)) {
+            return Ok(Some(Holder { pid, taken_by, pidfd }));
         }
     }
     Ok(None)
 }
 
-/// Whether a process has this file, which lies at `path`, open with an exclusive lock on it, by proc(5): `/proc/<pid>/fdinfo/<fd>`
-/// has a line `lock: <n>: FLOCK  ADVISORY  WRITE <pid> …` for it.
+/// Whether a process has this file, which lies at `path`, open with an exclusive lock on it.
 pub fn has_locked(pid: u32, file: &fs::Metadata, path: &Path) -> bool {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    entries.flatten().any(|entry| {
+    locker(pid, file, path).is_some()
+}
+
+/// The process that took the exclusive lock on this file, which lies at `path`, if the process `pid` has
+/// it open, by proc(5): `/proc/<pid>/fdinfo/<fd>` has a line `lock: <n>: FLOCK  ADVISORY  WRITE <locker> …`.
+fn locker(pid: u32, file: &fs::Metadata, path: &Path) -> Option<u32> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    entries.flatten().find_map(|entry| {
         // By its name first: a look at a file on a network mount that hangs would never return.
         let is_named_so = fs::read_link(entry.path()).is_ok_and(|target| target.file_name() == path.file_name());
         let is_file = || fs::metadata(entry.path()).is_ok_and(|at| (at.dev(), at.ino()) == (file.dev(), file.ino()));
         let info = Path::new("/proc").join(pid.to_string()).join("fdinfo").join(entry.file_name());
-        let is_locked = || {
-            let info = fs::read_to_string(info).unwrap_or_default();
-            info.lines().any(|line| line.starts_with("lock:") && line.contains("FLOCK") && line.contains("WRITE"))
-        };
-        is_named_so && is_file() && is_locked()
+        if !is_named_so || !is_file() {
+            return None;
+        }
+        fs::read_to_string(info).ok()?.lines().find_map(|line| {
+            let mut fields = line.strip_prefix("lock:")?.split_ascii_whitespace();
+            let [_, "FLOCK", _, "WRITE", locker] = [(); 5].map(|()| fields.next().unwrap_or_default()) else {
+                return None;
+            };
+            locker.parse().ok()
+        })
     })
 }
 
@@ -82,13 +95,22 @@ mod tests {
         assert!(holder(&ours, &path).unwrap().is_none());
         let mut lock = fd_lock::RwLock::new(ours.try_clone().unwrap());
         let guard = lock.try_write().unwrap();
-        assert_eq!(holder(&ours, &path).unwrap().map(|holder| holder.pid), Some(std::process::id()));
+        let us = std::process::id();
+        assert_eq!(holder(&ours, &path).unwrap().map(|holder| (holder.pid, holder.taken_by)), Some((us, us)));
         drop(guard);
         // A process that has only opened it holds nothing.
         let mut other = Command::new("sleep").arg("60").stdin(File::open(&path).unwrap()).spawn().unwrap();
         assert!(holder(&ours, &path).unwrap().is_none());
         other.kill().unwrap();
         other.wait().unwrap();
+        // A process that inherits the open file holds the lock that we took.
+        let mut passed_on = fd_lock::RwLock::new(File::create(&path).unwrap());
+        std::mem::forget(passed_on.try_write().unwrap());
+        let mut heir = Command::new("sleep").arg("60").stdin(passed_on.into_inner()).spawn().unwrap();
+        let found = holder(&ours, &path).unwrap().map(|holder| (holder.pid, holder.taken_by));
+        heir.kill().unwrap();
+        heir.wait().unwrap();
+        assert_eq!(found, Some((heir.id(), us)));
         fs::remove_file(&path).unwrap();
     }
 }

@@ -69,6 +69,25 @@ fn a_stop_ends_what_a_killed_daemon_has_left() {
 }
 
 #[test]
+fn no_second_opencode_starts_beside_one_that_the_state_file_has_lost() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill_daemon(&host);
+    edit_state(&host, |state| state["opencode"] = Value::Null);
+
+    let error = host.openwork(["daemon", "start"]).fails(5, "opencode_start_failed");
+    assert!(error["message"].as_str().unwrap().contains(&format!("kill {opencode}")), "{error}");
+    assert_eq!(host.starts().len(), 1);
+    assert!(is_alive(opencode));
+
+    kill(opencode, Signal::TERM);
+    wait_gone(opencode);
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.starts().len(), 2);
+}
+
+#[test]
 fn an_adopted_one_is_watched_like_one_of_its_own() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();

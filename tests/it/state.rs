@@ -834,7 +834,17 @@ fn its_place_follows_option_variable_and_home() {
 
 #[test]
 fn a_planted_link_is_not_followed() {
-    for name in [STATE, AUTH, "daemon.lock", "start.lock", "control.sock", "daemon.log", "opencode.log", "opencode"] {
+    for name in [
+        STATE,
+        AUTH,
+        "daemon.lock",
+        "start.lock",
+        "opencode.lock",
+        "control.sock",
+        "daemon.log",
+        "opencode.log",
+        "opencode",
+    ] {
         for dangling in [false, true] {
             let host = Host::new();
             fs::create_dir(host.data()).unwrap();
@@ -872,7 +882,17 @@ fn what_is_read_is_not_read_through_a_link() {
 
 #[test]
 fn a_planted_fifo_holds_up_nobody() {
-    for name in [STATE, AUTH, "daemon.lock", "start.lock", "control.sock", "daemon.log", "opencode.log", "opencode"] {
+    for name in [
+        STATE,
+        AUTH,
+        "daemon.lock",
+        "start.lock",
+        "opencode.lock",
+        "control.sock",
+        "daemon.log",
+        "opencode.log",
+        "opencode",
+    ] {
         let host = Host::new();
         fs::create_dir(host.data()).unwrap();
         let fifo = host.file(name);

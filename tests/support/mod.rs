@@ -91,8 +91,17 @@ pub const LOADING_CALL: &str = if IS_V2 { "/api/location" } else { "/path" };
 pub const STATE: &str = "openwork-orchestrator-state.json";
 pub const AUTH: &str = "openwork-orchestrator-auth.json";
 /// The files there may be in a data directory, but for an earlier log of a daemon that has run for long.
-pub const FILES: [&str; 8] =
-    [STATE, AUTH, "daemon.lock", "start.lock", "control.sock", "daemon.log", "opencode.log", "opencode.log.1"];
+pub const FILES: [&str; 9] = [
+    STATE,
+    AUTH,
+    "daemon.lock",
+    "opencode.lock",
+    "start.lock",
+    "control.sock",
+    "daemon.log",
+    "opencode.log",
+    "opencode.log.1",
+];
 
 /// An account without rights, for what root is never refused.
 pub const NOBODY: u32 = 65534;

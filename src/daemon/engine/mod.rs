@@ -31,6 +31,7 @@ use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
 use crate::framing::{basic, is_json, percent_encode};
 use crate::line::{Line, V2_USERNAME, parse_version};
+use crate::lock;
 use crate::options::{ALLOCATOR_MARK, EngineOptions, SERVICE_VARIABLES};
 use crate::state::{Auth, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
 use crate::system::process::Process;
@@ -537,13 +538,18 @@ impl Credentials {
 /// daemon killed at the wrong moment leaves an opencode that the next one does not know, and
 /// starts a second over the same HOME. If the daemon dies first, the pipe closes and nothing
 /// has been started.
-pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &Auth) -> Command {
+///
+/// It also takes `opencode.lock` and passes it on as the standard input of opencode, which reads nothing
+/// there: as long as opencode lives, no daemon starts another one over the same data directory, even one
+/// that cannot see the process, from another container, or that has lost its record.
+pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &Auth, lock: &Path) -> Command {
     // Not current_exe(): that is a path, which after an upgrade is another program's or nobody's.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("openwork")
         .arg(LAUNCH_COMMAND)
         .arg(limits::descriptor_limit_before().map_or_else(String::new, |limit| limit.to_string()))
+        .arg(lock)
         .arg(binary)
         .args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()])
         .stdin(Stdio::piped());
@@ -601,22 +607,31 @@ pub fn go(process: &mut Process) -> io::Result<()> {
     stdin.write_all(b"\n")
 }
 
-/// The launched process: leaves the daemon's session, waits until the daemon has recorded it, then
-/// becomes opencode. Returns only on failure.
+/// The launched process: leaves the daemon's session, waits until the daemon has recorded it, locks
+/// `opencode.lock`, then becomes opencode. Returns only on failure.
 pub fn exec_once_recorded(command: &[std::ffi::OsString]) -> u8 {
     // In a session of the daemon's, opencode would be orphaned by the daemon's end, and the kernel would
     // send HUP to it as soon as anything in its group is stopped.
     let _ = rustix::process::setsid();
     let mut word = [0];
     if !matches!(io::stdin().read(&mut word), Ok(1)) {
-        return 1; // the daemon is gone: nothing is to be started
+        return 1; // the daemon has died: start nothing
     }
-    let Some(([limit, program], arguments)) = command.split_first_chunk() else { return 1 };
+    let Some(([limit, lock, program], arguments)) = command.split_first_chunk() else { return 1 };
+    let stdin = match lock::try_exclusive(Path::new(lock)) {
+        Ok(Some(lock)) => lock.file.into(),
+        // Held by a command that an earlier opencode left behind: the daemon has made sure of that.
+        Ok(None) => Stdio::null(),
+        Err(e) => {
+            let _ = writeln!(io::stderr(), "openwork: {e}");
+            return 1;
+        }
+    };
     if let Some(limit) = limit.to_str().and_then(|limit| limit.parse().ok()) {
         limits::restore_descriptor_limit(limit);
     }
     signals::reset_at_exec();
-    let error = Command::new(program).args(arguments).stdin(Stdio::null()).exec();
+    let error = Command::new(program).args(arguments).stdin(stdin).exec();
     let _ = writeln!(io::stderr(), "openwork: cannot run {}: {error}", Path::new(program).display());
     127
 }

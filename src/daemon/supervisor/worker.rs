@@ -6,7 +6,7 @@
 
 use std::net::SocketAddrV4;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -22,10 +22,12 @@ use crate::daemon::engine::{self, Credentials};
 use crate::daemon::instances::{Failure, Instances};
 use crate::error::{Error, Result};
 use crate::line::{Line, migration};
+use crate::lock;
 use crate::log::{self, now_ms};
 use crate::options::EngineOptions;
 use crate::paths::{DataDir, find_opencode};
 use crate::state::{Auth, BinaryRecord, EngineRecord, Store, random_hex};
+use crate::system;
 use crate::system::limits::is_exhausted;
 use crate::system::process::{self, Identity, Process};
 use crate::system::wait::{self, Flag};
@@ -148,7 +150,7 @@ impl Worker {
         Ok((version, Checked { manners: engine::manners(line), age: Duration::ZERO }))
     }
 
-    fn ask_version(&self, binary: &std::path::Path, limit: Duration) -> Result<(String, Line)> {
+    fn ask_version(&self, binary: &Path, limit: Duration) -> Result<(String, Line)> {
         let failed = |why: String| Error::OpencodeStartFailed(format!("{} --version {why}", binary.display()));
         let mut command = engine::version_command(binary, &self.data_dir.opencode_cwd());
         let spawned = Process::spawn(&mut command, &random_hex::<16>()?);
@@ -185,13 +187,15 @@ impl Worker {
     fn launch(&self) -> Result<(Process, EngineRecord, u64)> {
         let found = self.binary.as_ref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))?;
         let (binary, version, line) = found;
+        let lock = self.data_dir.opencode_lock();
+        require_unlocked(&lock)?;
         let address = engine::choose_address(&self.options, &self.store.snapshot().ports)?;
         let engine_id = random_hex::<16>()?;
         let log_path = self.data_dir.opencode_log();
         let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
         let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
         let log_start = log.metadata().map_or(0, |metadata| metadata.len());
-        let mut command = engine::launch_command(binary, *line, address, &self.auth);
+        let mut command = engine::launch_command(binary, *line, address, &self.auth, &lock);
         command.current_dir(self.data_dir.opencode_cwd()).stdout(log).stderr(log_too);
         let failed = |e| Error::OpencodeStartFailed(format!("cannot start {}: {e}", binary.display()));
         let mut process = Process::spawn_leader(&mut command, &engine_id).map_err(|e| spawn_failed(e, failed))?;
@@ -260,6 +264,28 @@ impl Worker {
             crate::log!("{e}");
         }
     }
+}
+
+/// Requires that no opencode holds `opencode.lock`: it would be one that the state file does not name.
+///
+/// # Errors
+/// `opencode_start_failed` when one does.
+fn require_unlocked(path: &Path) -> Result<()> {
+    let Some(file) = lock::if_held(path)? else { return Ok(()) };
+    let failed = |e| Error::io("look for the holder of", path, e);
+    Err(Error::OpencodeStartFailed(match system::lock::holder(&file, path).map_err(failed)? {
+        None => "another one still runs over this data directory, in another container or on another machine: \
+                 end it there"
+            .to_owned(),
+        Some(holder) => {
+            let opencode = holder.taken_by;
+            if !system::lock::has_locked(opencode, &file.metadata().map_err(failed)?, path) {
+                // opencode has ended; a command that it started has inherited its standard input.
+                return Ok(());
+            }
+            format!("another one, which the state file does not name, still runs: end it with `kill {opencode}`")
+        }
+    }))
 }
 
 /// A process that could not be started: for want of processes or descriptors of ours, or for another
