@@ -218,7 +218,8 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
             tell_starter(outcome);
         }
     };
-    let result = prepare(data_dir).and_then(|()| match take_lock(data_dir)? {
+    let prepared = limits::require_descriptors().and_then(|()| prepare(data_dir));
+    let result = prepared.and_then(|()| match take_lock(data_dir)? {
         Some(lock) => serve(data_dir, options, start, lock, signals?, passed, || tell(Ok(()))),
         // A lost race: what was wanted is there.
         None if detached => {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::error::{Error, Result};
 use crate::options::{LISTEN_FDS, LISTEN_PID};
 
 /// Whether this process ran out of a resource: descriptors, memory, threads or ports. Such an
@@ -32,6 +33,22 @@ pub fn raise_descriptor_limit() {
     if before.current.is_some_and(|current| current < wanted) {
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..before });
         let _ = DESCRIPTORS_BEFORE.set(before);
+    }
+}
+
+/// The fewest descriptors that a daemon can work with: some 25 of its own, and those of a few connections.
+const DESCRIPTORS_NEEDED: u64 = 48;
+
+/// Requires enough descriptors for a daemon. With fewer it would start, and then fail at each request.
+///
+/// # Errors
+/// `daemon_start_failed`.
+pub fn require_descriptors() -> Result<()> {
+    match getrlimit(Resource::Nofile).current {
+        Some(limit) if limit < DESCRIPTORS_NEEDED => Err(Error::DaemonStartFailed(format!(
+            "the limit of open files is {limit}, and openwork needs {DESCRIPTORS_NEEDED}: raise it (`ulimit -n 1024`)"
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -878,6 +878,21 @@ fn without_a_thread_it_says_so_and_lives() {
 }
 
 #[test]
+fn a_daemon_does_not_start_with_too_few_descriptors() {
+    let host = Host::new();
+    for limit in [12, 16, 47] {
+        let error = host.openwork(["daemon", "start"]).after(&format!("ulimit -n {limit}")).output();
+        assert_eq!(error.status.code(), Some(1), "{limit}: {error:?}");
+        host.openwork(["status"]).fails(3, "daemon_not_running");
+    }
+    let start = host.openwork(["daemon", "start"]).after("ulimit -n 47");
+    let error = start.fails(1, "daemon_start_failed");
+    assert!(error["message"].as_str().unwrap().contains("ulimit -n 1024"), "{error}");
+    host.openwork(["daemon", "start"]).after("ulimit -n 48").ok();
+    host.openwork(["workspace", "path", &host.add(host.project("p"))]).ok();
+}
+
+#[test]
 fn without_descriptors_it_says_so_and_comes_back() {
     let gate = Gate::with(&[], "ulimit -n 64");
     gate.host.health();
