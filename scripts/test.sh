@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests, against the fake opencode and then against the real one: `scripts/test.sh VERSION`
-# (the real one is installed below target/), or `scripts/test.sh` for the fake only.
+# (the real one is installed below target/); `scripts/test.sh` for the fake only, `scripts/test.sh
+# VERSION real` for the real one only.
 #
 # `cargo test` runs what every machine can. A test that needs more is ignored there, with the reason,
 # and stands in a module named after its need. Here each of these modules runs where the machine has
@@ -29,7 +30,7 @@ run() {
     if ((${#met[@]})); then cargo test --locked "$@" -- --ignored "${met[@]}"; fi
 }
 
-run --bins --test it --test it2
+if [[ ${2-} != real ]]; then run --bins --test it --test it2; fi
 if (($#)); then
     opencode=$(scripts/opencode.sh "$1")
     sdk=$(scripts/sdk.sh "$1")
