@@ -283,10 +283,11 @@ fn it_inherits_no_descriptor() {
     let lines = format!("exec 9>{} 5>{}", held.display(), fifo.display());
     // Were the pipes that this test reads inherited, it would not end.
     host.openwork(["daemon", "start"]).after(&lines).ok();
-    for pid in [host.daemon_pid(), host.opencode_pid()] {
+    let inputs = [PathBuf::from("/dev/null"), host.file("opencode.lock")];
+    for (pid, input) in [host.daemon_pid(), host.opencode_pid()].into_iter().zip(inputs) {
         let open = descriptors(pid);
         assert!(open.iter().all(|(_, path)| *path != held && *path != fifo), "{open:?}");
-        assert_eq!(open.iter().find(|(fd, _)| *fd == 0).unwrap().1, PathBuf::from("/dev/null"));
+        assert_eq!(open.iter().find(|(fd, _)| *fd == 0).unwrap().1, input);
         for standard in [1, 2] {
             let (_, path) = open.iter().find(|(fd, _)| *fd == standard).unwrap();
             assert!(path.starts_with(host.data()) || path.ends_with("null"), "{open:?}");
