@@ -28,7 +28,8 @@ pub const SERVICE_VARIABLES: [&str; 6] =
 
 /// Settings of glibc's allocator in the environment of a daemon in the background, unless the user has
 /// set them: one pool for all threads, returned to the system when free. Otherwise the memory of a burst
-/// of large requests would stay resident for weeks, in the pool of each thread.
+/// of large requests stays resident for weeks, in the pool of each thread: after 300 bodies of 1 MB, 60 at
+/// once, 66 to 80 MB instead of 3 to 6.
 const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
 
 /// The environment variable that lists which of [`ALLOCATOR`] openwork has set, separated by commas:
