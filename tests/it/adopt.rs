@@ -1,15 +1,14 @@
 //! opencode outlives its daemon, and the next one takes it over, if it can be proved ours.
 
 use std::fs;
-use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::support::{
-    ALL_EVENTS, AUTH, Host, IS_V2, LOADING_CALL, START_TIME, STATE, Signal, is_alive, kill, stat_field, wait_for,
-    wait_gone,
+    ALL_EVENTS, AUTH, Host, IS_V2, LOADING_CALL, START_TIME, STATE, Signal, Stranger, is_alive, kill, stat_field,
+    wait_for, wait_gone,
 };
 
 fn kill_daemon(host: &Host) {
@@ -256,38 +255,22 @@ fn one_that_died_with_its_daemon_is_started_anew() {
     assert_eq!(host.processes().len(), 2);
 }
 
-/// A process that has nothing to do with us, ended with the test.
-struct Stranger(Child);
-
-impl Stranger {
-    fn new() -> Stranger {
-        Stranger(Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap())
-    }
-}
-
-impl Drop for Stranger {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
-}
-
 /// The state file says of `opencode` what this makes of it, and a process is there that is not
 /// ours: it is left alone.
 fn check_left_alone(change: impl FnOnce(&mut Value, u32)) {
     let host = Host::new();
-    let stranger = Stranger::new();
+    let stranger = Stranger::idle();
     host.openwork(["daemon", "start"]).ok();
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
     let opencode = host.state()["opencode"]["pid"].as_u64().unwrap() as u32;
     kill(opencode, Signal::KILL);
     wait_gone(opencode);
-    edit_state(&host, |state| change(&mut state["opencode"], stranger.0.id()));
+    edit_state(&host, |state| change(&mut state["opencode"], stranger.pid()));
 
     host.openwork(["daemon", "start"]).ok();
-    assert_ne!(host.opencode_pid(), stranger.0.id());
+    assert_ne!(host.opencode_pid(), stranger.pid());
     host.openwork(["daemon", "stop"]).ok();
-    assert!(is_alive(stranger.0.id()));
+    assert!(is_alive(stranger.pid()));
 }
 
 #[test]

@@ -9,8 +9,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use crate::support::{
-    ESTABLISHED, Host, LISTEN, LOOPBACK, Request, Running, SESSION, Signal, close, free_port, is_alive, kill, local,
-    sockets, stat_field, wait_for, wait_gone,
+    ESTABLISHED, Host, LISTEN, LOOPBACK, Request, Running, SESSION, Signal, Stranger, close, free_port, is_alive, kill,
+    local, sockets, stat_field, wait_for, wait_gone,
 };
 
 /// What the open descriptors of a process are, as in `ls -l /proc/PID/fd`.
@@ -590,14 +590,12 @@ fn force_ends_nothing_that_does_not_hold_the_lock() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let daemon = host.daemon_pid();
-    let mut stranger = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+    let stranger = Stranger::idle();
     let text = fs::read_to_string(host.file("daemon.lock")).unwrap();
     kill(daemon, Signal::STOP);
-    fs::write(host.file("daemon.lock"), text.replace(&daemon.to_string(), &stranger.id().to_string())).unwrap();
+    fs::write(host.file("daemon.lock"), text.replace(&daemon.to_string(), &stranger.pid().to_string())).unwrap();
     host.openwork(["daemon", "stop", "--force"]).ok();
-    assert!(!is_alive(daemon) && is_alive(stranger.id()));
-    stranger.kill().unwrap();
-    stranger.wait().unwrap();
+    assert!(!is_alive(daemon) && is_alive(stranger.pid()));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
 use crate::support::{
-    Host, LISTEN, NOBODY, Reply, Signal, connect, is_root, kill, read_to_close, sockets, until, wait_for,
+    Host, LISTEN, NOBODY, Reply, Signal, Stranger, connect, is_root, kill, read_to_close, sockets, until, wait_for,
 };
 
 /// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
@@ -301,14 +301,13 @@ mod as_root {
         done 2>/dev/null"#;
         let mut bash = Command::new("bash");
         bash.args(["-c", script, &gate.host.port().to_string()]).uid(NOBODY).current_dir("/");
-        let mut attacker = bash.stdout(Stdio::piped()).spawn().unwrap();
-        let mut rounds = BufReader::new(attacker.stdout.take().unwrap()).lines();
+        let mut attacker = Stranger::new(bash.stdout(Stdio::piped()));
+        let mut rounds = BufReader::new(attacker.0.stdout.take().unwrap()).lines();
         rounds.next().expect("a first round").unwrap();
         wait_for("most slots to be the attacker's", || resources(gate.pid).1 > 500);
         let replies: Vec<_> =
             (0..200).map(|_| gate.host.http("GET", "/workspaces").try_send().map(|r| r.status)).collect();
-        attacker.kill().unwrap();
-        attacker.wait().unwrap();
+        drop(attacker);
         assert!(replies.iter().all(|status| *status == Some(200)), "{replies:?}");
     }
 
@@ -328,11 +327,11 @@ mod as_root {
             .map(|_| {
                 let mut bash = Command::new("bash");
                 bash.args(["-c", script, &gate.host.port().to_string(), &request]).uid(NOBODY).current_dir("/");
-                bash.stdout(Stdio::piped()).spawn().unwrap()
+                Stranger::new(bash.stdout(Stdio::piped()))
             })
             .collect();
         for attacker in &mut attackers {
-            BufReader::new(attacker.stdout.as_mut().unwrap()).lines().next().expect("a first round").unwrap();
+            BufReader::new(attacker.0.stdout.as_mut().unwrap()).lines().next().expect("a first round").unwrap();
         }
         let streams: Vec<_> = (0..STREAMS)
             .map(|_| {
@@ -343,10 +342,7 @@ mod as_root {
                 (line, stream)
             })
             .collect();
-        for mut attacker in attackers {
-            attacker.kill().unwrap();
-            attacker.wait().unwrap();
-        }
+        drop(attackers);
         let refused: Vec<_> = streams.iter().map(|(line, _)| line).filter(|line| !line.contains(" 200 ")).collect();
         assert!(refused.is_empty(), "{} of {STREAMS}: {refused:?}", refused.len());
     }

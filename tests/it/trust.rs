@@ -5,30 +5,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::support::{AUTH, Host, Signal, is_alive, kill, wait_gone};
-
-/// A process to name that does nothing.
-struct Idle(Child);
-
-impl Idle {
-    fn new() -> Idle {
-        Idle(Command::new("sleep").arg("600").spawn().unwrap())
-    }
-}
-
-impl Drop for Idle {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use crate::support::{AUTH, Host, Signal, Stranger, is_alive, kill, wait_gone};
 
 /// A data directory whose lock this process holds, with this text in it, and credentials.
 pub fn held(host: &Host, text: &str) -> File {
@@ -83,12 +67,12 @@ fn sent_to(impostor: &TcpListener, commands: impl FnOnce()) -> Vec<u8> {
 #[test]
 fn a_port_that_another_process_listens_on_gets_no_byte() {
     let host = Host::new();
-    let idle = Idle::new();
+    let idle = Stranger::idle();
     let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = impostor.local_addr().unwrap().port();
     // As while `state repair` holds the lock after a daemon was killed, with another process under
     // the pid of the daemon, and another listener at its port.
-    for text in [format!("{} {port}\n", idle.0.id()), format!("4194000 {port}\n")] {
+    for text in [format!("{} {port}\n", idle.pid()), format!("4194000 {port}\n")] {
         let lock = held(&host, &text);
         let sent = sent_to(&impostor, || {
             for command in COMMANDS {
@@ -108,7 +92,7 @@ fn a_process_that_listens_without_holding_the_lock_gets_no_byte() {
     // The pid and the port are this process's own, and the lock is another's.
     let text = format!("{} {}\n", std::process::id(), impostor.local_addr().unwrap().port());
     let lock = held(&host, &text);
-    let _holder = Idle(Command::new("sleep").arg("600").stdin(lock).spawn().unwrap());
+    let _holder = Stranger::new(Command::new("sleep").arg("600").stdin(lock));
     let sent = sent_to(&impostor, || {
         host.openwork(["status", "--timeout", "0.3"]).fails(1, "daemon_unresponsive");
         host.openwork(["api", "p", "/path", "--timeout", "0.3"]).fails(1, "daemon_unresponsive");

@@ -626,6 +626,33 @@ impl Drop for Host {
     }
 }
 
+// --- Processes beside openwork's ---
+
+/// A process that is not openwork's. It is killed at the end of the test, also of one that fails.
+pub struct Stranger(pub Child);
+
+impl Stranger {
+    pub fn new(command: &mut Command) -> Stranger {
+        Stranger(command.spawn().expect("spawning a process"))
+    }
+
+    /// One that does nothing.
+    pub fn idle() -> Stranger {
+        Stranger::new(Command::new("sleep").arg("1000").stdin(Stdio::null()))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 // --- Commands ---
 
 #[must_use = "it runs when it is told how to end: ok, fails, json, …"]
