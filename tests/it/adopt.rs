@@ -190,6 +190,20 @@ fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
 }
 
 #[test]
+fn a_stop_that_keeps_opencode_takes_no_other_stop_back() {
+    let host = Host::new();
+    host.behave("FAKE_SWALLOW_TERM=1");
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    let stopping = host.openwork(["daemon", "stop"]).spawn();
+    wait_for("opencode to be told to end", || host.recorded("signals") == ["TERM"]);
+    host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
+    assert_eq!(stopping.wait().status.code(), Some(0));
+    assert!(!is_alive(opencode));
+    assert!(host.state()["opencode"].is_null());
+}
+
+#[test]
 fn one_that_was_killed_while_opencode_started_has_a_successor() {
     let host = Host::new();
     host.behave("FAKE_START_MS=1500");
@@ -295,16 +309,27 @@ fn an_empty_engine_id_proves_nothing() {
     });
 }
 
-#[test]
-fn one_of_before_the_last_boot_is_not_adopted() {
+/// A living opencode of ours, of which the state file says something else, is not adopted. It carries our
+/// mark all the same, so it is ended before another is started.
+fn check_replaced(change: impl FnOnce(&mut Value)) {
     let host = Host::new();
     host.exercises(["option --keep-opencode"]);
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
-    edit_state(&host, |state| state["opencode"]["bootId"] = "00000000-0000-0000-0000-000000000000".into());
+    edit_state(&host, |state| change(&mut state["opencode"]));
     host.openwork(["daemon", "start"]).ok();
     assert_ne!(host.opencode_pid(), opencode);
-    // It carries the mark of ours all the same, and there are never two.
-    assert_eq!(host.processes().len(), 2);
+    host.runs_one_of_each();
+}
+
+#[test]
+fn one_of_before_the_last_boot_is_not_adopted() {
+    check_replaced(|opencode| opencode["bootId"] = "00000000-0000-0000-0000-000000000000".into());
+}
+
+#[test]
+fn one_that_started_at_another_time_is_not_adopted() {
+    // A process of the agent's has our mark too, and can get the pid of an opencode that has ended.
+    check_replaced(|opencode| opencode["startTicks"] = (opencode["startTicks"].as_u64().unwrap() + 1).into());
 }

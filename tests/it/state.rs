@@ -764,6 +764,35 @@ mod as_root {
     }
 
     #[test]
+    #[ignore = "needs root, for a root directory of its own"]
+    fn the_root_directory_is_refused_untouched() {
+        let host = Host::new();
+        let script = r#"
+            set -e
+            mount -t tmpfs -o mode=755 none "$0"
+            cd "$0"
+            for directory in bin lib lib64 usr; do
+                if [ -L "/$directory" ]; then cp -P "/$directory" .; continue; fi
+                if [ -d "/$directory" ]; then mkdir "$directory"; mount --rbind "/$directory" "$directory"; fi
+            done
+            mkdir dev proc
+            mount --rbind /dev dev
+            mount --rbind /proc proc
+            cp "$1" openwork
+            before=$(ls -A)
+            HOME=/proc chroot . /openwork daemon start --data-dir / --json || echo "status $?"
+            stat -c 'mode %a' .
+            [ "$before" = "$(ls -A)" ]
+        "#;
+        let mut unshare = Command::new("unshare");
+        let (root, program) = (host.project("root"), host.binary());
+        let output = unshare.args(["--mount", "sh", "-c", script]).arg(root).arg(program).output().expect("unshare");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && text.contains("permission_denied"), "{text} {:?}", output.stderr);
+        assert!(text.ends_with("status 1\nmode 755\n"), "{text}");
+    }
+
+    #[test]
     #[ignore = "needs root, to make a directory of another user"]
     fn root_is_refused_too_lest_it_hand_its_daemon_to_the_owner() {
         let host = Host::new();

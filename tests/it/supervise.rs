@@ -3,13 +3,15 @@
 //! (`OPENWORK_TEST_PACE`, which only a debug build reads), or in the simulation of the policy.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
 use crate::support::{
-    HEALTH, Host, IS_V2, NOBODY, SESSION, Signal, is_alive, is_root, kill, stat_field, until, wait_for, wait_gone,
+    HEALTH, Host, IS_V2, NOBODY, SESSION, Signal, fake_opencode, is_alive, is_root, kill, stat_field, until, wait_for,
+    wait_gone,
 };
 
 /// One that supervises this many times faster.
@@ -251,6 +253,30 @@ fn what_git_says_to_a_hook_is_not_passed_on() {
     }
 }
 
+#[test]
+fn what_a_wrapper_starts_is_opencode_too() {
+    let mut host = Host::new();
+    // As the scripts of package managers do, it stays while the real one listens.
+    let wrapper = host.path("wrapper");
+    let script = format!("#!/bin/sh\n'{}' \"$@\"\nexit $?\n", fake_opencode().display());
+    let mut write = Command::new("sh");
+    write.args(["-c", "printf %s \"$0\" > \"$1\" && chmod 755 \"$1\"", &script]).arg(&wrapper);
+    assert!(write.status().unwrap().success());
+    host.set("OPENWORK_OPENCODE_BIN", &wrapper);
+    host.openwork(["daemon", "start"]).ok();
+    let real = |start: usize| host.starts()[start]["pid"].as_u64().unwrap() as u32;
+    assert_ne!(real(0), host.opencode_pid());
+
+    // It is killed, and the real one would keep the port.
+    kill(host.opencode_pid(), Signal::KILL);
+    wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
+    assert!(!is_alive(real(0)) && is_alive(real(1)));
+    assert_eq!(Host::start_address(&host.starts()[0]), Host::start_address(&host.starts()[1]));
+    assert_eq!(host.processes().len(), 3);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.processes(), [0; 0]);
+}
+
 // --- How what it runs is ended ---
 
 #[test]
@@ -342,6 +368,38 @@ fn too_much_memory_restarts_it_when_no_session_runs() {
 
     for size in ["0", "-1", "1.5G", "much", "1Q", "99999999999T"] {
         host.openwork(["daemon", "start", &format!("--max-memory={size}")]).fails(2, "usage");
+    }
+}
+
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+fn the_log_of_the_daemon_is_bounded_too() {
+    // Probes look at it: three a second at this pace.
+    let host = paced(Host::new(), 30);
+    host.openwork(["daemon", "start"]).ok();
+    let mut log = fs::OpenOptions::new().append(true).open(host.file("daemon.log")).unwrap();
+    log.write_all("a line of the daemon\n".repeat(600_000).as_bytes()).unwrap();
+    wait_for("the log to be cut", || log.metadata().unwrap().len() < 1_000_000);
+    let kept = fs::metadata(host.file("daemon.log.1")).unwrap().len();
+    assert!((500_000..=2_000_000).contains(&kept), "{kept}");
+}
+
+/// What takes strace, to have system calls fail.
+mod with_strace {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(debug_assertions, ignore = "needs strace(1), to take inotify away")]
+    #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
+    fn without_inotify_the_probes_bound_its_log() {
+        let host = paced(Host::new(), 30);
+        host.behave("FAKE_FLOODS=1");
+        let fails = "exec strace -f -o /dev/null -e trace=inotify_init1 -e inject=inotify_init1:error=EMFILE";
+        let daemon = host.openwork(["daemon", "run"]).after(&format!("{fails} \"$0\" \"$@\"")).spawn();
+        wait_for("the flood", || !host.recorded("floods").is_empty());
+        assert_eq!(host.recorded("floods"), ["cut"]);
+        host.openwork(["daemon", "stop"]).ok();
+        assert!(daemon.wait().stderr.contains("cannot watch opencode's log"));
     }
 }
 

@@ -338,6 +338,19 @@ fn an_eviction_of_an_earlier_opencode_changes_nothing() {
 }
 
 #[test]
+fn a_disposal_in_an_earlier_opencode_changes_nothing() {
+    let mut story = Story::new();
+    story.request(A);
+    let since = story.account.dispose(A, story.now);
+    story.crash();
+    // A client that calls opencode directly has loaded it in the next one.
+    story.told(A, Sign::Used);
+    story.account.disposed(1, A, since, true, story.now);
+    assert!(story.account.is_loaded(A));
+    assert_eq!(story.account.enter(A, story.now), Entry::Entered);
+}
+
+#[test]
 fn an_adopted_opencode_has_loaded_what_it_had() {
     let mut story = Story::new();
     story.account.begin(2, [(A.to_owned(), true), ("/stranger".to_owned(), false)], story.now);

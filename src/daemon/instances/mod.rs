@@ -594,9 +594,7 @@ impl Instances {
     /// Disposes an instance, unless a session is running in it.
     fn try_to_evict(&self, supervisor: &Handle, eviction: &Eviction) -> Outcome {
         let Eviction { generation, directory, .. } = eviction;
-        let Some(endpoint) = supervisor.ready_now().filter(|endpoint| endpoint.generation == *generation) else {
-            return Outcome::Failed;
-        };
+        let Some(endpoint) = supervisor.ready_in(*generation) else { return Outcome::Failed };
         let deadline = Instant::now() + endpoint.dispose_limit();
         match endpoint.loaded(deadline) {
             Ok(Some(loaded)) if !loaded.contains(directory) => return Outcome::Absent,

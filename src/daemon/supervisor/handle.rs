@@ -185,6 +185,11 @@ impl Handle {
         self.shared.lock().ready.clone()
     }
 
+    /// This generation of opencode, if it is ready now; nobody is woken.
+    pub fn ready_in(&self, generation: u64) -> Option<Endpoint> {
+        self.ready_now().filter(|endpoint| endpoint.generation == generation)
+    }
+
     /// opencode once it is ready, without asking for it; `None` when the supervisor stops.
     pub fn wait_ready(&self) -> Option<Endpoint> {
         let mut status = self.shared.lock();
@@ -290,5 +295,37 @@ impl Handle {
             }
             status = self.shared.changed.wait_timeout(status, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpListener};
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::agent::Listener;
+    use crate::daemon::engine::Credentials;
+    use crate::line::Line;
+    use crate::state::Auth;
+    use crate::system::process;
+
+    #[test]
+    fn what_is_meant_for_one_opencode_never_reaches_the_next() {
+        let handle = Handle::new(channel().0);
+        let bound = TcpListener::bind("127.0.0.1:0").unwrap();
+        let SocketAddr::V4(address) = bound.local_addr().unwrap() else { panic!("{bound:?}") };
+        let process = Arc::new(process::open(std::process::id()).unwrap().unwrap());
+        let listener = Listener { address, socket: 0, process };
+        let (opencode_username, opencode_password) = Default::default();
+        let credentials = Credentials::new(&Auth { opencode_username, opencode_password, extra: Default::default() });
+        for generation in [1, 2] {
+            let endpoint = Endpoint::new(listener.clone(), generation, Line::V1, &credentials);
+            handle.shared.publish(|status| status.ready = Some(endpoint));
+            let ready: Vec<u64> = (0..4).filter(|generation| handle.ready_in(*generation).is_some()).collect();
+            assert_eq!(ready, [generation]);
+        }
+        handle.shared.publish(|status| status.ready = None);
+        assert!(handle.ready_in(2).is_none());
     }
 }

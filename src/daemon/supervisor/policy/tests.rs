@@ -243,6 +243,38 @@ fn a_stop_is_orderly_and_has_a_bound() {
 }
 
 #[test]
+fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
+    // Launching and Adopting: the process is not there yet, so both stops are remembered until it is.
+    for adopts in [false, true] {
+        for (stops, ends) in [
+            (&[false][..], true),
+            (&[true], false),
+            (&[false, true], true),
+            (&[true, false], true),
+            (&[true, true], false),
+        ] {
+            let mut story = Story::new();
+            if adopts {
+                story.policy = Policy::new(Limits::STANDARD, true, &mut story.actions);
+            } else {
+                let (job, result) = (story.job(), Ok(Checked { manners: MANNERS, age: Duration::ZERO }));
+                story.happens(Event::VersionKnown { job, result });
+            }
+            for keep_opencode in stops {
+                story.happens(Event::Stop { keep_opencode: *keep_opencode });
+            }
+            let (job, found) = (story.job(), Checked { manners: MANNERS, age: MINUTE });
+            match adopts {
+                true => story.happens(Event::Adopted { job, found: Some(found) }),
+                false => story.happens(Event::Launched { job, result: Ok(()) }),
+            };
+            assert_eq!(story.did("Release"), !ends, "{adopts} {stops:?}");
+            assert_eq!(story.did("Dispose") || story.did("Signal"), ends, "{adopts} {stops:?}");
+        }
+    }
+}
+
+#[test]
 fn a_line_without_disposal_has_its_own_time() {
     let mut story = Story::new();
     story.ready();
