@@ -233,6 +233,33 @@ fn a_limit_of_file_sizes_is_an_error_and_no_end() {
     assert_eq!(host.daemon_pid(), daemon);
 }
 
+/// How many descriptors a process may have open, softly and at most (`/proc/PID/limits`).
+fn descriptors(pid: u32) -> (u64, u64) {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let mut numbers = line.split_ascii_whitespace().map(|number| number.parse().unwrap_or(u64::MAX));
+    (numbers.next().unwrap(), numbers.next().unwrap())
+}
+
+#[test]
+fn the_daemon_takes_more_descriptors_and_opencode_gets_those_of_the_shell() {
+    const SHELL: u64 = 256;
+    let host = Host::new();
+    let shell = format!("ulimit -S -n {SHELL}");
+    host.openwork(["daemon", "start"]).after(&shell).ok();
+    let (soft, hard) = descriptors(host.daemon_pid());
+    assert_eq!(soft, hard.min(4096 + 64));
+    let opencode = host.opencode_pid();
+    assert_eq!(descriptors(opencode), (SHELL, hard));
+
+    // A successor of the daemon starts where the daemon had started.
+    host.openwork(["daemon", "restart"]).after(&shell).ok();
+    assert_eq!(descriptors(host.daemon_pid()), (soft, hard));
+    kill(opencode, Signal::KILL);
+    wait_for("the next opencode", || host.opencode_pid() != opencode);
+    assert_eq!(descriptors(host.opencode_pid()), (SHELL, hard));
+}
+
 #[test]
 fn what_git_says_to_a_hook_is_not_passed_on() {
     let mut host = Host::new();

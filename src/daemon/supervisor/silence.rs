@@ -91,3 +91,55 @@ impl Progress {
         self.made && now.duration_since(self.sampled.0) <= limits.probe_interval * 2
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits::STANDARD;
+
+    fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn busy_is_who_uses_the_processor_between_each_two_looks() {
+        for (used, limit) in [([5, 5], LIMITS.hang_busy), ([5, 0], LIMITS.hang), ([0, 5], LIMITS.hang)] {
+            let begun = Instant::now();
+            let (mut silence, mut now, mut cpu) = (Silence::new(begun), begun, Duration::ZERO);
+            for used in used.into_iter().cycle() {
+                now += s(15);
+                cpu += s(used);
+                silence.probed(Some(cpu), now, &LIMITS);
+                assert_eq!(silence.since(now), now - begun);
+                if silence.is_hang(now, &LIMITS) {
+                    break;
+                }
+            }
+            assert_eq!(now - begun, limit, "{used:?}");
+        }
+    }
+
+    #[test]
+    fn looks_soon_after_each_other_say_nothing_about_the_processor() {
+        let begun = Instant::now();
+        let mut silence = Silence::new(begun);
+        // Its time is counted in ticks: of these looks, four a second, most find it unchanged.
+        for n in 0..4 * 120 {
+            let cpu = s(n / 16) / 2;
+            silence.probed(Some(cpu), begun + Duration::from_millis(250) * n as u32, &LIMITS);
+        }
+        assert!(!silence.is_hang(begun + s(120), &LIMITS));
+    }
+
+    #[test]
+    fn a_hang_is_more_than_one_look_after_a_long_time() {
+        let begun = Instant::now();
+        let mut silence = Silence::new(begun);
+        let now = begun + s(3600);
+        for is_hang in [false, false, true] {
+            silence.probed(None, now, &LIMITS);
+            assert_eq!(silence.is_hang(now, &LIMITS), is_hang);
+        }
+    }
+}

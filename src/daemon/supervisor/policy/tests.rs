@@ -11,17 +11,36 @@ struct Story {
     policy: Policy,
     now: Instant,
     actions: Vec<Action>,
+    events: u32,
 }
+
+/// More events than any of these stories has: time stands still in it.
+const ENDLESS: u32 = 5000;
 
 impl Story {
     /// A daemon starts and finds nothing of an earlier one.
     fn new() -> Story {
         let mut actions = Vec::new();
         let policy = Policy::new(Limits::STANDARD, false, &mut actions);
-        Story { policy, now: Instant::now(), actions }
+        Story { policy, now: Instant::now(), actions, events: 0 }
+    }
+
+    /// A daemon starts, and the state file names an opencode.
+    fn adopting() -> Story {
+        let mut story = Story::new();
+        story.policy = Policy::new(Limits::STANDARD, true, &mut story.actions);
+        story
+    }
+
+    /// It is found, and was started so long ago.
+    fn adopted(&mut self, age: Duration) -> &mut Story {
+        let (job, found) = (self.job(), Some(Checked { manners: MANNERS, age }));
+        self.happens(Event::Adopted { job, found })
     }
 
     fn happens(&mut self, event: Event) -> &mut Story {
+        self.events += 1;
+        assert!(self.events < ENDLESS, "the story does not end");
         self.actions.clear();
         self.policy.handle(event, self.now, &mut self.actions);
         self
@@ -51,10 +70,14 @@ impl Story {
     }
 
     fn exits(&mut self) -> &mut Story {
+        self.ends(End { how: "ended".to_owned(), ..End::default() })
+    }
+
+    fn ends(&mut self, end: End) -> &mut Story {
         let generation = self.policy.generation;
         self.happens(Event::Exited { generation });
         let job = self.job();
-        self.happens(Event::Buried { job, end: End { how: "ended".to_owned(), ..End::default() } })
+        self.happens(Event::Buried { job, end })
     }
 
     fn did(&self, what: &str) -> bool {
@@ -66,8 +89,23 @@ impl Story {
         self
     }
 
-    /// Health calls are answered so, with so much use of the processor, until the process is told to
-    /// end: how long that took; nothing when the time was over before. It prints every `prints`.
+    /// How long the answer to a look may take that was just asked for.
+    fn look(&self) -> Option<Duration> {
+        self.actions.iter().find_map(|action| match action {
+            Action::Probe { limit, .. } => Some(*limit),
+            _ => None,
+        })
+    }
+
+    /// The time goes on to the next look, which is asked for: how long its answer may take.
+    fn next_look(&mut self) -> Duration {
+        self.now = self.policy.next_deadline().expect("a look is due");
+        self.happens(Event::Timer).look().expect("a look")
+    }
+
+    /// Every health call comes to this after all of its time, with so much use of the processor, until
+    /// the process is told to end: how long that took; nothing when the time was over before. While it
+    /// `prints`, its log grows.
     fn until_it_is_ended(
         &mut self,
         limit: Duration,
@@ -79,8 +117,8 @@ impl Story {
         while self.now < begun + limit {
             self.now = self.policy.next_deadline().expect("something to wait for").max(self.now);
             self.happens(Event::Timer);
-            if !self.did("Signal") && self.did("Probe") {
-                self.now += Duration::from_millis(100);
+            if let (Some(limit), false) = (self.look(), self.did("Signal")) {
+                self.now += limit;
                 let passed = self.now - begun;
                 let log = if prints { passed.as_secs() } else { 0 };
                 self.probed(answer(), passed.mul_f64(part_of_a_core), log);
@@ -109,7 +147,7 @@ fn a_hang_is_ended_after_a_minute_and_a_busy_one_after_ten() {
     for (part_of_a_core, limit) in [(0.0, MINUTE), (0.05, MINUTE), (0.2, 10 * MINUTE), (1.5, 10 * MINUTE)] {
         let mut story = Story::new();
         let ended = story.ready().until_it_is_ended(20 * MINUTE, silent, part_of_a_core, false);
-        check_between(ended, limit, limit + Duration::from_secs(25));
+        check_between(ended, limit, limit + Duration::from_secs(16));
     }
 }
 
@@ -131,6 +169,83 @@ fn what_was_never_asked_is_not_silent() {
     let mut story = Story::new();
     let not_asked = || Answer::NotAsked(Error::Overloaded("connections"));
     assert_eq!(story.ready().until_it_is_ended(60 * MINUTE, not_asked, 0.0, false), None);
+}
+
+#[test]
+fn a_start_that_could_not_be_looked_at_is_not_stuck() {
+    let not_asked = || Answer::NotAsked(Error::Overloaded("connections"));
+    let ended = Story::new().launched().until_it_is_ended(60 * MINUTE, not_asked, 0.0, false);
+    check_between(ended, 10 * MINUTE, 10 * MINUTE + Duration::from_secs(6));
+}
+
+#[test]
+fn looks_at_a_start_are_frequent_and_short_at_first() {
+    let mut story = Story::new();
+    story.launched();
+    let begun = story.now;
+    let ms = Duration::from_millis;
+    // Nothing listens: the pause grows with the time that somebody has waited.
+    for (waited, pause) in [(15, 15), (900, 15), (32_000, 500), (64_000, 1000), (300_000, 1000)] {
+        story.next_look();
+        story.now = begun + ms(waited);
+        story.probed(Answer::Deaf, ms(waited), 0);
+        assert_eq!(story.policy.next_deadline().map(|due| due - story.now), Some(ms(pause)), "{waited} ms");
+    }
+    // It listens and does not answer yet: each look is given more time.
+    story.next_look();
+    story.probed(silent(), ms(300_000), 0);
+    let listens = story.now;
+    for (after, limit) in [(2000, 550), (4000, 1050), (8000, 2050), (20_000, 5000), (40_000, 5000)] {
+        story.now = listens + ms(after);
+        let used = story.now - begun;
+        assert_eq!(story.happens(Event::Timer).look(), Some(ms(limit)), "{after} ms");
+        story.probed(silent(), used, 0);
+    }
+}
+
+#[test]
+fn what_happened_is_counted_and_told() {
+    let mut story = Story::new();
+    assert!(story.launched().did("Watch") && story.did("Tell(Starting)"));
+    assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Tell(Ready { adopted: false })"));
+    let counts = |story: &Story| (story.policy.generation(), story.policy.restarts(), story.policy.checks());
+    assert_eq!(counts(&story), (1, 0, 0));
+    for checks in 1..=3 {
+        story.next_look();
+        story.probed(Answer::Healthy, Duration::ZERO, 0);
+        assert_eq!(counts(&story), (1, 0, checks));
+    }
+    assert!(story.policy.last_error().is_none());
+    for restarts in 1..=2 {
+        story.exits();
+        assert_eq!(story.policy.last_error().map(|error| &*error.code), Some("opencode_unavailable"));
+        story.now = story.policy.next_deadline().unwrap_or(story.now);
+        story.happens(Event::Timer);
+        story.launched().probed(Answer::Healthy, Duration::ZERO, 0);
+        assert_eq!(counts(&story), (1 + restarts, restarts, 3));
+        assert!(story.policy.last_error().is_none() && !story.policy.is_stopping());
+    }
+    story.happens(Event::Stop { keep_opencode: true });
+    assert!(story.policy.is_stopping() && story.policy.is_stopped());
+
+    let mut story = Story::adopting();
+    story.adopted(MINUTE).next_look();
+    assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Tell(Ready { adopted: true })"));
+    assert_eq!((counts(&story), story.policy.failures()), ((1, 0, 0), 0));
+}
+
+#[test]
+fn an_answer_to_an_earlier_job_is_dropped() {
+    let mut story = Story::new();
+    story.ready().weigh_for_the_table();
+    let earlier = story.job();
+    // That disposal takes too long, and another opencode is there before it is answered.
+    story.later(Duration::from_secs(3)).happens(Event::Timer);
+    story.exits().ready().weigh_for_the_table();
+    assert_ne!(story.job(), earlier);
+    assert!(story.happens(Event::Disposed { job: earlier }).actions.is_empty());
+    let job = story.job();
+    assert!(story.happens(Event::Disposed { job }).did("Signal"));
 }
 
 #[test]
@@ -159,13 +274,9 @@ fn a_start_has_a_minute_and_ten_as_long_as_it_goes_on() {
 #[test]
 fn an_adopted_one_has_as_long_as_one_of_our_own() {
     for (part_of_a_core, limit) in [(0.0, MINUTE), (0.2, 10 * MINUTE)] {
-        let mut story = Story::new();
-        story.policy = Policy::new(Limits::STANDARD, true, &mut story.actions);
-        let found = Some(Checked { manners: MANNERS, age: 60 * MINUTE });
-        let job = story.job();
-        story.happens(Event::Adopted { job, found });
-        let ended = story.until_it_is_ended(20 * MINUTE, silent, part_of_a_core, false);
-        check_between(ended, limit, limit + Duration::from_secs(25));
+        let mut story = Story::adopting();
+        let ended = story.adopted(60 * MINUTE).until_it_is_ended(20 * MINUTE, silent, part_of_a_core, false);
+        check_between(ended, limit, limit + Duration::from_secs(8));
     }
 }
 
@@ -187,6 +298,67 @@ fn six_failures_in_two_minutes_are_too_many() {
     assert!(story.happens(Event::Need).did("AskVersion"));
     story.launched().exits();
     assert_eq!((story.policy.phase(), story.policy.failures()), (PhaseName::Failed, 2));
+}
+
+#[test]
+fn a_taken_port_is_changed_without_a_failure_ten_times_in_a_row() {
+    let taken = || End { how: "ended".to_owned(), port_taken: true, ..End::default() };
+    let mut story = Story::new();
+    for _ in 0..2 {
+        for _ in 0..10 {
+            assert!(story.launched().ends(taken()).did("AskVersion"));
+            assert!(!story.did("Note"), "{:?}", story.actions);
+        }
+        // One that got a port ends the row.
+        story.ready();
+        // Who takes the port of one that was ready comes after its end: that was a failure.
+        story.ends(taken());
+        assert_eq!(story.policy.last_error().map(|error| &*error.code), Some("opencode_unavailable"));
+        story.now = story.policy.next_deadline().unwrap_or(story.now);
+        story.happens(Event::Timer);
+    }
+    for _ in 0..10 {
+        story.launched().ends(taken());
+    }
+    story.launched().ends(taken());
+    assert_eq!(story.policy.last_error().map(|error| &*error.code), Some("opencode_start_failed"));
+}
+
+#[test]
+fn failures_are_forgotten_after_two_minutes() {
+    for (apart, phase) in [(24_000, PhaseName::Failed), (24_001, PhaseName::Waiting)] {
+        let mut story = Story::new();
+        let begun = story.now;
+        for n in 0..6 {
+            story.now = begun + Duration::from_millis(apart) * n;
+            story.happens(Event::Timer);
+            story.launched().exits();
+        }
+        assert_eq!(story.policy.phase(), phase, "six failures, {apart} ms apart");
+    }
+}
+
+#[test]
+fn a_port_that_was_asked_for_and_is_taken_is_final_only_at_first() {
+    let in_use = || Err(Error::PortInUse { port: 1, option: "--opencode-port" });
+    let mut story = Story::new();
+    let job = story.job();
+    story.happens(Event::VersionKnown { job, result: in_use() });
+    assert_eq!(story.policy.phase(), PhaseName::Failed);
+
+    let mut story = Story::new();
+    story.ready().exits();
+    let job = story.job();
+    story.happens(Event::VersionKnown { job, result: in_use() });
+    assert_eq!(story.policy.phase(), PhaseName::Waiting);
+}
+
+#[test]
+fn a_start_that_failed_before_there_was_a_process_makes_no_restart() {
+    let mut story = Story::new();
+    let job = story.job();
+    story.happens(Event::VersionKnown { job, result: Err(Error::OpencodeStartFailed(String::new())) });
+    assert_eq!(story.ready().policy.restarts(), 0);
 }
 
 #[test]
@@ -243,6 +415,56 @@ fn a_stop_is_orderly_and_has_a_bound() {
 }
 
 #[test]
+fn a_stop_has_a_bound_whatever_hangs() {
+    let mut hangs = 0;
+    for mut story in phases() {
+        story.happens(Event::Stop { keep_opencode: false });
+        let asked = story.now;
+        // Nothing that is under way is ever answered.
+        while !story.policy.is_stopped() {
+            story.now = story.policy.next_deadline().expect("a stop goes on");
+            story.happens(Event::Timer);
+        }
+        if story.now == asked + Limits::STANDARD.stop {
+            hangs += 1;
+            assert!(story.did("Note(OpencodeUnavailable") && story.did("Release"), "{:?}", story.actions);
+        }
+        assert!(story.now <= asked + Limits::STANDARD.stop);
+        // The end is told once.
+        assert_eq!(story.policy.next_deadline(), None);
+        assert!(story.happens(Event::Timer).actions.is_empty() && story.policy.is_stopped());
+    }
+    assert_eq!(hangs, 4, "adopting, checking, launching and burying wait for an answer");
+}
+
+#[test]
+fn a_timer_that_comes_early_changes_nothing() {
+    let mut checked = 0;
+    for mut story in phases() {
+        let Some(due) = story.policy.next_deadline().filter(|due| *due > story.now) else { continue };
+        story.now = due - Duration::from_millis(1);
+        let before = format!("{:?}", story.policy.phase);
+        story.happens(Event::Timer);
+        assert!(story.actions.is_empty(), "{before}: {:?}", story.actions);
+        assert_eq!(format!("{:?}", story.policy.phase), before);
+        checked += 1;
+    }
+    assert_eq!(checked, 6, "starting, ready, disposing, terminating, killed and waiting have a time");
+}
+
+#[test]
+fn only_a_suspicion_about_this_opencode_hastens_the_next_look() {
+    let mut story = Story::new();
+    story.ready().exits().ready();
+    let due = story.policy.next_deadline();
+    story.later(Duration::from_secs(1)).happens(Event::Suspect { generation: 1 });
+    assert_eq!(story.policy.next_deadline(), due);
+    story.happens(Event::Suspect { generation: 2 });
+    assert_eq!(story.policy.next_deadline(), Some(story.now));
+    assert!(story.happens(Event::Timer).did("Probe"));
+}
+
+#[test]
 fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
     // Launching and Adopting: the process is not there yet, so both stops are remembered until it is.
     for adopts in [false, true] {
@@ -253,19 +475,17 @@ fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
             (&[true, false], true),
             (&[true, true], false),
         ] {
-            let mut story = Story::new();
-            if adopts {
-                story.policy = Policy::new(Limits::STANDARD, true, &mut story.actions);
-            } else {
+            let mut story = if adopts { Story::adopting() } else { Story::new() };
+            if !adopts {
                 let (job, result) = (story.job(), Ok(Checked { manners: MANNERS, age: Duration::ZERO }));
                 story.happens(Event::VersionKnown { job, result });
             }
             for keep_opencode in stops {
                 story.happens(Event::Stop { keep_opencode: *keep_opencode });
             }
-            let (job, found) = (story.job(), Checked { manners: MANNERS, age: MINUTE });
+            let job = story.job();
             match adopts {
-                true => story.happens(Event::Adopted { job, found: Some(found) }),
+                true => story.adopted(MINUTE),
                 false => story.happens(Event::Launched { job, result: Ok(()) }),
             };
             assert_eq!(story.did("Release"), !ends, "{adopts} {stops:?}");
@@ -320,7 +540,7 @@ const TABLE: &str = "docs/supervisor.md";
 /// A policy in each phase.
 fn phases() -> Vec<Story> {
     let stories: [fn(&mut Story); 13] = [
-        |story| story.policy = Policy::new(Limits::STANDARD, true, &mut story.actions),
+        |story| *story = Story::adopting(),
         |_| {},
         |story| {
             let job = story.job();
@@ -376,7 +596,8 @@ impl Story {
     fn weigh_for_the_table(&mut self) {
         let memory = Some(Memory { exceeds: true, busy: false });
         let probe = Probe { answer: Answer::Healthy, cpu: None, log: 0, heard: false, memory };
-        self.happens(Event::Probed { generation: 1, probe });
+        let generation = self.policy.generation;
+        self.happens(Event::Probed { generation, probe });
     }
 
     /// The name of the phase.
