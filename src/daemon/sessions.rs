@@ -106,14 +106,7 @@ fn running(
     only: Option<&Workspace>,
     deadline: Instant,
 ) -> CallResult<Vec<(String, String)>> {
-    let mut running = Vec::new();
-    for directory in daemon.instances.loaded() {
-        if only.is_none_or(|only| only.path == directory) {
-            let ids = daemon.instances.running(endpoint, &directory, deadline)?;
-            running.extend(ids.into_iter().map(|id| (directory.clone(), id)));
-        }
-    }
-    Ok(running)
+    daemon.instances.all_running(endpoint, only.map(|only| only.path.as_str()), deadline)
 }
 
 /// opencode, once it can be asked; `None` when it does not run.

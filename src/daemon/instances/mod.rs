@@ -12,6 +12,7 @@
 
 pub(super) mod account;
 pub(super) mod fence;
+mod sessions;
 mod turns;
 
 use std::cell::Cell;
@@ -26,7 +27,7 @@ pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
 use self::turns::Turns;
-use super::engine::{CallResult, Endpoint, Place, Running, Told};
+use super::engine::{CallResult, Endpoint, Place, Told};
 use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
@@ -42,8 +43,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ASK_LIMIT: Duration = Duration::from_secs(5);
 /// The pause between a hint and the question that it causes: some ninety events tell of one boot.
 const LIST_PAUSE: Duration = Duration::from_millis(100);
-/// The most sessions whose directories are remembered; each is some hundred bytes.
-const SESSIONS: usize = 4096;
 /// The pause before events are listened to again, when they ended and opencode did not.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 /// How long the head of the event stream may take.
@@ -450,73 +449,6 @@ impl Instances {
         inner.account.listed(endpoint.generation, &directories, asked, ours, Instant::now());
         self.settle(&mut inner);
         Ok(())
-    }
-
-    /// The ids of the sessions that are running in an instance. An opencode that has no list of what is
-    /// loaded loads it.
-    ///
-    /// # Errors
-    /// Those of the calls: what cannot be known is no zero.
-    pub fn running(&self, endpoint: &Endpoint, directory: &str, deadline: Instant) -> CallResult<Vec<String>> {
-        match endpoint.running(Path::new(directory), deadline)? {
-            Running::Here(sessions) => Ok(sessions),
-            Running::Anywhere(sessions) => {
-                let mut here = Vec::new();
-                for id in sessions {
-                    if self.session_directory(endpoint, &id, deadline)?.as_deref() == Some(directory) {
-                        here.push(id);
-                    }
-                }
-                Ok(here)
-            }
-        }
-    }
-
-    /// Whether a session is running anywhere: in one of these instances, which are loaded, or wherever
-    /// opencode says so itself.
-    ///
-    /// # Errors
-    /// Those of the calls: what cannot be known is no zero.
-    pub fn any_running(&self, endpoint: &Endpoint, loaded: &[String], deadline: Instant) -> CallResult<bool> {
-        match endpoint.line {
-            Line::V1 => {}
-            // One question is about all.
-            Line::V2 => return Ok(!endpoint.running(Path::new("/"), deadline)?.is_empty()),
-        }
-        for directory in loaded {
-            if !endpoint.running(Path::new(directory), deadline)?.is_empty() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// The directory of a session, remembered or asked for; `None` when opencode knows no such session.
-    ///
-    /// # Errors
-    /// Those of the call.
-    pub fn session_directory(&self, endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<String>> {
-        if let Some(directory) = self.sessions().get(id) {
-            return Ok(Some(directory.clone()));
-        }
-        let directory = endpoint.session_directory(id, deadline)?;
-        if let Some(directory) = &directory {
-            self.remember_session(id, directory);
-        }
-        Ok(directory)
-    }
-
-    fn sessions(&self) -> MutexGuard<'_, HashMap<String, String>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn remember_session(&self, id: &str, directory: &str) {
-        let mut sessions = self.sessions();
-        // Each can be asked for again.
-        if sessions.len() >= SESSIONS {
-            sessions.clear();
-        }
-        sessions.insert(id.to_owned(), directory.to_owned());
     }
 
     /// Whether an instance is loaded.
