@@ -210,9 +210,15 @@ errors! {
         "`openwork daemon restart` uses the PATH of this shell; or name the program with --opencode-bin FILE, or \
          install it (npm install -g opencode-ai)";
     /// opencode is of a version whose protocol openwork does not speak.
-    OpencodeUnsupported { path: PathBuf, version: String }, "opencode_unsupported", 5, [503],
-        ("{} is version {version:?}; openwork works with 1.x, and with 2.x that has GET /api/info", shown(path)),
-        "install a current opencode, or name another: `openwork daemon restart --opencode-bin FILE`";
+    OpencodeUnsupported { path: PathBuf, version: String, shared: bool }, "opencode_unsupported", 5, [503],
+        ("{} is version {version:?}; {}", shown(path), match shared {
+            true => "--shared needs 2.x, whose service is what openwork shares",
+            false => "openwork works with 1.x, and with 2.x that has GET /api/info",
+        }),
+        match shared {
+            true => "leave out --shared (OPENWORK_SHARED), or name a 2.x: `openwork daemon restart --shared --opencode-bin FILE`",
+            false => "install a current opencode, or name another: `openwork daemon restart --opencode-bin FILE`",
+        };
     /// opencode was started and did not become ready.
     OpencodeStartFailed(why: String), "opencode_start_failed", 5, [503], ("opencode did not start: {why}"),
         "check `openwork logs opencode`; `openwork daemon start` tries again";

@@ -50,6 +50,9 @@ pub const DEFAULT_PORT: u16 = 6174;
 /// The default of `--idle-ttl`.
 pub const DEFAULT_IDLE_TTL: Duration = Duration::from_secs(30 * 60);
 
+/// The option for [`EngineOptions::shared`].
+pub const SHARED: &str = "--shared";
+
 /// The options of a daemon.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -66,10 +69,11 @@ pub struct Options {
 impl Options {
     /// Whether all options have their defaults.
     pub fn is_default(&self) -> bool {
-        let EngineOptions { binary, port, host, max_memory } = &self.engine;
+        let EngineOptions { binary, port, host, max_memory, shared } = &self.engine;
         self.port.or(*port).is_none()
             && host.is_none()
             && max_memory.is_none()
+            && !shared
             && binary.is_none()
             && self.origins.is_empty()
             && self.idle_ttl == Some(DEFAULT_IDLE_TTL)
@@ -78,30 +82,33 @@ impl Options {
     /// The options as arguments of `openwork daemon`.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Vec::new();
-        let mut option = |name: &str, value: &OsStr| {
+        let option = |arguments: &mut Vec<OsString>, name: &str, value: &OsStr| {
             let mut argument = OsString::from(format!("{name}="));
             argument.push(value);
             arguments.push(argument);
         };
         if let Some(port) = self.port {
-            option("--daemon-port", port.to_string().as_ref());
+            option(&mut arguments, "--daemon-port", port.to_string().as_ref());
         }
         if let Some(port) = self.engine.port {
-            option("--opencode-port", port.to_string().as_ref());
+            option(&mut arguments, "--opencode-port", port.to_string().as_ref());
         }
         if let Some(host) = self.engine.host {
-            option("--opencode-host", host.to_string().as_ref());
+            option(&mut arguments, "--opencode-host", host.to_string().as_ref());
         }
         if let Some(binary) = &self.engine.binary {
-            option("--opencode-bin", binary.as_ref());
+            option(&mut arguments, "--opencode-bin", binary.as_ref());
         }
         if let Some(bytes) = self.engine.max_memory {
-            option("--max-memory", bytes.to_string().as_ref());
+            option(&mut arguments, "--max-memory", bytes.to_string().as_ref());
+        }
+        if self.engine.shared {
+            arguments.push(SHARED.into());
         }
         // Always: the variable of this command must not be read again by the daemon.
-        option("--idle-ttl", format!("{}s", self.idle_ttl.unwrap_or_default().as_secs()).as_ref());
+        option(&mut arguments, "--idle-ttl", format!("{}s", self.idle_ttl.unwrap_or_default().as_secs()).as_ref());
         for origin in &self.origins {
-            option("--cors", origin.as_ref());
+            option(&mut arguments, "--cors", origin.as_ref());
         }
         arguments
     }
@@ -119,4 +126,6 @@ pub struct EngineOptions {
     /// More memory than this, with all that opencode has started, is too much. Bytes; no limit when
     /// absent.
     pub max_memory: Option<u64>,
+    /// Use the user's own service of opencode 2.x instead of an opencode of our own.
+    pub shared: bool,
 }

@@ -21,6 +21,8 @@ use serde::Deserialize;
 
 use crate::agent::Listener;
 use crate::error::{Error, Result};
+use crate::framing::basic;
+use crate::line::V2_USERNAME;
 use crate::paths::home;
 use crate::system::{process, socket, wait};
 use crate::wire::from_json;
@@ -30,7 +32,6 @@ const LENGTH_LIMIT: u64 = 64 * 1024;
 
 /// What the service says of itself.
 #[derive(Clone, Deserialize)]
-#[allow(dead_code, reason = "the way to share the service needs the rest")]
 pub struct Registration {
     /// Where it listens, `http://127.0.0.1:49374`.
     pub url: String,
@@ -45,7 +46,6 @@ pub struct Registration {
 
 /// A service that runs, proved to be our user's.
 #[derive(Clone)]
-#[allow(dead_code, reason = "the way to share the service needs the rest")]
 pub struct Service {
     /// What it says of itself.
     pub registration: Registration,
@@ -69,6 +69,11 @@ pub fn path() -> Result<PathBuf> {
 /// The service that runs now, if there is one that can be trusted.
 pub fn find() -> Option<Service> {
     prove(read(&path().ok()?).ok()??).ok()?
+}
+
+/// What the service that is registered wants as `Authorization`, whether it runs or not.
+pub fn authorization() -> Option<String> {
+    Some(read(&path().ok()?).ok()??.authorization())
 }
 
 /// Reads a registration; `None` when there is none.
@@ -139,6 +144,11 @@ pub fn prove(registration: Registration) -> Result<Option<Service>> {
 }
 
 impl Registration {
+    /// What the service wants as `Authorization`.
+    pub fn authorization(&self) -> String {
+        basic(V2_USERNAME, &self.password)
+    }
+
     /// Where it listens, if that is an address of 127.0.0.0/8.
     fn address(&self) -> Option<SocketAddrV4> {
         let rest = self.url.strip_prefix("http://")?.trim_end_matches('/');

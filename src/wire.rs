@@ -446,12 +446,16 @@ pub struct AbortReply {
 
 /// `POST /shutdown`; the daemon stops after the reply.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ShutdownReply {
     /// Always true.
     pub ok: bool,
     /// The running sessions that end with opencode.
     #[serde(default)]
     pub sessions: Vec<Session>,
+    /// Whether opencode is the user's own service, which keeps running.
+    #[serde(default)]
+    pub keeps_service: bool,
 }
 
 /// A reply that only says `ok`.
@@ -572,6 +576,9 @@ pub struct Shutdown {
     /// Leave opencode running, for the next daemon to adopt.
     #[serde(default)]
     pub keep_opencode: bool,
+    /// The user's own service, where the daemon shares it, is stopped too, by its own command.
+    #[serde(default)]
+    pub all: bool,
     /// The process id of the client. If an agent in opencode started the client, the stop spares it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<u32>,

@@ -73,6 +73,8 @@ fn main() {
             let name = if settings.is_v2() { "opencode v" } else { "" };
             println!("{name}{}", settings.version());
         }
+        ["serve", "--service"] if settings.is_v2() => v2::serve_users(&argv, settings),
+        ["service", verb] if settings.is_v2() => v2::service(verb, &settings),
         ["serve", ..] => serve(&argv, settings),
         ["attach" | "run", ..] | ["--server", ..] => {
             settings.record_process("clients", &argv, "");
@@ -244,7 +246,8 @@ fn serve(argv: &[String], settings: Settings) {
         exit(1);
     });
     if settings.is_v2() {
-        return v2::serve(settings, listener, &hostname, port);
+        println!("server listening on http://{hostname}:{port}");
+        return v2::serve(settings, listener, v2::password());
     }
     println!("opencode server listening on http://{hostname}:{port}");
     misbehave_while_listening(&settings);
@@ -256,16 +259,23 @@ fn serve(argv: &[String], settings: Settings) {
         cwd: std::env::current_dir().expect("a working directory").display().to_string(),
         authorization: password.map(|password| format!("Basic {}", base64(&format!("{username}:{password}")))),
         instances: Mutex::default(),
-        deaf: AtomicBool::new(false),
+        deaf: Arc::default(),
     });
+    let deaf = Arc::clone(&server.deaf);
+    accept(listener, &deaf, move |stream| server.connection(stream));
+}
+
+/// Serves each connection in a thread of its own, until it is deaf: then it listens no more, and lives.
+fn accept(listener: TcpListener, deaf: &AtomicBool, serve: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static) {
+    let serve = Arc::new(serve);
     for stream in listener.incoming().flatten() {
-        if server.deaf.load(Ordering::SeqCst) {
+        if deaf.load(Ordering::SeqCst) {
             break;
         }
-        let server = Arc::clone(&server);
+        let serve = Arc::clone(&serve);
         thread::spawn(move || {
             // A client that goes away is no concern of the others.
-            let _ = server.connection(stream);
+            let _ = serve(stream);
         });
     }
     drop(listener);
@@ -390,6 +400,7 @@ fn catch_term(settings: &Arc<Settings>) {
                 if !settings.is_v2() {
                     exit(0);
                 }
+                v2::unregister();
                 thread::sleep(Duration::from_millis(settings.number("FAKE_STOP_MS").unwrap_or(0)));
                 exit(130);
             }
@@ -406,7 +417,7 @@ struct Server {
     authorization: Option<String>,
     instances: Mutex<Instances>,
     /// It listens no more, and lives.
-    deaf: AtomicBool,
+    deaf: Arc<AtomicBool>,
 }
 
 #[derive(Default)]

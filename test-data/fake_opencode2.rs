@@ -17,17 +17,23 @@
 //! | `FAKE_STICKY_500` | a location that is not there is a 500 without a body, until it is evicted |
 //! | `FAKE_REVIVE=DIR` | an attached client loads this directory again as soon as it is evicted |
 //! | `FAKE_NO_WEB_UI` | an unknown path outside `/api` is a 404, and not a web page |
+//! | `FAKE_SERVICE_FAILS` | `opencode service …` fails |
 //! | `FAKE_NO_SHUTDOWN_EVENT` | an eviction is not told by `location.shutdown`, as before 2.0.5 |
 //!
 //! Beside those of `fake_opencode.rs` it records `leaks`: directories that were evicted while a
 //! session ran in them. The lines of `sessions` are its database: an id and a directory.
+//!
+//! `opencode service start|restart|stop|status` and `opencode serve --service` are the user's own service,
+//! registered as that of the real one; each has another port and password. They record `services` (JSON:
+//! the verb) and `passwords`; while `$FAKE_OPENCODE_DIR/hold-service` exists, the command does nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::Path;
-use std::process::exit;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{exit, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -59,7 +65,7 @@ struct Server {
     authorization: String,
     started: Instant,
     state: Mutex<State>,
-    deaf: AtomicBool,
+    deaf: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -73,36 +79,124 @@ struct State {
     streams: Vec<mpsc::Sender<Option<String>>>,
 }
 
-pub fn serve(settings: Arc<Settings>, listener: TcpListener, hostname: &str, port: u16) {
-    println!("server listening on http://{hostname}:{port}");
-    super::misbehave_while_listening(&settings);
+/// The password in the environment; there is no mode without one.
+pub fn password() -> String {
     let given = |name: &str| std::env::var(name).ok().filter(|password| !password.is_empty());
-    let password = given("OPENCODE_PASSWORD").or_else(|| given("OPENCODE_SERVER_PASSWORD")).unwrap_or_else(|| {
+    given("OPENCODE_PASSWORD").or_else(|| given("OPENCODE_SERVER_PASSWORD")).unwrap_or_else(|| {
         println!("server password fake");
         "fake".to_owned()
-    });
+    })
+}
+
+// --- The user's own service ---
+
+/// Where the service registers.
+fn registration() -> PathBuf {
+    let below_home = || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".local/state");
+    std::env::var_os("XDG_STATE_HOME").map_or_else(below_home, PathBuf::from).join("opencode/service.json")
+}
+
+/// A field of the registration. No parser: the fake writes it, and tests write it plainly.
+fn registered(field: &str) -> Option<String> {
+    let text = fs::read_to_string(registration()).ok()?;
+    let (_, rest) = text.split_once(&format!("\"{field}\":"))?;
+    Some(rest.split([',', '}']).next()?.trim_matches('"').to_owned())
+}
+
+/// The process of the service, if it lives.
+fn registered_process() -> Option<String> {
+    let pid = registered("pid")?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let is_dead = stat.rsplit(')').next()?.trim_start().starts_with(['Z', 'X']);
+    (!is_dead).then_some(pid)
+}
+
+/// What an orderly end does with a registration of this process.
+pub fn unregister() {
+    if registered("pid") == Some(std::process::id().to_string()) {
+        let _ = fs::remove_file(registration());
+    }
+}
+
+/// `opencode service start|restart|stop|status`.
+pub fn service(verb: &str, settings: &Settings) {
+    settings.record_process("services", &[verb.to_owned()], "");
+    if settings.has("FAKE_SERVICE_FAILS") {
+        eprintln!("fake: no service today");
+        exit(1);
+    }
+    while settings.file("hold-service").is_some_and(|path| path.exists()) {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let wait = |what: &str, holds: &dyn Fn() -> bool| {
+        let given_up = Instant::now() + Duration::from_secs(30);
+        while !holds() {
+            assert!(Instant::now() < given_up, "{what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    if matches!(verb, "restart" | "stop") {
+        if let Some(pid) = registered_process() {
+            Command::new("kill").arg(&pid).status().expect("running kill");
+            wait("the service does not end", &|| registered_process().is_none());
+        }
+    }
+    if matches!(verb, "start" | "restart") {
+        if registered_process().is_none() {
+            let program = std::env::current_exe().expect("its own program");
+            let mut server = Command::new("setsid");
+            server.arg(program).args(["serve", "--service"]);
+            server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            server.spawn().expect("starting setsid");
+            wait("the service does not register", &|| registered_process().is_some());
+        }
+    }
+    println!("{}", registered_process().and_then(|_| registered("url")).unwrap_or_else(|| "stopped".to_owned()));
+}
+
+/// `opencode serve --service`: the server of all clients of the user.
+pub fn serve_users(argv: &[String], settings: Settings) {
+    std::env::set_current_dir(std::env::var_os("HOME").expect("HOME")).expect("entering HOME");
+    let settings = Arc::new(settings);
+    super::catch_term(&settings);
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = listener.local_addr().expect("an address").port();
+    settings.record_process("starts", argv, &format!("\"port\":{port},"));
+    super::misbehave_before_listening(&settings);
+    // Another one each time: whoever uses the service has to find it again.
+    let mut random = [0; 16];
+    fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).expect("random bytes");
+    let password: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    settings.record("passwords", &password);
+    let version = settings.version();
+    let pid = std::process::id();
+    let text = format!(
+        "{{\"id\":\"fake-{pid}\",\"version\":{},\"url\":\"http://127.0.0.1:{port}\",\"pid\":{pid},\"password\":{}}}",
+        json(version),
+        json(&password)
+    );
+    let new = registration().with_extension(format!("{pid}.tmp"));
+    fs::create_dir_all(new.parent().expect("a directory")).expect("the directory of the registration");
+    let mut file = fs::OpenOptions::new().create(true).write(true).mode(0o600).open(&new).expect("a registration");
+    io::Write::write_all(&mut file, text.as_bytes()).expect("writing the registration");
+    fs::rename(&new, registration()).expect("registering");
+    serve(settings, listener, password);
+}
+
+// --- Serving ---
+
+pub fn serve(settings: Arc<Settings>, listener: TcpListener, password: String) {
+    super::misbehave_while_listening(&settings);
     let server = Arc::new(Server {
         settings,
         cwd: std::env::current_dir().expect("a working directory").display().to_string(),
         authorization: format!("Basic {}", base64(&format!("opencode:{password}"))),
         started: Instant::now(),
         state: Mutex::default(),
-        deaf: AtomicBool::new(false),
+        deaf: Arc::default(),
     });
-    for stream in listener.incoming().flatten() {
-        if server.deaf.load(Ordering::SeqCst) {
-            break;
-        }
-        let server = Arc::clone(&server);
-        thread::spawn(move || {
-            // A client that goes away is no concern of the others.
-            let _ = server.connection(stream);
-        });
-    }
-    drop(listener);
-    loop {
-        thread::park();
-    }
+    let deaf = Arc::clone(&server.deaf);
+    super::accept(listener, &deaf, move |stream| server.connection(stream));
 }
 
 /// The id of the running session that a test has put into a directory with the file `busy`.

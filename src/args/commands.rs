@@ -80,9 +80,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row("daemon run", "", (0, 0), false, "The same", |_| Ok(Command::DaemonRun)),
     row("daemon start", "", (0, 0), true, "Start the daemon in the background and wait until opencode is ready", |_| Ok(Command::DaemonStart)),
     row("daemon stop", "", (0, 0), false, "Stop the daemon and opencode",
-        |given| Ok(Command::DaemonStop {
-            keep_opencode: given.has("--keep-opencode"), force: given.has("--force"), when_idle: given.has("--when-idle"),
-        })),
+        stop),
     row("daemon restart", "", (0, 0), true, "Restart the daemon; opencode keeps running",
         |given| Ok(Command::DaemonRestart { all: given.has("--all"), when_idle: given.has("--when-idle") })),
     row("daemon status", "", (0, 0), false, "The same as status", |_| Ok(Command::Status)),
@@ -215,6 +213,14 @@ fn rename(given: &mut Given<'_>) -> Result<Command> {
 fn event_id(value: &OsStr) -> Result<u64> {
     let id = value.to_str().and_then(|text| text.parse::<u64>().ok()).filter(|id| *id < u64::MAX);
     id.ok_or_else(|| Error::usage(format!("--since: {} is not the id of an event", shown(value))))
+}
+
+fn stop(given: &mut Given<'_>) -> Result<Command> {
+    let (keep_opencode, all) = (given.has("--keep-opencode"), given.has("--all"));
+    if keep_opencode && all {
+        return Err(Error::usage("--keep-opencode leaves opencode running, and --all stops it even when it is shared"));
+    }
+    Ok(Command::DaemonStop { keep_opencode, all, force: given.has("--force"), when_idle: given.has("--when-idle") })
 }
 
 /// Refuses a workspace beside `--all`.

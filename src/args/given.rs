@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::options::{OPTIONS, OptionRow};
 use super::values;
 use crate::error::{Error, Result};
-use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options};
+use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options, SHARED};
 
 /// What stands in a command line, with the environment for options that are not in it.
 pub struct Given<'e> {
@@ -39,8 +39,12 @@ impl Given<'_> {
 
     /// The value of an option: the last one given, else that of its environment variable.
     pub fn value(&self, name: &str) -> Option<OsString> {
-        let variable = || (self.env)(OPTIONS.iter().find(|row| row.name == name)?.env?);
-        self.values(name).pop().or_else(variable)
+        self.values(name).pop().or_else(|| self.variable(name))
+    }
+
+    /// The value of the variable that an option has in the environment.
+    fn variable(&self, name: &str) -> Option<OsString> {
+        (self.env)(OPTIONS.iter().find(|row| row.name == name)?.env?)
     }
 
     /// The next argument, which the table of commands promises.
@@ -83,10 +87,12 @@ impl Given<'_> {
             Some(text) => values::duration("--idle-ttl", &text)?,
             None => DEFAULT_IDLE_TTL,
         };
+        let variable = self.variable(SHARED).map(|value| values::switch(SHARED, &value)).transpose()?;
+        let shared = self.has(SHARED) || variable.unwrap_or_default();
         let max_memory = self.value("--max-memory").map(|size| values::bytes("--max-memory", &size)).transpose()?;
         Ok(Options {
             port: port("--daemon-port")?,
-            engine: EngineOptions { binary, port: port("--opencode-port")?, host, max_memory },
+            engine: EngineOptions { binary, port: port("--opencode-port")?, host, max_memory, shared },
             idle_ttl: Some(idle_ttl).filter(|ttl| !ttl.is_zero()),
             origins: self
                 .values("--cors")

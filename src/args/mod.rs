@@ -41,7 +41,7 @@ pub enum Command {
     Version,
     DaemonRun,
     DaemonStart,
-    DaemonStop { keep_opencode: bool, force: bool, when_idle: bool },
+    DaemonStop { keep_opencode: bool, all: bool, force: bool, when_idle: bool },
     DaemonRestart { all: bool, when_idle: bool },
     Status,
     WorkspaceAdd { path: PathBuf, name: Option<String>, force: bool },

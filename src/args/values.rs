@@ -112,6 +112,18 @@ pub fn bytes(option: &str, value: &OsStr) -> Result<u64> {
         .ok_or_else(|| Error::usage(format!("{}: {} is not a size (800M, 2G, bytes)", spelled(option), shown(value))))
 }
 
+/// A flag in the environment: `1` or `true`, `0` or `false`.
+///
+/// # Errors
+/// `usage`.
+pub fn switch(option: &str, value: &OsStr) -> Result<bool> {
+    match value.to_str() {
+        Some("1" | "true") => Ok(true),
+        Some("0" | "false") => Ok(false),
+        _ => Err(Error::usage(format!("{}: {} is neither 1 nor 0", spelled(option), shown(value)))),
+    }
+}
+
 /// An option with the variable that may have set it instead.
 fn spelled(option: &str) -> String {
     match OPTIONS.iter().find(|row| row.name == option).and_then(|row| row.env) {

@@ -54,7 +54,10 @@ fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<(
     let health: Health = client.ask("POST", "/start", &())?;
     drop(waiting);
     note_migration(before, &health);
-    if is_new && keeps_another_opencode(client, &health)? {
+    let is_shared = client.autostart.as_ref().map(|options| options.engine.shared);
+    if is_new && is_shared.is_some_and(|shared| shared != health.engine.shared) {
+        note("openwork's opencode keeps running; `openwork daemon restart --all` changes to the shared one\n");
+    } else if is_new && keeps_another_opencode(client, &health)? {
         note("opencode keeps running with its port and program; `openwork daemon restart --all` changes them\n");
     }
     out.print(&health, |health| {
@@ -86,6 +89,10 @@ fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
     let other_port = options.engine.port.is_some_and(|port| port != opencode.port);
     let url = |ip| format!("http://{ip}:{}", opencode.port);
     let other_host = options.engine.host.is_some_and(|ip| url(ip) != opencode.base_url);
+    // A shared one has the port and the program that its user gave it.
+    if health.engine.shared {
+        return Ok(false);
+    }
     Ok(other_port || other_host || options.engine.binary.as_deref().is_some_and(is_another))
 }
 
@@ -94,6 +101,8 @@ fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
 pub struct Stop {
     /// opencode stays, for the next daemon.
     pub keep_opencode: bool,
+    /// The user's own service, where the daemon shares it, is stopped too.
+    pub all: bool,
     /// Ends a daemon that does not respond, too.
     pub force: bool,
 }
@@ -137,16 +146,29 @@ struct Stopped {
     stopped: bool,
     /// The sessions that were running, and ended with opencode.
     sessions: Vec<Session>,
+    #[serde(skip)]
+    keeps_service: bool,
+}
+
+/// What a daemon has said when it was stopped.
+#[derive(Default)]
+struct Farewell {
+    /// The running sessions that have ended with opencode.
+    sessions: Vec<Session>,
+    /// The user's own service was its opencode, and keeps running.
+    keeps_service: bool,
 }
 
 /// Stops the daemon and opencode.
 pub fn stop(client: &Client, out: &mut Output, how: Stop, when: Option<WhenIdle>) -> Result<()> {
-    let (stopped, sessions) = when_idle(client, when, |client, idle| stop_running(client, how, idle))?;
-    out.print(&Stopped { ok: true, stopped, sessions }, |stopped| {
-        let done = match (stopped.stopped, how.keep_opencode) {
-            (false, _) => "the daemon is not running",
-            (true, false) => "stopped",
-            (true, true) => "stopped; opencode keeps running",
+    let (stopped, farewell) = when_idle(client, when, |client, idle| stop_running(client, how, idle))?;
+    let Farewell { sessions, keeps_service } = farewell;
+    out.print(&Stopped { ok: true, stopped, sessions, keeps_service }, |stopped| {
+        let done = match (stopped.stopped, how.keep_opencode, stopped.keeps_service) {
+            (false, ..) => "the daemon is not running",
+            (true, true, _) => "stopped; opencode keeps running",
+            (true, false, true) => "stopped; the shared opencode keeps running (`--all` stops it too)",
+            (true, false, false) => "stopped",
         };
         ended(&stopped.sessions) + done + "\n"
     })
@@ -157,18 +179,19 @@ fn ended(sessions: &[Session]) -> String {
     sessions.iter().map(|session| format!("ended the running turn of {}\n", session::described(session))).collect()
 }
 
-/// Stops the daemon, with `force` also one that does not respond; whether one was running, and the
-/// running sessions that have ended with opencode.
-fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(bool, Vec<Session>)> {
+/// Stops the daemon, with `force` also one that does not respond; whether one was running, and what it
+/// has said.
+fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(bool, Farewell)> {
     let mut stopped = false;
-    let mut ended = Vec::new();
+    let mut all = Farewell::default();
     loop {
         match stop_one(client, how, stopped, idle) {
-            Ok(Some(sessions)) => {
+            Ok(Some(Farewell { sessions, keeps_service })) => {
                 stopped = true;
-                ended.extend(sessions);
+                all.sessions.extend(sessions);
+                all.keeps_service |= keeps_service;
             }
-            Ok(None) => return Ok((stopped, ended)),
+            Ok(None) => return Ok((stopped, all)),
             Err(e @ Error::DaemonUnresponsive(_)) if how.force => {
                 end_unresponsive(client, e)?;
                 stopped = true;
@@ -183,10 +206,10 @@ fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(b
 /// run so long are an error.
 fn stop_one(
     client: &Client,
-    Stop { keep_opencode, force }: Stop,
+    Stop { keep_opencode, all, force }: Stop,
     stopped: bool,
     idle: Option<Duration>,
-) -> Result<Option<Vec<Session>>> {
+) -> Result<Option<Farewell>> {
     let soon = |limit| client.until(client.deadline.min(Instant::now() + limit));
     let found = if force { soon(STOP_REPLY).find() } else { client.find() };
     let address = match found? {
@@ -203,16 +226,16 @@ fn stop_one(
         None => return Ok(None),
     };
     let daemon = process::open(address.pid).map_err(elsewhere)?;
-    let shutdown = Shutdown { keep_opencode, client: Some(std::process::id()), when_idle: idle.is_some() };
-    let sessions = match soon(idle.unwrap_or(STOP_REPLY)).ask_at(&address, "POST", "/shutdown", &shutdown) {
-        Ok(ShutdownReply { sessions, .. }) => sessions,
-        Err(Error::DaemonNotRunning) => Vec::new(),
+    let shutdown = Shutdown { keep_opencode, all, client: Some(std::process::id()), when_idle: idle.is_some() };
+    let farewell = match soon(idle.unwrap_or(STOP_REPLY)).ask_at(&address, "POST", "/shutdown", &shutdown) {
+        Ok(ShutdownReply { sessions, keeps_service, .. }) => Farewell { sessions, keeps_service },
+        Err(Error::DaemonNotRunning) => Farewell::default(),
         Err(e) => return Err(e),
     };
     if let Some(daemon) = daemon {
         client.wait_until_gone(&daemon)?;
     }
-    Ok(Some(sessions))
+    Ok(Some(farewell))
 }
 
 /// Waits until a daemon has taken over the opencode that it has found, or has given that up: before, it
@@ -278,7 +301,12 @@ pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenId
         let sessions = match handed_over {
             Some(sessions) => sessions,
             // A daemon of 0.1.0 cannot hand over, and at another port there is nothing to hand over.
-            None => stop_running(client, Stop { keep_opencode: !all, force: false }, idle)?.1,
+            None => {
+                // Where the next daemon shares no service, this one's is not restarted but left.
+                let is_shared = client.autostart.as_ref().is_some_and(|options| options.engine.shared);
+                let how = Stop { keep_opencode: !all, all: all && is_shared, force: false };
+                stop_running(client, how, idle)?.1.sessions
+            }
         };
         note(&ended(&sessions));
         Ok(())
@@ -338,6 +366,11 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>, replaced: Opti
         process("opencode", &health.engine.phase, health.opencode.as_ref(), version),
     ]);
     text.push_str(&format!("restarts  {}\n", health.engine.restarts));
+    match (health.engine.shared, &health.opencode) {
+        (false, _) => {}
+        (true, Some(_)) => text.push_str("shared    opencode is the server that plain `opencode` uses too\n"),
+        (true, None) => text.push_str("shared    plain `opencode` has no server now; the next call starts it\n"),
+    }
     let active = active.map_or_else(|| "none".to_owned(), |active| named(&active.workspace.workspace));
     text.push_str(&format!("active    {active} ({} in all)\n", health.workspace_count));
     if health.cli_version != VERSION {
@@ -349,7 +382,10 @@ fn human_status(health: &Health, active: Option<&WorkspaceReply>, replaced: Opti
     }
     if let Some(url) = &health.engine.service {
         let url = output::clean_lines(url);
-        text.push_str(&format!("service   plain `opencode` has a server of its own on {url}\n"));
+        text.push_str(&format!(
+            "service   plain `opencode` has a server of its own on {url}; `openwork daemon restart --all --shared` has \
+             one for both\n"
+        ));
     }
     if let (Some(error), true) = (&health.engine.last_error, health.engine.phase != Phase::Ready.name()) {
         text.push_str(&format!("last error: {}\n", output::clean_lines(&error.message)));

@@ -133,8 +133,8 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
             print_text(out, &service(invocation, program.as_deref())?)
         }
         Command::DaemonStart => daemon::start(&client()?, out),
-        Command::DaemonStop { keep_opencode, force, when_idle } => {
-            let stop = daemon::Stop { keep_opencode: *keep_opencode, force: *force };
+        Command::DaemonStop { keep_opencode, all, force, when_idle } => {
+            let stop = daemon::Stop { keep_opencode: *keep_opencode, all: *all, force: *force };
             daemon::stop(&client()?, out, stop, wanted(*when_idle))
         }
         Command::DaemonRestart { all, when_idle } => daemon::restart(&client()?, out, *all, wanted(*when_idle)),

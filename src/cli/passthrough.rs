@@ -20,8 +20,9 @@ use super::workspace::{WORKSPACE_VARIABLE, encoded, named, selector_here, target
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
 use crate::framing::basic;
-use crate::line::{Line, V1_PASSWORD, V1_USERNAME, V2_PASSWORD, parse_version};
+use crate::line::{Line, V1_PASSWORD, V1_USERNAME, V2_PASSWORD, V2_USERNAME, parse_version};
 use crate::paths::find_opencode;
+use crate::service::{self, Registration};
 use crate::state::{Auth, BinaryRecord, State};
 use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
@@ -37,8 +38,27 @@ const NO_PROXY_HOSTS: &str = "127.0.0.1,localhost,127.0.0.0/8";
 const VARIABLES: [&str; 6] =
     ["OPENCODE_BASE_URL", V1_USERNAME, V1_PASSWORD, V2_PASSWORD, WORKSPACE_VARIABLE, "OPENWORK_DIRECTORY"];
 
-/// opencode's credentials, which the daemon has stored.
+/// opencode's credentials: those that the daemon has stored, or those of the user's own service, where the
+/// daemon shares that.
 fn credentials(client: &Client) -> Result<Auth> {
+    let state = || State::read(&client.data_dir.state());
+    let mut known = state()?;
+    let is_shared = known.daemon.is_some_and(|daemon| daemon.shared);
+    if is_shared && known.opencode.is_none() {
+        // The service registers its password when it starts.
+        let _: Health = client.ask("POST", "/start", &())?;
+        known = state()?;
+    }
+    let service = known.opencode.filter(|_| is_shared).and_then(|opencode| opencode.service);
+    if let Some(registration) = service {
+        let gone = || Error::OpencodeUnavailable(format!("{registration} is not there: its service has ended"));
+        let Registration { password, .. } = service::read(Path::new(&registration))?.ok_or_else(gone)?;
+        return Ok(Auth {
+            opencode_username: V2_USERNAME.to_owned(),
+            opencode_password: password,
+            extra: serde_json::Map::new(),
+        });
+    }
     let path = client.data_dir.auth();
     Auth::read(&path)?.ok_or_else(|| Error::Internal(format!("{} is not there", path.display())))
 }

@@ -19,15 +19,15 @@ use tiny_http::{Request, Server};
 use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
-use super::{CONTROL_SOCKET, Daemon, reply, sessions};
+use super::{CONTROL_SOCKET, Daemon, Ends, reply, sessions};
 use crate::error::{Error, Result};
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::Line;
 use crate::system::process;
 use crate::wire::{
     AddLocal, AddRemote, Dispose, DisposeReply, Done, InstanceEntry, InstanceList, InstanceState, Listed, Move,
-    NOTICE_HEADER, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, SessionList,
-    Shutdown, ShutdownReply, Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
+    NOTICE_HEADER, PathReply, ROUTES, Rename, ResetReply, Restart, RestartReply, Route, RunningSession, Session,
+    SessionList, Shutdown, ShutdownReply, Start, TIMEOUT_HEADER, WorkspaceList, WorkspaceReply, from_json,
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
@@ -155,13 +155,13 @@ fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     match answer_with(daemon, request, answer) {
         None => {}
-        Some(AfterReply::Stop(Shutdown { keep_opencode, client, .. })) => {
-            crate::log!("stopping, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
-            daemon.stop(keep_opencode, client);
+        Some(AfterReply::Stop { ends, client }) => {
+            crate::log!("stopping, as asked{}", if daemon.keeps_opencode(ends) { "; opencode stays" } else { "" });
+            daemon.stop(ends, client);
         }
-        Some(AfterReply::Restart { keep_opencode, client }) => {
-            crate::log!("restarting, as asked{}", if keep_opencode { "; opencode stays" } else { "" });
-            daemon.restart(keep_opencode, client);
+        Some(AfterReply::Restart { ends, client }) => {
+            crate::log!("restarting, as asked{}", if daemon.keeps_opencode(ends) { "; opencode stays" } else { "" });
+            daemon.restart(ends, client);
         }
     }
 }
@@ -213,8 +213,8 @@ struct Answer {
 
 /// What is done after a reply.
 enum AfterReply {
-    Stop(Shutdown),
-    Restart { keep_opencode: bool, client: Option<u32> },
+    Stop { ends: Ends, client: Option<u32> },
+    Restart { ends: Ends, client: Option<u32> },
 }
 
 impl Answer {
@@ -356,24 +356,39 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             if restart.when_idle {
                 sessions::wait_until_idle(daemon, None, deadline)?;
             }
-            let sessions = if restart.all { sessions::running_now(daemon, deadline) } else { Vec::new() };
-            daemon.ending.hand_over(Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?)?;
+            let successor = Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?;
+            let ends = match (restart.all, successor.is_shared()) {
+                (false, _) => Ends::Nothing,
+                // A daemon that shares the user's service no longer has no reason to end it.
+                (true, false) => Ends::Ours,
+                (true, true) => Ends::Service,
+            };
+            let sessions = ended_by(daemon, ends, deadline);
+            daemon.ending.hand_over(successor)?;
             let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at, sessions })?;
-            Ok(Answer {
-                after: Some(AfterReply::Restart { keep_opencode: !restart.all, client: restart.client }),
-                ..reply
-            })
+            Ok(Answer { after: Some(AfterReply::Restart { ends, client: restart.client }), ..reply })
         }
         Route::Shutdown => {
             let shutdown: Shutdown = parse(&body)?;
             if shutdown.when_idle {
                 sessions::wait_until_idle(daemon, None, deadline)?;
             }
-            let sessions = if shutdown.keep_opencode { Vec::new() } else { sessions::running_now(daemon, deadline) };
-            let reply = Answer::new(200, &ShutdownReply { ok: true, sessions })?;
-            Ok(Answer { after: Some(AfterReply::Stop(shutdown)), ..reply })
+            let ends = match shutdown {
+                Shutdown { keep_opencode: true, .. } => Ends::Nothing,
+                Shutdown { all: true, .. } => Ends::Service,
+                Shutdown { .. } => Ends::Ours,
+            };
+            let sessions = ended_by(daemon, ends, deadline);
+            let keeps_service = ends == Ends::Ours && daemon.keeps_opencode(ends);
+            let reply = Answer::new(200, &ShutdownReply { ok: true, sessions, keeps_service })?;
+            Ok(Answer { after: Some(AfterReply::Stop { ends, client: shutdown.client }), ..reply })
         }
     }
+}
+
+/// The running sessions that such a stop ends.
+fn ended_by(daemon: &Daemon, ends: Ends, deadline: Instant) -> Vec<Session> {
+    if daemon.keeps_opencode(ends) { Vec::new() } else { sessions::running_now(daemon, deadline) }
 }
 
 /// Makes a call in a workspace, whose instance is loaded by it if it was not. It counts as use.
@@ -434,11 +449,10 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
         let (state, open_streams) = (state.name().into(), usage.streams);
         InstanceEntry { workspace: workspace.clone(), state, open_streams, sessions, evict_at }
     };
-    let engine_id = state.opencode.as_ref().map(|engine| engine.engine_id.as_str());
     InstanceList {
         ok: true,
         instances: state.workspaces.iter().filter(|workspace| workspace.is_local()).map(describe).collect(),
-        memory: engine_id.and_then(process::family_memory),
+        memory: state.opencode.as_ref().and_then(|engine| process::resident(&engine.processes())),
     }
 }
 

@@ -21,7 +21,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::{Error, Result};
 use crate::framing::percent_decode;
 use crate::lock::Lock;
-use crate::options::{NOTIFY_SOCKET, SERVICE_VARIABLES, WATCHDOG_PID, WATCHDOG_USEC};
+use crate::options::{NOTIFY_SOCKET, SERVICE_VARIABLES, SHARED, WATCHDOG_PID, WATCHDOG_USEC};
 use crate::paths::DataDir;
 use crate::system::limits;
 use crate::wire::Restart;
@@ -107,6 +107,11 @@ impl Successor {
             arguments: [COMMAND.into(), data_dir_option].into_iter().chain(options).collect(),
             environment: restart.environment.iter().map(variable).collect::<Result<_>>()?,
         })
+    }
+
+    /// Whether the successor uses the user's own service.
+    pub fn is_shared(&self) -> bool {
+        self.arguments.iter().any(|argument| argument == SHARED)
     }
 
     /// Becomes the successor; returns only on failure.

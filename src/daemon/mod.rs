@@ -46,7 +46,7 @@ use self::handover::{End, Ending};
 use self::instances::Instances;
 use self::notify::Notifier;
 use self::supervisor::handle::Handle;
-use self::supervisor::{Context, Supervisor};
+use self::supervisor::{Context, Ends, Supervisor};
 use crate::error::{Error, Result};
 use crate::line::Line;
 use crate::lock::{self, Lock};
@@ -86,22 +86,31 @@ struct Daemon {
 
 impl Daemon {
     /// Stops for good, as the process `client` has asked, if one did.
-    fn stop(&self, keep_opencode: bool, client: Option<u32>) {
+    fn stop(&self, ends: Ends, client: Option<u32>) {
         self.ending.stop();
         self.notifier.stopping();
-        self.supervisor.stop(keep_opencode, client);
+        self.supervisor.stop(ends, client);
     }
 
     /// Ends, to become its successor.
-    fn restart(&self, keep_opencode: bool, client: Option<u32>) {
+    fn restart(&self, ends: Ends, client: Option<u32>) {
         self.notifier.reloading();
-        if keep_opencode {
+        if self.keeps_opencode(ends) {
             // No request is to find a daemon without an opencode: those under way are finished first,
             // and those to come wait for the successor.
             self.gate.close();
             self.gate.drain(false);
         }
-        self.supervisor.stop(keep_opencode, client);
+        self.supervisor.stop(ends, client);
+    }
+
+    /// Whether the opencode of now outlives such a stop.
+    fn keeps_opencode(&self, ends: Ends) -> bool {
+        match ends {
+            Ends::Nothing => true,
+            Ends::Ours => self.supervisor.shared().is_some(),
+            Ends::Service => false,
+        }
     }
 
     fn health(&self) -> Health {
@@ -336,7 +345,8 @@ fn serve(
     };
     store.update(|state| {
         let ProcessInfo { pid, port, base_url, started_at, .. } = info.clone();
-        state.daemon = Some(DaemonRecord { pid, port, base_url, started_at, extra: Map::new() });
+        let shared = options.engine.shared;
+        state.daemon = Some(DaemonRecord { pid, port, base_url, started_at, shared, extra: Map::new() });
         state.ports.daemon = port;
         Ok(())
     })?;
@@ -392,7 +402,7 @@ fn serve(
             match signal {
                 SIGTERM | SIGINT => {
                     crate::log!("stopping on signal {signal}");
-                    daemon.stop(false, None);
+                    daemon.stop(Ends::Ours, None);
                 }
                 SIGCHLD => process::reap_orphans(),
                 _ => {}
@@ -403,7 +413,7 @@ fn serve(
         let opencode = if lost.is_taken_over { "opencode is the other daemon's now" } else { "opencode ends too" };
         crate::log!("stopping, since another daemon may run over the same files: {opencode}");
         notifier.stopping();
-        handle.stop(lost.is_taken_over, None);
+        handle.stop(if lost.is_taken_over { Ends::Nothing } else { Ends::Ours }, None);
     });
     let supervision = spawn(|| supervision.run())?;
     notifier.ready();

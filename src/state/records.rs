@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::line::Line;
-use crate::system::process::Identity;
+use crate::system::process::{self, Identity};
 
 /// The daemon that runs, or ran.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -24,6 +24,9 @@ pub struct DaemonRecord {
     pub base_url: String,
     /// Unix milliseconds.
     pub started_at: u64,
+    /// Whether the user's own service is its opencode (`--shared`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -59,12 +62,24 @@ pub struct EngineRecord {
     /// Those of them that are and were no workspace's; absent in the files of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strangers: Option<Vec<String>>,
+    /// Where it is registered, if it is the user's own service: it is none of ours then, and has neither
+    /// an engine id nor what else would prove it ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
     /// Fields of other versions.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
 
 impl EngineRecord {
+    /// The processes whose memory is opencode's: the process with all that it has started.
+    pub fn processes(&self) -> Vec<u32> {
+        match self.service {
+            Some(_) => process::descendants(self.pid),
+            None => process::marked(&self.engine_id),
+        }
+    }
+
     /// What proves a process to be this one.
     pub fn identity(&self) -> Identity {
         Identity {

@@ -19,7 +19,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
 };
 
-use super::wait::{has_ended, wait_until_readable};
+use super::wait::{Flag, has_ended, wait_readable, wait_until_readable};
 use crate::options::MARKER;
 
 /// How long a process may take to end, once its memory is gone: files and sockets follow.
@@ -189,6 +189,46 @@ impl Process {
     }
 }
 
+/// Runs a command to its end. What it starts in the background is none of ours: only the command itself
+/// is killed, at the deadline. `begun` is called once the command has been started.
+///
+/// # Errors
+/// `TimedOut` at the deadline; `Interrupted` when the flag is raised, with the command left running;
+/// those of fork, exec and `begun`.
+pub fn run(
+    command: &mut Command,
+    begun: impl FnOnce(Option<ChildStdin>) -> io::Result<()>,
+    flag: &Flag,
+    deadline: Instant,
+) -> io::Result<ExitStatus> {
+    // Held over the start: the child may end before it is entered.
+    let mut children = awaited();
+    let mut child = command.spawn()?;
+    let pid = child.id();
+    children.insert(pid);
+    drop(children);
+    let watched = || -> io::Result<()> {
+        let pidfd = open(pid)?.ok_or_else(|| io::Error::other("the kernel gives no pidfd"))?;
+        match wait_readable(&pidfd, flag, Some(deadline)) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(io::ErrorKind::Interrupted.into()),
+            Err(e) => Err(e),
+        }
+    };
+    let ended = begun(child.stdin.take()).and_then(|()| watched());
+    let result = match ended {
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => Err(e),
+        Err(e) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(e)
+        }
+        Ok(()) => child.wait(),
+    };
+    awaited().remove(&pid);
+    result
+}
+
 /// Reaps a child that has ended, also one that this process started as another program, before it
 /// became its own successor. How the child ended.
 fn reap(pidfd: &OwnedFd) -> Option<ExitStatus> {
@@ -341,6 +381,14 @@ pub fn stat_field(pid: u32, field: usize) -> io::Result<u64> {
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// When a process started, in Unix milliseconds.
+pub fn started_at(pid: u32) -> Option<u64> {
+    let ticks = start_ticks(pid).ok()?;
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    let boot: u64 = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    Some(boot * 1000 + ticks * (1000 / TICKS_PER_SECOND))
+}
+
 /// The id of this boot.
 fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
@@ -362,22 +410,38 @@ pub fn is_ours(pid: u32) -> bool {
     fs::metadata(format!("/proc/{pid}")).is_ok_and(|process| process.uid() == rustix::process::geteuid().as_raw())
 }
 
-/// Resident memory of everything that carries the marker of an engine, in bytes. Pages that
-/// several of them share are counted for each.
-pub fn family_memory(engine_id: &str) -> Option<u64> {
-    let family: Vec<u64> = pids().filter(|pid| carries_marker(*pid, engine_id)).filter_map(memory).collect();
-    if family.is_empty() { None } else { Some(family.iter().sum()) }
+/// Everything that carries the marker of an engine.
+pub fn marked(engine_id: &str) -> Vec<u32> {
+    pids().filter(|pid| carries_marker(*pid, engine_id)).collect()
 }
 
-/// The proportional share (PSS) of everything that carries the marker of an engine, in bytes: pages
-/// that several processes share are counted once.
-pub fn family_share(engine_id: &str) -> Option<u64> {
-    let share = |pid: u32| {
-        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-        kilobytes(&rollup, "Pss:")
-    };
-    let family: Vec<u64> = pids().filter(|pid| carries_marker(*pid, engine_id)).filter_map(share).collect();
-    if family.is_empty() { None } else { Some(family.iter().sum()) }
+/// A process with its descendants, but for those that have lost a parent on the way.
+pub fn descendants(root: u32) -> Vec<u32> {
+    let parents: Vec<(u32, u32)> = pids().filter_map(|pid| Some((pid, parent(pid)?))).collect();
+    let mut found = vec![root];
+    let mut at = 0;
+    while let Some(above) = found.get(at).copied() {
+        found.extend(parents.iter().filter(|(_, parent)| *parent == above).map(|(pid, _)| *pid));
+        at += 1;
+    }
+    found
+}
+
+/// Resident memory of these processes, in bytes; pages that several of them share are counted for each.
+/// None when none of them lives.
+pub fn resident(pids: &[u32]) -> Option<u64> {
+    total(pids, memory)
+}
+
+/// The proportional share (PSS) of these processes, in bytes: pages that several of them share are
+/// counted once. None when none of them lives.
+pub fn share(pids: &[u32]) -> Option<u64> {
+    total(pids, |pid| kilobytes(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, "Pss:"))
+}
+
+fn total(pids: &[u32], of: impl Fn(u32) -> Option<u64>) -> Option<u64> {
+    let found: Vec<u64> = pids.iter().filter_map(|pid| of(*pid)).collect();
+    if found.is_empty() { None } else { Some(found.iter().sum()) }
 }
 
 /// Resident memory of a process in bytes: `VmRSS` of `/proc/<pid>/status`.

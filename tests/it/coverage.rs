@@ -32,7 +32,8 @@ fn sources(dir: &Path) -> Vec<PathBuf> {
 /// The claims of all tests, and the file that each is in.
 fn claims() -> BTreeMap<String, PathBuf> {
     let mut claims = BTreeMap::new();
-    for path in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it")) {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for path in ["it", "it2"].iter().flat_map(|directory| sources(&tests.join(directory))) {
         let text = fs::read_to_string(&path).unwrap();
         // Both ends in pieces, for this file is read as well.
         for call in text.split(concat!(".exercises", "([")).skip(1) {

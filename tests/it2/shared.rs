@@ -1,16 +1,40 @@
-//! The user's own service, which plain opencode 2.x runs.
+//! The user's own service, which plain opencode 2.x runs: beside openwork's opencode, or shared.
 
 use std::fs::{self, Permissions};
-use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, wait_for};
+use crate::support::{
+    Host, SESSION, Signal, basic, copy_program, fake_opencode, is_alive, kill, stat_field, wait_for, wait_gone,
+};
+
+/// A host whose daemons share the service.
+fn sharing() -> Host {
+    let mut host = Host::new();
+    host.set("OPENWORK_SHARED", "1");
+    host
+}
+
+/// The file of the registration.
+fn registration(host: &Host) -> PathBuf {
+    host.home().join(".local/state/opencode/service.json")
+}
+
+/// The service that is registered: its process and its URL.
+fn registered(host: &Host) -> (u32, String) {
+    let text = fs::read_to_string(registration(host)).expect("a registration");
+    let registered: Value = serde_json::from_str(&text).unwrap();
+    (registered["pid"].as_u64().unwrap() as u32, registered["url"].as_str().unwrap().to_owned())
+}
 
 /// Registers a process as the service.
 fn register(host: &Host, url: &str, pid: u32, mode: u32) {
-    let path = host.home().join(".local/state/opencode/service.json");
+    let path = registration(host);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let registration = json!({"id": "x", "version": "2.3.2", "url": url, "pid": pid, "password": "of the service"});
     let new = path.with_extension("new");
@@ -19,18 +43,45 @@ fn register(host: &Host, url: &str, pid: u32, mode: u32) {
     fs::rename(new, path).unwrap();
 }
 
+/// Has the user do something with their service: `start`, `restart`, `stop`.
+fn opencode_service(host: &Host, verb: &str) {
+    let mut command = Command::new(host.get("OPENWORK_OPENCODE_BIN"));
+    command.args(["service", verb]).env_clear();
+    command.envs(["PATH", "HOME", "FAKE_OPENCODE_DIR", "FAKE_VERSION"].map(|name| (name, host.get(name))));
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    assert!(command.status().unwrap().success(), "opencode service {verb}");
+}
+
+/// What was done with the service by its command, in order.
+fn orders(host: &Host) -> Vec<String> {
+    let verb = |line: &String| serde_json::from_str::<Value>(line).unwrap()["argv"][0].as_str().unwrap().to_owned();
+    host.recorded("services").iter().map(verb).collect()
+}
+
+/// The process of the opencode that the daemon has, if it is ready.
+fn ready_pid(host: &Host) -> Option<u32> {
+    let health = host.health();
+    (health["ok"] == true).then(|| health["opencode"]["pid"].as_u64().unwrap() as u32)
+}
+
+// --- Beside openwork's own ---
+
 #[test]
 fn a_service_beside_openworks_own_is_told_once_and_shown() {
     let mut host = Host::new();
     host.set("OPENWORK_TEST_PACE", "20");
     let started = host.openwork(["daemon", "start"]).ok();
     assert!(!started.stderr.contains("plain `opencode`"), "{started:?}");
-    assert_eq!(host.health()["engine"]["service"], Value::Null);
+    assert_eq!(
+        (&host.health()["engine"]["shared"], &host.health()["engine"]["service"]),
+        (&json!(false), &Value::Null)
+    );
 
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", socket.local_addr().unwrap());
     // Neither what others may have written nor what names another process is one.
     register(&host, &url, std::process::id(), 0o644);
+    assert!(!host.openwork(["status"]).ok().stdout.contains("plain `opencode`"));
     register(&host, &url, host.daemon_pid(), 0o600);
     assert!(!host.openwork(["status"]).ok().stdout.contains("plain `opencode`"));
     register(&host, &url, std::process::id(), 0o600);
@@ -38,8 +89,370 @@ fn a_service_beside_openworks_own_is_told_once_and_shown() {
     for times in [1, 0] {
         let told = host.openwork(["workspace", "add", host.project("a").to_str().unwrap()]).ok();
         assert_eq!(told.stderr.matches(&format!("a server of its own on {url}")).count(), times, "{told:?}");
+        assert_eq!(told.stderr.matches("--shared").count(), times, "{told:?}");
     }
-    assert!(host.openwork(["status"]).ok().stdout.contains(&format!("a server of its own on {url}")));
+    let status = host.openwork(["status"]).ok().stdout;
+    assert!(status.contains(&format!("a server of its own on {url}")) && status.contains("--shared"), "{status}");
     drop(socket);
     wait_for("its end to be seen", || host.health()["engine"]["service"] == Value::Null);
+}
+
+// --- Shared ---
+
+#[test]
+fn a_service_that_runs_is_used_and_outlives_the_daemon() {
+    let mut host = sharing();
+    let (a, b) = (host.project("a"), host.project("b"));
+    opencode_service(&host, "start");
+    let (service, url) = registered(&host);
+    // What the shell knows of another server is nothing that the service should know.
+    host.set("OPENWORK_ENGINE", "of an agent");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    host.add(&b);
+    let health = host.health();
+    assert_eq!((ready_pid(&host), &health["opencode"]["baseUrl"]), (Some(service), &json!(url)));
+    assert_eq!((&health["engine"]["shared"], &health["engine"]["service"]), (&json!(true), &Value::Null));
+    let status = host.openwork(["status"]).ok().stdout;
+    assert!(status.contains("the server that plain `opencode` uses too"), "{status}");
+    assert_eq!((orders(&host), host.starts().len()), (vec!["start".to_owned()], 1));
+
+    // Its clients, and its calls, by its password.
+    host.openwork(["workspace", "path", "a"]).ok();
+    assert_eq!(host.routed("GET", "/w/a/api/location").send().json()["directory"], json!(a));
+    let at_root = format!("/api/location?location%5Bdirectory%5D={}", b.display());
+    assert_eq!(host.routed("GET", &at_root).send().json()["directory"], json!(b));
+    host.openwork(["workspace", "switch", "b"]).ok();
+    assert_eq!(host.routed("GET", "/w/@active/api/location").send().json()["directory"], json!(b));
+    let of_openwork = basic("opencode", &host.password());
+    host.http("GET", "/w/a/api/location").header("Authorization", of_openwork).fails(401, "unauthorized");
+    assert_eq!(host.openwork(["api", "a", "/api/location"]).json()["body"]["directory"], json!(a));
+    let password = host.recorded("passwords").pop().unwrap();
+    let env = host.openwork(["env", "a"]).secret().ok().stdout;
+    assert!(env.contains(&format!("export OPENCODE_PASSWORD='{password}'\n")));
+    host.openwork(["run", "-w", "a", "hello"]).ok();
+    let client: Value = serde_json::from_str(&host.recorded("clients")[0]).unwrap();
+    let environment = host.environment(client["pid"].as_u64().unwrap() as u32);
+    assert!(environment.contains(&format!("OPENCODE_PASSWORD={password}")));
+
+    // A new daemon, another one, and none.
+    host.openwork(["daemon", "restart"]).ok();
+    assert_eq!(ready_pid(&host), Some(service));
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(ready_pid(&host), Some(service));
+    host.busy(&[&a]);
+    let stopped = host.openwork(["daemon", "stop"]).ok();
+    assert!(stopped.stdout.contains("the shared opencode keeps running"), "{stopped:?}");
+    assert!(!stopped.stdout.contains("ended the running turn"), "{stopped:?}");
+    assert!(is_alive(service));
+    assert_eq!(host.processes(), [service]);
+    assert_eq!((host.recorded("signals"), orders(&host)), (vec![], vec!["start".to_owned()]));
+
+    // Its end is asked for.
+    host.openwork(["daemon", "start"]).ok();
+    let stopped = host.openwork(["daemon", "stop", "--all"]).json();
+    assert_eq!(stopped["sessions"][0]["workspace"]["name"], "a");
+    assert!(!is_alive(service) && host.processes().is_empty());
+    assert_eq!(orders(&host), ["start", "stop"]);
+}
+
+#[test]
+fn a_service_is_started_when_it_is_needed_by_its_own_command() {
+    let host = sharing();
+    let a = host.project("a");
+    host.add(&a);
+    wait_for("the look for it", || host.phase() == "waiting");
+    let status = host.openwork(["status"]).ok().stdout;
+    assert!(status.contains("plain `opencode` has no server now"), "{status}");
+    assert_eq!((orders(&host), host.health()["opencode"].clone()), (vec![], Value::Null));
+    assert_eq!(host.openwork(["instance", "list"]).json()["instances"][0]["state"], "cold");
+    assert_eq!(host.openwork(["wait", "--all"]).ok().stdout, "no session is running\n");
+
+    host.openwork(["api", "a", "/api/location"]).ok();
+    let (service, _) = registered(&host);
+    assert_eq!((ready_pid(&host), orders(&host)), (Some(service), vec!["start".to_owned()]));
+    assert_eq!(stat_field(service, SESSION), u64::from(service), "in a session of its own");
+    for variable in host.environment(service) {
+        let name = variable.split('=').next().unwrap();
+        assert!(!["OPENWORK_ENGINE", "OPENCODE_PASSWORD", "OPENCODE_SERVER_PASSWORD"].contains(&name), "{variable}");
+    }
+    // Its user ends it: nobody needs it, until somebody does.
+    opencode_service(&host, "stop");
+    wait_for("its end to be seen", || host.phase() == "waiting");
+    let again = host.routed("GET", "/w/a/api/location").send();
+    assert_eq!(again.json()["directory"], json!(a), "with the password that was its last");
+    assert_eq!(orders(&host), ["start", "stop", "start"]);
+    // It dies.
+    let (service, _) = registered(&host);
+    kill(service, Signal::KILL);
+    wait_gone(service);
+    host.openwork(["workspace", "path", "a"]).ok();
+    assert_eq!(orders(&host), ["start", "stop", "start", "start"]);
+}
+
+#[test]
+fn a_service_that_is_replaced_is_found_again() {
+    let host = sharing();
+    let a = host.project("a");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    let (first, first_url) = registered(&host);
+    let before = host.credentials();
+    opencode_service(&host, "restart");
+    let (second, second_url) = registered(&host);
+    assert!(first != second && first_url != second_url);
+    // The password of the new one is taken at once, whether it was found already or not.
+    let location = host.routed("GET", "/w/a/api/location").send();
+    assert_eq!((location.status, &location.json()["directory"]), (200, &json!(a)));
+    wait_for("it to be found", || ready_pid(&host) == Some(second));
+    host.http("GET", "/w/a/api/location").header("Authorization", before).fails(401, "unauthorized");
+    // Without a request, too.
+    opencode_service(&host, "restart");
+    let (third, _) = registered(&host);
+    wait_for("it to be found", || ready_pid(&host) == Some(third));
+    let asked = orders(&host).iter().filter(|verb| *verb == "start").count();
+    assert!(asked <= 2, "{:?}", orders(&host));
+    assert_eq!(host.openwork(["workspace", "path", "a"]).json()["path"]["directory"], json!(a));
+}
+
+#[test]
+fn a_service_that_hangs_is_restarted_by_its_own_command() {
+    let mut host = sharing();
+    host.set("OPENWORK_TEST_PACE", "20");
+    host.openwork(["daemon", "start"]).ok();
+    let (first, _) = registered(&host);
+    host.hang(true);
+    wait_for("it to be restarted", || orders(&host).last().is_some_and(|verb| verb == "restart"));
+    host.hang(false);
+    wait_for("the next one to be ready", || ready_pid(&host).is_some_and(|pid| pid != first));
+    // The one signal is that of its command.
+    assert_eq!((host.recorded("signals").len(), orders(&host)), (1, vec!["start".to_owned(), "restart".to_owned()]));
+}
+
+#[test]
+fn idle_instances_are_evicted_and_memory_is_limited_in_a_shared_service() {
+    let mut host = sharing();
+    host.set("OPENWORK_TEST_PACE", "20");
+    host.set("OPENWORK_IDLE_TTL", "1s");
+    host.set("OPENWORK_MAX_MEMORY", "60M");
+    let (a, b) = (host.project("a"), host.project("b"));
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&a);
+    host.add(&b);
+    let mut events = host.http("GET", "/events").events();
+    host.busy(&[&a]);
+    host.openwork(["workspace", "path", "a"]).ok();
+    host.openwork(["workspace", "path", "b"]).ok();
+    wait_for("the idle one to be disposed", || host.instance(&b) == ["load", "dispose"]);
+    assert_eq!(host.instance(&a), ["load"]);
+    assert!(host.openwork(["instance", "list"]).json()["memory"].as_u64().is_some_and(|bytes| bytes > 0));
+
+    // Too large from its next start on, and restarted as soon as no session runs.
+    host.behave("FAKE_MEMORY=80000000");
+    opencode_service(&host, "restart");
+    let (large, _) = registered(&host);
+    events.find(|event| event["type"] == "engine.oversize").expect("a warning");
+    assert_eq!(orders(&host), ["start", "restart"]);
+    host.behave("");
+    host.busy(&[]);
+    events.find(|event| event["type"] == "engine.recycled").expect("a restart");
+    wait_for("the next one to be ready", || ready_pid(&host).is_some_and(|pid| pid != large));
+    assert_eq!(orders(&host), ["start", "restart", "restart"]);
+    assert_eq!(host.recorded("leaks"), [""; 0]);
+}
+
+#[test]
+fn a_daemon_goes_over_to_the_service_and_back() {
+    let mut host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let own = host.opencode_pid();
+    opencode_service(&host, "start");
+    let (service, _) = registered(&host);
+    // Running turns are not ended for that.
+    let told = host.openwork(["daemon", "restart", "--shared"]).ok();
+    assert!(told.stderr.contains("daemon restart --all"), "{told:?}");
+    assert_eq!((ready_pid(&host), &host.health()["engine"]["shared"]), (Some(own), &json!(false)));
+    assert_eq!(host.routed("GET", "/api/info").send().status, 200, "by the password of openwork's own");
+    host.openwork(["daemon", "restart", "--all", "--shared"]).ok();
+    assert_eq!((ready_pid(&host), is_alive(own)), (Some(service), false));
+    // A service that is shared no longer is left.
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    let own = ready_pid(&host).unwrap();
+    assert!(own != service && is_alive(service));
+    assert_eq!((orders(&host), host.recorded("signals").len()), (vec!["start".to_owned()], 1));
+    assert_eq!(host.routed("GET", "/api/info").send().status, 200);
+
+    // One that is shared is restarted when that is asked for.
+    host.set("OPENWORK_SHARED", "true");
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    host.openwork(["daemon", "restart", "--all"]).ok();
+    assert!(!is_alive(service));
+    assert_eq!(orders(&host), ["start", "stop", "start"]);
+    host.openwork(["daemon", "stop", "--all"]).ok();
+}
+
+#[test]
+fn opencode_1_x_has_no_service_to_share() {
+    let host = sharing();
+    host.behave("FAKE_VERSION=1.18.33");
+    let error = host.openwork(["daemon", "start"]).fails(5, "opencode_unsupported");
+    assert!(error["message"].as_str().unwrap().contains("1.18.33"), "{error}");
+    assert!(error["message"].as_str().unwrap().contains("--shared needs 2.x"), "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("OPENWORK_SHARED"), "{error}");
+    assert!(host.starts().is_empty());
+}
+
+#[test]
+fn sharing_is_a_flag_or_a_variable() {
+    let mut host = Host::new();
+    host.exercises(["option --shared", "variable OPENWORK_SHARED"]);
+    for (value, is_given) in [("1", true), ("true", true), ("0", false), ("false", false), ("", false)] {
+        host.set("OPENWORK_SHARED", value);
+        let unit = host.openwork(["service", "print"]).ok().stdout;
+        assert_eq!(unit.contains(" --shared "), is_given, "{value:?}: {unit}");
+    }
+    assert!(host.openwork(["service", "print", "--shared"]).ok().stdout.contains(" --shared "));
+    host.set("OPENWORK_SHARED", "yes");
+    let error = host.openwork(["daemon", "start"]).fails(2, "usage");
+    assert!(error["message"].as_str().unwrap().contains("OPENWORK_SHARED"), "{error}");
+    host.unset("OPENWORK_SHARED");
+    host.openwork(["daemon", "stop", "--keep-opencode", "--all"]).fails(2, "usage");
+}
+
+// --- Whom it is not ---
+
+/// A socket that must not get a byte.
+struct Impostor(TcpListener);
+
+impl Impostor {
+    fn new() -> Impostor {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Impostor(socket)
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.0.local_addr().unwrap())
+    }
+
+    fn port(&self) -> SocketAddr {
+        self.0.local_addr().unwrap()
+    }
+
+    #[track_caller]
+    fn got_nothing(&self) {
+        let error = self.0.accept().map(|_| ()).expect_err("a connection to an impostor");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+}
+
+/// Starting the daemon fails within the time of its tries, and the message says why.
+fn refused(host: &Host, why: &str) {
+    let error = host.openwork(["daemon", "start"]).output();
+    assert_eq!(error.status.code(), Some(5), "{error:?}");
+    assert!(error.stderr.contains(why), "{error:?}");
+    host.openwork(["daemon", "stop"]).ok();
+}
+
+#[test]
+fn a_registration_that_others_could_have_written_gets_nothing() {
+    let host = sharing();
+    let impostor = Impostor::new();
+    for mode in [0o644, 0o660, 0o602] {
+        register(&host, &impostor.url(), std::process::id(), mode);
+        refused(&host, "is open to other users");
+    }
+    register(&host, &impostor.url(), std::process::id(), 0o600);
+    let elsewhere = host.path("elsewhere.json");
+    fs::rename(registration(&host), &elsewhere).unwrap();
+    symlink(&elsewhere, registration(&host)).unwrap();
+    refused(&host, "cannot be read");
+    impostor.got_nothing();
+    assert!(host.starts().is_empty() && orders(&host).is_empty());
+}
+
+#[test]
+fn a_registration_that_names_another_process_gets_nothing() {
+    let host = sharing();
+    host.behave("FAKE_SERVICE_FAILS=1");
+    let impostor = Impostor::new();
+    let mut other = Command::new("sleep").arg("600").spawn().unwrap();
+    // A process of ours that does not hold the socket, and one that is none.
+    for pid in [other.id(), u32::MAX] {
+        register(&host, &impostor.url(), pid, 0o600);
+        refused(&host, "no service today");
+    }
+    // Not even as what runs beside openwork's own.
+    let own = host.openwork(["daemon", "start"]).env("OPENWORK_SHARED", "0").ok();
+    assert!(!own.stderr.contains("a server of its own"), "{own:?}");
+    assert_eq!(host.health()["engine"]["service"], Value::Null);
+    impostor.got_nothing();
+    assert!(is_alive(other.id()), "it is nobody's to end");
+    other.kill().unwrap();
+    other.wait().unwrap();
+    // Elsewhere than on loopback.
+    host.openwork(["daemon", "stop"]).ok();
+    register(&host, &format!("http://0.0.0.0:{}", impostor.port().port()), std::process::id(), 0o600);
+    refused(&host, "on 127.0.0.1 only");
+    impostor.got_nothing();
+}
+
+mod as_root {
+    use super::*;
+    use crate::support::NOBODY;
+    use std::os::unix::fs::chown;
+    use std::os::unix::process::CommandExt;
+
+    /// A host of another user than ours, who is root here.
+    fn of_nobody() -> Host {
+        let mut host = Host::unprivileged();
+        host.set("OPENWORK_SHARED", "1");
+        host
+    }
+
+    #[test]
+    #[ignore = "needs root, to be another user"]
+    fn a_registration_of_another_user_gets_nothing() {
+        let host = of_nobody();
+        let impostor = Impostor::new();
+        // Ours, in the home directory of the user.
+        register(&host, &impostor.url(), std::process::id(), 0o600);
+        for directory in [".local", ".local/state", ".local/state/opencode"] {
+            chown(host.home().join(directory), Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        refused(&host, "cannot be read");
+        // Readable, but of another user.
+        fs::set_permissions(registration(&host), Permissions::from_mode(0o644)).unwrap();
+        refused(&host, "belongs to another user");
+        impostor.got_nothing();
+        assert!(host.starts().is_empty() && orders(&host).is_empty());
+    }
+
+    #[test]
+    #[ignore = "needs root, to be another user"]
+    fn a_registration_that_names_another_users_process_gets_nothing() {
+        // The daemon may look into any process, and this one belongs to somebody else.
+        let host = sharing();
+        host.behave("FAKE_SERVICE_FAILS=1");
+        let theirs = host.path("theirs");
+        copy_program(fake_opencode(), &theirs);
+        fs::set_permissions(host.path("."), Permissions::from_mode(0o755)).unwrap();
+        let port = crate::support::free_port();
+        let mut other = Command::new(&theirs);
+        other.args(["serve", "--hostname", "127.0.0.1", "--port", &port.to_string()]).env_clear();
+        other.env("FAKE_VERSION", "2.3.2").env("HOME", "/").uid(NOBODY).gid(NOBODY).current_dir("/");
+        let mut other = other.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        wait_for("the other user's server", || std::net::TcpStream::connect(address).is_ok());
+        register(&host, &format!("http://{address}"), other.id(), 0o600);
+        assert_eq!(fs::metadata(registration(&host)).unwrap().permissions().mode() & 0o777, 0o600);
+        refused(&host, "no service today");
+        let log = fs::read_to_string(host.file("daemon.log")).unwrap();
+        assert!(!log.contains("found the opencode service"), "{log}");
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
 }

@@ -415,7 +415,15 @@ impl Host {
 
     /// What opencode wants in the `Authorization` header.
     pub fn credentials(&self) -> String {
-        basic("opencode", &self.password())
+        match self.is_shared() {
+            true => basic("opencode", &self.recorded("passwords").pop().expect("a service that was started")),
+            false => basic("opencode", &self.password()),
+        }
+    }
+
+    /// Whether the user's own service is the opencode of its daemons.
+    fn is_shared(&self) -> bool {
+        self.env.iter().any(|(name, value)| name == "OPENWORK_SHARED" && value == "1")
     }
 
     pub fn connect(&self) -> TcpStream {
@@ -547,7 +555,7 @@ impl Host {
 
     /// Ends all that runs here. Returns what `daemon stop` should have ended and has not.
     fn clean_up(&self) -> Vec<String> {
-        for name in ["fake/hang", "fake/hold"] {
+        for name in ["fake/hang", "fake/hold", "fake/hold-service"] {
             let _ = fs::remove_file(self.path(name));
         }
         let running = self.recorded_processes();
@@ -557,7 +565,10 @@ impl Host {
         let daemon_runs = self.lock_text().is_some_and(|(pid, _)| running.contains(&pid));
         let mut left = Vec::new();
         if daemon_runs {
-            let stop = self.openwork(["daemon", "stop"]).env("OPENWORK_DATA_DIR", &self.data);
+            let mut stop = self.openwork(["daemon", "stop"]).env("OPENWORK_DATA_DIR", &self.data);
+            if self.is_shared() {
+                stop.args.push("--all".into());
+            }
             stop.spawn().finish();
             let running = Process::all_of(&self.home()).into_iter();
             left = running.map(|process| format!("{} {}", process.pid, process.argv.join(" "))).collect();
@@ -590,14 +601,15 @@ impl Host {
 
     /// Where the password is to be seen and should not be.
     fn leaked_password(&self) -> Option<&'static str> {
-        let password = self.find_password()?;
-        if self.transcript().contains(&password) {
+        let passwords: Vec<String> = self.find_password().into_iter().chain(self.recorded("passwords")).collect();
+        let has_one = |text: &str| passwords.iter().any(|password| text.contains(password));
+        if has_one(&self.transcript()) {
             return Some("the output of a command");
         }
         let names = ["daemon.log", "daemon.log.1", "opencode.log", "opencode.log.1", "daemon.lock", STATE];
         names.into_iter().find(|name| {
             let bytes = fs::read(self.file(name)).unwrap_or_default();
-            String::from_utf8_lossy(&bytes).contains(&password)
+            has_one(&String::from_utf8_lossy(&bytes))
         })
     }
 }

@@ -19,7 +19,7 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,11 +30,10 @@ use ureq::{Agent, Body};
 use crate::agent::{self, Limit, Listener};
 use crate::error::{Error, Result};
 use crate::framing::{basic, is_json, percent_encode};
-use crate::line::{Line, V2_USERNAME, parse_version};
+use crate::line::{Line, V1_PASSWORD, V1_USERNAME, V2_PASSWORD, V2_USERNAME, parse_version};
 use crate::lock;
-use crate::options::{ALLOCATOR_MARK, EngineOptions, SERVICE_VARIABLES};
+use crate::options::{ALLOCATOR_MARK, EngineOptions, MARKER, SERVICE_VARIABLES};
 use crate::state::{Auth, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_bytes};
-use crate::system::process::Process;
 use crate::system::{limits, signals};
 use crate::wire::from_json;
 
@@ -77,10 +76,9 @@ impl From<CallError> for Error {
 }
 
 impl Endpoint {
-    /// opencode at a listener, which takes these credentials.
-    pub fn new(listener: Listener, generation: u64, line: Line, credentials: &Credentials) -> Endpoint {
-        let (agent, authorization) = (listener.agent(), credentials.of(line).clone());
-        Endpoint { listener, generation, line, authorization, agent }
+    /// opencode at a listener, which takes these credentials (the value of the `Authorization` header).
+    pub fn new(listener: Listener, generation: u64, line: Line, authorization: Arc<str>) -> Endpoint {
+        Endpoint { agent: listener.agent(), listener, generation, line, authorization }
     }
 
     /// A proven connection, for a request that is routed.
@@ -296,7 +294,13 @@ pub struct Manners {
     pub disposes: bool,
     /// When KILL follows the first TERM.
     pub kill_after: Duration,
+    /// Whether it is the user's own service: it is never signalled, and its own command alone starts,
+    /// restarts and stops it.
+    pub is_service: bool,
 }
+
+/// How the user's own service behaves.
+pub const SERVICE_MANNERS: Manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: true };
 
 /// How a line of opencode behaves.
 pub fn manners(line: Line) -> Manners {
@@ -505,7 +509,7 @@ pub fn check_version(binary: &Path, output: &str) -> Result<(String, Line)> {
         return Ok((version, line));
     }
     let version = output.trim().lines().next().unwrap_or_default().chars().take(100).collect();
-    Err(Error::OpencodeUnsupported { path: binary.to_owned(), version })
+    Err(Error::OpencodeUnsupported { path: binary.to_owned(), version, shared: false })
 }
 
 /// The credentials that opencode wants, as values of the `Authorization` header.
@@ -543,26 +547,67 @@ impl Credentials {
 /// there: as long as opencode lives, no daemon starts another one over the same data directory, even one
 /// that cannot see the process, from another container, or that has lost its record.
 pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &Auth, lock: &Path) -> Command {
+    let mut command = launcher(binary, Some(lock));
+    command.args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()]);
+    command.envs(match line {
+        Line::V1 => v1::credentials(auth),
+        Line::V2 => v2::credentials(auth),
+    });
+    command
+}
+
+/// The command of opencode's that starts, restarts or stops the user's own service, behind [`go`] as
+/// [`launch_command`]. The service has its own password, and may outlive every opencode of ours: neither
+/// our password nor our marker is passed on.
+pub fn service_command(binary: &Path, verb: Verb) -> Command {
+    let mut command = launcher(binary, None);
+    command.args(["service", verb.name()]);
+    for name in [MARKER, V1_USERNAME, V1_PASSWORD, V2_PASSWORD] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// This program as it becomes another one, whose arguments are still to come, with this
+/// lock.
+fn launcher(binary: &Path, lock: Option<&Path>) -> Command {
     // Not current_exe(): that is a path, which after an upgrade is another program's or nobody's.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("openwork")
         .arg(LAUNCH_COMMAND)
         .arg(limits::descriptor_limit_before().map_or_else(String::new, |limit| limit.to_string()))
-        .arg(lock)
+        .arg(lock.unwrap_or(Path::new("")))
         .arg(binary)
-        .args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()])
         .stdin(Stdio::piped());
     let ours = std::env::var(ALLOCATOR_MARK).unwrap_or_default();
     let not_passed_on = NOT_PASSED_ON.into_iter().chain(SERVICE_VARIABLES).chain(ABOUT_ONE_REPOSITORY);
     for name in ours.split(',').chain(not_passed_on).filter(|name| !name.is_empty()) {
         command.env_remove(name);
     }
-    command.envs(match line {
-        Line::V1 => v1::credentials(auth),
-        Line::V2 => v2::credentials(auth),
-    });
     command
+}
+
+/// What its own command does with the user's service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// Starts it, if it does not run.
+    Start,
+    /// Ends it, and starts another.
+    Restart,
+    /// Ends it.
+    Stop,
+}
+
+impl Verb {
+    /// As opencode spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verb::Start => "start",
+            Verb::Restart => "restart",
+            Verb::Stop => "stop",
+        }
+    }
 }
 
 /// What is not passed on: what is about the daemon alone, and what `openwork env` says of one
@@ -601,9 +646,9 @@ const ABOUT_ONE_REPOSITORY: [&str; 17] = [
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";
 
-/// Lets a launched process become opencode.
-pub fn go(process: &mut Process) -> io::Result<()> {
-    let mut stdin = process.take_stdin().ok_or(io::ErrorKind::BrokenPipe)?;
+/// Lets a launched process become opencode, by its standard input.
+pub fn go(stdin: Option<ChildStdin>) -> io::Result<()> {
+    let mut stdin = stdin.ok_or(io::ErrorKind::BrokenPipe)?;
     stdin.write_all(b"\n")
 }
 
@@ -618,7 +663,9 @@ pub fn exec_once_recorded(command: &[std::ffi::OsString]) -> u8 {
         return 1; // the daemon has died: start nothing
     }
     let Some(([limit, lock, program], arguments)) = command.split_first_chunk() else { return 1 };
-    let stdin = match lock::try_exclusive(Path::new(lock)) {
+    // A command of the user's service has none: the service is no opencode of ours.
+    let locked = if lock.is_empty() { Ok(None) } else { lock::try_exclusive(Path::new(lock)) };
+    let stdin = match locked {
         Ok(Some(lock)) => lock.file.into(),
         // Held by a command that an earlier opencode left behind: the daemon has made sure of that.
         Ok(None) => Stdio::null(),

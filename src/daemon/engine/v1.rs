@@ -19,7 +19,7 @@ use crate::wire::from_json;
 pub const DISPOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What it disposes is disposed before TERM, so that little is left for it to do then.
-pub const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
+pub const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
 
 /// The exit status of a good end.
 pub const GOOD_END: i32 = 0;

@@ -25,7 +25,7 @@ use crate::wire::from_json;
 pub const DISPOSE_LIMIT: Duration = Duration::from_secs(30);
 
 /// It has no call that disposes everything: TERM does, and took up to 6.8 s.
-pub const MANNERS: Manners = Manners { disposes: false, kill_after: Duration::from_secs(15) };
+pub const MANNERS: Manners = Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
 
 /// The exit status of a good end.
 pub const GOOD_END: i32 = 130;
@@ -45,7 +45,7 @@ pub fn health(endpoint: &Endpoint, deadline: Instant) -> CallResult<String> {
     // 503 while it starts.
     if reply.status == 404 {
         let version = "a 2.x without GET /api/info".to_owned();
-        return Err(CallError::Failed(Error::OpencodeUnsupported { path: "opencode".into(), version }));
+        return Err(CallError::Failed(Error::OpencodeUnsupported { path: "opencode".into(), version, shared: false }));
     }
     match reply.json(("GET", "/api/info"))?.get("version") {
         Some(Value::String(version)) if Line::of(version) == Some(Line::V2) => Ok(version.clone()),

@@ -7,7 +7,8 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::policy::{Answer, Checked, End, Memory};
+use super::policy::{Answer, Checked, End, Ends, Memory};
+use super::worker::Started;
 use crate::daemon::engine::{CallError, Endpoint};
 use crate::error::{Error, ErrorBody, Result};
 use crate::state::EngineRecord;
@@ -25,13 +26,14 @@ pub enum Message {
     /// A call to this generation brought no answer.
     Suspect { generation: u64 },
     /// Stop for good. The process `client` asked for that, perhaps from within opencode.
-    Stop { keep_opencode: bool, client: Option<u32> },
+    Stop { ends: Ends, client: Option<u32> },
     /// The opencode of an earlier daemon was looked for.
     Adopted { job: u64, found: Option<(Process, EngineRecord, Checked)> },
     /// The binary was found and asked for its version.
     Version { job: u64, result: Result<(String, Checked)> },
-    /// A process was started and written down; where its output begins in the log. Bytes.
-    Launched { job: u64, result: Result<(Process, EngineRecord, u64)> },
+    /// A process was started, or the user's service found, and written down; `None` when the service does
+    /// not run, and was not to be started.
+    Launched { job: u64, result: Result<Option<Started>> },
     /// A look at the process, and mostly a health call.
     Probed { generation: u64, report: Report },
     /// All instances are disposed, or that took too long.
@@ -81,6 +83,10 @@ pub struct Status {
     pub ready: Option<Endpoint>,
     /// The URL of the user's own service, if that runs beside it.
     pub service: Option<String>,
+    /// Whether it is the user's own service; while there is no process, whether the next one will be.
+    pub shared: bool,
+    /// What the user's service that was used last wants as `Authorization`.
+    pub(super) service_authorization: Option<Arc<str>>,
     /// Counts the times that it was given up.
     pub(super) failures: u64,
     /// Counts the health calls that were answered.
@@ -98,7 +104,7 @@ impl Status {
             restarts: self.restarts,
             version: self.version.clone(),
             last_error: self.last_error.clone(),
-            shared: false,
+            shared: self.shared,
             service: self.service.clone(),
         }
     }
@@ -148,6 +154,8 @@ impl Handle {
             process: None,
             ready: None,
             service: None,
+            shared: false,
+            service_authorization: None,
             failures: 0,
             checks: 0,
             stopping: false,
@@ -161,10 +169,17 @@ impl Handle {
         self.shared.lock().clone()
     }
 
+    /// Whether opencode is the user's own service, and what that wants as `Authorization`: the value of the
+    /// one that was used last, if there was one. Cheap.
+    pub fn shared(&self) -> Option<Option<Arc<str>>> {
+        let status = self.shared.lock();
+        status.shared.then(|| status.service_authorization.clone())
+    }
+
     /// Asks the supervisor to stop; it replies by ending. The process `client` is the one that asks,
     /// if that is known: it is spared when what opencode has started is ended.
-    pub fn stop(&self, keep_opencode: bool, client: Option<u32>) {
-        let _ = self.messages.send(Message::Stop { keep_opencode, client });
+    pub fn stop(&self, ends: Ends, client: Option<u32>) {
+        let _ = self.messages.send(Message::Stop { ends, client });
     }
 
     /// The event stream of this generation has said something: a sign of life. Cheap.
@@ -305,9 +320,7 @@ mod tests {
 
     use super::*;
     use crate::agent::Listener;
-    use crate::daemon::engine::Credentials;
     use crate::line::Line;
-    use crate::state::Auth;
     use crate::system::process;
 
     #[test]
@@ -317,10 +330,8 @@ mod tests {
         let SocketAddr::V4(address) = bound.local_addr().unwrap() else { panic!("{bound:?}") };
         let process = Arc::new(process::open(std::process::id()).unwrap().unwrap());
         let listener = Listener { address, socket: 0, process };
-        let (opencode_username, opencode_password) = Default::default();
-        let credentials = Credentials::new(&Auth { opencode_username, opencode_password, extra: Default::default() });
         for generation in [1, 2] {
-            let endpoint = Endpoint::new(listener.clone(), generation, Line::V1, &credentials);
+            let endpoint = Endpoint::new(listener.clone(), generation, Line::V1, "".into());
             handle.shared.publish(|status| status.ready = Some(endpoint));
             let ready: Vec<u64> = (0..4).filter(|generation| handle.ready_in(*generation).is_some()).collect();
             assert_eq!(ready, [generation]);

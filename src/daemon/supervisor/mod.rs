@@ -41,16 +41,16 @@ use crate::error::{Error, Result};
 use crate::options::EngineOptions;
 use crate::paths::DataDir;
 use crate::state::{Auth, EngineRecord, Store};
-use crate::system::process::Process;
 use crate::system::wait::Flag;
 use crate::wire::ProcessInfo;
 
 use self::handle::{Handle, Message, Report};
 use self::limits::Limits;
-use self::policy::{Action, Answer, Event, News, Policy, Probe};
+pub use self::policy::Ends;
+use self::policy::{Action, Answer, Cause, Event, Launched, News, Policy, Probe};
 use self::prober::{Look, Prober, Target};
 use self::watcher::Watcher;
-use self::worker::{Grave, Job, Worker};
+use self::worker::{Engine, Grave, Job, Started, Worker};
 
 /// What the supervisor works with.
 pub struct Context {
@@ -72,21 +72,26 @@ pub struct Context {
 
 /// The process that there is.
 struct Held {
-    process: Process,
-    record: EngineRecord,
+    started: Started,
     /// How to call it, once its socket is known.
     endpoint: Option<Endpoint>,
-    /// Where the output of the process begins in the log. Bytes.
-    log_start: u64,
 }
 
 impl Held {
-    fn listener(&self, socket: u32) -> Listener {
-        Listener { address: self.record.address(), socket, process: self.process.pidfd() }
+    fn new(started: Started) -> Held {
+        Held { started, endpoint: None }
     }
 
     fn target(&self, generation: u64) -> Target {
-        Target { generation, pid: self.record.pid, line: self.record.line(), listener: self.listener(0) }
+        let Started { engine, record, authorization, .. } = &self.started;
+        Target {
+            generation,
+            pid: record.pid,
+            line: record.line(),
+            listener: Listener { address: record.address(), socket: 0, process: engine.pidfd() },
+            authorization: authorization.clone(),
+            is_service: engine.is_service(),
+        }
     }
 }
 
@@ -100,8 +105,12 @@ pub struct Supervisor {
     /// Ends a question for a version.
     stopping: Arc<Flag>,
     data_dir: DataDir,
-    /// The credentials it wants.
+    /// The credentials of an opencode of our own.
     credentials: Credentials,
+    /// Whether the next opencode is the user's own service.
+    is_shared: bool,
+    /// What the user's service that was used last wants as `Authorization`.
+    service_authorization: Option<Arc<str>>,
     store: &'static Store,
     instances: &'static Instances,
     events: &'static Events,
@@ -135,10 +144,10 @@ impl Supervisor {
             data_dir: data_dir.clone(),
             store,
             instances,
-            credentials: credentials.clone(),
             max_memory: options.max_memory,
             messages: messages(),
         };
+        let is_shared = options.shared;
         let worker = Worker {
             data_dir: data_dir.clone(),
             options,
@@ -164,6 +173,8 @@ impl Supervisor {
             stopping,
             data_dir,
             credentials,
+            is_shared,
+            service_authorization: None,
             store,
             instances,
             events,
@@ -204,7 +215,7 @@ impl Supervisor {
                 }
                 Err(RecvTimeoutError::Timeout) => Event::Timer,
                 // Cannot be, since we hold a sender; but to go on would be to spin.
-                Err(RecvTimeoutError::Disconnected) => Event::Stop { keep_opencode: true },
+                Err(RecvTimeoutError::Disconnected) => Event::Stop { ends: Ends::Nothing },
             };
             policy.handle(event, Instant::now(), &mut actions);
         }
@@ -215,15 +226,17 @@ impl Supervisor {
         match message {
             Message::Need => Event::Need,
             Message::Suspect { generation } => Event::Suspect { generation },
-            Message::Stop { keep_opencode, client } => {
+            Message::Stop { ends, client } => {
                 self.client = client;
-                Event::Stop { keep_opencode }
+                Event::Stop { ends }
             }
             Message::Adopted { job, found: None } => Event::Adopted { job, found: None },
             Message::Adopted { job, found: Some((process, record, checked)) } => {
                 // What was printed before is not about what happens now.
                 let log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
-                self.held = Some(Held { process, record, endpoint: None, log_start });
+                let authorization = self.credentials.of(record.line()).clone();
+                let engine = Engine::Ours(process);
+                self.held = Some(Held::new(Started { engine, record, authorization, log_start }));
                 Event::Adopted { job, found: Some(checked) }
             }
             Message::Version { job, result } => {
@@ -234,8 +247,17 @@ impl Supervisor {
                 Event::VersionKnown { job, result }
             }
             Message::Launched { job, result } => {
-                let held = |(process, record, log_start)| Held { process, record, endpoint: None, log_start };
-                Event::Launched { job, result: result.map(|launched| self.held = Some(held(launched))) }
+                let result = result.map(|started| match started {
+                    Some(started) => {
+                        if started.engine.is_service() {
+                            self.service_authorization = Some(started.authorization.clone());
+                        }
+                        self.held = Some(Held::new(started));
+                        Launched::Running
+                    }
+                    None => Launched::Absent,
+                });
+                Event::Launched { job, result }
             }
             Message::Probed { generation, report } => {
                 Event::Probed { generation, probe: self.probe(generation, report) }
@@ -259,8 +281,9 @@ impl Supervisor {
         if let (Some(held), Some(socket)) = (&mut self.held, socket) {
             let is_known = held.endpoint.as_ref().is_some_and(|known| known.listener.socket == socket);
             if !is_known {
-                let listener = held.listener(socket);
-                held.endpoint = Some(Endpoint::new(listener, generation, held.record.line(), &self.credentials));
+                let Target { line, listener, authorization, .. } = held.target(generation);
+                let listener = Listener { socket, ..listener };
+                held.endpoint = Some(Endpoint::new(listener, generation, line, authorization));
             }
         }
         Probe { answer, cpu, log, heard: self.handle.shared.was_heard(generation), memory }
@@ -271,7 +294,8 @@ impl Supervisor {
     fn tell_of_service(&mut self) {
         if let (Some(url), false) = (&self.service, self.is_service_told) {
             let notice = format!(
-                "plain `opencode` has a server of its own on {url}, which neither shows nor knows what runs in openwork's"
+                "plain `opencode` has a server of its own on {url}, which knows nothing of what runs in openwork's; \
+                 `openwork daemon restart --all --shared` has one for both"
             );
             crate::log!("{notice}");
             self.store.tell(notice);
@@ -284,13 +308,13 @@ impl Supervisor {
         match action {
             Action::Adopt { job } => self.job(Job::Adopt { job }),
             Action::AskVersion { job, limit } => self.job(Job::Version { job, limit }),
-            Action::CancelVersion => self.stopping.raise(),
-            Action::Launch { job } => self.job(Job::Launch { job }),
+            Action::Cancel => self.stopping.raise(),
+            Action::Launch { job, start } => self.job(Job::Launch { job, start }),
             Action::Watch => {
                 let Some(held) = &self.held else { return };
-                let EngineRecord { instances, strangers, .. } = &held.record;
+                let EngineRecord { instances, strangers, .. } = &held.started.record;
                 self.instances.begin(generation, instances.clone(), strangers.as_deref());
-                self.watcher.watch(Some((held.process.pidfd(), generation)));
+                self.watcher.watch(Some((held.started.engine.pidfd(), generation)));
             }
             Action::Probe { limit, ready } => {
                 let Some(held) = &self.held else { return };
@@ -302,15 +326,18 @@ impl Supervisor {
                 self.job(Job::Dispose { job, target, deadline });
             }
             Action::Signal(signal) => {
-                if let Some(held) = &self.held {
-                    held.process.signal(signal);
+                // The user's service has no signal that we could send.
+                if let Some(Held { started: Started { engine: Engine::Ours(process), .. }, .. }) = &self.held {
+                    process.signal(signal);
                 }
             }
             Action::Bury { job, cause } => {
-                let Some(Held { process, record, log_start, .. }) = self.held.take() else { return };
-                let (address, line) = (record.address(), record.line());
-                let grave = Grave { generation, process, address, line, log_start, cause };
-                self.job(Job::Bury { job, grave, client: self.client });
+                let Some(Held { started, .. }) = self.held.take() else { return };
+                self.job(Job::Bury { job, grave: Grave { generation, started, cause }, client: self.client });
+            }
+            Action::Order { job, verb } => {
+                let Some(Held { started, .. }) = self.held.take() else { return };
+                self.job(Job::Order { job, grave: Grave { generation, started, cause: Cause::Wanted }, verb });
             }
             Action::Release => self.watcher.watch(None),
             Action::Tell(news) => self.tell(news, generation),
@@ -323,13 +350,13 @@ impl Supervisor {
     }
 
     fn tell(&self, news: News, generation: u64) {
-        let pid = self.held.as_ref().map_or(0, |held| held.record.pid);
+        let pid = self.held.as_ref().map_or(0, |held| held.started.record.pid);
         self.events.publish(match news {
             News::Starting => EventKind::EngineStarting { generation, pid },
             News::Ready { adopted } => {
                 let how = if adopted { "adopted" } else { "ready" };
                 let version = self.version.as_deref().unwrap_or_default();
-                let address = self.held.as_ref().map(|held| held.record.base_url.as_str()).unwrap_or_default();
+                let address = self.held.as_ref().map(|held| held.started.record.base_url.as_str()).unwrap_or_default();
                 crate::log!("opencode {version} is {how} on {address} (pid {pid})");
                 EventKind::EngineReady { generation, pid }
             }
@@ -349,13 +376,14 @@ impl Supervisor {
     /// Tells everybody how it is.
     fn publish(&self, policy: &Policy) {
         let generation = policy.generation();
-        let process = self.held.as_ref().map(|held| ProcessInfo {
-            pid: held.record.pid,
-            port: held.record.port,
-            base_url: held.record.base_url.clone(),
-            started_at: held.record.started_at,
+        let process = self.held.as_ref().map(|Held { started: Started { record, .. }, .. }| ProcessInfo {
+            pid: record.pid,
+            port: record.port,
+            base_url: record.base_url.clone(),
+            started_at: record.started_at,
             memory: None,
         });
+        let shared = self.held.as_ref().map_or(self.is_shared, |held| held.started.engine.is_service());
         let is_ready = policy.phase() == crate::wire::Phase::Ready;
         let ready = self.held.as_ref().filter(|_| is_ready).and_then(|held| held.endpoint.clone());
         self.handle.shared.publish(|status| {
@@ -367,6 +395,8 @@ impl Supervisor {
             status.process = process;
             status.ready = ready;
             status.service.clone_from(&self.service);
+            status.shared = shared;
+            status.service_authorization.clone_from(&self.service_authorization);
             status.failures = policy.failures();
             status.checks = policy.checks();
             status.stopping = policy.is_stopping();

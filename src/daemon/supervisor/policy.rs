@@ -7,7 +7,10 @@
 //! is dropped; what is wanted ([`Want`]) is apart from what is ([`Phase`]).
 //!
 //! An opencode that an earlier daemon started is no special case: it enters in [`Phase::Starting`]
-//! like one that was just launched, and has to answer like it.
+//! like one that was just launched, and has to answer like it. Nor is the user's own service
+//! ([`Manners::is_service`]), but that it is never signalled: where an opencode of our own gets TERM, the
+//! service is restarted by its own command; where the daemon stops, the service stays; and where it has
+//! ended, it is looked for, and started only when a request needs it.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -39,13 +42,13 @@ mod steps;
 #[cfg(test)]
 mod tests;
 
-pub use self::language::{Action, Answer, Cause, Checked, End, Event, Memory, News, Probe};
+pub use self::language::{Action, Answer, Cause, Checked, End, Ends, Event, Launched, Memory, News, Probe};
 
 /// What is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Want {
     Run,
-    Stop { keep_opencode: bool },
+    Stop { ends: Ends },
 }
 
 /// Where a process comes from.
@@ -129,6 +132,9 @@ enum Phase {
     Burying { was_ready: bool, then: Option<Then> },
     /// A pause before the next start.
     Waiting { until: Instant },
+    /// The user's service does not run, and nobody needs it: it is looked for at `until`, and after twice
+    /// the pause next time.
+    Absent { until: Instant, pause: Duration },
     /// opencode stays down until somebody asks for it.
     Failed,
     /// The end of the supervisor.
@@ -156,6 +162,11 @@ pub struct Policy {
     recent: VecDeque<Instant>,
     /// The next launch replaces a process that had failed.
     restarting: bool,
+    /// A request has asked for opencode, which was not ready then, and has not been since. Only the user's
+    /// service waits for that.
+    needed: bool,
+    /// The pause before the user's service is looked for again.
+    look_pause: Duration,
     /// The next failure is final: somebody has asked for one more attempt.
     last_attempt: bool,
     /// Ports that turned out to be taken, in a row.
@@ -169,7 +180,8 @@ pub struct Policy {
 impl Policy {
     /// A policy at the start of the daemon. `recorded`: the state file names an opencode.
     pub fn new(limits: Limits, recorded: bool, out: &mut Vec<Action>) -> Policy {
-        let manners = Manners { disposes: false, kill_after: Duration::ZERO };
+        let manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: false };
+        let look_pause = limits.backoff_first;
         let mut policy = Policy {
             limits,
             phase: Phase::Failed,
@@ -185,6 +197,8 @@ impl Policy {
             in_a_row: 0,
             recent: VecDeque::new(),
             restarting: false,
+            needed: false,
+            look_pause,
             last_attempt: false,
             taken_ports: 0,
             is_too_large: false,
@@ -208,7 +222,7 @@ impl Policy {
             Phase::Starting(Starting { until, probing: true, .. }) => Some(*until),
             Phase::Ready(Ready { probe_at, probing: false, .. }) => Some(*probe_at),
             Phase::Ready(Ready { probing: true, .. }) => None,
-            Phase::Disposing { until, .. } | Phase::Waiting { until } => Some(*until),
+            Phase::Disposing { until, .. } | Phase::Waiting { until } | Phase::Absent { until, .. } => Some(*until),
             Phase::Terminating { since, again, .. } => Some(*again.min(&(*since + self.manners.kill_after))),
             Phase::Killed { since, .. } => Some(*since + self.limits.killed),
             Phase::Stuck | Phase::Failed => None,
@@ -254,51 +268,65 @@ impl Policy {
         match (phase, event) {
             // Somebody needs opencode, or has met one that does not answer.
             (Failed, Event::Need | Event::Suspect { .. }) => {
-                self.last_attempt = true;
+                (self.last_attempt, self.needed) = (true, true);
+                self.start(out)
+            }
+            (Absent { .. }, Event::Need | Event::Suspect { .. }) => {
+                self.needed = true;
                 self.start(out)
             }
             (Stuck, Event::Need | Event::Suspect { .. }) => self.stuck(out),
             (Ready(ready), Event::Suspect { generation }) if generation == self.generation => {
+                self.needed = true;
                 Ready(self::Ready { probe_at: now, ..ready })
             }
-            (phase @ (Adopting | Checking | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. }
-                | Killed { .. } | Burying { .. } | Waiting { .. } | Stopped), Event::Need | Event::Suspect { .. }) => phase,
+            (phase @ (Ready(_) | Stopped), Event::Need | Event::Suspect { .. }) => phase,
+            (phase @ (Adopting | Checking | Launching | Starting(_) | Disposing { .. } | Terminating { .. }
+                | Killed { .. } | Burying { .. } | Waiting { .. }), Event::Need | Event::Suspect { .. }) => {
+                self.needed = true;
+                phase
+            }
 
             // The daemon is to stop.
-            (Starting(_) | Ready(_), Event::Stop { keep_opencode }) if self.want_stop(keep_opencode, now) => self.leave(out),
+            (Starting(_) | Ready(_), Event::Stop { ends }) if self.want_stop(ends, now) => self.leave(out),
             // An adopted opencode may serve sessions, which are closed in good order.
             (Starting(self::Starting { origin: Origin::Adopted, .. }) | Ready(_), Event::Stop { .. }) => {
                 self.dispose(Then::Stop, now, out)
             }
             (Starting(_), Event::Stop { .. }) => self.terminate(Then::Stop, now, out),
-            (Disposing { until, .. }, Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
+            (Disposing { until, .. }, Event::Stop { ends }) => {
+                self.want_stop(ends, now);
                 Disposing { until, then: Then::Stop }
             }
-            (Terminating { since, again, .. }, Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
+            (Terminating { since, again, .. }, Event::Stop { ends }) => {
+                self.want_stop(ends, now);
                 Terminating { since, again, then: Then::Stop }
             }
-            (Killed { since, .. }, Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
+            (Killed { since, .. }, Event::Stop { ends }) => {
+                self.want_stop(ends, now);
                 Killed { since, then: Then::Stop }
             }
-            (Burying { was_ready, .. }, Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
+            (Burying { was_ready, .. }, Event::Stop { ends }) => {
+                self.want_stop(ends, now);
                 Burying { was_ready, then: Some(Then::Stop) }
             }
-            (Checking, Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
-                out.push(Action::CancelVersion);
+            (Checking, Event::Stop { ends }) => {
+                self.want_stop(ends, now);
+                out.push(Action::Cancel);
                 Checking
             }
+            // The user's service stays, whatever its command is about to do.
+            (Launching, Event::Stop { ends }) if self.want_stop(ends, now) && self.manners.is_service => {
+                out.push(Action::Cancel);
+                Launching
+            }
             // What is under way there cannot be taken back: its answer decides.
-            (phase @ (Adopting | Launching), Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
+            (phase @ (Adopting | Launching), Event::Stop { ends }) => {
+                self.want_stop(ends, now);
                 phase
             }
-            (Stuck | Waiting { .. } | Failed | Stopped, Event::Stop { keep_opencode }) => {
-                self.want_stop(keep_opencode, now);
+            (Stuck | Waiting { .. } | Absent { .. } | Failed | Stopped, Event::Stop { ends }) => {
+                self.want_stop(ends, now);
                 Stopped
             }
 
@@ -307,27 +335,28 @@ impl Policy {
             (Adopting, Event::Adopted { found: Some(found), .. }) => self.adopt(found, now, out),
             (Checking, Event::VersionKnown { result: Ok(checked), .. }) => self.launch(checked, out),
             (Checking, Event::VersionKnown { result: Err(e), .. }) => self.failed(e, now, out),
-            (Launching, Event::Launched { result: Ok(()), .. }) => self.launched(now, out),
+            (Launching, Event::Launched { result: Ok(Launched::Running), .. }) => self.launched(now, out),
+            (Launching, Event::Launched { result: Ok(Launched::Absent), .. }) => self.absent(now, out),
             (Launching, Event::Launched { result: Err(e), .. }) => self.failed(e, now, out),
             (Disposing { then, .. }, Event::Disposed { .. }) => self.terminate(then, now, out),
             (Burying { was_ready, then }, Event::Buried { end, .. }) => self.buried(was_ready, then, end, now, out),
             // None of these is under way then.
             (phase @ (Checking | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Failed | Stopped), Event::Adopted { .. }) => phase,
+                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Adopted { .. }) => phase,
             (phase @ (Adopting | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Failed | Stopped), Event::VersionKnown { .. }) => phase,
+                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::VersionKnown { .. }) => phase,
             (phase @ (Adopting | Checking | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Failed | Stopped), Event::Launched { .. }) => phase,
+                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Launched { .. }) => phase,
             (phase @ (Adopting | Checking | Launching | Starting(_) | Ready(_) | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Failed | Stopped), Event::Disposed { .. }) => phase,
+                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Disposed { .. }) => phase,
             (phase @ (Adopting | Checking | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. }
-                | Killed { .. } | Stuck | Waiting { .. } | Failed | Stopped), Event::Buried { .. }) => phase,
+                | Killed { .. } | Stuck | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Buried { .. }) => phase,
 
             // The process was looked at.
             (Starting(starting), Event::Probed { probe, .. }) => self.probed_starting(starting, probe, now, out),
             (Ready(ready), Event::Probed { probe, .. }) => self.probed_ready(ready, probe, now, out),
             (phase @ (Adopting | Checking | Launching | Disposing { .. } | Terminating { .. } | Killed { .. } | Stuck
-                | Burying { .. } | Waiting { .. } | Failed | Stopped), Event::Probed { .. }) => phase,
+                | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Probed { .. }) => phase,
 
             // The process has ended.
             (Starting(_), Event::Exited { .. }) => self.bury(false, None, out),
@@ -339,8 +368,8 @@ impl Policy {
                 self.bury(false, Some(then), out)
             }
             (Stuck, Event::Exited { .. }) => self.bury(false, Some(Then::Start), out),
-            (phase @ (Adopting | Checking | Launching | Burying { .. } | Waiting { .. } | Failed | Stopped),
-                Event::Exited { .. }) => phase,
+            (phase @ (Adopting | Checking | Launching | Burying { .. } | Waiting { .. } | Absent { .. } | Failed
+                | Stopped), Event::Exited { .. }) => phase,
 
             // Time has passed.
             (Starting(starting), Event::Timer) => self.look(starting, now, out),
@@ -358,21 +387,28 @@ impl Policy {
             }
             (Killed { since, .. }, Event::Timer) if now >= since + self.limits.killed => self.stuck(out),
             (Waiting { until }, Event::Timer) if now >= until => self.start(out),
+            (Absent { until, pause }, Event::Timer) if now >= until => {
+                self.look_pause = (pause * 2).min(self.limits.probe_interval);
+                out.push(Action::Launch { job: self.next_job(), start: false });
+                Launching
+            }
             (phase @ (Adopting | Checking | Launching | Disposing { .. } | Terminating { .. } | Killed { .. } | Stuck
-                | Burying { .. } | Waiting { .. } | Failed | Stopped), Event::Timer) => phase,
+                | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Timer) => phase,
         }
     }
 
     /// The phase as it is published.
     pub fn phase(&self) -> PhaseName {
         match &self.phase {
+            // A look for the user's service starts nothing.
+            Phase::Checking | Phase::Launching if self.manners.is_service && !self.needed => PhaseName::Waiting,
             Phase::Adopting | Phase::Checking | Phase::Launching | Phase::Starting(_) => PhaseName::Starting,
             Phase::Ready(_) => PhaseName::Ready,
             Phase::Disposing { .. } | Phase::Terminating { .. } | Phase::Killed { .. } | Phase::Stopped => {
                 PhaseName::Stopping
             }
             Phase::Burying { then: Some(_), .. } => PhaseName::Stopping,
-            Phase::Burying { then: None, .. } | Phase::Waiting { .. } => PhaseName::Waiting,
+            Phase::Burying { then: None, .. } | Phase::Waiting { .. } | Phase::Absent { .. } => PhaseName::Waiting,
             Phase::Stuck | Phase::Failed => PhaseName::Failed,
         }
     }

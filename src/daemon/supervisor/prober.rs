@@ -2,13 +2,14 @@
 //! is, so that a lack of threads cannot be taken for silence.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use super::handle::{Message, Report};
 use super::policy::{Answer, Memory};
 use crate::agent::Listener;
-use crate::daemon::engine::{CallError, Credentials, Endpoint};
+use crate::daemon::engine::{CallError, Endpoint};
 use crate::daemon::instances::Instances;
 use crate::error::Error;
 use crate::line::Line;
@@ -36,6 +37,10 @@ pub struct Target {
     pub line: Line,
     /// Where it is to listen; its socket is still to be found.
     pub listener: Listener,
+    /// What it wants as `Authorization`.
+    pub authorization: Arc<str>,
+    /// Whether it is the user's own service.
+    pub is_service: bool,
 }
 
 /// A look at a process.
@@ -56,8 +61,6 @@ pub struct Prober {
     pub store: &'static Store,
     /// Which instances it has loaded.
     pub instances: &'static Instances,
-    /// The credentials it wants.
-    pub credentials: Credentials,
     /// More memory than this, with all that it has started, is too much. Bytes.
     pub max_memory: Option<u64>,
     /// The supervisor.
@@ -86,7 +89,7 @@ impl Prober {
             }
         }
         let (mut memory, mut holder) = (None, None);
-        let (answer, version) = match find(&look.target, &self.credentials) {
+        let (answer, version) = match find(&look.target) {
             Err(e) => (Answer::NotAsked(Error::Internal(format!("cannot look at opencode: {e}"))), None),
             Ok(None) => (without_listener(&look), None),
             Ok(Some((endpoint, listening))) => {
@@ -101,8 +104,8 @@ impl Prober {
                 (answer, version)
             }
         };
-        let service = match (&answer, look.target.line) {
-            (Answer::Healthy, Line::V2) => service::find().map(|service| service.registration.url),
+        let service = match (&answer, look.target.line, look.target.is_service) {
+            (Answer::Healthy, Line::V2, false) => service::find().map(|service| service.registration.url),
             (..) => None,
         };
         Report {
@@ -120,7 +123,7 @@ impl Prober {
     fn weigh(&self, endpoint: &Endpoint) -> Option<Memory> {
         let max = self.max_memory?;
         let record = self.store.snapshot().opencode.clone()?;
-        let exceeds = process::family_share(&record.engine_id)? > max;
+        let exceeds = process::share(&record.processes())? > max;
         let deadline = Instant::now() + SESSIONS_LIMIT;
         let loaded = self.store.latest().opencode.as_ref().map(|engine| engine.instances.clone());
         let loaded = loaded.unwrap_or_default();
@@ -134,11 +137,11 @@ impl Prober {
 ///
 /// # Errors
 /// When this process lacks a resource for the look.
-pub fn find(target: &Target, credentials: &Credentials) -> io::Result<Option<(Endpoint, Listening)>> {
-    let Target { generation, pid, line, listener } = target;
+pub fn find(target: &Target) -> io::Result<Option<(Endpoint, Listening)>> {
+    let Target { generation, pid, line, listener, authorization, .. } = target;
     let Some(listening) = socket::listening(*pid, listener.address)? else { return Ok(None) };
     let listener = Listener { socket: listening.inode, ..listener.clone() };
-    Ok(Some((Endpoint::new(listener, *generation, *line, credentials), listening)))
+    Ok(Some((Endpoint::new(listener, *generation, *line, authorization.clone()), listening)))
 }
 
 /// Asks for its health.

@@ -1,15 +1,19 @@
 //! What the supervisor has done elsewhere, since it may block: finding the binary, asking for its
-//! version, starting, adopting and burying a process. One job after the other, each of which is
-//! answered by a message.
+//! version, starting, adopting and burying a process; finding the user's own service, and having it
+//! started, restarted and stopped by its own command. One job after the other, each of which is answered
+//! by a message.
 //!
-//! Invariant: what proves a process ours is on disk before the process can do anything.
+//! Invariants: what proves a process ours is on disk before the process can do anything; the user's
+//! service, and what it has started, is never signalled ([`Engine`] has no way to).
 
-use std::net::SocketAddrV4;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -18,7 +22,7 @@ use rustix::process::Signal;
 use super::handle::Message;
 use super::policy::{Cause, Checked, End};
 use super::prober::{self, Target};
-use crate::daemon::engine::{self, Credentials};
+use crate::daemon::engine::{self, Credentials, Verb};
 use crate::daemon::instances::{Failure, Instances};
 use crate::error::{Error, Result};
 use crate::line::{Line, migration};
@@ -26,6 +30,7 @@ use crate::lock;
 use crate::log::{self, now_ms};
 use crate::options::EngineOptions;
 use crate::paths::{DataDir, find_opencode};
+use crate::service::{self, Service};
 use crate::state::{Auth, BinaryRecord, EngineRecord, Store, random_hex};
 use crate::system;
 use crate::system::limits::is_exhausted;
@@ -37,33 +42,75 @@ const LAST_LINES: usize = 20;
 /// The longest answer to `--version` that is read: a version is a few bytes. Bytes.
 const VERSION_LENGTH: usize = 4096;
 
+/// How long the command that starts or restarts the user's service may take. It returns when the service
+/// answers: 5 s, 15 s more for an orderly end of the one before, and longer on a slow machine.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long the command that stops the service may take: an orderly end takes up to 15 s, and the daemon's
+/// own stop is over after 45 s.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How long a registration may be awaited once the command has returned, which is after the registration.
+const REGISTERED_LIMIT: Duration = Duration::from_secs(5);
+/// How often it is looked for.
+const REGISTERED_INTERVAL: Duration = Duration::from_millis(50);
+
 /// A job.
 pub enum Job {
     /// Look for the opencode that the state file names; end what it left if it does not live.
     Adopt { job: u64 },
     /// Find the binary, and its version.
     Version { job: u64, limit: Duration },
-    /// Start a process.
-    Launch { job: u64 },
+    /// Start a process; the user's service only when `start` says so, and it does not run.
+    Launch { job: u64, start: bool },
     /// Dispose all instances of opencode.
     Dispose { job: u64, target: Target, deadline: Instant },
     /// End what a process left, and reap it. A command with this id asked for its end, perhaps from
     /// within.
     Bury { job: u64, grave: Grave, client: Option<u32> },
+    /// Have its own command do this with the user's service.
+    Order { job: u64, grave: Grave, verb: Verb },
 }
 
-/// A process that has ended.
+/// The process of an opencode.
+pub enum Engine {
+    /// Started by us, or by a daemon before us.
+    Ours(Process),
+    /// The user's own service.
+    Service(Arc<OwnedFd>),
+}
+
+impl Engine {
+    /// Readable once it has ended.
+    pub fn pidfd(&self) -> Arc<OwnedFd> {
+        match self {
+            Engine::Ours(process) => process.pidfd(),
+            Engine::Service(pidfd) => pidfd.clone(),
+        }
+    }
+
+    /// Whether it is the user's own service.
+    pub fn is_service(&self) -> bool {
+        matches!(self, Engine::Service(_))
+    }
+}
+
+/// An opencode that was started, or found, and written down.
+pub struct Started {
+    /// Its process.
+    pub engine: Engine,
+    /// What the state file says of it.
+    pub record: EngineRecord,
+    /// What it wants as `Authorization`.
+    pub authorization: Arc<str>,
+    /// Where its output begins in the log. Bytes.
+    pub log_start: u64,
+}
+
+/// A process that has ended, or is used no more.
 pub struct Grave {
     /// Counts the processes.
     pub generation: u64,
     /// The process, not reaped yet.
-    pub process: Process,
-    /// Where it listened, or was to.
-    pub address: SocketAddrV4,
-    /// Which protocol it spoke.
-    pub line: Line,
-    /// Where its output begins in the log. Bytes.
-    pub log_start: u64,
+    pub started: Started,
     /// Why it has ended.
     pub cause: Cause,
 }
@@ -99,21 +146,26 @@ impl Worker {
             let message = match job {
                 Job::Adopt { job } => Message::Adopted { job, found: self.adopt() },
                 Job::Version { job, limit } => Message::Version { job, result: self.version(limit) },
-                Job::Launch { job } => Message::Launched { job, result: self.launch() },
+                Job::Launch { job, start } if self.options.shared => {
+                    Message::Launched { job, result: self.find_service(start) }
+                }
+                Job::Launch { job, .. } => Message::Launched { job, result: self.launch().map(Some) },
                 Job::Dispose { job, target, deadline } => {
-                    if let Ok(Some((endpoint, _))) = prober::find(&target, &self.credentials) {
+                    if let Ok(Some((endpoint, _))) = prober::find(&target) {
                         let _ = endpoint.dispose_all(deadline);
                     }
                     Message::Disposed { job }
                 }
                 Job::Bury { job, grave, client } => Message::Buried { job, end: self.bury(grave, client) },
+                Job::Order { job, grave, verb } => Message::Buried { job, end: self.order(grave, verb) },
             };
             let _ = self.messages.send(message);
         }
     }
 
     fn adopt(&self) -> Option<(Process, EngineRecord, Checked)> {
-        let record = self.store.snapshot().opencode.clone()?;
+        // The user's service is found by its registration, whatever we have written down.
+        let record = self.store.snapshot().opencode.clone().filter(|record| record.service.is_none())?;
         let Some(process) = Process::adopt(&record.identity()) else {
             if !record.engine_id.is_empty() {
                 process::sweep(&record.engine_id, self.grace, &[]);
@@ -145,9 +197,13 @@ impl Worker {
         if let Some(warning) = migration(before, line) {
             crate::log!("{warning}");
         }
+        if self.options.shared && line == Line::V1 {
+            return Err(Error::OpencodeUnsupported { path: binary, version, shared: true });
+        }
         self.instances.version_is(&version);
         self.binary = Some((binary, version.clone(), line));
-        Ok((version, Checked { manners: engine::manners(line), age: Duration::ZERO }))
+        let manners = if self.options.shared { engine::SERVICE_MANNERS } else { engine::manners(line) };
+        Ok((version, Checked { manners, age: Duration::ZERO }))
     }
 
     fn ask_version(&self, binary: &Path, limit: Duration) -> Result<(String, Line)> {
@@ -182,11 +238,14 @@ impl Worker {
         }
     }
 
-    /// Starts the process: it is written down before it can do anything. With it, where its output begins
-    /// in the log, in bytes.
-    fn launch(&self) -> Result<(Process, EngineRecord, u64)> {
-        let found = self.binary.as_ref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))?;
-        let (binary, version, line) = found;
+    /// The binary that was found last, with its version and line.
+    fn binary(&self) -> Result<&(PathBuf, String, Line)> {
+        self.binary.as_ref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))
+    }
+
+    /// Starts the process: it is written down before it can do anything.
+    fn launch(&self) -> Result<Started> {
+        let (binary, version, line) = self.binary()?;
         let lock = self.data_dir.opencode_lock();
         require_unlocked(&lock)?;
         let address = engine::choose_address(&self.options, &self.store.snapshot().ports)?;
@@ -211,6 +270,7 @@ impl Worker {
             version: Some(version.clone()),
             instances: Vec::new(),
             strangers: None,
+            service: None,
             extra: serde_json::Map::new(),
         };
         let written = self.store.update(|state| {
@@ -219,7 +279,7 @@ impl Worker {
             Ok(())
         });
         let told = written.and_then(|()| {
-            engine::go(&mut process).map_err(|e| Error::OpencodeStartFailed(format!("it ended at once: {e}")))
+            engine::go(process.take_stdin()).map_err(|e| Error::OpencodeStartFailed(format!("it ended at once: {e}")))
         });
         if let Err(e) = told {
             process.signal(Signal::KILL); // it waits for the word, and nothing is lost with it
@@ -228,11 +288,110 @@ impl Worker {
             return Err(e);
         }
         crate::log!("starting {} on {address} (pid {pid})", binary.display());
-        Ok((process, record, log_start))
+        let authorization = self.credentials.of(*line).clone();
+        Ok(Started { engine: Engine::Ours(process), record, authorization, log_start })
+    }
+
+    /// Finds the user's service, and has it started first if that is asked for and it does not run; `None`
+    /// when it does not.
+    fn find_service(&self, start: bool) -> Result<Option<Started>> {
+        require_unlocked(&self.data_dir.opencode_lock())?;
+        let path = service::path()?;
+        let look = || service::read(&path)?.map_or(Ok(None), service::prove);
+        let mut found = look()?;
+        if found.is_none() && start {
+            self.command(Verb::Start, START_LIMIT)?;
+            let deadline = Instant::now() + REGISTERED_LIMIT;
+            found = look()?;
+            while found.is_none() && Instant::now() < deadline && !self.stopping.is_raised() {
+                thread::sleep(REGISTERED_INTERVAL);
+                found = look()?;
+            }
+            if found.is_none() {
+                return Err(Error::OpencodeStartFailed(format!(
+                    "`opencode service start` has left no service of this user that {} names",
+                    path.display()
+                )));
+            }
+        }
+        let Some(Service { registration, listener }) = found else { return Ok(None) };
+        let log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
+        let record = EngineRecord {
+            pid: registration.pid,
+            port: listener.address.port(),
+            base_url: format!("http://{}", listener.address),
+            started_at: process::started_at(registration.pid).unwrap_or_else(now_ms),
+            engine_id: String::new(),
+            start_ticks: 0,
+            boot_id: String::new(),
+            version: registration.version.clone().or_else(|| Some(self.binary.as_ref()?.1.clone())),
+            instances: Vec::new(),
+            strangers: None,
+            service: Some(path.to_string_lossy().into_owned()),
+            extra: serde_json::Map::new(),
+        };
+        self.store.update(|state| {
+            state.opencode = Some(record.clone());
+            Ok(())
+        })?;
+        crate::log!("found the opencode service (pid {}) on {}", record.pid, record.base_url);
+        let authorization = registration.authorization().into();
+        Ok(Some(Started { engine: Engine::Service(listener.process), record, authorization, log_start }))
+    }
+
+    /// Has its own command do something with the user's service. What the command prints goes to opencode's
+    /// log.
+    fn command(&self, verb: Verb, limit: Duration) -> Result<()> {
+        let (binary, ..) = self.binary()?;
+        let what = format!("{} service {}", binary.display(), verb.name());
+        let log_path = self.data_dir.opencode_log();
+        let log = log::open(&log_path).map_err(|e| Error::io("open", &log_path, e))?;
+        let log_too = log.try_clone().map_err(|e| Error::io("open", &log_path, e))?;
+        let log_start = log.metadata().map_or(0, |metadata| metadata.len());
+        let mut command = engine::service_command(binary, verb);
+        command.current_dir(self.data_dir.opencode_cwd()).stdout(log).stderr(log_too);
+        crate::log!("running {what}");
+        let failed = |why: String| Error::OpencodeStartFailed(format!("`{what}` {why}"));
+        match process::run(&mut command, engine::go, &self.stopping, Instant::now() + limit) {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => {
+                let output = log::tail(&log_path, log_start, LAST_LINES).unwrap_or_default().join("\n");
+                Err(failed(format!("ended with {status}; its last output:\n{output}")))
+            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                Err(failed(format!("did not end within {} s", limit.as_secs())))
+            }
+            Err(e) => Err(spawn_failed(e, |e| failed(format!("failed: {e}")))),
+        }
+    }
+
+    /// Has the user's service end, or be replaced. Should its command fail, that is said in the log, and the
+    /// next look finds the service as it is.
+    fn order(&self, grave: Grave, verb: Verb) -> End {
+        let Grave { generation, started: Started { record, .. }, .. } = grave;
+        let limit = match verb {
+            Verb::Start | Verb::Restart => START_LIMIT,
+            Verb::Stop => STOP_LIMIT,
+        };
+        let how = match self.command(verb, limit) {
+            Ok(()) => format!("ended by `opencode service {}`", verb.name()),
+            Err(e) => {
+                crate::log!("{e}");
+                format!("not ended by `opencode service {}`", verb.name())
+            }
+        };
+        self.instances.ended(generation, None);
+        self.forget();
+        End { pid: record.pid, how, output: String::new(), port_taken: false }
     }
 
     fn bury(&self, grave: Grave, client: Option<u32>) -> End {
-        let Grave { generation, process, address, line, log_start, cause } = grave;
+        let Grave { generation, started: Started { engine, record, log_start, .. }, cause } = grave;
+        let (address, line) = (record.address(), record.line());
+        let process = match engine {
+            Engine::Ours(process) => process,
+            Engine::Service(_) => return self.leave(generation, &record, cause),
+        };
         let Identity { pid, engine_id, .. } = process.identity().clone();
         let spared = client.map_or_else(Vec::new, |client| process::ancestors(client, &engine_id));
         let status = process.bury(self.grace, &spared);
@@ -251,6 +410,21 @@ impl Worker {
         self.instances.ended(generation, failure);
         self.forget();
         End { pid, how, output, port_taken: self.options.port.is_none() && !engine::is_free(address) }
+    }
+
+    /// What the user's service has started is none of ours to end.
+    fn leave(&self, generation: u64, record: &EngineRecord, cause: Cause) -> End {
+        let how = match cause {
+            Cause::Itself => "has ended",
+            Cause::Failure | Cause::Wanted => "is left alone",
+        };
+        crate::log!("the opencode service (pid {}) {how}", record.pid);
+        // Nobody but its parent is told how a process has ended. One that ended while it loaded a workspace
+        // may well have ended by that.
+        let failure = (cause == Cause::Itself).then(|| Failure { how: how.to_owned(), output: String::new() });
+        self.instances.ended(generation, failure);
+        self.forget();
+        End { pid: record.pid, how: how.to_owned(), output: String::new(), port_taken: false }
     }
 
     /// Takes the record of a process that has ended off the disk. Should that fail, nothing is lost: the

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::daemon::engine::Manners;
+use crate::daemon::engine::{Manners, Verb};
 use crate::error::{Error, ErrorBody, Result};
 
 /// What is known of an opencode before it is started or adopted.
@@ -68,6 +68,26 @@ pub struct End {
     pub port_taken: bool,
 }
 
+/// What a stop of the daemon ends beside it. Of several wishes the widest wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ends {
+    /// opencode keeps running, for the next daemon.
+    Nothing,
+    /// An opencode of our own; the user's own service stays.
+    Ours,
+    /// The user's own service too.
+    Service,
+}
+
+/// What a launch has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launched {
+    /// A process, which is on disk.
+    Running,
+    /// The user's service does not run, and was not to be started.
+    Absent,
+}
+
 /// What happens.
 #[derive(Debug)]
 pub enum Event {
@@ -76,13 +96,13 @@ pub enum Event {
     /// A call to this generation brought no answer.
     Suspect { generation: u64 },
     /// Stop for good.
-    Stop { keep_opencode: bool },
+    Stop { ends: Ends },
     /// The opencode of an earlier daemon was looked for.
     Adopted { job: u64, found: Option<Checked> },
     /// The binary was found and asked for its version.
     VersionKnown { job: u64, result: Result<Checked> },
-    /// A process was started, and is on disk.
-    Launched { job: u64, result: Result<()> },
+    /// A process was started, or the user's service was looked for.
+    Launched { job: u64, result: Result<Launched> },
     /// The process was looked at.
     Probed { generation: u64, probe: Probe },
     /// All instances are disposed, or that took too long.
@@ -102,10 +122,12 @@ pub enum Action {
     Adopt { job: u64 },
     /// Find the binary and ask for its version.
     AskVersion { job: u64, limit: Duration },
-    /// End the question for the version; it still is answered.
-    CancelVersion,
-    /// Start a process, and write it down before it can do anything.
-    Launch { job: u64 },
+    /// Do not wait any longer for a version, or for a command of the user's service; the job is answered
+    /// all the same.
+    Cancel,
+    /// Start a process, and write it down before it can do anything. The user's service is looked for, and
+    /// started only when `start` says so.
+    Launch { job: u64, start: bool },
     /// A process is there: have its end reported.
     Watch,
     /// Look at the process and ask for its health; whether it was ready before.
@@ -116,6 +138,8 @@ pub enum Action {
     Signal(Signal),
     /// End all that the process left, reap it, take the record off the disk.
     Bury { job: u64, cause: Cause },
+    /// Have its own command do this with the user's service; answered by [`Event::Buried`].
+    Order { job: u64, verb: Verb },
     /// Leave the process as it is, for the next daemon.
     Release,
     /// Tell whoever listens to events.

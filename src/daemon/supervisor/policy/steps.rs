@@ -5,21 +5,33 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::{
-    Action, Answer, Cause, Checked, End, Memory, News, Origin, Patience, Phase, Policy, Probe, Ready, Starting, Then,
-    Want,
+    Action, Answer, Cause, Checked, End, Ends, Memory, News, Origin, Patience, Phase, Policy, Probe, Ready, Starting,
+    Then, Want,
 };
+use crate::daemon::engine::Verb;
 use crate::daemon::supervisor::silence::{Progress, Silence};
 use crate::error::Error;
 
 impl Policy {
     /// From now on a stop is wanted; whether opencode is to be kept.
-    pub(super) fn want_stop(&mut self, keep_opencode: bool, now: Instant) -> bool {
-        // Stopping for good wins over keeping, whichever comes first.
-        let ended = matches!(self.want, Want::Stop { keep_opencode: false }) && !planted!(self, KeepWins);
-        let keep_opencode = keep_opencode && !ended;
-        self.want = Want::Stop { keep_opencode };
+    pub(super) fn want_stop(&mut self, ends: Ends, now: Instant) -> bool {
+        // Ending more wins over ending less, whichever comes first.
+        let before = match self.want {
+            Want::Stop { ends } if !planted!(self, KeepWins) => ends,
+            Want::Stop { .. } | Want::Run => Ends::Nothing,
+        };
+        self.want = Want::Stop { ends: ends.max(before) };
         self.stop_by.get_or_insert(now + self.limits.stop);
-        keep_opencode
+        self.keeps()
+    }
+
+    /// Whether the stop that is wanted keeps opencode.
+    fn keeps(&self) -> bool {
+        match self.want {
+            Want::Run | Want::Stop { ends: Ends::Service } => false,
+            Want::Stop { ends: Ends::Nothing } => true,
+            Want::Stop { ends: Ends::Ours } => self.manners.is_service,
+        }
     }
 
     /// Leaves the process, if there is one, to the next daemon.
@@ -47,8 +59,17 @@ impl Policy {
             return Phase::Stopped;
         }
         self.manners = checked.manners;
-        out.push(Action::Launch { job: self.next_job() });
+        let start = !self.manners.is_service || self.needed || planted!(self, StartsUnneeded);
+        out.push(Action::Launch { job: self.next_job(), start });
         Phase::Launching
+    }
+
+    /// The user's service does not run, and the look for it has started nothing.
+    pub(super) fn absent(&mut self, now: Instant, out: &mut Vec<Action>) -> Phase {
+        if self.want != Want::Run || self.needed {
+            return self.start(out);
+        }
+        Phase::Absent { until: now + self.look_pause, pause: self.look_pause }
     }
 
     /// There is a process now.
@@ -71,6 +92,7 @@ impl Policy {
         self.is_too_large = false;
         let rest = self.limits.ready.saturating_sub(age).max(self.limits.adopt);
         match (self.want, origin) {
+            (Want::Stop { .. }, _) if self.keeps() => self.leave(out),
             (Want::Run, _) => Phase::Starting(Starting {
                 origin,
                 since: now,
@@ -82,11 +104,10 @@ impl Policy {
                 patience: if origin == Origin::Adopted { Patience::Unknown } else { Patience::Start },
                 progress: Progress::new(now),
             }),
-            (Want::Stop { keep_opencode: true }, _) => self.leave(out),
             (Want::Stop { .. }, Origin::Launched) if planted!(self, StopForgetsLaunch) => self.leave(out),
-            (Want::Stop { keep_opencode: false }, Origin::Launched) => self.terminate(Then::Stop, now, out),
+            (Want::Stop { .. }, Origin::Launched) => self.terminate(Then::Stop, now, out),
             // It may serve sessions, which are closed in good order.
-            (Want::Stop { keep_opencode: false }, Origin::Adopted) => self.dispose(Then::Stop, now, out),
+            (Want::Stop { .. }, Origin::Adopted) => self.dispose(Then::Stop, now, out),
         }
     }
 
@@ -148,6 +169,8 @@ impl Policy {
         }
         match (probe.answer, starting.origin) {
             (Answer::Healthy, origin) => return self.ready(origin, now, out),
+            // A service that refuses its own password serves its other clients: it is left alone.
+            (Answer::Refused(e), _) if self.manners.is_service => return self.bury(false, Some(Then::Fail(e)), out),
             (Answer::Refused(e), Origin::Launched) => return self.terminate(Then::Fail(e), now, out),
             // It is ours and has another password: somebody has removed the file.
             (Answer::Refused(_), Origin::Adopted) => return self.terminate(Then::Start, now, out),
@@ -174,8 +197,8 @@ impl Policy {
     }
 
     pub(super) fn ready(&mut self, origin: Origin, now: Instant, out: &mut Vec<Action>) -> Phase {
-        self.last_attempt = false;
-        self.taken_ports = 0;
+        (self.last_attempt, self.needed) = (false, false);
+        (self.taken_ports, self.look_pause) = (0, self.limits.backoff_first);
         self.last_error = None;
         out.push(Action::Tell(News::Ready { adopted: origin == Origin::Adopted }));
         let probe_at = now + self.limits.probe_interval;
@@ -202,6 +225,7 @@ impl Policy {
         match probe.answer {
             Answer::Healthy => {
                 ready.silence = None;
+                self.needed = false;
                 self.checks += 1;
                 return self.weigh(ready, probe.memory, now, out);
             }
@@ -271,8 +295,21 @@ impl Policy {
     }
 
     pub(super) fn terminate(&mut self, then: Then, now: Instant, out: &mut Vec<Action>) -> Phase {
+        if self.manners.is_service && !planted!(self, SignalsService) {
+            return self.order(then, out);
+        }
         out.push(Action::Signal(Signal::TERM));
         Phase::Terminating { since: now, again: now + self.limits.term_again, then }
+    }
+
+    /// Has its own command end the user's service, or replace it.
+    fn order(&mut self, then: Then, out: &mut Vec<Action>) -> Phase {
+        let verb = match then {
+            Then::Stop => Verb::Stop,
+            Then::Start | Then::Fail(_) => Verb::Restart,
+        };
+        out.push(Action::Order { job: self.next_job(), verb });
+        Phase::Burying { was_ready: false, then: Some(then) }
     }
 
     pub(super) fn bury(&mut self, was_ready: bool, then: Option<Then>, out: &mut Vec<Action>) -> Phase {
@@ -334,6 +371,11 @@ impl Policy {
                 self.taken_ports += 1;
                 self.start(out)
             }
+            (None, Want::Run) if was_ready && self.manners.is_service => {
+                // Its user, or an upgrade, ends it as often as they like: nothing is given up for that.
+                self.restarting = true;
+                self.again(Error::OpencodeUnavailable(format!("its service {how}")), self.in_a_row, now, out)
+            }
             (None, Want::Run) => {
                 let when = if was_ready { "" } else { " before it was ready" };
                 let why = with_output(format!("opencode {how}{when}"));
@@ -366,20 +408,25 @@ impl Policy {
             self.give_up(error, out);
             return Phase::Failed;
         }
+        // A lack of ours is not gone by the next moment.
+        let pauses = if is_ours { self.in_a_row.max(1) } else { self.in_a_row };
+        self.again(error, pauses, now, out)
+    }
+
+    /// Starts opencode again, after the pause that follows so many failures in a row.
+    fn again(&mut self, error: Error, pauses: u32, now: Instant, out: &mut Vec<Action>) -> Phase {
         self.last_error = Some(error.body());
         out.push(Action::Note(error));
-        let pause = match self.in_a_row {
-            0 if !is_ours => Duration::ZERO,
-            n => {
-                self.limits.backoff_first.saturating_mul(1 << n.saturating_sub(1).min(16)).min(self.limits.backoff_last)
-            }
-        };
         self.in_a_row += 1;
-        if pause.is_zero() { self.start(out) } else { Phase::Waiting { until: now + pause } }
+        if pauses == 0 {
+            return self.start(out);
+        }
+        let pause = self.limits.backoff_first.saturating_mul(1 << (pauses - 1).min(16)).min(self.limits.backoff_last);
+        Phase::Waiting { until: now + pause }
     }
 
     pub(super) fn give_up(&mut self, error: Error, out: &mut Vec<Action>) {
-        self.last_attempt = false;
+        (self.last_attempt, self.needed) = (false, false);
         self.in_a_row = 0;
         self.recent.clear();
         if !planted!(self, SilentFailure) {

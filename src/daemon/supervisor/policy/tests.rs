@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use super::*;
 
-const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
+const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
+
+/// The user's own service.
+const SERVICE: Manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: true };
 
 /// A policy with its time, and what it did last.
 struct Story {
@@ -56,7 +59,7 @@ impl Story {
         let checked = Checked { manners: MANNERS, age: Duration::ZERO };
         self.happens(Event::VersionKnown { job, result: Ok(checked) });
         let job = self.job();
-        self.happens(Event::Launched { job, result: Ok(()) })
+        self.happens(Event::Launched { job, result: Ok(Launched::Running) })
     }
 
     fn probed(&mut self, answer: Answer, cpu: Duration, log: u64) -> &mut Story {
@@ -225,7 +228,7 @@ fn what_happened_is_counted_and_told() {
         assert_eq!(counts(&story), (1 + restarts, restarts, 3));
         assert!(story.policy.last_error().is_none() && !story.policy.is_stopping());
     }
-    story.happens(Event::Stop { keep_opencode: true });
+    story.happens(Event::Stop { ends: Ends::Nothing });
     assert!(story.policy.is_stopping() && story.policy.is_stopped());
 
     let mut story = Story::adopting();
@@ -397,7 +400,7 @@ fn a_stop_is_orderly_and_has_a_bound() {
     let mut story = Story::new();
     story.ready();
     let begun = story.now;
-    assert!(story.happens(Event::Stop { keep_opencode: false }).did("Dispose"));
+    assert!(story.happens(Event::Stop { ends: Ends::Ours }).did("Dispose"));
     let mut signals = Vec::new();
     while !story.policy.is_stopped() {
         story.now = story.policy.next_deadline().expect("a stop goes on");
@@ -418,7 +421,7 @@ fn a_stop_is_orderly_and_has_a_bound() {
 fn a_stop_has_a_bound_whatever_hangs() {
     let mut hangs = 0;
     for mut story in phases() {
-        story.happens(Event::Stop { keep_opencode: false });
+        story.happens(Event::Stop { ends: Ends::Ours });
         let asked = story.now;
         // Nothing that is under way is ever answered.
         while !story.policy.is_stopped() {
@@ -449,7 +452,7 @@ fn a_timer_that_comes_early_changes_nothing() {
         assert_eq!(format!("{:?}", story.policy.phase), before);
         checked += 1;
     }
-    assert_eq!(checked, 6, "starting, ready, disposing, terminating, killed and waiting have a time");
+    assert_eq!(checked, 7, "starting, ready, disposing, terminating, killed, waiting and absent have a time");
 }
 
 #[test]
@@ -480,13 +483,13 @@ fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
                 let (job, result) = (story.job(), Ok(Checked { manners: MANNERS, age: Duration::ZERO }));
                 story.happens(Event::VersionKnown { job, result });
             }
-            for keep_opencode in stops {
-                story.happens(Event::Stop { keep_opencode: *keep_opencode });
+            for keeps in stops {
+                story.happens(Event::Stop { ends: if *keeps { Ends::Nothing } else { Ends::Ours } });
             }
             let job = story.job();
             match adopts {
                 true => story.adopted(MINUTE),
-                false => story.happens(Event::Launched { job, result: Ok(()) }),
+                false => story.happens(Event::Launched { job, result: Ok(Launched::Running) }),
             };
             assert_eq!(story.did("Release"), !ends, "{adopts} {stops:?}");
             assert_eq!(story.did("Dispose") || story.did("Signal"), ends, "{adopts} {stops:?}");
@@ -498,9 +501,9 @@ fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
 fn a_line_without_disposal_has_its_own_time() {
     let mut story = Story::new();
     story.ready();
-    story.policy.manners = Manners { disposes: false, kill_after: Duration::from_secs(15) };
+    story.policy.manners = Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
     let begun = story.now;
-    assert!(story.happens(Event::Stop { keep_opencode: false }).did("Signal"));
+    assert!(story.happens(Event::Stop { ends: Ends::Ours }).did("Signal"));
     while !story.did("Signal(\"Signal::KILL\")") {
         story.now = story.policy.next_deadline().unwrap();
         story.happens(Event::Timer);
@@ -532,6 +535,135 @@ fn too_much_memory_waits_for_the_sessions() {
     assert_eq!(story.policy.restarts(), 0, "nothing has failed");
 }
 
+// --- The user's own service ---
+
+impl Story {
+    /// A daemon that shares the user's service, with what the look for that brings.
+    fn sharing(launched: Launched) -> Story {
+        let mut story = Story::new();
+        story.looked(launched);
+        story
+    }
+
+    /// The version is known, and the service was looked for.
+    fn looked(&mut self, launched: Launched) -> &mut Story {
+        if matches!(self.policy.phase, Phase::Checking) {
+            let job = self.job();
+            self.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+        }
+        let job = self.job();
+        self.happens(Event::Launched { job, result: Ok(launched) })
+    }
+
+    /// A service that is there and answers.
+    fn serving() -> Story {
+        let mut story = Story::sharing(Launched::Running);
+        story.probed(Answer::Healthy, Duration::ZERO, 0);
+        assert_eq!(story.policy.phase(), PhaseName::Ready);
+        story
+    }
+
+    fn due(&mut self) -> &mut Story {
+        self.now = self.policy.next_deadline().expect("something to wait for");
+        self.happens(Event::Timer)
+    }
+}
+
+#[test]
+fn a_service_is_never_signalled() {
+    let silence = |story: &mut Story, answer: fn() -> Answer| {
+        while !story.did("Order") {
+            assert!(!story.did("Signal"), "{:?}", story.actions);
+            story.due();
+            if story.did("Probe") {
+                story.probed(answer(), Duration::ZERO, 0);
+            }
+        }
+        assert!(story.did("Order { job: 3, verb: Restart }"), "{:?}", story.actions);
+        let job = story.job();
+        assert!(story.happens(Event::Buried { job, end: End::default() }).did("Tell(Exited"));
+    };
+    // One that hangs, and one that no longer listens, is replaced by its own command.
+    silence(&mut Story::serving(), silent);
+    silence(&mut Story::serving(), || Answer::Deaf);
+    // One that never gets ready, too.
+    silence(&mut Story::sharing(Launched::Running), silent);
+    // And one that takes too much memory.
+    let mut story = Story::serving();
+    story.weigh_for_the_table();
+    assert!(story.did("Tell(TooLarge") && story.actions.iter().any(|action| matches!(action, Action::Order { .. })));
+    // One that refuses its own password serves its other clients.
+    let mut story = Story::sharing(Launched::Running);
+    assert!(story.probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0).did("Bury"));
+    let job = story.job();
+    story.happens(Event::Buried { job, end: End::default() });
+    assert_eq!(story.policy.phase(), PhaseName::Failed);
+}
+
+#[test]
+fn a_stop_leaves_the_service_unless_it_asks_for_its_end() {
+    for ends in [Ends::Nothing, Ends::Ours] {
+        let mut story = Story::serving();
+        assert!(story.happens(Event::Stop { ends }).did("Release"));
+        assert!(story.policy.is_stopped());
+        // In the middle of a start, the command is not waited for.
+        let mut story = Story::sharing(Launched::Absent);
+        story.happens(Event::Need);
+        let job = story.job();
+        let checked = Checked { manners: SERVICE, age: Duration::ZERO };
+        story.happens(Event::VersionKnown { job, result: Ok(checked) });
+        assert!(story.happens(Event::Stop { ends }).did("Cancel"));
+        assert!(story.looked(Launched::Running).did("Release"));
+    }
+    let mut story = Story::serving();
+    assert!(story.happens(Event::Stop { ends: Ends::Service }).did("Order { job: 3, verb: Stop }"));
+    let job = story.job();
+    assert!(story.happens(Event::Buried { job, end: End::default() }).policy.is_stopped());
+}
+
+#[test]
+fn a_service_is_started_only_when_a_request_needs_it() {
+    let mut story = Story::sharing(Launched::Absent);
+    let mut pauses = Vec::new();
+    for _ in 0..8 {
+        assert_eq!(story.policy.phase(), PhaseName::Waiting);
+        pauses.push((story.policy.next_deadline().unwrap() - story.now).as_millis());
+        assert!(
+            story.due().did("Launch { job: ") && story.did(&format!("Launch {{ job: {}, start: false", story.job()))
+        );
+        assert_eq!(story.policy.phase(), PhaseName::Waiting, "a look is no start");
+        story.looked(Launched::Absent);
+    }
+    assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+    // A request comes in the middle of a look.
+    story.due().happens(Event::Need);
+    assert!(story.looked(Launched::Absent).did("AskVersion"));
+    let job = story.job();
+    story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+    assert!(story.did(&format!("Launch {{ job: {}, start: true", story.job())));
+    story.looked(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
+
+    // Its user ends it, as often as they like: it is looked for, and not given up.
+    for _ in 0..20 {
+        story.exits();
+        if !story.did("AskVersion") {
+            story.due();
+        }
+        let job = story.job();
+        story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+        assert!(story.did(&format!("Launch {{ job: {}, start: false", story.job())), "{:?}", story.actions);
+        story.looked(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
+        assert_eq!(story.policy.phase(), PhaseName::Ready);
+    }
+    // A request has met its end.
+    let generation = story.policy.generation;
+    story.later(MINUTE).happens(Event::Suspect { generation });
+    story.exits();
+    let job = story.job();
+    story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+    assert!(story.did(&format!("Launch {{ job: {}, start: true", story.job())));
+}
+
 // --- The table ---
 
 /// Where the table stands.
@@ -539,7 +671,7 @@ const TABLE: &str = "docs/supervisor.md";
 
 /// A policy in each phase.
 fn phases() -> Vec<Story> {
-    let stories: [fn(&mut Story); 13] = [
+    let stories: [fn(&mut Story); 14] = [
         |story| *story = Story::adopting(),
         |_| {},
         |story| {
@@ -575,11 +707,14 @@ fn phases() -> Vec<Story> {
             story.launched().exits().launched().exits();
         },
         |story| {
+            story.looked(Launched::Absent);
+        },
+        |story| {
             let job = story.job();
             story.happens(Event::VersionKnown { job, result: Err(Error::OpencodeNotFound(String::new())) });
         },
         |story| {
-            story.happens(Event::Stop { keep_opencode: false });
+            story.happens(Event::Stop { ends: Ends::Ours });
             let job = story.job();
             story.happens(Event::VersionKnown { job, result: Err(Error::Overloaded("")) });
         },
@@ -619,13 +754,13 @@ fn events(policy: &Policy) -> Vec<(&'static str, Event)> {
     vec![
         ("Need", Event::Need),
         ("Suspect", Event::Suspect { generation }),
-        ("Stop", Event::Stop { keep_opencode: false }),
-        ("Stop, keeping opencode", Event::Stop { keep_opencode: true }),
+        ("Stop", Event::Stop { ends: Ends::Ours }),
+        ("Stop, keeping opencode", Event::Stop { ends: Ends::Nothing }),
         ("Adopted, found", Event::Adopted { job, found: Some(checked()) }),
         ("Adopted, nothing", Event::Adopted { job, found: None }),
         ("VersionKnown", Event::VersionKnown { job, result: Ok(checked()) }),
         ("VersionKnown, failed", Event::VersionKnown { job, result: Err(Error::OpencodeStartFailed(String::new())) }),
-        ("Launched", Event::Launched { job, result: Ok(()) }),
+        ("Launched", Event::Launched { job, result: Ok(Launched::Running) }),
         ("Launched, failed", Event::Launched { job, result: Err(Error::OpencodeStartFailed(String::new())) }),
         ("Probed, Healthy", Event::Probed { generation, probe: probe(Answer::Healthy) }),
         ("Probed, Deaf", Event::Probed { generation, probe: probe(Answer::Deaf) }),

@@ -53,10 +53,14 @@ pub enum Bug {
     EvictsBusy,
     /// A request does not wait for the end of an eviction.
     DoesNotWait,
+    /// The user's own service is ended as an opencode of ours.
+    SignalsService,
+    /// The user's own service is started although no request needs it.
+    StartsUnneeded,
 }
 
 /// Each bug, with the promise that it breaks.
-const BUGS: [(Bug, &str); 19] = [
+const BUGS: [(Bug, &str); 21] = [
     (Bug::OldExit, "a living process is buried"),
     (Bug::KeepWins, "a stop leaves something behind"),
     (Bug::ImpatientStart, "an opencode that lives is ended"),
@@ -76,6 +80,8 @@ const BUGS: [(Bug, &str); 19] = [
     (Bug::NeverAdopts, "two of ours live"),
     (Bug::EvictsBusy, "an eviction cuts a turn"),
     (Bug::DoesNotWait, "an eviction cuts a request"),
+    (Bug::SignalsService, "the user's service is signalled"),
+    (Bug::StartsUnneeded, "the user's service is started, and nobody needs it"),
 ];
 
 /// How long a run takes by itself.

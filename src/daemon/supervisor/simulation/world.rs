@@ -11,11 +11,13 @@ use rustix::process::Signal;
 
 use self::instances::{DIRECTORIES, Request, Step};
 use super::{Bug, Dice};
-use crate::daemon::engine::Manners;
+use crate::daemon::engine::{Manners, SERVICE_MANNERS, Verb};
 use crate::daemon::instances::account::Account;
 use crate::daemon::instances::fence::Fences;
 use crate::daemon::supervisor::limits::Limits;
-use crate::daemon::supervisor::policy::{Action, Answer, Checked, End, Event, Memory, News, Policy, Probe};
+use crate::daemon::supervisor::policy::{
+    Action, Answer, Checked, End, Ends, Event, Launched, Memory, News, Policy, Probe,
+};
 use crate::error::Error;
 use crate::wire::Phase;
 
@@ -108,12 +110,14 @@ struct Client {
 enum Happening {
     /// The policy of this daemon gets an event.
     Message(u64, Event),
-    /// A process was started for this job.
-    Spawned(u64, u64),
+    /// A process was started for this job; the user's service only if that was wanted.
+    Spawned(u64, u64, bool),
     /// It is to be written down.
     Record(u64, u64, usize),
     /// It is told to become opencode.
     Tell(u64, u64, usize),
+    /// A command has done this with the user's service.
+    Ordered(u64, u64, Verb),
     /// A process ends.
     End(usize),
     /// What a process left is ended.
@@ -157,6 +161,10 @@ impl Ord for Scheduled {
 
 pub struct World {
     dice: Dice,
+    /// opencode is the user's own service: a life long.
+    shared: bool,
+    /// A request has asked for opencode since it was last ready.
+    needed: bool,
     bug: Option<Bug>,
     limits: Limits,
     begun: Instant,
@@ -208,8 +216,12 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, bug: Option<Bug>) -> World {
         let begun = Instant::now();
+        let mut dice = Dice(seed);
+        let shared = dice.often(250);
         World {
-            dice: Dice(seed),
+            dice,
+            shared,
+            needed: false,
             bug,
             limits: Limits::STANDARD,
             begun,
@@ -270,7 +282,7 @@ impl World {
             self.breaks("after the last fault opencode does not get ready");
         }
         self.is_over = true;
-        self.ask_to_stop(false);
+        self.ask_to_stop(if self.shared { Ends::Service } else { Ends::Ours });
         let bound = self.now + self.limits.stop + Duration::from_secs(1);
         if !self.until(bound, |world| world.policy.is_none()) {
             self.breaks("a stop does not end");
@@ -329,6 +341,8 @@ impl World {
         (self.disk_fails, self.lacks, self.no_binary) = (false, false, false);
         for (index, engine) in self.engines.iter_mut().enumerate() {
             (engine.unkillable, engine.too_large, engine.swallows) = (false, false, 0);
+            // Whose service it is mends its password.
+            engine.refuses &= !self.shared;
             if engine.alive && engine.doomed {
                 self.number += 1;
                 let what = Happening::End(index);

@@ -45,9 +45,14 @@ impl World {
             Event::Buried { end: End { port_taken: false, .. }, .. } => {
                 self.fell_by_itself && self.stop_asked.is_none()
             }
-            Event::Stop { keep_opencode } => {
+            Event::Stop { ends } => {
                 let (since, keeps) = self.stop_asked.unwrap_or((self.now, true));
-                self.stop_asked = Some((since, keeps && *keep_opencode));
+                let keeps_now = *ends == Ends::Nothing || self.shared && *ends == Ends::Ours;
+                self.stop_asked = Some((since, keeps && keeps_now));
+                false
+            }
+            Event::Need | Event::Suspect { .. } => {
+                self.needed = true;
                 false
             }
             _ => false,
@@ -79,14 +84,29 @@ impl World {
                 self.message(after, Event::VersionKnown { job, result });
             }
             // The answer comes by itself; here it is only not sooner.
-            Action::CancelVersion => {}
-            Action::Launch { job } => {
+            Action::Cancel => {}
+            Action::Launch { job, start } => {
                 if self.held.is_some() {
                     self.breaks("a process is launched beside one that is held");
                 }
+                if self.shared && start && !self.needed {
+                    self.breaks("the user's service is started, and nobody needs it");
+                }
                 let after = self.dice.time(0, 5);
                 self.pending += 1;
-                self.at(after, Happening::Spawned(self.daemon, job));
+                self.at(after, Happening::Spawned(self.daemon, job, start));
+            }
+            Action::Order { job, verb } => {
+                let Some(index) = self.held.take() else { return self.breaks("no service is ended") };
+                if self.stop_asked.is_none() && !self.recycled {
+                    self.may_end(index);
+                }
+                let generation = self.policy.as_ref().map_or(0, Policy::generation);
+                self.account_ends(generation);
+                (self.watched, self.recycled) = (None, false);
+                let after = self.dice.time(100, 20_000);
+                self.pending += 1;
+                self.at(after, Happening::Ordered(self.daemon, job, verb));
             }
             Action::Watch => {
                 let generation = self.policy.as_ref().map_or(0, Policy::generation);
@@ -118,7 +138,8 @@ impl World {
             Action::Signal(signal) => self.signal(signal),
             Action::Bury { job, .. } => {
                 let Some(index) = self.held.take() else { return self.breaks("nothing is buried") };
-                if self.engines[index].alive {
+                // A service that refuses its own password is left alone.
+                if self.engines[index].alive && !self.shared {
                     return self.breaks("a living process is buried");
                 }
                 let generation = self.policy.as_ref().map_or(0, Policy::generation);
@@ -139,8 +160,9 @@ impl World {
 
     fn version(&mut self, limit: Duration) -> (Duration, crate::error::Result<Checked>) {
         let manners = match self.dice.often(500) {
-            true => Manners { disposes: true, kill_after: Duration::from_secs(5) },
-            false => Manners { disposes: false, kill_after: Duration::from_secs(15) },
+            _ if self.shared => SERVICE_MANNERS,
+            true => Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false },
+            false => Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false },
         };
         if self.no_binary {
             return (Duration::ZERO, Err(Error::OpencodeNotFound(String::new())));
@@ -207,6 +229,9 @@ impl World {
     fn signal(&mut self, signal: Signal) {
         let Some(index) = self.held else { return self.breaks("a process that is not held is signalled") };
         let now = self.now;
+        if self.shared {
+            return self.breaks("the user's service is signalled");
+        }
         if !self.engines[index].proved {
             return self.breaks("a process that is not proved ours is signalled");
         }
@@ -268,6 +293,7 @@ impl World {
         match news {
             News::Ready { .. } => {
                 let now = self.now;
+                self.needed = false;
                 if let Some(index) = self.held {
                     let engine = &mut self.engines[index];
                     (engine.unanswered, engine.ready_since) = (None, Some(now));
@@ -305,7 +331,12 @@ impl World {
                 self.breaks("a stop takes too long");
             }
             let stuck = self.engines.iter().any(|engine| engine.unkillable || engine.doomed);
-            if !keeps && !stuck && self.engines.iter().any(|engine| engine.told && (engine.alive || engine.leaves)) {
+            // A service that the daemon had not found is none of its business.
+            if !keeps
+                && !stuck
+                && !self.shared
+                && self.engines.iter().any(|engine| engine.told && (engine.alive || engine.leaves))
+            {
                 self.breaks("a stop leaves something behind");
             }
             return self.end_daemon();

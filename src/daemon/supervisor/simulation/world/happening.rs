@@ -26,17 +26,18 @@ impl World {
                     self.look(job);
                 }
             }
-            Happening::Spawned(daemon, job) => {
+            Happening::Spawned(daemon, job, start) => {
                 if daemon == self.daemon {
-                    self.spawn(job);
+                    if self.shared { self.find_service(job, start) } else { self.spawn(job) }
                 }
             }
+            Happening::Ordered(daemon, job, verb) => self.ordered(daemon, job, verb),
             Happening::Record(daemon, job, index) => self.record(daemon, job, index),
             Happening::Tell(daemon, job, index) => self.tell(daemon, job, index),
             Happening::Sweep(daemon, job, index, reports) => {
                 if daemon == self.daemon {
                     self.engines[index].leaves = false;
-                    if self.disk == Some(index) {
+                    if self.disk == Some(index) && !self.engines[index].alive {
                         self.disk = None;
                     }
                     self.pending -= 1;
@@ -56,7 +57,8 @@ impl World {
         }
         self.note(|| "a daemon starts".to_owned());
         self.daemon += 1;
-        let recorded = self.disk.is_some();
+        // The user's service is looked for, whatever the disk says.
+        let recorded = self.disk.is_some() && !self.shared;
         let mut actions = std::mem::take(&mut self.actions);
         let mut policy = Policy::new(self.limits.clone(), recorded && self.bug != Some(Bug::NeverAdopts), &mut actions);
         policy.bug = self.bug;
@@ -65,8 +67,8 @@ impl World {
         // Many a stop comes in the middle of a start, and some clients disagree about it.
         if !self.calm && self.dice.often(150) {
             for _ in 0..2 {
-                let (keep_opencode, after) = (self.dice.often(500), self.dice.time(0, 60));
-                self.message(after, Event::Stop { keep_opencode });
+                let (ends, after) = (self.ends(500), self.dice.time(0, 60));
+                self.message(after, Event::Stop { ends });
             }
         }
     }
@@ -88,7 +90,7 @@ impl World {
         (engine.proved, engine.was_ready, engine.asked_to_end) = (true, None, false);
         (engine.unanswered, engine.ready_since) = (None, None);
         let age = now.duration_since(engine.started);
-        let manners = Manners { disposes: true, kill_after: Duration::from_secs(5) };
+        let manners = Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
         self.held = Some(index);
         self.message(Duration::ZERO, Event::Adopted { job, found: Some(Checked { manners, age }) });
     }
@@ -99,7 +101,14 @@ impl World {
             self.pending -= 1;
             return self.message(Duration::ZERO, Event::Launched { job, result: Err(Error::Overloaded("processes")) });
         }
-        let (now, calm) = (self.now, self.calm);
+        let index = self.begin();
+        let after = self.dice.time(0, 30);
+        self.at(after, Happening::Record(self.daemon, job, index));
+    }
+
+    /// A process begins.
+    fn begin(&mut self) -> usize {
+        let (now, calm, shared) = (self.now, self.calm, self.shared);
         let dice = &mut self.dice;
         let kind = if calm { 0 } else { dice.below(100) };
         let after = |wait: Duration| Some(now + wait);
@@ -129,7 +138,8 @@ impl World {
         let engine = Engine {
             alive: true,
             told: false,
-            leaves: dice.often(200),
+            // What a service leaves is its own affair.
+            leaves: dice.often(200) && !shared,
             proved: true,
             listens_at,
             answers_at,
@@ -164,9 +174,7 @@ impl World {
             busy_throughout: false,
         };
         self.engines.push(engine);
-        let index = self.engines.len() - 1;
-        let after = self.dice.time(0, 30);
-        self.at(after, Happening::Record(self.daemon, job, index));
+        self.engines.len() - 1
     }
 
     fn record(&mut self, daemon: u64, job: u64, index: usize) {
@@ -201,7 +209,7 @@ impl World {
         }
         self.held = Some(index);
         self.pending -= 1;
-        self.message(Duration::ZERO, Event::Launched { job, result: Ok(()) });
+        self.message(Duration::ZERO, Event::Launched { job, result: Ok(Launched::Running) });
     }
 
     /// A process ends.
@@ -233,7 +241,9 @@ impl World {
     fn bury(&mut self, job: u64, index: usize) {
         let engine = &self.engines[index];
         let port_taken = engine.takes_port && engine.ready_since.is_none();
-        self.fell_by_itself = !engine.asked_to_end;
+        // Whose service it is ends it as often as they like.
+        let is_failure = !self.shared || engine.ready_since.is_none() && !engine.alive;
+        self.fell_by_itself = !engine.asked_to_end && is_failure;
         self.ended_after_health = engine.fell_after.is_some_and(|health| health >= self.limits.healthy);
         self.message(Duration::ZERO, Event::Buried { job, end: End { port_taken, ..End::default() } });
     }
@@ -257,12 +267,12 @@ impl World {
                 self.client(Some(old));
             }
             30..36 => {
-                let keep = self.dice.often(400);
-                self.ask_to_stop(keep);
+                let ends = self.ends(400);
+                self.ask_to_stop(ends);
                 // Somebody else may want something else.
                 if self.dice.often(300) {
-                    let (keep, after) = (self.dice.often(500), self.dice.time(0, 8000));
-                    self.message(after, Event::Stop { keep_opencode: keep });
+                    let (ends, after) = (self.ends(500), self.dice.time(0, 8000));
+                    self.message(after, Event::Stop { ends });
                 }
             }
             36..38 if self.policy.is_some() => self.kill_daemon(),
@@ -336,10 +346,60 @@ impl World {
         self.message(Duration::ZERO, event);
     }
 
-    pub(super) fn ask_to_stop(&mut self, keep_opencode: bool) {
+    pub(super) fn ask_to_stop(&mut self, ends: Ends) {
         if self.policy.is_some() {
             self.count("a stop");
-            self.message(Duration::ZERO, Event::Stop { keep_opencode });
+            self.message(Duration::ZERO, Event::Stop { ends });
+        }
+    }
+
+    /// What a stop ends: nothing, so many times out of a thousand.
+    fn ends(&mut self, nothing: u64) -> Ends {
+        match (self.dice.often(nothing), self.shared && self.dice.often(300)) {
+            (true, _) => Ends::Nothing,
+            (false, false) => Ends::Ours,
+            (false, true) => Ends::Service,
+        }
+    }
+
+    /// The user's service is looked for, and started if that is wanted.
+    fn find_service(&mut self, job: u64, start: bool) {
+        let running = self.disk.filter(|index| self.engines[*index].alive && self.engines[*index].told);
+        if let Some(index) = running {
+            self.count("a service found");
+            let engine = &mut self.engines[index];
+            (engine.was_ready, engine.asked_to_end) = (None, false);
+            (engine.unanswered, engine.ready_since) = (None, None);
+            self.held = Some(index);
+            self.pending -= 1;
+            return self.message(Duration::ZERO, Event::Launched { job, result: Ok(Launched::Running) });
+        }
+        if start {
+            return self.spawn(job);
+        }
+        self.pending -= 1;
+        self.message(Duration::ZERO, Event::Launched { job, result: Ok(Launched::Absent) });
+    }
+
+    /// A command has ended the user's service, and perhaps started another; or has failed. It goes on when
+    /// its daemon is killed.
+    fn ordered(&mut self, daemon: u64, job: u64, verb: Verb) {
+        if self.calm || self.dice.often(900) {
+            self.count("a service ended by its own command");
+            let running: Vec<usize> = (0..self.engines.len()).filter(|index| self.engines[*index].alive).collect();
+            for index in running {
+                self.end(index);
+            }
+            if verb == Verb::Restart {
+                let next = self.begin();
+                self.engines[next].told = true;
+                self.disk = Some(next);
+            }
+        }
+        if daemon == self.daemon {
+            self.pending -= 1;
+            (self.fell_by_itself, self.ended_after_health) = (false, false);
+            self.message(Duration::ZERO, Event::Buried { job, end: End::default() });
         }
     }
 }
