@@ -484,6 +484,16 @@ impl Server {
                 self.publish("session.step.started", Some(&directory), &of_session);
                 ok(stream, JSON, format!("{{\"data\":{{\"id\":\"msg_fake\",{of_session}}}}}").as_bytes())
             }
+            // What the real one does by itself.
+            ("POST", [end @ ("succeed" | "fail")]) => {
+                self.state().active.remove(id);
+                let (kind, error) = match *end {
+                    "fail" => ("failed", ",\"error\":{\"type\":\"provider.quota\",\"message\":\"no more\"}"),
+                    _ => ("succeeded", ""),
+                };
+                self.publish(&format!("session.execution.{kind}"), None, &format!("{of_session}{error}"));
+                no_content(stream)
+            }
             ("POST", ["interrupt"]) => {
                 if let Err(failed) = self.boot(&directory) {
                     return failed.reply(stream);

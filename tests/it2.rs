@@ -19,6 +19,8 @@ mod repeat;
 mod restart;
 #[path = "it/route.rs"]
 mod route;
+#[path = "it2/session.rs"]
+mod session;
 #[path = "it2/shared.rs"]
 mod shared;
 #[path = "it/supervise.rs"]

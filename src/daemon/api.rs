@@ -308,8 +308,15 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         }
         Route::WorkspaceSessions => {
             let workspace = daemon.store.snapshot().find(&selector)?.clone();
-            let ask = |endpoint: &Endpoint, _: &Path| sessions::of(daemon, endpoint, &workspace.path, deadline);
-            let found = call_loaded(daemon, &workspace, deadline, ask)?;
+            let ask = |endpoint: &Endpoint| sessions::of(daemon, endpoint, &workspace.path, deadline);
+            let found = match daemon.instances.line() {
+                // It reads what is stored, and loads nothing.
+                Some(Line::V2) => {
+                    workspace.local_path().and_then(existing_directory)?;
+                    daemon.supervisor.call(deadline, ask)?
+                }
+                Some(Line::V1) | None => call_loaded(daemon, &workspace, deadline, |endpoint, _| ask(endpoint))?,
+            };
             let sessions = sessions::described(daemon, found);
             Answer::new(200, &SessionList { ok: true, sessions })
         }

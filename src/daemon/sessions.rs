@@ -1,7 +1,7 @@
 //! OpenCode's sessions: which there are, which run, the end of a turn, and the wait for all of them.
 //!
-//! opencode 1.x loads an instance when it is asked about it. What runs can only run in an instance that
-//! is loaded, so no other is asked.
+//! opencode 1.x loads an instance when it is asked about it. What runs there can only run in an instance
+//! that is loaded, so no other is asked. 2.x answers without loading anything, but for an abort.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use super::Daemon;
 use super::api::ASK_LIMIT;
 use super::engine::{CallError, CallResult, Endpoint, SessionInfo};
 use crate::error::{Error, Result};
+use crate::line::Line;
 use crate::wire::{AbortReply, Phase, Session, SessionState};
 use crate::workspace::Workspace;
 
@@ -42,8 +43,8 @@ pub fn described(daemon: &Daemon, found: Vec<Found>) -> Vec<Session> {
     sessions
 }
 
-/// The sessions of a directory, whose instance is loaded by the question. opencode does not list every
-/// session; those that run are always among these.
+/// The sessions of a directory; 1.x loads the instance for that. opencode does not list every session; those
+/// that run are always among these.
 ///
 /// # Errors
 /// Those of the calls.
@@ -81,6 +82,8 @@ fn looked_up(endpoint: &Endpoint, directory: &str, id: String, deadline: Instant
 /// Those of the calls; `opencode_timeout` when opencode does not become ready in time.
 pub fn all(daemon: &Daemon, deadline: Instant) -> Result<Vec<Session>> {
     let Some(endpoint) = opencode(daemon, deadline)? else { return Ok(Vec::new()) };
+    // Where opencode has a list of what is loaded, that is newer than what is known.
+    daemon.instances.list(&endpoint, deadline)?;
     let mut found = Vec::new();
     for directory in daemon.instances.loaded() {
         found.extend(of(daemon, &endpoint, &directory, deadline)?);
@@ -149,14 +152,28 @@ pub fn abort(daemon: &Daemon, id: &str, deadline: Instant) -> Result<AbortReply>
     let describe = |session, directory, state| described(daemon, vec![(session, directory, state)]).pop();
     let running = running(daemon, &endpoint, None, deadline)?;
     if let Some((directory, id)) = running.into_iter().find(|(_, running)| running == id) {
+        if endpoint.line == Line::V2 {
+            daemon.instances.list(&endpoint, deadline)?;
+            if !daemon.instances.is_loaded(&directory) {
+                return Err(Error::OpencodeFault(format!(
+                    "{id} still runs in an instance that was disposed; to abort it would load {directory} again, and \
+                     leave the MCP servers of that instance running for ever: wait for its end, or restart opencode \
+                     (`openwork daemon restart --all`)"
+                )));
+            }
+        }
         let session = looked_up(&endpoint, &directory, id.clone(), deadline);
         endpoint.abort(Path::new(&directory), &id, deadline)?;
         let session = describe(session, directory, SessionState::Running).ok_or_else(not_found)?;
         return Ok(AbortReply { ok: true, aborted: true, session });
     }
-    for directory in daemon.instances.loaded() {
+    // 1.x loads the instance that it asks, and any one that is loaded knows every session.
+    let askable = match endpoint.line {
+        Line::V1 => daemon.instances.loaded(),
+        Line::V2 => vec!["/".to_owned()],
+    };
+    for directory in askable {
         if let Some(session) = endpoint.session(Path::new(&directory), id, deadline)? {
-            // Any instance knows every session.
             let directory = session.directory.clone().unwrap_or(directory);
             let session = describe(session, directory, SessionState::Idle).ok_or_else(not_found)?;
             return Ok(AbortReply { ok: true, aborted: false, session });

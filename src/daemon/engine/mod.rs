@@ -6,10 +6,12 @@
 //! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
 //! connection is proven to lead to that socket (`agent`).
 
+mod events;
 mod routing;
 mod v1;
 mod v2;
 
+pub use self::events::{Place, Sign, Step, Told, Turn};
 pub use self::routing::{
     DIRECTORY_HEADER, PLACE_HEADERS, PLACE_PARAMETER, Subject, TOKEN_PARAMETER, chooses_place, directory_filter,
     place_parameter, relocate, subject, takes_ticket,
@@ -172,6 +174,14 @@ impl Endpoint {
         match self.line {
             Line::V1 => v1::understand(event),
             Line::V2 => v2::understand(event),
+        }
+    }
+
+    /// What an event says of turns, in order: none of most events, two of the end of a turn that failed.
+    pub fn turns(&self, event: &[u8]) -> Vec<Turn> {
+        match self.line {
+            Line::V1 => v1::turn(event).into_iter().collect(),
+            Line::V2 => v2::turns(event),
         }
     }
 
@@ -375,37 +385,6 @@ impl Running {
         let (Running::Here(sessions) | Running::Anywhere(sessions)) = self;
         sessions.is_empty()
     }
-}
-
-/// What an event of opencode says of an instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sign {
-    /// It does something by itself.
-    Alive,
-    /// Somebody uses it.
-    Used,
-    /// It has been disposed.
-    Disposed,
-}
-
-/// Which instance an event is about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// That of this directory.
-    Directory(String),
-    /// That of the directory of this session.
-    Session(String),
-}
-
-/// An event of opencode, as far as instances are concerned.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// What it says.
-    pub sign: Sign,
-    /// Of which instance.
-    pub place: Place,
-    /// A session that is in this directory from now on.
-    pub session: Option<String>,
 }
 
 /// What opencode says of a session.

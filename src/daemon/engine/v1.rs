@@ -6,10 +6,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::routing::{Subject, segments};
-use super::{CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Told, fault};
+use super::{CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Step, Told, Turn, fault};
 use crate::framing::percent_encode;
 use crate::line::{V1_PASSWORD, V1_USERNAME};
 use crate::state::Auth;
@@ -105,20 +106,82 @@ pub fn dispose_all(endpoint: &Endpoint, deadline: Instant) -> CallResult<()> {
 
 /// An event of `GET /global/event`.
 #[derive(Deserialize)]
-struct Event {
+struct Event<'a> {
     directory: Option<String>,
-    payload: Payload,
+    #[serde(borrow)]
+    payload: Payload<'a>,
 }
 
 #[derive(Deserialize)]
-struct Payload {
+struct Payload<'a> {
+    #[serde(rename = "type")]
+    kind: String,
+    /// Looked into only where that is of use: some are large.
+    #[serde(borrow)]
+    properties: Option<&'a RawValue>,
+}
+
+/// The properties of `session.*`.
+#[derive(Deserialize)]
+struct Properties {
+    #[serde(rename = "sessionID")]
+    session_id: Option<String>,
+    status: Option<Status>,
+    error: Option<EngineError>,
+    info: Option<Info>,
+}
+
+#[derive(Deserialize)]
+struct Status {
     #[serde(rename = "type")]
     kind: String,
 }
 
+#[derive(Deserialize)]
+struct EngineError {
+    name: Option<String>,
+    data: Option<ErrorData>,
+}
+
+#[derive(Deserialize)]
+struct ErrorData {
+    message: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Info {
+    id: String,
+    title: Option<String>,
+}
+
+/// What an event says of a turn. 1.18 tells of each step of a turn that the session is busy, and twice of
+/// its end (`session.status` and `session.idle`).
+pub fn turn(event: &[u8]) -> Option<Turn> {
+    let Event { directory, payload: Payload { kind, properties } } = from_json(event).ok()?;
+    let directory = directory.filter(|directory| directory.starts_with('/'))?;
+    let what = kind.strip_prefix("session.")?;
+    let Properties { session_id, status, error, info } = from_json(properties?.get().as_bytes()).ok()?;
+    let (session, step) = match what {
+        "created" | "updated" => {
+            let Info { id, title } = info?;
+            (Some(id), Step::Titled(title.filter(|title| !title.is_empty())))
+        }
+        "deleted" => (Some(info?.id), Step::Deleted),
+        "status" if status.as_ref()?.kind != "idle" => (Some(session_id?), Step::Runs),
+        "status" | "idle" => (Some(session_id?), Step::Idle),
+        "error" => {
+            let EngineError { name, data } = error?;
+            let message = data.and_then(|data| data.message).unwrap_or_default();
+            (session_id, Step::Failed { name: name.unwrap_or_default(), message })
+        }
+        _ => return None,
+    };
+    Some(Turn { place: Place::Directory(directory), session, step })
+}
+
 /// What an event says of an instance; `None` when it is about none.
 pub fn understand(event: &[u8]) -> Option<Told> {
-    let Event { directory, payload: Payload { kind } } = from_json(event).ok()?;
+    let Event { directory, payload: Payload { kind, .. } } = from_json(event).ok()?;
     // Events about no instance have no directory, or "global".
     let directory = directory.filter(|directory| directory.starts_with('/'))?;
     let sign = match kind.split('.').next().unwrap_or_default() {
@@ -152,5 +215,46 @@ pub fn subject(path: &str) -> Subject {
     match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
         [b"global" | b"auth" | b"api", _, ..] | [b"doc"] => Subject::Process,
         [..] => Subject::Instance,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_are_turns() {
+        let step = |kind: &str, properties: &str| {
+            let event = format!(r#"{{"directory":"/a","payload":{{"type":"{kind}","properties":{properties}}}}}"#);
+            let turn = turn(event.as_bytes())?;
+            assert_eq!(turn.place, Place::Directory("/a".to_owned()));
+            Some((turn.session, turn.step))
+        };
+        let of = |step| Some((Some("ses_1".to_owned()), step));
+        let status = |kind: &str| format!(r#"{{"sessionID":"ses_1","status":{{"type":"{kind}"}}}}"#);
+        assert_eq!(step("session.status", &status("busy")), of(Step::Runs));
+        assert_eq!(step("session.status", &status("retry")), of(Step::Runs));
+        assert_eq!(step("session.status", &status("idle")), of(Step::Idle));
+        assert_eq!(step("session.idle", r#"{"sessionID":"ses_1"}"#), of(Step::Idle));
+        let info = r#"{"sessionID":"ses_1","info":{"id":"ses_1","title":"mend","time":{}}}"#;
+        assert_eq!(step("session.updated", info), of(Step::Titled(Some("mend".to_owned()))));
+        assert_eq!(step("session.deleted", info), of(Step::Deleted));
+        let failed = |name: &str, message: &str| Step::Failed { name: name.to_owned(), message: message.to_owned() };
+        let error = r#"{"sessionID":"ses_1","error":{"name":"MessageAbortedError","data":{"message":"Aborted"}}}"#;
+        assert_eq!(step("session.error", error), of(failed("MessageAbortedError", "Aborted")));
+        assert_eq!(
+            step("session.error", r#"{"error":{"name":"UnknownError"}}"#),
+            Some((None, failed("UnknownError", "")))
+        );
+        for (kind, other) in [
+            ("message.updated", info),
+            ("session.compacted", &status("idle")),
+            ("session.status", "{}"),
+            ("session.idle", "[]"),
+            ("session.error", r#"{"error":"text"}"#),
+        ] {
+            assert_eq!(step(kind, other), None, "{kind} {other}");
+        }
+        assert_eq!(turn(br#"{"payload":{"type":"session.idle","properties":{"sessionID":"ses_1"}}}"#), None);
     }
 }

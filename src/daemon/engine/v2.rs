@@ -10,10 +10,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::routing::{Subject, segments};
-use super::{CallError, CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Told, fault};
+use super::{CallError, CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Step, Told, Turn, fault};
 use crate::error::Error;
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::{Line, V1_PASSWORD, V2_PASSWORD};
@@ -195,6 +196,80 @@ pub fn understand(event: &[u8]) -> Option<Told> {
     }
 }
 
+/// An event of `GET /api/event` that is about a turn.
+#[derive(Deserialize)]
+struct TurnEvent<'a> {
+    #[serde(rename = "type")]
+    kind: String,
+    location: Option<Location>,
+    /// Looked into only where that is of use: some are large.
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct TurnData {
+    #[serde(rename = "sessionID")]
+    session: Option<String>,
+    title: Option<String>,
+    status: Option<Kind>,
+    error: Option<Failure>,
+    reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Kind {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Deserialize)]
+struct Failure {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    message: Option<String>,
+}
+
+/// What an event says of turns, in order. `session.execution.*` begin and end them; early versions have
+/// `session.status` and `session.idle` of 1.x too.
+pub fn turns(event: &[u8]) -> Vec<Turn> {
+    let understood = || {
+        let TurnEvent { kind, location, data } = from_json(event).ok()?;
+        let what = kind.strip_prefix("session.")?;
+        let is_about_turns = what.starts_with("execution.")
+            || matches!(what, "created" | "renamed" | "updated" | "deleted" | "status" | "idle");
+        let data: TurnData = from_json(data.filter(|_| is_about_turns)?.get().as_bytes()).ok()?;
+        Some((what.to_owned(), location.and_then(|location| location.directory), data))
+    };
+    let Some((what, directory, data)) = understood() else { return Vec::new() };
+    let TurnData { session: Some(session), title, status, error, reason } = data else { return Vec::new() };
+    let ends_with = |name: Option<String>, message: Option<String>| {
+        vec![Step::Failed { name: name.unwrap_or_default(), message: message.unwrap_or_default() }, Step::Idle]
+    };
+    let steps = match (what.as_str(), status, error) {
+        ("execution.started", ..) => vec![Step::Runs],
+        ("execution.succeeded" | "idle", ..) => vec![Step::Idle],
+        ("execution.failed", _, error) => {
+            let Failure { kind, message } = error.unwrap_or(Failure { kind: None, message: None });
+            ends_with(kind, message)
+        }
+        // By its user, a shutdown, or a newer turn.
+        ("execution.interrupted", ..) => ends_with(Some("interrupted".to_owned()), reason),
+        ("status", Some(status), _) => vec![if status.kind == "idle" { Step::Idle } else { Step::Runs }],
+        ("created" | "renamed" | "updated", ..) if title.is_some() => {
+            vec![Step::Titled(title.filter(|title| !title.is_empty()))]
+        }
+        ("deleted", ..) => vec![Step::Deleted],
+        (..) => Vec::new(),
+    };
+    let place = match directory.filter(|directory| directory.starts_with('/')) {
+        Some(directory) => Place::Directory(directory),
+        None => Place::Session(session.clone()),
+    };
+    let turn = |step| Turn { place: place.clone(), session: Some(session.clone()), step };
+    steps.into_iter().map(turn).collect()
+}
+
 /// What a request is about.
 pub fn subject(method: &str, path: &str) -> Subject {
     let segments = segments(path);
@@ -318,6 +393,41 @@ mod tests {
             assert_eq!(told(&event).unwrap().sign, Sign::Used, "{kind}");
         }
         assert_eq!(told(r#"{"id":"evt_1","type":"server.connected","data":{}}"#), None);
+    }
+
+    #[test]
+    fn executions_are_turns() {
+        let steps = |event: &str| {
+            let turns = turns(event.as_bytes());
+            assert!(turns.iter().all(|turn| turn.session.as_deref() == Some("ses_1")), "{turns:?}");
+            assert!(turns.iter().all(|turn| turn.place == Place::Session("ses_1".to_owned())), "{turns:?}");
+            turns.into_iter().map(|turn| turn.step).collect::<Vec<_>>()
+        };
+        let of = |kind: &str, more: &str| {
+            steps(&format!(
+                r#"{{"id":"evt_1","created":1,"type":"session.{kind}","data":{{"sessionID":"ses_1"{more}}}}}"#
+            ))
+        };
+        let failed = |name: &str, message: &str| Step::Failed { name: name.to_owned(), message: message.to_owned() };
+        assert_eq!(of("execution.started", ""), [Step::Runs]);
+        assert_eq!(of("execution.succeeded", ""), [Step::Idle]);
+        let error = r#","error":{"type":"provider.quota","message":"no more"}"#;
+        assert_eq!(of("execution.failed", error), [failed("provider.quota", "no more"), Step::Idle]);
+        assert_eq!(of("execution.failed", ""), [failed("", ""), Step::Idle]);
+        let interrupted = of("execution.interrupted", r#","reason":"user""#);
+        assert_eq!(interrupted, [failed("interrupted", "user"), Step::Idle]);
+        assert_eq!(of("status", r#","status":{"type":"retry"}"#), [Step::Runs]);
+        assert_eq!(of("status", r#","status":{"type":"idle"}"#), [Step::Idle]);
+        assert_eq!(of("renamed", r#","title":"mend""#), [Step::Titled(Some("mend".to_owned()))]);
+        assert_eq!(of("deleted", ""), [Step::Deleted]);
+        for kind in ["text.delta", "step.started", "created", "status"] {
+            assert_eq!(of(kind, ""), []);
+        }
+        for other in [r#"{"type":"session.execution.started","data":{}}"#, r#"{"type":"server.connected"}"#, "x"] {
+            assert_eq!(turns(other.as_bytes()), []);
+        }
+        let located = r#"{"type":"session.idle","location":{"directory":"/a"},"data":{"sessionID":"ses_1"}}"#;
+        assert_eq!(turns(located.as_bytes())[0].place, Place::Directory("/a".to_owned()));
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
 use self::turns::Turns;
-use super::engine::{CallResult, Endpoint, Place, Told};
+use super::engine::{CallResult, Endpoint, Place, Step, Told, Turn as Turned};
 use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
@@ -578,25 +578,39 @@ impl Instances {
             if let Some(told) = endpoint.understand(data) {
                 self.observe(endpoint, told);
             }
-            // Released before the event is published, which has a lock of its own.
-            let told = turns::lock(&self.turns).observe(data);
-            if let Some((directory, told)) = told {
-                let state = self.store.snapshot();
-                let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory).cloned();
-                self.events.publish(told.event(directory, workspace));
+            for turn in endpoint.turns(data) {
+                self.tell(endpoint, turn);
             }
         }
     }
 
+    /// Tells what is new of a turn.
+    fn tell(&self, endpoint: &Endpoint, Turned { place, session, step }: Turned) {
+        // Released before the event is published, which has a lock of its own.
+        let told = turns::lock(&self.turns).observe(session.as_deref(), step);
+        let Some(mut told) = told else { return };
+        let Some(directory) = self.directory_of(endpoint, place) else { return };
+        if let (Line::V2, Some(id), None) = (endpoint.line, &told.id, &told.title) {
+            // Its events do not say; and to ask loads nothing.
+            let deadline = Instant::now() + ASK_LIMIT;
+            told.title = endpoint.session_title(Path::new(&directory), id, deadline).ok().flatten();
+            turns::lock(&self.turns).observe(Some(id), Step::Titled(told.title.clone()));
+        }
+        let state = self.store.snapshot();
+        let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory).cloned();
+        self.events.publish(told.event(directory, workspace));
+    }
+
+    /// The directory of what an event is about.
+    fn directory_of(&self, endpoint: &Endpoint, place: Place) -> Option<String> {
+        match place {
+            Place::Directory(directory) => Some(directory),
+            Place::Session(id) => self.session_directory(endpoint, &id, Instant::now() + ASK_LIMIT).ok().flatten(),
+        }
+    }
+
     fn observe(&self, endpoint: &Endpoint, Told { sign, place, session }: Told) {
-        let directory = match place {
-            Place::Directory(directory) => directory,
-            Place::Session(id) => {
-                let found = self.session_directory(endpoint, &id, Instant::now() + ASK_LIMIT);
-                let Ok(Some(directory)) = found else { return };
-                directory
-            }
-        };
+        let Some(directory) = self.directory_of(endpoint, place) else { return };
         if let Some(id) = session {
             self.remember_session(&id, &directory);
         }

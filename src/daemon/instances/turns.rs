@@ -1,16 +1,10 @@
-//! What opencode's events say of turns: the beginning, the end and the errors of each.
-//!
-//! opencode 1.18 tells of each step of a turn that the session is busy, and twice of its end
-//! (`session.status` and `session.idle`); here each is told once.
+//! The beginning, the end and the errors of each turn, each told once, from what opencode's events say.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
-
+use crate::daemon::engine::Step;
 use crate::daemon::events::{EventKind, EventSession, SessionError};
-use crate::wire::from_json;
 use crate::workspace::Workspace;
 
 /// The most sessions that are remembered; each takes some hundred bytes, and what is forgotten costs a
@@ -74,63 +68,27 @@ pub fn lock(turns: &Mutex<Turns>) -> MutexGuard<'_, Turns> {
     turns.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The properties of `session.*`.
-#[derive(Deserialize)]
-struct Properties {
-    #[serde(rename = "sessionID")]
-    session_id: Option<String>,
-    status: Option<Status>,
-    error: Option<EngineError>,
-    info: Option<Info>,
-}
-
-#[derive(Deserialize)]
-struct Status {
-    #[serde(rename = "type")]
-    kind: String,
-}
-
-#[derive(Deserialize)]
-struct EngineError {
-    name: Option<String>,
-    data: Option<ErrorData>,
-}
-
-#[derive(Deserialize)]
-struct ErrorData {
-    message: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Info {
-    id: String,
-    title: Option<String>,
-}
-
-/// An event of `GET /global/event` (1.x).
-#[derive(Deserialize)]
-struct Event<'a> {
-    directory: Option<String>,
-    #[serde(borrow)]
-    payload: Option<Payload<'a>>,
-}
-
-#[derive(Deserialize)]
-struct Payload<'a> {
-    #[serde(rename = "type")]
-    kind: String,
-    /// Looked into only where that is of use: some are large.
-    #[serde(borrow)]
-    properties: Option<&'a RawValue>,
-}
-
 impl Turns {
-    /// An event of opencode's; what it tells that is new, and in which directory.
-    pub fn observe(&mut self, event: &[u8]) -> Option<(String, Told)> {
-        let Event { directory, payload } = from_json(event).ok()?;
-        let Payload { kind, properties } = payload?;
-        let directory = directory.filter(|directory| directory.starts_with('/'))?;
-        self.told(&kind, properties).map(|told| (directory, told))
+    /// What opencode says of a turn; what of it is new.
+    pub fn observe(&mut self, session: Option<&str>, step: Step) -> Option<Told> {
+        match (step, session) {
+            (Step::Titled(title), Some(id)) => {
+                self.known(id).title = title;
+                None
+            }
+            (Step::Deleted, Some(id)) => {
+                self.0.remove(id);
+                None
+            }
+            (Step::Runs, Some(id)) => self.runs(id, true),
+            (Step::Idle, Some(id)) => self.runs(id, false),
+            (Step::Failed { name, message }, session) => {
+                let news = News::Error { name, message: message.chars().take(MESSAGE_LIMIT).collect() };
+                let title = session.and_then(|id| self.0.get(id)?.title.clone());
+                Some(Told { id: session.map(str::to_owned), title, news })
+            }
+            (Step::Titled(_) | Step::Deleted | Step::Runs | Step::Idle, None) => None,
+        }
     }
 
     /// Another opencode: nothing runs in it that is known.
@@ -140,45 +98,12 @@ impl Turns {
         }
     }
 
-    /// An event with its properties; what it tells that is new.
-    fn told(&mut self, kind: &str, properties: Option<&RawValue>) -> Option<Told> {
-        let what = kind.strip_prefix("session.")?;
-        let Properties { session_id, status, error, info } = from_json(properties?.get().as_bytes()).ok()?;
-        match what {
-            "created" | "updated" => {
-                let Info { id, title } = info?;
-                self.known(&id).title = title.filter(|title| !title.is_empty());
-                None
-            }
-            "deleted" => {
-                self.0.remove(&info?.id);
-                None
-            }
-            "status" => match status?.kind.as_str() {
-                "idle" => self.runs(session_id?, false),
-                _ => self.runs(session_id?, true),
-            },
-            "idle" => self.runs(session_id?, false),
-            "error" => {
-                let EngineError { name, data } = error?;
-                let message = data.and_then(|data| data.message).unwrap_or_default();
-                let news = News::Error {
-                    name: name.unwrap_or_default(),
-                    message: message.chars().take(MESSAGE_LIMIT).collect(),
-                };
-                let title = session_id.as_ref().and_then(|id| self.0.get(id)?.title.clone());
-                Some(Told { id: session_id, title, news })
-            }
-            _ => None,
-        }
-    }
-
-    fn runs(&mut self, id: String, runs: bool) -> Option<Told> {
-        let known = self.known(&id);
+    fn runs(&mut self, id: &str, runs: bool) -> Option<Told> {
+        let known = self.known(id);
         let is_new = known.runs.replace(runs) != Some(runs);
         let news = if runs { News::Started } else { News::Idle };
         let title = known.title.clone();
-        is_new.then_some(Told { id: Some(id), title, news })
+        is_new.then(|| Told { id: Some(id.to_owned()), title, news })
     }
 
     fn known(&mut self, id: &str) -> &mut Known {
@@ -197,64 +122,49 @@ impl Turns {
 mod tests {
     use super::*;
 
-    fn told(turns: &mut Turns, kind: &str, properties: &str) -> Option<Told> {
-        turns.told(kind, Some(&RawValue::from_string(properties.to_owned()).unwrap()))
+    fn news(turns: &mut Turns, id: &str, step: Step) -> Option<News> {
+        turns.observe(Some(id), step).map(|told| told.news)
     }
-
-    fn news(turns: &mut Turns, kind: &str, properties: &str) -> Option<News> {
-        told(turns, kind, properties).map(|told| told.news)
-    }
-
-    const BUSY: &str = r#"{"sessionID":"ses_1","status":{"type":"busy"}}"#;
-    const RETRY: &str = r#"{"sessionID":"ses_1","status":{"type":"retry","attempt":1,"message":"x","next":2}}"#;
-    const IDLE: &str = r#"{"sessionID":"ses_1","status":{"type":"idle"}}"#;
 
     #[test]
     fn each_turn_begins_and_ends_once() {
         let mut turns = Turns::default();
         for _ in 0..2 {
-            assert_eq!(news(&mut turns, "session.status", BUSY), Some(News::Started));
-            assert_eq!(news(&mut turns, "session.status", BUSY), None);
-            assert_eq!(news(&mut turns, "session.status", RETRY), None);
-            assert_eq!(news(&mut turns, "session.status", IDLE), Some(News::Idle));
-            assert_eq!(news(&mut turns, "session.idle", r#"{"sessionID":"ses_1"}"#), None);
+            assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
+            assert_eq!(news(&mut turns, "ses_1", Step::Runs), None);
+            assert_eq!(news(&mut turns, "ses_1", Step::Idle), Some(News::Idle));
+            assert_eq!(news(&mut turns, "ses_1", Step::Idle), None);
         }
         // The first word of a turn that began under an earlier daemon.
-        assert_eq!(news(&mut turns, "session.idle", r#"{"sessionID":"ses_2"}"#), Some(News::Idle));
+        assert_eq!(news(&mut turns, "ses_2", Step::Idle), Some(News::Idle));
         // The turn of an opencode that has ended: the next one starts anew.
-        assert_eq!(news(&mut turns, "session.status", BUSY), Some(News::Started));
+        assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
         turns.begin();
-        assert_eq!(news(&mut turns, "session.status", BUSY), Some(News::Started));
+        assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
     }
 
     #[test]
     fn titles_and_errors_are_told() {
         let mut turns = Turns::default();
-        let info = r#"{"sessionID":"ses_1","info":{"id":"ses_1","title":"mend","time":{}}}"#;
-        assert_eq!(told(&mut turns, "session.updated", info), None);
-        let error = r#"{"sessionID":"ses_1","error":{"name":"MessageAbortedError","data":{"message":"Aborted"}}}"#;
-        let news = News::Error { name: "MessageAbortedError".to_owned(), message: "Aborted".to_owned() };
-        let expected = Told { id: Some("ses_1".to_owned()), title: Some("mend".to_owned()), news };
-        assert_eq!(told(&mut turns, "session.error", error), Some(expected));
-        let bare = told(&mut turns, "session.error", r#"{"error":{"name":"UnknownError"}}"#).unwrap();
+        let failed = || Step::Failed { name: "MessageAbortedError".to_owned(), message: "x".repeat(2000) };
+        assert_eq!(turns.observe(Some("ses_1"), Step::Titled(Some("mend".to_owned()))), None);
+        let told = turns.observe(Some("ses_1"), failed()).unwrap();
+        assert_eq!((told.id.as_deref(), told.title.as_deref()), (Some("ses_1"), Some("mend")));
+        let message = "x".repeat(MESSAGE_LIMIT);
+        assert_eq!(told.news, News::Error { name: "MessageAbortedError".to_owned(), message });
+        assert_eq!(turns.observe(Some("ses_1"), Step::Deleted), None);
+        assert_eq!(turns.observe(Some("ses_1"), failed()).unwrap().title, None);
+        let bare = turns.observe(None, failed()).unwrap();
         assert_eq!((bare.id, bare.title), (None, None));
-        for (kind, other) in [
-            ("message.updated", info),
-            ("session.compacted", IDLE),
-            ("session.status", "{}"),
-            ("session.idle", "[]"),
-            ("session.error", r#"{"error":"text"}"#),
-        ] {
-            assert_eq!(told(&mut turns, kind, other), None, "{kind} {other}");
-        }
+        assert_eq!(turns.observe(None, Step::Idle), None);
     }
 
     #[test]
     fn only_so_many_are_remembered() {
         let mut turns = Turns::default();
         for n in 0..3 * SESSIONS {
-            let status = format!(r#"{{"sessionID":"ses_{n}","status":{{"type":"{}"}}}}"#, ["busy", "idle"][n % 2]);
-            assert!(told(&mut turns, "session.status", &status).is_some());
+            let step = if n % 2 == 0 { Step::Runs } else { Step::Idle };
+            assert!(turns.observe(Some(&format!("ses_{n}")), step).is_some());
             assert!(turns.0.len() <= SESSIONS);
         }
     }

@@ -1,0 +1,197 @@
+//! OpenCode's sessions in 2.x: what is listed, the end of a turn, and the wait for all of them. Nothing is
+//! loaded for any of it.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, wait_for};
+
+/// A host with two workspaces, `web` (loaded) and `api`, and their directories.
+fn host() -> (Host, PathBuf, PathBuf) {
+    let host = Host::new();
+    let (web, api) = (host.project("web"), host.project("api"));
+    host.add(&web);
+    host.add(&api);
+    host.openwork(["workspace", "path", "web"]).ok();
+    (host, web, api)
+}
+
+/// Creates a session in a directory, past the daemon.
+fn session(host: &Host, directory: &Path) -> String {
+    let reply = host.opencode("POST", "/api/session").json(json!({"location": {"directory": directory}})).send();
+    reply.json()["data"]["id"].as_str().unwrap().to_owned()
+}
+
+/// Has a session do something, past the daemon: `prompt`, `succeed`, `fail`.
+fn act(host: &Host, session: &str, what: &str) {
+    let target = format!("/api/session/{session}/{what}");
+    let reply = host.opencode("POST", &target).json(json!({"text": "x"})).send();
+    assert!(matches!(reply.status, 200 | 204), "{reply:?}");
+}
+
+fn ids(list: &Value) -> Vec<&str> {
+    list["sessions"].as_array().unwrap().iter().map(|session| session["id"].as_str().unwrap()).collect()
+}
+
+/// Waits until opencode has been asked what runs.
+fn wait_until_asked(host: &Host) {
+    let before = host.requests().len();
+    wait_for("opencode to be asked what runs", || {
+        host.requests()[before..].iter().any(|request| request["target"] == "/api/session/active")
+    });
+}
+
+/// Waits until the daemon has opencode's events.
+fn wait_until_heard(host: &Host) {
+    wait_for("the daemon to listen", || host.recorded("streams").contains(&"open /api/event".to_owned()));
+}
+
+#[test]
+fn running_sessions_come_first_and_nothing_is_loaded() {
+    let (host, web, api) = host();
+    let [first, second, elsewhere] = [&web, &web, &api].map(|directory| session(&host, directory));
+    act(&host, &second, "prompt");
+    let list = host.openwork(["session", "list", "web"]).json();
+    assert_eq!(ids(&list), [&second, &first]);
+    let running = &list["sessions"][0];
+    assert_eq!(
+        (&running["state"], &running["title"], &running["workspace"]["name"], &running["directory"]),
+        (&json!("running"), &json!("mend {it}"), &json!("web"), &json!(web))
+    );
+    assert_eq!((&list["sessions"][1]["state"], &list["sessions"][1]["updatedAt"]), (&json!("idle"), &json!(1)));
+    assert_eq!(ids(&host.openwork(["session", "list", "--all"]).json()), [&second, &first]);
+    // Of a workspace that is not loaded, too.
+    assert_eq!(ids(&host.openwork(["session", "list", "api"]).json()), [&elsewhere]);
+    assert_eq!(ids(&host.openwork(["session", "list", "--all"]).json()), [&second, &first]);
+    assert_eq!((host.instance(&api), host.instance(&web)), (vec![], vec!["load".to_owned()]));
+    let instances = host.openwork(["instance", "list"]).json();
+    assert_eq!(
+        (&instances["instances"][0]["state"], &instances["instances"][1]["state"]),
+        (&json!("busy"), &json!("cold"))
+    );
+}
+
+#[test]
+fn an_abort_ends_the_running_turn_and_loads_nothing() {
+    let (host, web, api) = host();
+    let (running, idle) = (session(&host, &web), session(&host, &api));
+    act(&host, &running, "prompt");
+    let reply = host.openwork(["session", "abort", &running]).json();
+    assert_eq!((&reply["aborted"], &reply["session"]["id"]), (&json!(true), &json!(running)));
+    assert_eq!(reply["session"]["workspace"]["name"], "web");
+    assert_eq!(ids(&host.openwork(["session", "list", "web"]).json()), [&running]);
+    host.openwork(["wait", "--all"]).ok();
+
+    // One of a workspace that is not loaded.
+    let reply = host.openwork(["session", "abort", &idle]).json();
+    assert_eq!((&reply["aborted"], &reply["session"]["workspace"]["name"]), (&json!(false), &json!("api")));
+    let said = host.openwork(["session", "abort", &idle]).ok().stdout;
+    assert_eq!(said, format!("no turn is running in mend {{it}} ({idle}) in api\n"));
+    assert_eq!(host.instance(&api), [""; 0]);
+    for unknown in ["ses_none", "-", "../x"] {
+        host.openwork(["session", "abort", unknown]).fails(4, "session_not_found");
+    }
+}
+
+#[test]
+fn an_abort_does_not_load_again_what_was_disposed_under_a_turn() {
+    let (host, web, _) = host();
+    let running = session(&host, &web);
+    act(&host, &running, "prompt");
+    host.dispose_directly(&web);
+    let before = host.instance(&web);
+    assert_eq!(before, ["load", "dispose"]);
+    let error = host.openwork(["session", "abort", &running]).fails(5, "opencode_error");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("was disposed") && message.contains("daemon restart --all"), "{error}");
+    assert_eq!(host.instance(&web), before);
+    // It still runs, and is waited for.
+    host.openwork(["wait", "web", "--timeout", "0.3"]).fails(1, "still_busy");
+    act(&host, &running, "succeed");
+    host.openwork(["wait", "web"]).ok();
+}
+
+#[test]
+fn a_wait_ends_with_the_sessions() {
+    let (host, web, api) = host();
+    let running = session(&host, &web);
+    act(&host, &running, "prompt");
+    host.openwork(["wait", "api"]).ok();
+    let error = host.openwork(["wait", "web", "--timeout", "0.3"]).fails(1, "still_busy");
+    assert_eq!(error["message"], "web: 1 session still running at the deadline");
+    host.openwork(["wait", "--all", "--timeout", "0.3"]).fails(1, "still_busy");
+    let waiting = [vec!["wait", "web"], vec!["wait", "--all"]].map(|command| host.openwork(command).spawn());
+    wait_until_asked(&host);
+    act(&host, &running, "succeed");
+    for command in waiting {
+        let output = command.wait();
+        assert!(output.status.success(), "{output:?}");
+    }
+    assert_eq!(host.instance(&api), [""; 0]);
+}
+
+#[test]
+fn a_stop_or_restart_waits_for_the_sessions_when_told_so() {
+    let (host, web, _) = host();
+    let running = session(&host, &web);
+    act(&host, &running, "prompt");
+    for command in ["stop", "restart"] {
+        let limit = ["daemon", command, "--when-idle", "--timeout", "0.3"];
+        host.openwork(limit).fails(1, "still_busy");
+    }
+    let opencode = host.opencode_pid();
+    let restarting = host.openwork(["daemon", "restart", "--all", "--when-idle"]).spawn();
+    wait_until_asked(&host);
+    assert_eq!(host.opencode_pid(), opencode);
+    act(&host, &running, "succeed");
+    assert!(restarting.wait().status.success());
+    assert_ne!(host.opencode_pid(), opencode);
+
+    act(&host, &running, "prompt");
+    let stopping = host.openwork(["daemon", "stop", "--when-idle", "--json"]).spawn();
+    wait_until_asked(&host);
+    act(&host, &running, "succeed");
+    let stopped = stopping.wait().object();
+    assert_eq!((&stopped["stopped"], &stopped["sessions"]), (&json!(true), &json!([])));
+
+    // One that is ended is named.
+    host.openwork(["daemon", "start"]).ok();
+    act(&host, &running, "prompt");
+    let stopped = host.openwork(["daemon", "stop"]).ok().stdout;
+    assert_eq!(stopped, format!("ended the running turn of mend {{it}} ({running}) in web\nstopped\n"));
+}
+
+#[test]
+fn turns_are_told_with_workspace_and_title() {
+    let (host, web, _) = host();
+    wait_until_heard(&host);
+    let stranger = host.project("stranger");
+    let (ours, theirs) = (session(&host, &web), session(&host, &stranger));
+    let mut events = host.http("GET", "/events").events();
+    let mut next = |kind: &str, id: &str| {
+        let is_of_session = |event: &Value| event["type"].as_str().unwrap().starts_with("session.");
+        let event = events.find(is_of_session).expect("an event");
+        assert_eq!((&event["type"], &event["sessionId"]), (&json!(kind), &json!(id)), "{event}");
+        assert_eq!(event["title"], "mend {it}", "{event}");
+        event
+    };
+    // Ended by its user, by a failure, by itself.
+    act(&host, &ours, "prompt");
+    let started = next("session.started", &ours);
+    assert_eq!((&started["workspace"]["name"], &started["directory"]), (&json!("web"), &json!(web)));
+    host.openwork(["session", "abort", &ours]).ok();
+    assert_eq!(next("session.error", &ours)["error"], json!({"name": "interrupted", "message": "user"}));
+    next("session.idle", &ours);
+    act(&host, &theirs, "prompt");
+    let started = next("session.started", &theirs);
+    assert_eq!((&started["workspace"], &started["directory"]), (&Value::Null, &json!(stranger)));
+    act(&host, &theirs, "fail");
+    assert_eq!(next("session.error", &theirs)["error"], json!({"name": "provider.quota", "message": "no more"}));
+    next("session.idle", &theirs);
+    act(&host, &ours, "prompt");
+    next("session.started", &ours);
+    act(&host, &ours, "succeed");
+    // Each once: this is the next one.
+    assert_eq!(next("session.idle", &ours).get("error"), None);
+}
