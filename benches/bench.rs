@@ -45,6 +45,7 @@ const SECTIONS: &[Section] = &[
     ("transfer", transfer),
     ("many", many),
     ("restart", restart),
+    ("v2", v2),
 ];
 
 const OPENWORK: &str = env!("CARGO_BIN_EXE_openwork");
@@ -256,6 +257,56 @@ fn transfer(report: &mut Report) {
     report.print(&Figure::new("up, directly", Ms(direct_up)));
     report.print(&Figure::new("up, through /w/", Ms(routed_up)).against(direct_up).at_most(Times(1.43)));
     report.print(&Figure::new("resident memory, more than before", Bytes(daemon.memory().saturating_sub(before))));
+}
+
+/// Routing to opencode 2.x, with the limits of 1.x. No 2.x can be installed from where the real 1.x comes, so
+/// the tests' stand-in is asked: it answers at once, and what is added is openwork's alone.
+fn v2(report: &mut Report) {
+    report.section("Routing to 2.x, a stand-in");
+    let mut host = Host::with_opencode(stand_in());
+    host.version = "2.3.2";
+    let daemon = Daemon::start(&host);
+    let (opencode, directory) = (daemon.opencode().1, host.project("a"));
+    run(host.openwork(["workspace", "add"]).arg(&directory));
+    let create = |port, target: &str| {
+        let body = json!({"location": {"directory": directory}});
+        ask(&of_opencode(port, "POST", target, &directory).json(&body)).json()
+    };
+    let session = create(opencode, "/api/session")["data"]["id"].as_str().expect("a session").to_owned();
+    let get = |port, target: &str| drop(ask(&of_opencode(port, "GET", target, &directory)));
+    let (messages, routed) = (format!("/api/session/{session}/message"), format!("/w/a/api/session/{session}/message"));
+    let [direct, below_w, at_root, of_session, session_below_w] = in_turns(
+        1000,
+        [
+            &mut || get(opencode, "/api/location"),
+            &mut || get(daemon.port, "/w/a/api/location"),
+            &mut || get(daemon.port, "/api/location"),
+            &mut || get(opencode, &messages),
+            &mut || get(daemon.port, &routed),
+        ],
+    );
+    let [created, created_below_w] = in_turns(
+        200,
+        [&mut || drop(create(opencode, "/api/session/import")), &mut || {
+            drop(create(daemon.port, "/w/a/api/session/import"))
+        }],
+    );
+    let limit = |direct: f64| Ms(direct + 0.2);
+    report.print(&Figure::new("GET /api/location, asked directly", Ms(direct)));
+    report.print(&Figure::new("GET /w/a/api/location", Ms(below_w)).against(direct).at_most(limit(direct)));
+    report.print(&Figure::new("GET /api/location, at the root", Ms(at_root)).against(direct).at_most(limit(direct)));
+    report.print(&Figure::new("messages of a session, asked directly", Ms(of_session)));
+    report.print(
+        &Figure::new("  through /w/, booked where it is", Ms(session_below_w))
+            .against(of_session)
+            .at_most(limit(of_session)),
+    );
+    report.print(&Figure::new("a session imported directly", Ms(created)));
+    report.print(
+        &Figure::new("  through /w/, its body written anew", Ms(created_below_w))
+            .against(created)
+            .at_most(limit(created)),
+    );
 }
 
 /// A registry that is larger than anybody's.
@@ -514,6 +565,8 @@ fn stand_in() -> PathBuf {
 struct Host {
     root: PathBuf,
     opencode: PathBuf,
+    /// What the stand-in is; the real one says itself.
+    version: &'static str,
     guard: Child,
 }
 
@@ -546,7 +599,7 @@ impl Host {
         let mut guard = Command::new("/bin/sh");
         guard.args(["-c", GUARD, "sh"]).arg(&root).arg(OPENWORK);
         let guard = silent(&mut guard).stdin(Stdio::piped()).spawn().expect("a shell");
-        let host = Host { root, opencode, guard };
+        let host = Host { root, opencode, version: "1.18.33", guard };
         let auth = json!({"opencodeUsername": "opencode", "opencodePassword": PASSWORD});
         fs::write(host.path("data/openwork-orchestrator-auth.json"), auth.to_string()).expect("a file");
         host
@@ -566,7 +619,11 @@ impl Host {
     fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         let inherited = std::env::var_os("PATH").map(|path| ("PATH", path));
-        command.env_clear().envs(inherited).env("HOME", self.path("home"));
+        command.env_clear().envs(inherited).env("HOME", self.path("home")).env("FAKE_VERSION", self.version);
+        // Where the stand-in for 2.x has its sessions.
+        if self.version.starts_with("2.") {
+            command.env("FAKE_OPENCODE_DIR", self.path("data/opencode"));
+        }
         command.env("OPENCODE_DISABLE_AUTOUPDATE", "1").env("OPENCODE_DISABLE_MODELS_FETCH", "1");
         command
     }
