@@ -376,7 +376,8 @@ fn an_older_2_x_is_refused() {
         host.behave(&format!("FAKE_HEALTH={health}"));
         let error = host.openwork(["daemon", "start"]).fails(5, "opencode_unsupported");
         assert!(error["message"].as_str().unwrap().contains("GET /api/info"), "{error}");
-        assert_eq!(host.starts().len(), 1);
+        // One that has failed before the command asks for it is tried once more.
+        assert!(matches!(host.starts().len(), 1 | 2), "{:?}", host.starts());
         assert_eq!(host.processes(), [host.daemon_pid()]);
     }
 }
