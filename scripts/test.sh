@@ -23,6 +23,7 @@ need with_strace strace true
 need with_curl curl --version
 need with_mandoc mandoc -T lint share/man/openwork.1
 need with_tmux both tmux -V git --version
+need with_opencode2 test -x "${OPENWORK_TEST_OPENCODE2:-}"
 
 # `run TARGET …`: the tests of a target that need nothing, then those whose need is met.
 run() {

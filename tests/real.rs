@@ -1,26 +1,32 @@
-//! The same story against the real opencode, whose path is in `OPENWORK_TEST_OPENCODE`:
-//! `cargo test --test real`.
+//! The same story against the real opencode 1.x, whose path is in `OPENWORK_TEST_OPENCODE`:
+//! `cargo test --test real`; and, in `with_opencode2`, against a real 2.x, where there is one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use serde_json::{Value, json};
 
 #[path = "real/route.rs"]
 mod route;
+#[path = "real/stories.rs"]
+mod stories;
 #[allow(dead_code, unused_imports)] // What only the tests with the fake opencode need.
 #[path = "support/mod.rs"]
 mod support;
+#[path = "real/v2.rs"]
+mod with_opencode2;
 
-use support::{Host, Signal, is_alive, kill, wait_gone};
+use support::{Host, Signal, kill, wait_gone};
 
-/// A host with a real opencode that fetches nothing it can do without.
+/// A host with a real opencode 1.x that fetches nothing it can do without.
 fn real() -> Host {
     let opencode = std::env::var_os("OPENWORK_TEST_OPENCODE").map(PathBuf::from);
-    let opencode = opencode.expect("OPENWORK_TEST_OPENCODE is to name an opencode; `just test` installs one");
-    assert!(opencode.is_file(), "OPENWORK_TEST_OPENCODE: there is no {}", opencode.display());
-    let mut host = Host::with_opencode(&opencode);
+    with_real(&opencode.expect("OPENWORK_TEST_OPENCODE is to name an opencode; `just test` installs one"))
+}
+
+fn with_real(opencode: &Path) -> Host {
+    assert!(opencode.is_file(), "there is no {}", opencode.display());
+    let mut host = Host::with_opencode(opencode);
     for switch in ["OPENCODE_DISABLE_AUTOUPDATE", "OPENCODE_DISABLE_MODELS_FETCH"] {
         host.set(switch, "1");
     }
@@ -42,23 +48,17 @@ fn disposal(events: &mut support::Events, directory: &Path) {
 
 #[test]
 fn one_opencode_serves_every_workspace() {
-    let host = real();
-    let projects = ["a", "b", "c"].map(|name| host.project(name));
-    for project in &projects {
-        host.add(project);
-    }
-    host.openwork(["daemon", "start"]).ok();
-    let pid = host.opencode_pid();
-    for project in &projects {
-        host.openwork(["workspace", "switch", project.to_str().unwrap()]).ok();
-        let answer = path(&host, &[]);
-        assert_eq!(answer["directory"], project.to_str().unwrap());
-        assert_eq!(answer["home"], host.home().to_str().unwrap());
-        assert_eq!(host.opencode_pid(), pid);
-        // Nothing has been put into the project.
-        assert_eq!(fs::read_dir(project).unwrap().count(), 0);
-    }
-    assert!(host.health()["engine"]["version"].as_str().unwrap().starts_with("1."));
+    stories::one_opencode_serves_every_workspace(&real(), "1.");
+}
+
+#[test]
+fn many_requests_that_find_it_dead_cause_one_restart() {
+    stories::many_requests_that_find_it_dead_cause_one_restart(&real());
+}
+
+#[test]
+fn a_stop_leaves_nothing() {
+    stories::a_stop_leaves_nothing(&real());
 }
 
 #[test]
@@ -77,29 +77,6 @@ fn a_disposed_instance_is_made_anew_by_the_next_use() {
         disposal(&mut events, &project);
     }
     assert_eq!(host.opencode_pid(), pid);
-}
-
-#[test]
-fn many_requests_that_find_it_dead_cause_one_restart() {
-    let host = real();
-    let project = host.project("p");
-    host.add(&project);
-    path(&host, &["p"]);
-    let before = host.opencode_pid();
-    kill(before, Signal::KILL);
-    thread::scope(|scope| {
-        for _ in 0..32 {
-            scope.spawn(|| {
-                let answer = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "80").ok();
-                assert_eq!(answer["path"]["directory"], project.to_str().unwrap());
-            });
-        }
-    });
-    assert_ne!(host.opencode_pid(), before);
-    assert_eq!(
-        (host.health()["engine"]["generation"].as_u64(), host.health()["engine"]["restarts"].as_u64()),
-        (Some(2), Some(1))
-    );
 }
 
 #[test]
@@ -141,20 +118,6 @@ fn it_works_at_any_loopback_address() {
     wait_gone(daemon);
     path(&host, &["p"]);
     assert_eq!((host.opencode_pid(), host.opencode_address()), (pid, address));
-}
-
-#[test]
-fn a_stop_leaves_nothing() {
-    let host = real();
-    host.add(host.project("p"));
-    path(&host, &["p"]);
-    let opencode = host.opencode_pid();
-    host.openwork(["daemon", "stop"]).ok();
-    assert!(!is_alive(opencode));
-    assert_eq!(host.processes(), [0; 0]);
-    // It starts again on the same port at once.
-    host.openwork(["daemon", "start"]).ok();
-    assert_eq!(host.health()["opencode"]["port"].to_string(), host.get("OPENWORK_OPENCODE_PORT"));
 }
 
 #[test]

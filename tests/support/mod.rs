@@ -9,7 +9,7 @@
 //! A test that some machines cannot run is ignored with the reason; it never returns early. Such
 //! tests stand in a module named after what they need, by which `scripts/test.sh` runs them where
 //! the need is met: `as_root`, which becomes another user, `with_script`, `with_strace`, `with_git`,
-//! `with_curl`, `with_tmux`, `with_mandoc`.
+//! `with_curl`, `with_tmux`, `with_mandoc`, `with_opencode2`.
 
 pub mod exercised;
 pub mod http;
