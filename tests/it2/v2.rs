@@ -318,6 +318,26 @@ fn one_that_a_client_revives_is_given_twice_the_time() {
 }
 
 #[test]
+fn a_disposal_has_half_a_minute_and_requests_wait_for_it() {
+    let mut host = Host::new();
+    host.set("OPENWORK_IDLE_TTL", "1s");
+    // Longer than 1.x is given.
+    host.behave("FAKE_EVICT_MS=11000");
+    let a = host.project("a");
+    host.add(&a);
+    host.openwork(["workspace", "path", "a"]).ok();
+    let is_asked = || host.requests().iter().any(|call| call["method"] == "DELETE");
+    wait_for("the disposal to begin", is_asked);
+    // Sent into the disposal, it would be answered by an instance that is about to go.
+    host.openwork(["workspace", "path", "a"]).ok();
+    assert_eq!(host.instance(&a), ["load", "dispose", "load"]);
+    let log = std::fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains(&format!("disposed the idle instance of {}", a.display())), "{log}");
+    // What is left to dispose is not waited for.
+    host.openwork(["daemon", "stop"]).ok();
+}
+
+#[test]
 fn an_older_2_x_tells_nothing_of_a_shutdown() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "1s");
