@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 cargo build --locked
 openwork() {
     env -u OPENWORK_DATA_DIR -u OPENWORK_DAEMON_PORT -u OPENWORK_OPENCODE_BIN -u OPENWORK_OPENCODE_PORT \
-        -u OPENWORK_IDLE_TTL -u XDG_DATA_HOME "${CARGO_TARGET_DIR:-target}/debug/openwork" "$@"
+        -u OPENWORK_IDLE_TTL -u OPENWORK_SHARED -u XDG_DATA_HOME "${CARGO_TARGET_DIR:-target}/debug/openwork" "$@"
 }
 openwork man > share/man/openwork.1
 openwork service print --program /usr/bin/openwork > share/systemd/openwork.service

@@ -42,17 +42,20 @@ const VARIABLES: [&str; 6] =
 /// daemon shares that.
 fn credentials(client: &Client) -> Result<Auth> {
     let state = || State::read(&client.data_dir.state());
-    let mut known = state()?;
-    let is_shared = known.daemon.is_some_and(|daemon| daemon.shared);
-    if is_shared && known.opencode.is_none() {
-        // The service registers its password when it starts.
-        let _: Health = client.ask("POST", "/start", &())?;
-        known = state()?;
-    }
-    let service = known.opencode.filter(|_| is_shared).and_then(|opencode| opencode.service);
-    if let Some(registration) = service {
-        let gone = || Error::OpencodeUnavailable(format!("{registration} is not there: its service has ended"));
-        let Registration { password, .. } = service::read(Path::new(&registration))?.ok_or_else(gone)?;
+    // Where its service registers, if the daemon shares that; nothing while the daemon has none.
+    let registration = |state: State| state.opencode.and_then(|opencode| opencode.service);
+    let known = state()?;
+    let has_own = known.opencode.as_ref().is_some_and(|opencode| opencode.service.is_none());
+    if known.daemon.as_ref().is_some_and(|daemon| daemon.shared) && !has_own {
+        let read = |path: Option<String>| path.map_or(Ok(None), |path| service::read(Path::new(&path)));
+        let mut registered = read(registration(known))?;
+        if registered.is_none() {
+            // The service registers its password when it starts.
+            let _: Health = client.ask("POST", "/start", &())?;
+            registered = read(registration(state()?))?;
+        }
+        let gone = || Error::OpencodeUnavailable("its service has ended, or is registered no more".to_owned());
+        let Registration { password, .. } = registered.ok_or_else(gone)?;
         return Ok(Auth {
             opencode_username: V2_USERNAME.to_owned(),
             opencode_password: password,
