@@ -6,7 +6,7 @@
 //! `OPENWORK_TEST_OPENCODE`. What is compared is measured in turns (ABAB), so that a machine that
 //! is busy for a while is so for both. Medians throughout.
 //!
-//! `cargo bench --bench bench -- start restart` runs only these sections of [`SECTIONS`].
+//! `cargo bench --bench bench -- headline` runs only these sections of [`SECTIONS`].
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,6 +36,7 @@ type Section = (&'static str, fn(&mut Report));
 
 /// One section for each thing that somebody might pay for; a new one is a function and a row.
 const SECTIONS: &[Section] = &[
+    ("headline", headline),
     ("size", size),
     ("start", start),
     ("idle", idle),
@@ -69,6 +70,83 @@ fn main() {
 }
 
 // --- The sections ---
+
+/// Projects of the comparison in the README.
+const PROJECTS: [&str; 5] = ["web", "api", "docs", "shop", "blog"];
+/// opencode goes on working for some seconds after it has answered; what it holds then is what it keeps.
+const SETTLING: Duration = Duration::from_secs(10);
+
+/// The figures in the README: the memory of five projects, the first answer from another project, commands.
+fn headline(report: &mut Report) {
+    report.section("Five projects, a session in each");
+    let host = Host::new();
+    drop(start_by_hand(&host, &host.project(PROJECTS[0]))); // the first in a new home takes several times as long
+    let by_hand = {
+        let servers = PROJECTS.map(|name| {
+            let project = host.project(name);
+            let (running, port, ..) = start_by_hand(&host, &project);
+            ask(&of_opencode(port, "POST", "/session", &project).json(&json!({})));
+            running
+        });
+        thread::sleep(SETTLING);
+        let memory = proportional_memory(&host);
+        drop(servers);
+        memory
+    };
+    let daemon = Daemon::start(&host);
+    for name in PROJECTS {
+        let project = host.project(name);
+        run(host.openwork(["workspace", "add"]).arg(&project));
+        ask(&of_opencode(daemon.port, "POST", &format!("/w/{name}/session"), &project).json(&json!({})));
+    }
+    thread::sleep(SETTLING);
+    let shared = proportional_memory(&host);
+    report.print(&Figure::new("memory of five opencode servers", Bytes(by_hand)));
+    report.print(&Figure::new("memory of openwork and its opencode", Bytes(shared)).against(by_hand as f64));
+
+    report.section("First answer from another project");
+    let (mut started, mut warm) = (Vec::new(), Vec::new());
+    for turn in 0..9 {
+        // opencode knows neither: each is another's first.
+        let (name, other) = (format!("first-{turn}"), host.project(&format!("other-{turn}")));
+        run(host.openwork(["workspace", "add"]).arg(host.project(&name)));
+        let start = Instant::now();
+        let (_running, _, _, answered) = start_by_hand(&host, &other);
+        started.push(ms(answered - start));
+        let target = format!("/w/{name}/path");
+        warm.push(time(|| drop(ask(&of_opencode(daemon.port, "GET", &target, &host.project(&name))))));
+    }
+    let (started, warm) = (median(started), median(warm));
+    report.print(&Figure::new("a server started for it", Ms(started)));
+    report.print(&Figure::new("the warm one, through /w/", Ms(warm)).against(started));
+
+    report.section("Commands");
+    let mut names = PROJECTS.into_iter().cycle();
+    let [nothing, switch, current, path] = in_turns(
+        200,
+        [
+            &mut || run(&mut Command::new("/bin/true")),
+            &mut || run(host.openwork(["switch"]).arg(names.next().expect("a cycle"))),
+            &mut || run(&mut host.openwork(["current"])),
+            &mut || run(&mut host.openwork(["path", "web"])),
+        ],
+    );
+    report.print(&Figure::new("/bin/true", Ms(nothing)));
+    report.print(&Figure::new("openwork switch", Ms(switch)).against(nothing));
+    report.print(&Figure::new("openwork current", Ms(current)).against(nothing));
+    report.print(&Figure::new("openwork path web, which asks opencode", Ms(path)).against(nothing));
+}
+
+/// The memory of all processes of a host, each page divided by the number of processes that share it: what would be
+/// free without them. Bytes.
+fn proportional_memory(host: &Host) -> u64 {
+    let processes = Process::all_of(&host.path("home"));
+    let of = |process: &Process| {
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid)).expect("a process");
+        1024 * field(&rollup, "\nPss:")
+    };
+    processes.iter().map(of).sum()
+}
 
 fn size(report: &mut Report) {
     report.section("Binary");
@@ -348,7 +426,7 @@ fn restart(report: &mut Report) {
         let (killed, ..) = start_by_hand(&host, &project);
         let start = Instant::now();
         drop(killed);
-        let (_running, health, path) = start_by_hand(&host, &project);
+        let (_running, _, health, path) = start_by_hand(&host, &project);
         healthy.push(ms(health - start));
         own.push(ms(path - start));
         drop(_running);
@@ -372,9 +450,8 @@ fn restart(report: &mut Report) {
     );
 }
 
-/// Starts opencode without openwork: the process, when it answered, and when it had answered for
-/// a directory.
-fn start_by_hand(host: &Host, project: &Path) -> (Running, Instant, Instant) {
+/// Starts opencode without openwork: the process, its port, when it answered, and when it had answered for a directory.
+fn start_by_hand(host: &Host, project: &Path) -> (Running, u16, Instant, Instant) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     let port = listener.local_addr().expect("a port").port();
     drop(listener);
@@ -395,7 +472,7 @@ fn start_by_hand(host: &Host, project: &Path) -> (Running, Instant, Instant) {
     }
     let healthy = Instant::now();
     ask(&of_opencode(port, "GET", "/path", project));
-    (opencode, healthy, Instant::now())
+    (opencode, port, healthy, Instant::now())
 }
 
 // --- Measuring ---
@@ -493,9 +570,11 @@ impl Figure {
 
     /// Beside the same without openwork, in the same unit.
     fn against(mut self, base: f64) -> Figure {
-        if let Ms(value) = self.value {
-            self.ratio = Some(value / base);
-        }
+        self.ratio = match self.value {
+            Ms(value) => Some(value / base),
+            Bytes(value) => Some(value as f64 / base),
+            Count(_) | Times(_) => None,
+        };
         self
     }
 
