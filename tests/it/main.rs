@@ -11,6 +11,7 @@ mod engine;
 mod events;
 mod everyday;
 mod evict;
+mod examples;
 mod fence;
 mod gate;
 mod import;

@@ -519,6 +519,44 @@ mod with_tmux {
     }
 }
 
+/// The directory of modules that has OpenCode's SDK.
+fn modules() -> PathBuf {
+    let sdk = std::env::var_os("OPENWORK_TEST_SDK").map(PathBuf::from);
+    let sdk = sdk.expect("OPENWORK_TEST_SDK is to name where @opencode-ai/sdk is; `just test` installs it");
+    let modules = sdk.join("node_modules");
+    assert!(modules.join("@opencode-ai/sdk").is_dir(), "there is no SDK in {}", modules.display());
+    modules
+}
+
+/// The programs in the README and in docs/clients.md, as they stand. What they print stands behind `// `.
+#[test]
+fn the_examples_with_the_sdk_print_what_they_say() {
+    let host = real();
+    symlink(modules(), host.path("node_modules")).unwrap();
+    let project = host.home().join("code/web");
+    fs::create_dir_all(&project).unwrap();
+    let id = host.add(&project);
+    let session = json!({"title": "fix the failing test"});
+    assert_eq!(host.routed("POST", &format!("/w/{id}/session")).json(session).send().status, 200);
+    let variables = host.openwork(["env", "web"]).secret().json()["variables"].clone();
+    for page in ["README.md", "docs/clients.md"] {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+        let programs: Vec<&str> = text.split("```js\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        assert!(!programs.is_empty(), "no program in {page}");
+        for program in programs {
+            let file = host.path("example.mjs");
+            fs::write(&file, program).unwrap();
+            let mut node = Command::new("node");
+            node.arg(file).env_clear().env("PATH", host.get("PATH")).env("HOME", host.home());
+            let texts = variables.as_object().unwrap().iter().map(|(name, value)| (name, value.as_str().unwrap()));
+            let output = node.envs(texts).output().expect("running node");
+            let expected = program.rsplit("// ").next().unwrap();
+            let printed = String::from_utf8_lossy(&output.stdout).replace(host.home().to_str().unwrap(), "/home/me");
+            assert!(output.status.success() && printed == expected, "{page}: {output:?}, not {expected}");
+        }
+    }
+}
+
 /// What takes a repository: OpenCode shows the projects that are one.
 mod with_git {
     use super::*;
@@ -526,12 +564,8 @@ mod with_git {
     #[test]
     #[ignore = "needs git, for a repository"]
     fn the_sdk_has_one_url_per_workspace() {
-        let sdk = std::env::var_os("OPENWORK_TEST_SDK").map(PathBuf::from);
-        let sdk = sdk.expect("OPENWORK_TEST_SDK is to name where @opencode-ai/sdk is; `just test` installs it");
-        let modules = sdk.join("node_modules");
-        assert!(modules.join("@opencode-ai/sdk").is_dir(), "there is no SDK in {}", modules.display());
         let host = real();
-        symlink(modules, host.path("node_modules")).unwrap();
+        symlink(modules(), host.path("node_modules")).unwrap();
         let (a, b) = (repository(&host, "A"), repository(&host, "B"));
         host.openwork(["daemon", "start"]).ok();
         let urls = [&a, &b].map(|project| format!("http://127.0.0.1:{}/w/{}", host.port(), host.add(project)));
