@@ -47,6 +47,10 @@ simulate minutes="10":
 assets:
     scripts/assets.sh
 
+# Record docs/recording.svg, the picture in the README, from a run with a real opencode
+recording:
+    scripts/recording.sh {{ opencode }}
+
 # Build a Debian package below target/package; DEBFULLNAME and DEBEMAIL say who maintains it
 deb:
     packaging/deb.sh

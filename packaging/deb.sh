@@ -29,7 +29,7 @@ put share/systemd/openwork.service usr/lib/systemd/user/openwork.service
 put share/systemd/openwork.socket usr/lib/systemd/user/openwork.socket
 put share/openapi.json usr/share/doc/openwork/openapi.json
 put README.md usr/share/doc/openwork/README.md
-for page in docs/*; do put "$page" "usr/share/doc/openwork/$page"; done
+for page in docs/*.md; do put "$page" "usr/share/doc/openwork/$page"; done
 put CHANGELOG.md usr/share/doc/openwork/NEWS.md
 packaging/notices.sh >"$doc/third-party-notices"
 cat >"$doc/changelog" <<EOF
