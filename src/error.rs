@@ -59,6 +59,8 @@ macro_rules! errors {
             /// opencode answered a call of the user's with a status of 400 or more. Its reply is the
             /// result of the command: the body has been printed, and as JSON it is the whole output.
             Refused { status: u16, json: bool },
+            /// The doctor has found something wrong, and has printed what.
+            Unhealthy,
             /// A failure that the daemon, or opencode's supervisor, has already put into words.
             Reported { code: Code, body: ErrorBody, status: u16 },
             /// The operating system refused an operation on a path.
@@ -72,6 +74,7 @@ macro_rules! errors {
                     $(Error::$variant { .. } => Code::$variant,)*
                     // A failure of the call, not of opencode: it answered.
                     Error::Refused { .. } => Code::BadRequest,
+                    Error::Unhealthy => Code::Internal,
                     Error::Reported { code, .. } => *code,
                     Error::Io { source, .. } => match source.kind() {
                         io::ErrorKind::PermissionDenied => Code::PermissionDenied,
@@ -87,7 +90,7 @@ macro_rules! errors {
                 let hint: Option<&str> = match self {
                     $(Error::$variant $(($($value),*))? $({ $($field),* })? => optional!($($hint)?),)*
                     Error::Reported { body, .. } => body.hint.as_deref(),
-                    Error::Refused { .. } | Error::Io { .. } => None,
+                    Error::Refused { .. } | Error::Unhealthy | Error::Io { .. } => None,
                 };
                 hint.map(str::to_owned)
             }
@@ -99,6 +102,7 @@ macro_rules! errors {
                 match self {
                     $(Error::$variant $(($($value),*))? $({ $($field),* })? => write!(f, $($message)*),)*
                     Error::Refused { status, .. } => write!(f, "opencode answered with status {status}"),
+                    Error::Unhealthy => write!(f, "something is wrong"),
                     Error::Reported { body, .. } => write!(f, "{}", body.message),
                     Error::Io { what, path, source } => write!(f, "cannot {what} {}: {source}", shown(path)),
                 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use fd_lock::RwLock;
 
 use crate::error::{Error, Result};
-use crate::paths::open_private;
+use crate::paths::{open_private, open_unchanged};
 
 /// A lock that is held until it is dropped.
 pub struct Lock {
@@ -36,7 +36,7 @@ pub fn try_exclusive(path: &Path) -> Result<Option<Lock>> {
 /// The file, if a process holds its lock. The look is a shared lock for a moment, so clients that
 /// look at the same time do not mistake each other for a holder.
 pub fn if_held(path: &Path) -> Result<Option<File>> {
-    let file = match open_private(path, OpenOptions::new().read(true)) {
+    let file = match open_unchanged(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(|e| Error::io("open", path, e))?,
     };

@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::paths::open_private;
 
 /// A log larger than this is cut. Bytes.
-const LIMIT: u64 = 10 * 1024 * 1024;
+pub const LIMIT: u64 = 10 * 1024 * 1024;
 /// How much of the end is kept, in a file with the suffix `.1`. Bytes.
 const KEEP: u64 = 1024 * 1024;
 

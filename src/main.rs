@@ -9,6 +9,7 @@
 //! cli/         one function per command; never writes state, but to repair it
 //!   client     finds, starts and asks the daemon
 //!   daemon     start, stop, restart, status
+//!   doctor     what can be wrong, and what to do
 //!   workspace  the registry, and which workspace a selector means
 //!   passthrough: OpenCode's own calls and clients: api, env, attach, run
 //!   http       HTTP as api passes it through

@@ -41,10 +41,25 @@ impl DataDir {
         }
         match fs::metadata(&self.0) {
             Ok(metadata) if metadata.uid() == rustix::process::geteuid().as_raw() => Ok(()),
-            Ok(_) => Err(self.denied("the data directory belongs to another user")),
+            Ok(metadata) => {
+                Err(self.denied(&format!("the data directory belongs to another user (uid {})", metadata.uid())))
+            }
             Err(e) if is_absent(&e) => Ok(()),
-            Err(e) => Err(Error::io("look at", &self.0, e)),
+            Err(e) => match self.closed_ancestor() {
+                Some((directory, owner)) => Err(self.denied(&format!(
+                    "the data directory lies in {}, which is closed to this user (its owner is uid {owner})",
+                    directory.display()
+                ))),
+                None => Err(Error::io("look at", &self.0, e)),
+            },
         }
+    }
+
+    /// The directory of another user above the data directory that this user may not enter, and the id of
+    /// its owner.
+    fn closed_ancestor(&self) -> Option<(&Path, u32)> {
+        let (path, metadata) = self.0.ancestors().skip(1).find_map(|path| Some((path, fs::metadata(path).ok()?)))?;
+        (metadata.uid() != rustix::process::geteuid().as_raw()).then_some((path, metadata.uid()))
     }
 
     /// Creates the directory if it does not exist, and narrows it to 0700 if it is wider.
@@ -207,15 +222,26 @@ pub fn create_private(path: &Path) -> io::Result<()> {
 
 /// Opens a file of the data directory: never through a symbolic link, and with mode 0600.
 pub fn open_private(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    // NONBLOCK: a planted FIFO must not block the open. For a regular file it means nothing.
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = options.mode(0o600).custom_flags(flags.bits() as i32).open(path)?;
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-    }
+    let (file, metadata) = open_regular(path, options.mode(0o600))?;
     if metadata.mode() & 0o7777 != 0o600 {
         file.set_permissions(Permissions::from_mode(0o600))?;
     }
     Ok(file)
+}
+
+/// Opens a file of the data directory for reading and leaves its mode as it is: for a look that must not
+/// change anything.
+pub fn open_unchanged(path: &Path) -> io::Result<File> {
+    open_regular(path, OpenOptions::new().read(true)).map(|(file, _)| file)
+}
+
+fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result<(File, Metadata)> {
+    // NONBLOCK: a planted FIFO must not block the open. For a regular file it means nothing.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = options.custom_flags(flags.bits() as i32).open(path)?;
+    let metadata = file.metadata()?;
+    match metadata.is_file() {
+        true => Ok((file, metadata)),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+    }
 }

@@ -76,6 +76,7 @@ impl CommandRow {
 #[rustfmt::skip]
 pub const COMMANDS: &[CommandRow] = &[
     row("status", "", (0, 0), false, "Show the state of the daemon and of opencode", |_| Ok(Command::Status)),
+    row("doctor", "", (0, 0), false, "Look at everything that can be wrong, and say what to do; exit status 1 when something is wrong", |_| Ok(Command::Doctor)),
     row("daemon", "", (0, 0), false, "Run the daemon in the foreground", |_| Ok(Command::DaemonRun)),
     row("daemon run", "", (0, 0), false, "The same", |_| Ok(Command::DaemonRun)),
     row("daemon start", "", (0, 0), true, "Start the daemon in the background and wait until opencode is ready", |_| Ok(Command::DaemonStart)),

@@ -44,6 +44,7 @@ pub enum Command {
     DaemonStop { keep_opencode: bool, all: bool, force: bool, when_idle: bool },
     DaemonRestart { all: bool, when_idle: bool },
     Status,
+    Doctor,
     WorkspaceAdd { path: PathBuf, name: Option<String>, force: bool },
     WorkspaceAddRemote(AddRemote),
     WorkspaceList { quiet: bool, names: bool },

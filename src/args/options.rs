@@ -20,7 +20,7 @@ pub struct OptionRow {
 }
 
 /// The commands that run, start or describe a daemon.
-pub const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart", "service print"];
+pub const RUNS_DAEMON: &[&str] = &["daemon", "daemon run", "daemon start", "daemon restart", "doctor", "service print"];
 
 /// The commands that take a workspace as their first argument.
 const TAKES_WORKSPACE: &[&str] = &[

@@ -98,6 +98,11 @@ pub fn note(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
+/// A word in a colour (an escape sequence), where standard output is a terminal that wants colour.
+pub fn coloured(escape: &str, word: &str) -> String {
+    if colour(&io::stdout()) { format!("{escape}{word}\x1b[0m") } else { word.to_owned() }
+}
+
 /// Whether to use colour: only on a terminal, never with `NO_COLOR` or `TERM=dumb`.
 fn colour(stream: &impl IsTerminal) -> bool {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());

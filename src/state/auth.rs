@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::file::{read_whole, write_whole};
+use super::file::{look_at_whole, read_whole, write_whole};
 use crate::error::{Error, Result};
 use crate::paths::DataDir;
 use crate::wire::from_json;
@@ -95,11 +95,22 @@ impl Auth {
     /// # Errors
     /// `state_corrupt`, as for [`Auth::load_or_create`].
     pub fn read(path: &Path) -> Result<Option<Auth>> {
+        read_whole(path, AUTH_HINT)?.map(|(bytes, _)| Auth::parse(path, &bytes)).transpose()
+    }
+
+    /// The same, for a look that must not change the mode of the file.
+    ///
+    /// # Errors
+    /// As [`Auth::read`].
+    pub fn look(path: &Path) -> Result<Option<Auth>> {
+        look_at_whole(path, AUTH_HINT)?.map(|(bytes, _)| Auth::parse(path, &bytes)).transpose()
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Auth> {
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: AUTH_HINT };
-        let Some((bytes, _)) = read_whole(path, AUTH_HINT)? else { return Ok(None) };
-        let auth: Auth = from_json(&bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
+        let auth: Auth = from_json(bytes).map_err(|e| corrupt(format!("not a credentials file: {e}")))?;
         auth.check().map_err(|why| corrupt(why.to_owned()))?;
-        Ok(Some(auth))
+        Ok(auth)
     }
 }
 

@@ -47,11 +47,23 @@ impl Stamp {
 /// # Errors
 /// `state_corrupt`, with this hint; `permission_denied`.
 pub fn read_whole(path: &Path, hint: &'static str) -> Result<Option<(Vec<u8>, Stamp)>> {
+    read_opened(path, open_private(path, OpenOptions::new().read(true)), hint)
+}
+
+/// The same, but the mode of the file stays as it is.
+///
+/// # Errors
+/// As [`read_whole`].
+pub fn look_at_whole(path: &Path, hint: &'static str) -> Result<Option<(Vec<u8>, Stamp)>> {
+    read_opened(path, paths::open_unchanged(path), hint)
+}
+
+fn read_opened(path: &Path, opened: io::Result<File>, hint: &'static str) -> Result<Option<(Vec<u8>, Stamp)>> {
     let corrupt = |what: &str, e: io::Error| {
         let why = format!("{what}: {e}");
         Error::StateCorrupt { path: path.to_owned(), why, hint }
     };
-    let mut file = match open_private(path, OpenOptions::new().read(true)) {
+    let mut file = match opened {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(Error::io("read", path, e)),

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 pub use self::auth::{Auth, PASSWORD_VARIABLE, USERNAME_VARIABLE, random_bytes, random_hex};
-use self::file::{Stamp, read_whole};
+use self::file::{Stamp, look_at_whole, read_whole};
 pub use self::file::{keep_beside, write_whole};
 pub use self::records::{Binaries, BinaryRecord, DaemonRecord, EngineRecord, FenceRecord, Ports};
 pub use self::store::Store;
@@ -111,15 +111,29 @@ impl State {
     /// Reads the state file, with its stamp; `None` when it does not exist.
     fn read_stamped(path: &Path) -> Result<Option<(State, Stamp)>> {
         let Some((bytes, stamp)) = read_whole(path, STATE_HINT)? else { return Ok(None) };
+        Ok(Some((State::parse(path, &bytes)?, stamp)))
+    }
+
+    /// The state file as [`State::read`] has it, for a look that must not change the mode of the file;
+    /// `None` when it does not exist.
+    ///
+    /// # Errors
+    /// As [`State::read`].
+    pub fn look(path: &Path) -> Result<Option<State>> {
+        let Some((bytes, _)) = look_at_whole(path, STATE_HINT)? else { return Ok(None) };
+        State::parse(path, &bytes).map(Some)
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<State> {
         let corrupt = |why: String| Error::StateCorrupt { path: path.to_owned(), why, hint: STATE_HINT };
-        match from_json::<State>(&bytes) {
-            Ok(state) if state.version == VERSION => Ok(Some((state, stamp))),
+        match from_json::<State>(bytes) {
+            Ok(state) if state.version == VERSION => Ok(state),
             Ok(State { version, .. }) if version < VERSION => Err(corrupt(format!("there is no version {version}"))),
             Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
             Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
             Err(e) => {
                 // A newer file may have another shape: its version says so before our shape fails.
-                let version = from_json::<Value>(&bytes).ok().and_then(|v| v.get("version")?.as_u64());
+                let version = from_json::<Value>(bytes).ok().and_then(|v| v.get("version")?.as_u64());
                 Err(match version {
                     Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
                     _ => corrupt(format!("not a state file: {e}")),

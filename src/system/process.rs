@@ -4,12 +4,15 @@
 //! A process is held by a pidfd, opened first and identified after; a group is signalled only
 //! while its leader is alive or not yet reaped.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{ChildStdin, ChildStdout, Command, ExitStatus};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -343,8 +346,42 @@ fn pids() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
+/// The processes of our own user, without this one.
+pub fn all_of_ours() -> impl Iterator<Item = u32> {
+    let ourselves = std::process::id();
+    pids().filter(move |pid| *pid != ourselves && is_ours(*pid))
+}
+
+/// The command line of a process; `None` when the process has ended.
+pub fn arguments(pid: u32) -> Option<Vec<OsString>> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok().filter(|bytes| !bytes.is_empty())?;
+    let bytes = bytes.strip_suffix(&[0]).unwrap_or(&bytes);
+    Some(bytes.split(|byte| *byte == 0).map(|argument| OsStr::from_bytes(argument).to_owned()).collect())
+}
+
+/// The environment that a process of our user was started with; `None` when the process has ended.
+pub fn environment(pid: u32) -> Option<BTreeMap<OsString, OsString>> {
+    let bytes = fs::read(format!("/proc/{pid}/environ")).ok().filter(|bytes| !bytes.is_empty())?;
+    let variable = |entry: &[u8]| {
+        let at = entry.iter().position(|byte| *byte == b'=')?;
+        Some((OsStr::from_bytes(&entry[..at]).to_owned(), OsStr::from_bytes(&entry[at + 1..]).to_owned()))
+    };
+    Some(bytes.split(|byte| *byte == 0).filter_map(variable).collect())
+}
+
+/// The working directory of a process of our user.
+pub fn working_directory(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/cwd")).ok()
+}
+
+/// Whether systemd has started a process as this unit, by the control group of the process.
+pub fn is_of_unit(pid: u32, unit: &str) -> bool {
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    groups.lines().any(|line| line.split('/').any(|part| part == unit))
+}
+
 /// The parent of a process.
-fn parent(pid: u32) -> Option<u32> {
+pub fn parent(pid: u32) -> Option<u32> {
     stat_field(pid, 4).ok()?.try_into().ok()
 }
 

@@ -7,6 +7,7 @@ mod coverage;
 mod daemon;
 mod doc;
 mod docs;
+mod doctor;
 mod engine;
 mod events;
 mod everyday;
