@@ -11,7 +11,9 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use crate::error::{Error, Result};
 use crate::wire::Failure;
@@ -20,8 +22,10 @@ use crate::workspace::is_unprintable;
 /// How long a wait may last before the terminal says what for.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// The widest column that a table pads the others to, in characters: longer than most paths.
+/// The widest column that a table pads the others to, in columns of a terminal: longer than most paths.
 const WIDEST: usize = 300;
+/// The widest cell of a table that does not fit the terminal, in its columns: long enough to tell names apart.
+const WIDEST_WHEN_CUT: usize = 32;
 
 /// The output of a command.
 pub struct Output {
@@ -123,12 +127,23 @@ pub fn clean_lines(text: &str) -> String {
     text.chars().map(|c| if is_unprintable(c) && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
-/// Rows with aligned columns and cleaned cells, without spaces at the ends of lines.
+/// Rows with aligned columns and cleaned cells, without spaces at the ends of lines. On a terminal that the
+/// rows are too wide for, long cells are cut in all columns but the last; elsewhere nothing is cut.
 pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N]> + Clone) -> String {
-    let width = |cell: &Cow<'_, str>| match cell {
-        Cow::Borrowed(plain) => plain.len(),
-        Cow::Owned(cleaned) => cleaned.chars().count(),
-    };
+    table_for(rows, screen_width())
+}
+
+/// The columns of the terminal that is standard output, if it is one.
+fn screen_width() -> Option<usize> {
+    let stdout = io::stdout();
+    let size = stdout.is_terminal().then(|| tcgetwinsize(&stdout).ok()).flatten()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+}
+
+fn table_for<'a, const N: usize>(
+    rows: impl IntoIterator<Item = [Cow<'a, str>; N]> + Clone,
+    screen: Option<usize>,
+) -> String {
     let mut widths = [0; N];
     let mut count = 0;
     for row in rows.clone() {
@@ -139,11 +154,20 @@ pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N
     }
     // A wider cell sticks out: padding every row for it would be worse.
     widths = widths.map(|width| width.min(WIDEST));
+    let cuts = screen.is_some_and(|screen| widths.iter().map(|width| width + 2).sum::<usize>() > screen + 2);
+    if cuts {
+        for width in widths.iter_mut().rev().skip(1) {
+            *width = (*width).min(WIDEST_WHEN_CUT);
+        }
+    }
     let spaces = " ".repeat(widths.iter().max().unwrap_or(&0) + 2);
     let mut text = String::with_capacity(count * widths.iter().map(|width| width + 2).sum::<usize>());
     for row in rows {
-        for (cell, widest) in row.iter().zip(&widths) {
-            let cell = clean(cell);
+        for (at, (cell, widest)) in row.iter().zip(&widths).enumerate() {
+            let mut cell = clean(cell);
+            if cuts && at + 1 < N && width(&cell) > *widest {
+                cell = cut(&cell, *widest).into();
+            }
             text.push_str(&cell);
             text.push_str(&spaces[..widest.saturating_sub(width(&cell)) + 2]);
         }
@@ -151,6 +175,20 @@ pub fn table<'a, const N: usize>(rows: impl IntoIterator<Item = [Cow<'a, str>; N
         text.push('\n');
     }
     text
+}
+
+/// How many columns of a terminal a clean text takes: two for wide characters, none for combining ones.
+fn width(text: &str) -> usize {
+    // Lists are long, and most of their text is ASCII.
+    if text.is_ascii() { text.len() } else { text.width() }
+}
+
+/// As much of the beginning of a text as fits into so many columns, with `…` for the rest.
+fn cut(text: &str, columns: usize) -> String {
+    // By prefixes: a sequence of several characters (an emoji) can be narrower than their sum.
+    let ends = text.char_indices().map(|(at, c)| at + c.len_utf8());
+    let fitting = ends.take_while(|end| width(&text[..*end]) < columns).last().unwrap_or(0);
+    format!("{}…", &text[..fitting])
 }
 
 /// Bytes as people read them.
@@ -207,6 +245,38 @@ mod tests {
     fn tables_are_aligned_and_clean() {
         let rows = [["a".into(), "é\x1b[31m".into(), "".into()], ["long".into(), "b".into(), "".into()]];
         assert_eq!(table(rows), "a     é\u{fffd}[31m\nlong  b\n");
+    }
+
+    /// Each second column begins in the same column of the terminal.
+    #[test]
+    fn tables_are_aligned_by_what_a_terminal_shows() {
+        // Wide; e and a combining accent; a zero-width joiner that makes one emoji of two; a flag.
+        let names = ["plain", "日本", "e\u{301}te\u{301}", "👩\u{200d}💻", "ｆｕｌｌ"];
+        let text = table_for(names.map(|name| [Cow::from(name), "x".into()]), None);
+        assert_eq!(text, "plain     x\n日本      x\ne\u{301}te\u{301}       x\n👩\u{200d}💻        x\nｆｕｌｌ  x\n");
+    }
+
+    #[test]
+    fn long_names_are_cut_when_the_terminal_is_narrow() {
+        let (long, wide) = ("n".repeat(60), "日".repeat(30));
+        let rows = || {
+            [
+                [Cow::from("NAME"), "WHERE".into()],
+                [long.clone().into(), "/p".into()],
+                [wide.clone().into(), "/q".into()],
+            ]
+        };
+        let cut = table_for(rows(), Some(66));
+        let expected = format!("NAME{}WHERE\n{}…  /p\n{}…   /q\n", " ".repeat(30), "n".repeat(31), "日".repeat(15));
+        assert_eq!(cut, expected);
+        // What fits, and what is for a file or a pipe, is whole.
+        for screen in [Some(67), None] {
+            let whole = table_for(rows(), screen);
+            assert!(whole.contains(&long) && whole.contains(&wide), "{whole}");
+        }
+        // The last column is a path, which somebody may want to copy.
+        let path = "/p".repeat(40);
+        assert!(table_for([[Cow::from("name"), path.clone().into()]], Some(20)).contains(&path));
     }
 
     #[test]
