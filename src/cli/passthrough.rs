@@ -224,9 +224,9 @@ fn workspace(client: &Client, selector: Option<&OsStr>) -> Result<(Address, Work
     let (address, reply) = client
         .with_daemon(|address| Ok((address.clone(), client.ask_at::<WorkspaceReply>(address, "GET", &target, &())?)))?;
     let workspace = Workspace::clone(&reply.workspace.workspace);
-    let path = workspace.local_path()?;
+    workspace.local_path()?;
     match reply.workspace.missing {
-        true => Err(Error::PathNotFound(path.to_owned())),
+        true => Err(workspace.gone()),
         false => Ok((address, workspace)),
     }
 }
@@ -310,12 +310,42 @@ pub fn env_unset(out: &mut Output, shell: Shell) -> Result<()> {
 
 /// Becomes opencode's terminal interface; returns only on failure.
 pub fn attach(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
-    become_opencode(client, selector, Line::attach, args)
+    match check_terminal(args) {
+        Ok(()) => become_opencode(client, selector, Line::attach, args, ""),
+        Err(e) => e,
+    }
+}
+
+/// Refuses to draw opencode's interface into a file or a pipe, where nobody could leave it.
+///
+/// # Errors
+/// `usage`.
+pub fn check_terminal(args: &[OsString]) -> Result<()> {
+    let missing = match (io::stdin().is_terminal(), io::stdout().is_terminal()) {
+        (true, true) => return Ok(()),
+        (false, _) => "standard input",
+        (true, false) => "standard output",
+    };
+    if asks_for_help(args) {
+        return Ok(());
+    }
+    Err(Error::Usage {
+        message: format!("OpenCode's interface needs a terminal, and {missing} is none"),
+        hint: Some("`openwork run MESSAGE` and `openwork api` work without one".to_owned()),
+    })
 }
 
 /// Becomes `opencode run`; returns only on failure.
 pub fn run(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
-    become_opencode(client, selector, Line::run, args)
+    // opencode goes on with a turn whose client has gone. openwork is no longer there to say so then.
+    let note =
+        "after Ctrl-C the turn goes on: `openwork session list` shows it, `openwork session abort <id>` ends it\n";
+    become_opencode(client, selector, Line::run, args, if asks_for_help(args) { "" } else { note })
+}
+
+/// Whether opencode is only to say how it is used, or which version it is.
+fn asks_for_help(args: &[OsString]) -> bool {
+    args.iter().any(|argument| ["--help", "-h", "--version", "-v"].iter().any(|option| argument == option))
 }
 
 /// The line of the opencode that runs. Its program is the one to be run as a client: another line would
@@ -348,14 +378,16 @@ fn become_opencode(
     selector: Option<&OsStr>,
     before: impl FnOnce(Line, OsString, OsString) -> Vec<OsString>,
     args: &[OsString],
+    advice: &str,
 ) -> Error {
     let prepare = || {
         let line_before = last_line(client);
         let here = selector_here(client, selector)?;
         let (address, workspace) = workspace(client, Some(&here))?;
         // A workspace that was not named may be another than the user thinks.
-        if selector.is_none() && io::stderr().is_terminal() {
-            note(&format!("{}\n", named(&workspace)));
+        if io::stderr().is_terminal() {
+            let place = if selector.is_none() { format!("{}\n", named(&workspace)) } else { String::new() };
+            note(&(place + advice));
         }
         let waiting = Waiting::new("opencode");
         // The state file names the program once opencode is ready.

@@ -91,13 +91,13 @@ fn a_workspace_that_ends_opencode_twice_is_fenced() {
     assert!(message(&reply).contains("ends the process"));
     host.http("GET", "/workspaces/bad/path").fails(503, "workspace_fenced");
     host.openwork(["api", "bad", LOADING_CALL]).fails(5, "workspace_fenced");
-    host.openwork(["attach", "bad"]).fails(5, "workspace_fenced");
+    host.openwork(["attach", "bad"]).on_terminal("").fails(5, "workspace_fenced");
     host.openwork(["run", "bad", "--", "hello"]).fails(5, "workspace_fenced");
     assert_eq!((host.recorded("clients").len(), loadings(&host, &bad), host.starts().len()), (0, 2, 3));
     // What is about no instance still goes through, and so does every other workspace.
     assert_eq!(host.routed("GET", &format!("/w/bad{HEALTH}")).send().status, 200);
     host.openwork(["workspace", "path", "good"]).ok();
-    host.openwork(["attach", "good"]).ok();
+    host.openwork(["attach", "good"]).on_terminal("").ok();
     assert_eq!((state(&host, "good"), host.starts().len()), (json!("warm"), 3));
 }
 

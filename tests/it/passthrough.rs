@@ -80,6 +80,20 @@ fn a_body_is_text_a_file_or_what_comes_in() {
 }
 
 #[test]
+fn the_method_is_an_option_too() {
+    let host = host();
+    host.exercises(["option --method", "option -X"]);
+    for args in [&["-X", "DELETE", "/echo"][..], &["-XDELETE", "q", "/echo"], &["q", "/echo", "--method=delete"]] {
+        assert_eq!(api(&host, args)["method"], "DELETE", "{args:?}");
+    }
+    // It is no habit of curl's that a body makes it a POST all the same.
+    assert_eq!(api(&host, &["-X", "PATCH", "/echo", "-d", "{}"])["method"], "PATCH");
+    host.openwork(["api", "-X", "FETCH", "/echo"]).fails(2, "usage");
+    // Before the path then stands a workspace, whatever its name.
+    host.openwork(["api", "-X", "POST", "GET", "/echo"]).fails(4, "workspace_not_found");
+}
+
+#[test]
 fn headers_are_given_and_shown() {
     let host = host();
     host.exercises(["option --header", "option -H", "option --include", "option -i"]);
@@ -278,10 +292,10 @@ fn check_client(host: &Host, directory: &Path, command: &str, after: &[&str]) {
 fn attach_is_opencode_in_the_workspace() {
     let host = host();
     host.exercises(["command attach"]);
-    let output = host.openwork(["attach"]).ok();
+    let output = host.openwork(["attach"]).on_terminal("").ok();
     assert!(output.stdout.starts_with(if IS_V2 { "fake: --server " } else { "fake: attach " }), "{output:?}");
     check_client(&host, &host.project("p"), "attach", &[]);
-    host.openwork(["attach", "q", "--", "--continue", "--json", "--"]).ok();
+    host.openwork(["attach", "q", "--", "--continue", "--json", "--"]).on_terminal("").ok();
     check_client(&host, &host.project("q"), "attach", &["--continue", "--json", "--"]);
 }
 
@@ -301,17 +315,17 @@ fn the_exit_status_is_that_of_opencode() {
     host.opencode_pid();
     host.behave("FAKE_CLIENT_EXIT=42");
     host.openwork(["run", "--", "x"]).exits(42);
-    host.openwork(["attach"]).exits(42);
+    host.openwork(["attach"]).on_terminal("").exits(42);
 }
 
 #[test]
 fn there_is_nothing_to_attach_to_without_opencode() {
     let host = host();
-    host.openwork(["attach", "nope"]).fails(4, "workspace_not_found");
+    host.openwork(["attach", "nope"]).on_terminal("").fails(4, "workspace_not_found");
     host.openwork(["run", "nope", "--", "x"]).fails(4, "workspace_not_found");
     host.openwork(["daemon", "stop"]).ok();
     host.behave("FAKE_AUTH=reject");
-    host.openwork(["attach"]).fails(5, "opencode_auth_failed");
+    host.openwork(["attach"]).on_terminal("").fails(5, "opencode_auth_failed");
     assert_eq!(host.recorded("clients"), [""; 0]);
 }
 
@@ -361,14 +375,14 @@ fn an_opencode_that_has_moved_is_looked_for_again() {
     host.set("PATH", &bin);
     let project = host.project("p");
     host.add(&project);
-    host.openwork(["attach"]).ok();
+    host.openwork(["attach"]).on_terminal("").ok();
     fs::rename(bin.join("opencode"), other.join("opencode")).unwrap();
     for command in ["attach", "run"] {
-        let error = host.openwork([command]).fails(5, "opencode_not_found");
+        let error = host.openwork([command]).on_terminal("").fails(5, "opencode_not_found");
         assert!(error["message"].as_str().unwrap().contains(bin.to_str().unwrap()), "{error}");
     }
     host.set("PATH", &other);
-    host.openwork(["attach"]).ok();
+    host.openwork(["attach"]).on_terminal("").ok();
     check_client(&host, &project, "attach", &[]);
 }
 
@@ -408,7 +422,7 @@ fn what_is_not_ours_is_for_opencode() {
         (&["attach", "--timeout", "60", "q", "--no-autostart", "-s", "x"], &q, &["-s", "x"]),
         (&["attach", "-w", "q", "-c"], &q, &["-c"]),
     ] {
-        host.openwork(line).ok();
+        host.openwork(line).on_terminal("").ok();
         check_client(&host, directory, "attach", after);
     }
     for (line, directory, after) in [
@@ -430,23 +444,40 @@ fn what_is_not_ours_is_for_opencode() {
 }
 
 #[test]
+fn without_a_terminal_there_is_no_interface() {
+    let host = host();
+    let before = host.recorded("clients").len();
+    let error = host.openwork(["attach", "p"]).fails(2, "usage");
+    assert!(error["message"].as_str().unwrap().contains("standard input is none"), "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("`openwork run MESSAGE`"), "{error}");
+    let pipe = host.openwork(["attach"]).on_terminal("").stdout(std::process::Stdio::piped()).exits(2);
+    assert!(pipe.stderr.contains("standard output is none"), "{pipe:?}");
+    // Refused before anything is done.
+    host.openwork(["open"]).cwd(host.project("new")).fails(2, "usage");
+    assert_eq!((host.names(), host.recorded("clients").len()), (vec!["p".to_owned(), "q".to_owned()], before));
+    // opencode's help needs none.
+    host.openwork(["attach", "p", "--", "--help"]).ok();
+    check_client(&host, &host.project("p"), "attach", &["--help"]);
+}
+
+#[test]
 fn attach_and_run_work_where_they_are_called() {
     let host = Host::new();
     let (p, q) = (host.project("p"), host.project("q"));
     host.add(&p);
     let id = host.add(&q);
     let inside = host.project("q/src");
-    host.openwork(["attach"]).cwd(&inside).ok();
+    host.openwork(["attach"]).on_terminal("").cwd(&inside).ok();
     check_client(&host, &q, "attach", &[]);
     host.openwork(["run", "hi"]).cwd(&q).ok();
     check_client(&host, &q, "run", &["hi"]);
     // What is named goes first: the argument, then the variable.
     host.openwork(["run", "-w", "p", "hi"]).cwd(&inside).ok();
     check_client(&host, &p, "run", &["hi"]);
-    host.openwork(["attach"]).cwd(&p).env("OPENWORK_WORKSPACE", &id).ok();
+    host.openwork(["attach"]).on_terminal("").cwd(&p).env("OPENWORK_WORKSPACE", &id).ok();
     check_client(&host, &q, "attach", &[]);
     // Elsewhere it is the active one, and so it is for other commands everywhere.
-    host.openwork(["attach"]).cwd(host.home()).ok();
+    host.openwork(["attach"]).on_terminal("").cwd(host.home()).ok();
     check_client(&host, &p, "attach", &[]);
     let url = host.openwork(["env"]).cwd(&inside).secret().json();
     assert_eq!(url["OPENWORK_DIRECTORY"], p.to_str().unwrap());

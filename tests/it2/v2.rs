@@ -495,7 +495,7 @@ fn its_clients_are_told_where_by_their_working_directory() {
     let (host, a, _) = host();
     let id = host.add(&a);
     let url = format!("http://127.0.0.1:{}/w/{id}", host.port());
-    host.openwork(["attach", "a", "--", "--continue"]).ok();
+    host.openwork(["attach", "a", "--", "--continue"]).on_terminal("").ok();
     host.openwork(["run", "a", "--", "--format", "json", "hello"]).ok();
     let clients: Vec<Value> = host.recorded("clients").iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(clients[0]["argv"], json!(["--server", url, "--continue"]));

@@ -30,6 +30,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::Value;
 
 use self::exercised::{Exercised, Failure};
@@ -307,6 +309,7 @@ impl Host {
             shell: None,
             stdin: Stdio::null(),
             stdout: Stdio::piped(),
+            terminal: None,
             secret: false,
         }
     }
@@ -676,6 +679,7 @@ pub struct Run<'a> {
     shell: Option<String>,
     stdin: Stdio,
     stdout: Stdio,
+    terminal: Option<File>,
     secret: bool,
 }
 
@@ -703,6 +707,17 @@ impl<'a> Run<'a> {
 
     pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Self {
         self.stdout = stdout.into();
+        self
+    }
+
+    /// Gives it a terminal to read from and to print to, on which this has been typed. What it prints there
+    /// is its standard output; standard error is a pipe.
+    pub fn on_terminal(mut self, typed: &str) -> Self {
+        let (mut ours, theirs) = terminal();
+        ours.write_all(typed.as_bytes()).unwrap();
+        self.stdin = theirs.try_clone().unwrap().into();
+        self.stdout = theirs.into();
+        self.terminal = Some(ours);
         self
     }
 
@@ -772,7 +787,12 @@ impl<'a> Run<'a> {
         Running {
             host,
             args: self.args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
-            stdout: Capture::of(child.stdout.take()),
+            is_on_terminal: self.terminal.is_some(),
+            // Its standard output may have been made a pipe after all.
+            stdout: match (child.stdout.take(), self.terminal) {
+                (None, Some(terminal)) => Capture::of(Some(terminal)),
+                (pipe, _) => Capture::of(pipe),
+            },
             stderr: Capture::of(child.stderr.take()),
             child,
             secret: self.secret,
@@ -787,6 +807,7 @@ pub struct Running<'a> {
     child: Child,
     stdout: Capture,
     stderr: Capture,
+    is_on_terminal: bool,
     secret: bool,
 }
 
@@ -815,7 +836,10 @@ impl Running<'_> {
     fn finish(&mut self) -> Option<Output> {
         let status = poll(DEADLINE, || self.child.try_wait().unwrap())?;
         poll(DEADLINE, || (self.stdout.is_done() && self.stderr.is_done()).then_some(()))?;
-        let (args, stdout, stderr) = (self.args.clone(), self.stdout.text(), self.stderr.text());
+        let (args, mut stdout, stderr) = (self.args.clone(), self.stdout.text(), self.stderr.text());
+        if self.is_on_terminal {
+            stdout = stdout.replace("\r\n", "\n");
+        }
         let output = Output { args, status, stdout, stderr };
         match self.secret {
             true => self.host.note(&format!("$ openwork {}\n[secret]\n", self.args.join(" "))),
@@ -831,6 +855,19 @@ impl Drop for Running<'_> {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Both ends of a terminal that does not repeat what is typed: ours, and that of a command.
+fn terminal() -> (File, File) {
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&ours).unwrap();
+    unlockpt(&ours).unwrap();
+    let name = ptsname(&ours, Vec::new()).unwrap();
+    let theirs = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+    let mut settings = tcgetattr(&theirs).unwrap();
+    settings.local_modes.remove(LocalModes::ECHO);
+    tcsetattr(&theirs, OptionalActions::Now, &settings).unwrap();
+    (File::from(ours), theirs)
 }
 
 /// What comes out of a pipe, read by a thread so that the pipe never fills.
