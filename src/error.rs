@@ -63,6 +63,8 @@ macro_rules! errors {
             Unhealthy,
             /// A failure that the daemon, or opencode's supervisor, has already put into words.
             Reported { code: Code, body: ErrorBody, status: u16 },
+            /// The directory of a workspace has gone.
+            DirectoryGone { name: String, path: PathBuf },
             /// The operating system refused an operation on a path.
             Io { what: &'static str, path: PathBuf, source: io::Error },
         }
@@ -75,6 +77,7 @@ macro_rules! errors {
                     // A failure of the call, not of opencode: it answered.
                     Error::Refused { .. } => Code::BadRequest,
                     Error::Unhealthy => Code::Internal,
+                    Error::DirectoryGone { .. } => Code::PathNotFound,
                     Error::Reported { code, .. } => *code,
                     Error::Io { source, .. } => match source.kind() {
                         io::ErrorKind::PermissionDenied => Code::PermissionDenied,
@@ -90,6 +93,9 @@ macro_rules! errors {
                 let hint: Option<&str> = match self {
                     $(Error::$variant $(($($value),*))? $({ $($field),* })? => optional!($($hint)?),)*
                     Error::Reported { body, .. } => body.hint.as_deref(),
+                    Error::DirectoryGone { .. } => {
+                        Some("`openwork workspace move <ws> <path>` follows a directory that was moved")
+                    }
                     Error::Refused { .. } | Error::Unhealthy | Error::Io { .. } => None,
                 };
                 hint.map(str::to_owned)
@@ -103,6 +109,9 @@ macro_rules! errors {
                     $(Error::$variant $(($($value),*))? $({ $($field),* })? => write!(f, $($message)*),)*
                     Error::Refused { status, .. } => write!(f, "opencode answered with status {status}"),
                     Error::Unhealthy => write!(f, "something is wrong"),
+                    Error::DirectoryGone { name, path } => {
+                        write!(f, "the directory of workspace {name} has gone: {}", shown(path))
+                    }
                     Error::Reported { body, .. } => write!(f, "{}", body.message),
                     Error::Io { what, path, source } => write!(f, "cannot {what} {}: {source}", shown(path)),
                 }
@@ -198,8 +207,8 @@ errors! {
     /// No daemon runs, and the command must not start one.
     DaemonNotRunning, "daemon_not_running", 3, [], ("the daemon is not running"), "start it with `openwork daemon start`";
     /// The selector matches no workspace.
-    WorkspaceNotFound(selector: String), "workspace_not_found", 4, [404], ("no workspace {selector:?}"),
-        "`openwork workspace list` shows all workspaces";
+    WorkspaceNotFound { selector: String, hint: Option<String> }, "workspace_not_found", 4, [404],
+        ("no workspace {selector:?}"), hint.as_deref().unwrap_or("`openwork workspace list` shows all workspaces");
     /// opencode has no such session.
     SessionNotFound(id: String), "session_not_found", 4, [404], ("no session {id:?}"),
         "`openwork session list` shows the sessions of a workspace";
@@ -266,6 +275,11 @@ impl Error {
     /// A mistake on the command line without further advice.
     pub fn usage(message: impl Into<String>) -> Error {
         Error::Usage { message: message.into(), hint: None }
+    }
+
+    /// No workspace, and no guess at what was meant.
+    pub fn no_workspace(selector: impl Into<String>) -> Error {
+        Error::WorkspaceNotFound { selector: selector.into(), hint: None }
     }
 
     /// A failure that arrived as JSON. A code that this version does not know becomes `internal`.

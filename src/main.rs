@@ -42,6 +42,7 @@
 //! line         the two lines of opencode, 1.x and 2.x, and their clients
 //! service      the service of the user that plain opencode 2.x runs
 //! framing      where a body ends, what the head of a reply says, percent coding
+//! nearest      the known word that is nearest to an unknown one
 //! timed        a deadline for a socket
 //! system/      all that knows Linux: processes, sockets, waiting, limits, disks that hang
 //! options, lock, log, paths, error
@@ -58,6 +59,7 @@ mod framing;
 mod line;
 mod lock;
 mod log;
+mod nearest;
 mod options;
 mod paths;
 mod repair;

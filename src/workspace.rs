@@ -157,6 +157,11 @@ impl Workspace {
         }
     }
 
+    /// The failure of a call that needs the directory, which has gone.
+    pub fn gone(&self) -> Error {
+        Error::DirectoryGone { name: self.name.clone(), path: PathBuf::from(&self.path) }
+    }
+
     /// The path or URL to show to people.
     pub fn location(&self) -> String {
         location(&self.workspace_type, &self.path, self.base_url.as_deref(), self.directory.as_deref()).into_owned()

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::given::Given;
 use super::options::{OPTIONS, OptionRow, RUNS_DAEMON};
-use super::suggest::unknown;
+use super::suggest::unknown_command;
 use super::values::{after, choice, number, shown, text};
 use super::{Api, Command, CompletedShell, Data, Log, Shell};
 use crate::error::{Error, Result};
@@ -90,16 +90,15 @@ pub const COMMANDS: &[CommandRow] = &[
     row("workspace add-remote", "<base-url>", (1, 1), true, "Add an OpenCode server elsewhere", add_remote),
     row("workspace list", "", (0, 0), false, "List the workspaces; * marks the active one",
         |given| Ok(Command::WorkspaceList { quiet: given.has("--quiet"), names: given.has("--names") })),
-    row("workspace switch", "<ws>", (1, 1), true, "Make a workspace the active one",
-        |given| Ok(Command::WorkspaceSwitch { selector: given.next() })),
+    row("workspace switch", "[<ws>]", (0, 1), true, "Make a workspace the active one; on a terminal, without <ws>, choose it from a list", 
+        |given| Ok(Command::WorkspaceSwitch { selector: given.optional() })),
     row("workspace current", "", (0, 0), false, "Show the active workspace",
         |given| Ok(Command::WorkspaceCurrent { quiet: given.has("--quiet") })),
     row("workspace info", "[<ws>]", (0, 1), false, "Show a workspace",
         |given| Ok(Command::WorkspaceInfo { selector: given.optional() })),
     row("workspace path", "[<ws>]", (0, 1), true, "Ask OpenCode for the directory of a workspace (loads its instance)",
         |given| Ok(Command::WorkspacePath { selector: given.optional() })),
-    row("workspace remove", "<ws>...", (1, usize::MAX), true, "Remove workspaces from the registry; their files stay",
-        |given| Ok(Command::WorkspaceRemove { selectors: std::mem::take(&mut given.words).into() })),
+    row("workspace remove", "<ws>...", (0, usize::MAX), true, "Remove workspaces from the registry; their files stay", remove),
     row("workspace rename", "<ws> <name>", (2, 2), true, "Rename a workspace", rename),
     row("workspace move", "<ws> <path>", (2, 2), true, "Follow the directory of a workspace to where it was moved",
         |given| Ok(Command::WorkspaceMove { selector: given.next(), path: given.next().into() })),
@@ -172,8 +171,9 @@ pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static Comma
         (Some(row), false, _) | (Some(row), true, None) => Ok((Some(row), words[1..].to_vec())),
         (None, true, None) => Ok((None, Vec::new())),
         (_, true, Some(second)) => {
-            let given = format!("{first} {}", second.to_string_lossy());
-            Err(unknown("command", &given, COMMANDS.iter().map(|row| row.name).filter(|name| name.starts_with(first))))
+            let in_group = |row: &CommandRow| row.name.split_once(' ').filter(|(group, _)| *group == first);
+            let seconds = COMMANDS.iter().filter_map(in_group).map(|(_, second)| second);
+            Err(unknown_command(Some(first), &second.to_string_lossy(), None, seconds))
         }
         (None, false, _) => match named(&format!("{OMISSIBLE} {first}")) {
             Some(row) => Ok((Some(row), words[1..].to_vec())),
@@ -182,10 +182,18 @@ pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static Comma
                     let (first, second) = row.name.split_once(' ').unwrap_or((row.name, ""));
                     [row.name, first, if first == OMISSIBLE { second } else { "" }]
                 });
-                Err(unknown("command", &words[0].to_string_lossy(), names.filter(|name| !name.is_empty())))
+                let given = words[0].to_string_lossy();
+                let second = words.get(1).map(|second| canonical(second));
+                Err(unknown_command(None, &given, second, names.filter(|name| !name.is_empty())))
             }
         },
     }
+}
+
+/// Whether a command ends something: the daemon, a session, an entry of the registry. `name` may be without
+/// the first word that can be left out.
+pub fn is_ending(name: &str) -> bool {
+    ["daemon stop", "workspace remove", "remove", "session abort"].contains(&name)
 }
 
 /// The command, or the first word of several, that `help` is asked about.
@@ -203,6 +211,18 @@ fn add_remote(given: &mut Given<'_>) -> Result<Command> {
         directory: given.value("--directory").map(|directory| text("--directory", directory)).transpose()?,
         name: given.name()?,
     }))
+}
+
+fn remove(given: &mut Given<'_>) -> Result<Command> {
+    let selectors = Vec::from(std::mem::take(&mut given.words));
+    let hint = Some("openwork workspace remove <ws>..., or --missing".to_owned());
+    let message = match (selectors.is_empty(), given.has("--missing")) {
+        (false, false) => return Ok(Command::WorkspaceRemove { selectors }),
+        (true, true) => return Ok(Command::WorkspaceRemoveMissing),
+        (true, false) => "`workspace remove` needs more arguments",
+        (false, true) => "--missing means every workspace whose directory has gone, and one is named too",
+    };
+    Err(Error::Usage { message: message.to_owned(), hint })
 }
 
 fn rename(given: &mut Given<'_>) -> Result<Command> {
@@ -309,8 +329,18 @@ fn api(given: &mut Given<'_>) -> Result<Command> {
         });
     }
     let is_method = |word: &OsString| METHODS.iter().any(|method| word == method);
+    let option = given.value("--method").map(|method| {
+        let known = METHODS.iter().find(|known| method.eq_ignore_ascii_case(known));
+        known.copied().ok_or_else(|| choice("method", &shown(&method), &METHODS.join(", ")))
+    });
+    let option = option.transpose()?;
     let method = match words.pop() {
-        Some(word) if is_method(&word) => Some(text("METHOD", word)?),
+        Some(word) if is_method(&word) && option.is_none() => Some(text("METHOD", word)?),
+        // With --method, every word before the path is the workspace.
+        Some(word) if words.is_empty() && option.is_some() => {
+            words.push(word);
+            None
+        }
         Some(word) if words.is_empty() => {
             if let Some(method) = METHODS.iter().find(|method| word.eq_ignore_ascii_case(method)) {
                 return Err(Error::Usage {
@@ -333,7 +363,7 @@ fn api(given: &mut Given<'_>) -> Result<Command> {
     });
     Ok(Command::Api(Api {
         selector: words.pop(),
-        method: method.unwrap_or_else(|| default.to_owned()),
+        method: method.unwrap_or_else(|| option.unwrap_or(default).to_owned()),
         path,
         data,
         headers: given.values("--header").into_iter().map(header).collect::<Result<_>>()?,

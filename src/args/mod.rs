@@ -6,17 +6,19 @@
 //! commands   the table of commands, each row with the function that makes its `Command`
 //! options    the table of options
 //! parser     argv to words and options
+//! suggest    hints for words that are not known; habits, what they mean in other programs
 //! values     text to ports, durations, origins, …
 //! ```
 
 mod commands;
 mod given;
+mod habits;
 mod options;
 mod parser;
 mod suggest;
 mod values;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -48,11 +50,12 @@ pub enum Command {
     WorkspaceAdd { path: PathBuf, name: Option<String>, force: bool },
     WorkspaceAddRemote(AddRemote),
     WorkspaceList { quiet: bool, names: bool },
-    WorkspaceSwitch { selector: OsString },
+    WorkspaceSwitch { selector: Option<OsString> },
     WorkspaceCurrent { quiet: bool },
     WorkspaceInfo { selector: Option<OsString> },
     WorkspacePath { selector: Option<OsString> },
     WorkspaceRemove { selectors: Vec<OsString> },
+    WorkspaceRemoveMissing,
     WorkspaceRename { selector: OsString, name: String },
     WorkspaceMove { selector: OsString, path: PathBuf },
     WorkspaceImport { file: PathBuf },
@@ -75,6 +78,43 @@ pub enum Command {
     Completions { shell: CompletedShell },
     Man,
     ServicePrint { program: Option<PathBuf>, is_socket: bool },
+}
+
+/// Whose workspace a command works in.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted<'a> {
+    /// One of the command line.
+    Named(&'a OsStr),
+    /// None was named: that of the environment, or of the working directory, or the active one.
+    Default,
+}
+
+impl Command {
+    /// The workspace that the command works in, and that its failures may be about; `None` for a command
+    /// that takes none, or takes one out of the registry.
+    pub fn workspace(&self) -> Option<Wanted<'_>> {
+        let selector = match self {
+            // Without a selector it asks.
+            Command::WorkspaceSwitch { selector } => Some(selector.as_ref()?),
+            Command::WorkspaceRename { selector, .. } | Command::WorkspaceMove { selector, .. } => Some(selector),
+            Command::WorkspaceInfo { selector }
+            | Command::WorkspacePath { selector }
+            | Command::Attach { selector, .. }
+            | Command::Run { selector, .. }
+            | Command::Env { selector, .. }
+            | Command::InstanceDispose { selector, .. }
+            | Command::InstanceReset { selector } => selector.as_ref(),
+            Command::SessionList { selector, all, .. } | Command::Wait { selector, all } => {
+                if *all {
+                    return None;
+                }
+                selector.as_ref()
+            }
+            Command::Api(api) => api.selector.as_ref(),
+            _ => return None,
+        };
+        Some(selector.map_or(Wanted::Default, |selector| Wanted::Named(selector)))
+    }
 }
 
 /// An OpenCode call.
@@ -219,10 +259,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
 fn check_options(row: &CommandRow, given: &Given<'_>) -> Result<()> {
     match given.options().find(|option| !option.is_for(row.name)) {
         None => Ok(()),
-        Some(option) => Err(Error::Usage {
-            message: format!("`{}` does not take {}", row.name, option.name),
-            hint: Some(format!("`openwork help {}` shows its options", row.name)),
-        }),
+        Some(option) => Err(suggest::foreign_option(option, row)),
     }
 }
 

@@ -19,7 +19,7 @@ use pico_args::Arguments;
 use super::commands::{CommandRow, canonical, find_command};
 use super::given::Given;
 use super::options::{OPTIONS, OptionRow};
-use super::suggest::unknown;
+use super::suggest;
 use super::values::{after, shown};
 use crate::error::{Error, Result};
 
@@ -122,12 +122,15 @@ fn spell_out(argv: &[OsString]) -> Result<SpelledOut> {
                     at += 1;
                 }
                 Some(value) => {
-                    return Err(Error::Usage {
+                    return Err(misplaced(row, argv).unwrap_or_else(|| Error::Usage {
                         message: format!("{} needs a value ({what}), not {}", row.name, shown(value)),
                         hint: Some(format!("write {}={} if that is the value", row.name, shown(value))),
-                    });
+                    }));
                 }
-                None => return Err(Error::usage(format!("{} needs a value ({what})", row.name))),
+                None => {
+                    let missing = || Error::usage(format!("{} needs a value ({what})", row.name));
+                    return Err(misplaced(row, argv).unwrap_or_else(missing));
+                }
             },
         }
     }
@@ -196,12 +199,26 @@ fn marked(value: &OsStr) -> OsString {
     OsString::from_vec([&[MARK], value.as_bytes()].concat())
 }
 
-/// An unknown option, with the nearest one that the command takes, if the command can be seen.
+/// What is wrong with an option of ours before its missing value is: the command is unknown, or takes no such
+/// option.
+fn misplaced(option: &OptionRow, argv: &[OsString]) -> Option<Error> {
+    let words: Vec<&OsString> = argv.iter().filter(|arg| is_word(arg)).collect();
+    match find_command(&words) {
+        Ok((Some(row), _)) if !option.is_for(row.name) => Some(suggest::foreign_option(option, row)),
+        Err(e) if argv.first().is_some_and(|first| is_word(first)) => Some(e),
+        Ok(_) | Err(_) => None,
+    }
+}
+
+/// An unknown option, with one that the command takes instead, if the command can be seen. A command line that
+/// begins with an unknown command is told about that: its options are those of another program.
 fn unknown_option(given: &str, argv: &[OsString]) -> Error {
     let words: Vec<&OsString> = argv.iter().filter(|arg| !arg.as_bytes().starts_with(b"-")).collect();
-    let row = find_command(&words).ok().and_then(|(row, _)| row);
-    let takes = |option: &&OptionRow| row.is_none_or(|row| option.is_for(row.name));
-    unknown("option", given, OPTIONS.iter().filter(takes).map(|option| option.name))
+    match find_command(&words) {
+        Ok((row, _)) => suggest::unknown_option(given, row),
+        Err(e) if argv.first().is_some_and(|first| is_word(first)) => e,
+        Err(_) => suggest::unknown_option(given, None),
+    }
 }
 
 #[cfg(test)]

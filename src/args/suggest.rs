@@ -1,37 +1,73 @@
-//! The nearest word that is known, for one that is not.
+//! What to say about a word that is not known: what it means by the habit of another program, else the
+//! nearest word that is known.
 
+use std::ffi::OsStr;
+
+use super::commands::{CommandRow, canonical, is_ending};
+use super::habits::{self, Habit};
+use super::options::{OPTIONS, OptionRow};
 use crate::error::Error;
+use crate::nearest::nearest;
 
-/// An unknown word, with the nearest known one if one is near.
-pub fn unknown<'k>(what: &str, given: &str, known: impl Iterator<Item = &'k str>) -> Error {
-    // Of two equally near, the one that was only begun, then the one of the same length: letters are
-    // swapped more often than left out.
-    let rank =
-        |word: &'k str| (distance(given, word), !word.starts_with(given), given.len().abs_diff(word.len()), word);
-    let nearest = known.map(rank).min();
-    // Further away than a third of the word is another word.
-    let near = nearest.filter(|(distance, .., word)| *distance <= word.chars().count().div_ceil(3));
-    Error::Usage {
-        message: format!("unknown {what} `{given}`"),
-        hint: Some(match near {
-            Some((.., word)) => format!("did you mean `{word}`?"),
-            None => "`openwork help` shows all commands".to_owned(),
-        }),
-    }
+/// No command has this word: as its first one, with the `next` behind it, or as the second one of a `group`.
+/// `known`: the words that stand there in commands.
+pub fn unknown_command<'k>(
+    group: Option<&str>,
+    given: &str,
+    next: Option<&str>,
+    known: impl Iterator<Item = &'k str>,
+) -> Error {
+    let word = canonical(OsStr::new(given));
+    let habit = match group {
+        Some(group) => habits::of_words(group, Some(word)),
+        None => habits::of_words(word, next),
+    };
+    let full = |word: &str| group.map_or_else(|| word.to_owned(), |group| format!("{group} {word}"));
+    // Who mistypes must not be handed a stop or a removal.
+    let near = || nearest(word, known.filter(|word| !is_ending(&full(word))));
+    let hint = match (habit, group) {
+        (Some(Habit::Is(command)), _) => format!("did you mean `openwork {command}`?"),
+        (Some(Habit::Says(text)), _) => text.to_owned(),
+        (None, group) => match (near(), group) {
+            (Some(word), _) => format!("did you mean `{}`?", full(word)),
+            (None, Some(group)) => format!("`openwork help {group}` shows its commands"),
+            (None, None) => "`openwork help` shows all commands".to_owned(),
+        },
+    };
+    Error::Usage { message: format!("unknown command `{}`", full(given)), hint: Some(hint) }
 }
 
-/// How many characters must be inserted, left out or changed (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, a) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, b) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(a != *b);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+/// No option has this name. With a command, only options that the command takes are suggested.
+pub fn unknown_option(given: &str, row: Option<&CommandRow>) -> Error {
+    let takes = |option: &&OptionRow| row.is_none_or(|row| option.is_for(row.name));
+    let hint = by_habit(given, row).map(str::to_owned).unwrap_or_else(|| {
+        match (nearest(given, OPTIONS.iter().filter(takes).map(|option| option.name)), row) {
+            (Some(word), _) => format!("did you mean `{word}`?"),
+            (None, Some(row)) => format!("`openwork help {}` shows its options", row.name),
+            (None, None) => "`openwork help` shows all commands".to_owned(),
         }
-    }
-    row[b.len()]
+    });
+    Error::Usage { message: format!("unknown option `{given}`"), hint: Some(hint) }
+}
+
+/// The command does not take this option of ours.
+pub fn foreign_option(option: &OptionRow, row: &CommandRow) -> Error {
+    let habit = by_habit(option.name, Some(row)).or_else(|| by_habit(option.short?, Some(row)));
+    let hint = habit.map_or_else(|| format!("`openwork help {}` shows its options", row.name), str::to_owned);
+    Error::Usage { message: format!("`{}` does not take {}", row.name, option.name), hint: Some(hint) }
+}
+
+/// What an option means by the habit of another program, if the command has it.
+fn by_habit(given: &str, row: Option<&CommandRow>) -> Option<&'static str> {
+    let takes = |needed: &str| {
+        let is_it = |option: &&OptionRow| option.name == needed;
+        row.is_some_and(|row| OPTIONS.iter().find(is_it).is_some_and(|option| option.is_for(row.name)))
+    };
+    // Several short options may stand together, and a value behind them.
+    let first = given.get(..2).filter(|_| !given.starts_with("--"));
+    let of = |name: &str| {
+        let fits = |(known, needs, _): &&(&str, Option<&str>, &str)| *known == name && needs.is_none_or(takes);
+        habits::OPTIONS.iter().find(fits).map(|(.., hint)| *hint)
+    };
+    of(given).or_else(|| of(first?))
 }

@@ -109,6 +109,7 @@ fn options(row: Option<&CommandRow>, given: &[(&OptionRow, &OsStr)]) -> Found {
 fn value_of(row: &OptionRow, given: &[(&OptionRow, &OsStr)]) -> Found {
     match (row.name, row.value) {
         ("--workspace", _) => workspaces(given),
+        ("--method", _) => Found::words(METHODS.map(|method| (method, ""))),
         ("--shell", _) => Found::words([("sh", "also for bash and zsh"), ("fish", "")]),
         ("--data-dir", _) => Found::Directories,
         (_, Some("FILE")) => Found::Files,

@@ -11,6 +11,7 @@ mod logs;
 mod manual;
 mod output;
 mod passthrough;
+mod pick;
 mod service;
 mod session;
 mod workspace;
@@ -27,8 +28,8 @@ use serde::{Deserialize, Serialize};
 use self::client::{Client, decode};
 use self::daemon::WhenIdle;
 use self::output::{Output, clean, duration, megabytes, note, table};
-use self::workspace::named;
-use crate::args::{self, Command, Invocation};
+use self::workspace::{WORKSPACE_VARIABLE, named};
+use crate::args::{self, Command, Invocation, Wanted};
 use crate::daemon::Start;
 use crate::error::{Code, Error, Result};
 use crate::framing::percent_encode;
@@ -36,6 +37,7 @@ use crate::log::now_ms;
 use crate::options::Options;
 use crate::paths::{self, DataDir};
 use crate::wire::{Dispose, DisposeReply, InstanceList, ResetReply, RunningSession};
+use crate::workspace::looks_like_path;
 use crate::{agent, lock};
 
 /// The hidden command by which a client starts a daemon in the background.
@@ -116,8 +118,46 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             Some(version) => Err(Error::DaemonTooOld { what: format!("`openwork {}`", invocation.name), version }),
             None => Err(e),
         },
-        other => other,
+        Err(e) => Err(explained(e, &invocation.command)),
+        Ok(()) => Ok(()),
     }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "/-_.=:,%@+~".contains(c);
+    if word.chars().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
+/// A failure about a workspace, with what only the command line knows: that the environment has named it, or
+/// that a directory has this name.
+fn explained(e: Error, command: &Command) -> Error {
+    let code = e.code();
+    let is_about_workspace = matches!(
+        code,
+        Code::WorkspaceNotFound | Code::WorkspaceAmbiguous | Code::WorkspaceIsRemote | Code::PathNotFound
+    );
+    let Some(wanted) = command.workspace().filter(|_| is_about_workspace) else { return e };
+    let mut body = e.body();
+    match wanted {
+        Wanted::Default => {
+            let set = std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
+            let Some(value) = set else { return e };
+            body.message = format!("{WORKSPACE_VARIABLE} is {:?}: {}", value.to_string_lossy(), body.message);
+        }
+        Wanted::Named(name) if code == Code::WorkspaceNotFound && Path::new(name).is_dir() => {
+            let name = name.to_string_lossy();
+            let path = quoted(&if looks_like_path(&name) { name.into_owned() } else { format!("./{name}") });
+            let done = match command {
+                Command::Attach { .. } => format!("`openwork open {path}` adds the directory and attaches"),
+                _ => format!("`openwork workspace add {path}` adds the directory"),
+            };
+            body.hint = Some(done);
+        }
+        Wanted::Named(_) => return e,
+    }
+    let status = e.http_status();
+    Error::Reported { code, body, status }
 }
 
 fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out: &mut Output) -> Result<()> {
@@ -146,8 +186,9 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::WorkspaceList { quiet, names } => workspace::list(&client()?, out, *quiet, *names),
         Command::WorkspaceCurrent { quiet } => workspace::current(&client()?, out, *quiet),
         Command::WorkspaceInfo { selector } => workspace::info(&client()?, out, selector.as_deref()),
-        Command::WorkspaceSwitch { selector } => workspace::switch(&client()?, out, selector),
+        Command::WorkspaceSwitch { selector } => workspace::switch(&client()?, out, selector.as_deref()),
         Command::WorkspaceRemove { selectors } => workspace::remove(&client()?, out, selectors),
+        Command::WorkspaceRemoveMissing => workspace::remove_missing(&client()?, out),
         Command::WorkspaceRename { selector, name } => workspace::rename(&client()?, out, selector, name),
         Command::WorkspaceMove { selector, path } => workspace::relocate(&client()?, out, selector, path),
         Command::WorkspaceImport { file } => workspace::import(&client()?, out, file),
@@ -167,6 +208,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::Env { selector, shell } => passthrough::env(&client()?, out, selector.as_deref(), *shell),
         Command::EnvUnset { shell } => passthrough::env_unset(out, *shell),
         Command::Open { directory } => {
+            passthrough::check_terminal(&[])?;
             let client = client()?;
             let id = workspace::at(&client, directory)?;
             Err(passthrough::attach(&client, Some(id.as_ref()), &[]))

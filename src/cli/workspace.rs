@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::client::{Client, decode, to_json};
 use super::import::{Imported, import as import_file};
 use super::output::{Output, Waiting, clean, note, table};
+use super::pick;
 use crate::error::{Code, Error, Result};
 use crate::framing::percent_encode;
 use crate::log::timestamp;
@@ -38,9 +39,12 @@ pub fn current(client: &Client, out: &mut Output, quiet: bool) -> Result<()> {
     })
 }
 
-/// Makes a workspace the active one.
-pub fn switch(client: &Client, out: &mut Output, selector: &OsStr) -> Result<()> {
-    let id = resolve(client, Some(selector))?.workspace.workspace.id.clone();
+/// Makes a workspace the active one; without a selector, the one that is chosen on the terminal.
+pub fn switch(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Result<()> {
+    let id = match selector {
+        Some(selector) => resolve(client, Some(selector))?.workspace.workspace.id.clone(),
+        None => pick::workspace(client, out)?,
+    };
     let reply: WorkspaceReply = client.ask("POST", &by_id(&id, "/activate"), &())?;
     out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
 }
@@ -64,18 +68,39 @@ pub fn remove(client: &Client, out: &mut Output, selectors: &[OsString]) -> Resu
         }
     }
     let removed = found.into_iter().map(|found| remove_one(client, found)).collect::<Result<Vec<_>>>()?;
-    let line = |reply: &WorkspaceReply| {
-        let files = if reply.workspace.workspace.is_local() { "; its files stay" } else { "" };
-        format!("removed {}{files}\n", named(&reply.workspace.workspace))
-    };
     match &removed[..] {
-        [one] => out.print(one, line),
-        several => {
-            let active_id = several.last().map_or_else(String::new, |reply| reply.active_id.clone());
-            let workspaces = several.iter().map(|reply| reply.workspace.clone()).collect();
-            out.print(&Removed { ok: true, active_id, workspaces }, |_| several.iter().map(line).collect())
-        }
+        [one] => out.print(one, removed_line),
+        several => print_removed(out, several, String::new()),
     }
+}
+
+/// Removes every local workspace whose directory has gone. One on a mount that hangs is taken to be there.
+pub fn remove_missing(client: &Client, out: &mut Output) -> Result<()> {
+    let list: WorkspaceList = client.ask("GET", "/workspaces", &())?;
+    let found = list.workspaces.into_iter().filter(|listed| listed.missing).map(|workspace| WorkspaceReply {
+        ok: true,
+        active_id: list.active_id.clone(),
+        workspace,
+        created: None,
+    });
+    let removed = found.map(|found| remove_one(client, found)).collect::<Result<Vec<_>>>()?;
+    if removed.is_empty() && !out.is_json() {
+        note("no directory is missing\n");
+    }
+    print_removed(out, &removed, list.active_id)
+}
+
+/// `active_id`: of an empty list.
+fn print_removed(out: &mut Output, removed: &[WorkspaceReply], active_id: String) -> Result<()> {
+    let active_id = removed.last().map_or(active_id, |reply| reply.active_id.clone());
+    let workspaces = removed.iter().map(|reply| reply.workspace.clone()).collect();
+    out.print(&Removed { ok: true, active_id, workspaces }, |_| removed.iter().map(removed_line).collect())
+}
+
+fn removed_line(reply: &WorkspaceReply) -> String {
+    let workspace = &reply.workspace.workspace;
+    let files = if workspace.is_local() && !reply.workspace.missing { "; its files stay" } else { "" };
+    format!("removed {}{files}\n", named(workspace))
 }
 
 fn remove_one(client: &Client, mut found: WorkspaceReply) -> Result<WorkspaceReply> {
@@ -238,16 +263,21 @@ pub fn add_remote(client: &Client, out: &mut Output, body: &AddRemote) -> Result
     print_added(out, &client.ask("POST", "/workspaces/remote", body)?)
 }
 
-/// Lists the workspaces.
-pub fn list(client: &Client, out: &mut Output, quiet: bool, names: bool) -> Result<()> {
-    let list = match client.read_soon("/workspaces")? {
-        Some(list) => list,
+/// The list of workspaces as JSON, from the daemon, or from the state file when no daemon answers at once.
+pub fn read_list(client: &Client) -> Result<Vec<u8>> {
+    match client.read_soon("/workspaces")? {
+        Some(list) => Ok(list),
         None => {
             let state = State::read(&client.data_dir.state())?;
             let workspaces = Listed::all(&state.workspaces);
-            to_json(&WorkspaceList { ok: true, active_id: state.active_id, workspaces })?
+            to_json(&WorkspaceList { ok: true, active_id: state.active_id, workspaces })
         }
-    };
+    }
+}
+
+/// Lists the workspaces.
+pub fn list(client: &Client, out: &mut Output, quiet: bool, names: bool) -> Result<()> {
+    let list = read_list(client)?;
     if out.is_json() {
         out.write(&list)?;
         return out.write(b"\n");
@@ -328,7 +358,7 @@ pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String
     let Some(selector) = selector.map(OsStr::to_owned).or_else(from_environment) else {
         return Ok("@active".to_owned());
     };
-    let not_found = |selector: &OsStr| Error::WorkspaceNotFound(selector.to_string_lossy().into_owned());
+    let not_found = |selector: &OsStr| Error::no_workspace(selector.to_string_lossy());
     if selector == "-" {
         let state = State::read(&client.data_dir.state())?;
         return Ok(state.find("-")?.id.clone());

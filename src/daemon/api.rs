@@ -20,7 +20,7 @@ use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
 use super::{CONTROL_SOCKET, Daemon, Ends, reply, sessions};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::Line;
 use crate::system::process;
@@ -410,7 +410,10 @@ fn call_loaded<T>(
 ) -> Result<T> {
     let directory = workspace.local_path()?;
     // opencode would answer for a directory that is not there.
-    existing_directory(directory)?;
+    existing_directory(directory).map_err(|e| match e.code() {
+        Code::PathNotFound => workspace.gone(),
+        _ => e,
+    })?;
     daemon.instances.check_fence(workspace)?;
     let entered = daemon.instances.enter(workspace, deadline)?;
     let answer = daemon.supervisor.call(deadline, |endpoint| {
@@ -564,9 +567,7 @@ fn find_route(method: &str, path: &str) -> Result<(Route, String)> {
     let decoded = percent_decode(selector).and_then(|bytes| String::from_utf8(bytes).ok());
     match decoded {
         // What was active before is a matter of a command line.
-        Some(selector) if selector == "-" && !pattern.starts_with("/sessions/") => {
-            Err(Error::WorkspaceNotFound(selector))
-        }
+        Some(selector) if selector == "-" && !pattern.starts_with("/sessions/") => Err(Error::no_workspace(selector)),
         Some(selector) => Ok((*route, selector)),
         None => Err(Error::BadRequest(format!("{selector:?} in the path is not percent-encoded UTF-8"))),
     }
@@ -575,7 +576,6 @@ fn find_route(method: &str, path: &str) -> Result<(Route, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Code;
 
     #[test]
     fn a_panic_costs_one_request() {

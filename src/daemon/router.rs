@@ -429,10 +429,9 @@ fn is_upgrade(request: &Head<'_>) -> Result<bool> {
 /// that does not.
 fn find(daemon: &Daemon, selector: &str) -> Result<Arc<Workspace>> {
     let workspace = daemon.store.snapshot().find(selector)?.clone();
-    let directory = workspace.local_path()?;
-    match directory.is_dir() {
+    match workspace.local_path()?.is_dir() {
         true => Ok(workspace),
-        false => Err(Error::PathNotFound(directory.to_owned())),
+        false => Err(workspace.gone()),
     }
 }
 
@@ -448,7 +447,7 @@ fn split(target: &str) -> Result<Target<'_>> {
     let selector =
         decoded.ok_or_else(|| Error::BadRequest(format!("{selector:?} in the path is not percent-encoded UTF-8")))?;
     if selector == "-" {
-        return Err(Error::WorkspaceNotFound(selector));
+        return Err(Error::no_workspace(selector));
     }
     let (path, query) = cut(rest);
     Ok(Target { selector, path: if path.is_empty() { "/" } else { path }, query })

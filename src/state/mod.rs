@@ -27,6 +27,7 @@ pub use self::records::{Binaries, BinaryRecord, DaemonRecord, EngineRecord, Fenc
 pub use self::store::Store;
 use crate::error::{Error, Result};
 use crate::log::now_ms;
+use crate::nearest::nearest;
 use crate::wire::from_json;
 use crate::workspace::{self, Place, Workspace, check_name};
 
@@ -204,7 +205,7 @@ impl State {
     /// # Errors
     /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
     pub fn find(&self, selector: &str) -> Result<&Arc<Workspace>> {
-        let not_found = || Error::WorkspaceNotFound(selector.to_owned());
+        let not_found = || Error::no_workspace(selector);
         match selector {
             "-" => return self.get(&self.previous_id).ok_or_else(not_found),
             // A script's unset variable, which is a prefix of everything.
@@ -224,10 +225,17 @@ impl State {
         };
         let candidates: Vec<_> = self.workspaces.iter().filter(is_prefix).collect();
         match candidates[..] {
-            [] => Err(not_found()),
+            [] => Err(self.unknown(selector)),
             [one] => Ok(one),
             _ => Err(ambiguous(selector, &candidates)),
         }
+    }
+
+    /// No workspace is called so; the nearest name is what was probably meant.
+    fn unknown(&self, selector: &str) -> Error {
+        let near = nearest(selector, self.workspaces.iter().map(|workspace| workspace.name.as_str()));
+        let hint = near.map(|name| format!("did you mean {name:?}?"));
+        Error::WorkspaceNotFound { selector: selector.to_owned(), hint }
     }
 
     /// The workspace with this id, this name or this directory, or `@active`. For changes: when a
@@ -239,7 +247,7 @@ impl State {
     pub fn find_exactly(&self, selector: &str) -> Result<&Arc<Workspace>> {
         let at_path = || self.workspaces.iter().find(|w| w.is_local() && !w.path.is_empty() && w.path == selector);
         let found = self.identified(selector)?.or_else(at_path);
-        found.ok_or_else(|| Error::WorkspaceNotFound(selector.to_owned()))
+        found.ok_or_else(|| self.unknown(selector))
     }
 
     /// The workspace with this id or name, or `@active`.
@@ -311,7 +319,7 @@ impl State {
     /// `workspace_not_found`.
     pub fn remove(&mut self, id: &str) -> Result<Arc<Workspace>> {
         let index = self.workspaces.iter().position(|w| w.id == id);
-        let index = index.ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))?;
+        let index = index.ok_or_else(|| Error::no_workspace(id))?;
         for role in [&mut self.active_id, &mut self.previous_id] {
             if role == id {
                 role.clear();
@@ -356,12 +364,12 @@ impl State {
     }
 
     fn known(&self, id: &str) -> Result<Arc<Workspace>> {
-        self.get(id).cloned().ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
+        self.get(id).cloned().ok_or_else(|| Error::no_workspace(id))
     }
 
     fn get_mut(&mut self, id: &str) -> Result<&mut Workspace> {
         let found = self.workspaces.iter_mut().find(|w| w.id == id);
-        found.map(Workspace::edit).ok_or_else(|| Error::WorkspaceNotFound(id.to_owned()))
+        found.map(Workspace::edit).ok_or_else(|| Error::no_workspace(id))
     }
 
     fn check_free_name(&self, name: &str, for_id: &str) -> Result<()> {

@@ -59,16 +59,17 @@ fn open_adds_the_directory_and_attaches() {
     let host = Host::new();
     host.exercises(["command open"]);
     let project = host.project("p");
-    let output = host.openwork(["open"]).cwd(&project).ok();
+    let output = host.openwork(["open"]).on_terminal("").cwd(&project).ok();
     assert!(output.stdout.starts_with("fake: attach "), "{output:?}");
     assert!(output.stderr.starts_with("added p ("), "{output:?}");
     // What is in a workspace is not added.
     let inside = host.project("p/src");
-    let output = host.openwork(["open", inside.to_str().unwrap()]).ok();
+    let output = host.openwork(["open", inside.to_str().unwrap()]).on_terminal("").ok();
     assert!(output.stdout.contains(project.to_str().unwrap()) && output.stderr.is_empty(), "{output:?}");
     assert_eq!(host.names(), ["p"]);
-    host.openwork(["open", "/no/such"]).fails(1, "path_not_found");
-    host.openwork(["open"]).cwd(host.home()).fails(2, "usage");
+    host.openwork(["open", "/no/such"]).on_terminal("").fails(1, "path_not_found");
+    let error = host.openwork(["open"]).on_terminal("").cwd(host.home()).fails(2, "usage");
+    assert!(error["hint"].as_str().unwrap().contains("--force"), "{error}");
 }
 
 #[test]
@@ -84,6 +85,75 @@ fn the_home_directory_and_the_root_are_added_by_force_only() {
     host.openwork(["add", "~", "--force", "--name", "home"]).ok();
     assert_eq!(host.names(), ["root", "home"]);
     assert_eq!(host.openwork(["workspace", "list", "--names"]).ok().stdout, "root\nhome\n");
+}
+
+#[test]
+fn a_terminal_is_asked_for_the_workspace_to_switch_to() {
+    let host = Host::new();
+    for name in ["web", "website", "api-server"] {
+        host.add(host.project(name));
+    }
+    let switch = |typed: &str| host.openwork(["switch"]).on_terminal(typed);
+    let output = switch("3\n").ok();
+    assert!(output.stdout.starts_with("1  *  web         "), "{output:?}");
+    assert!(output.stdout.contains("\nswitch to (a number, or a part of a name): "), "{output:?}");
+    assert!(output.stdout.contains("switched to api-server (") && output.stderr.is_empty(), "{output:?}");
+    let current = || host.openwork(["current"]).ok().stdout;
+    assert_eq!(current(), "api-server\n");
+    // What could be several is asked again, and what is none.
+    switch("nothing\nwe\n2\n").ok();
+    assert_eq!(current(), "website\n");
+    switch("SERV\n").ok();
+    assert_eq!(current(), "api-server\n");
+    // Nothing chosen, nothing changed; without a terminal, and for a script, nobody is asked.
+    for typed in ["\n", "\u{4}"] {
+        let output = switch(typed).exits(1);
+        assert!(output.stderr.contains("no workspace was chosen"), "{output:?}");
+    }
+    host.openwork(["switch"]).fails(2, "usage");
+    host.openwork(["switch"]).on_terminal("1\n").fails(2, "usage");
+    assert_eq!(current(), "api-server\n");
+}
+
+#[test]
+fn workspaces_whose_directories_have_gone_are_removed_at_once() {
+    let host = Host::new();
+    host.exercises(["option --missing"]);
+    for name in ["here", "gone", "away"] {
+        host.add(host.project(name));
+    }
+    host.openwork(["workspace", "add-remote", "http://example.com"]).ok();
+    let missing = || host.openwork(["workspace", "remove", "--missing"]);
+    let output = missing().ok();
+    assert_eq!((&*output.stdout, &*output.stderr), ("", "no directory is missing\n"));
+    for name in ["gone", "away"] {
+        fs::remove_dir(host.project(name)).unwrap();
+    }
+    host.openwork(["workspace", "remove", "--missing", "here"]).fails(2, "usage");
+    host.openwork(["workspace", "remove"]).fails(2, "usage");
+    let removed = missing().json();
+    let names: Vec<&str> =
+        removed["workspaces"].as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["gone", "away"]);
+    assert_eq!(host.names(), ["here", "example.com"]);
+    assert_eq!(missing().json()["workspaces"], json!([]));
+}
+
+#[test]
+fn an_error_about_a_directory_that_has_gone_names_the_workspace_and_the_path() {
+    let host = Host::new();
+    let project = host.project("web");
+    host.openwork(["workspace", "add", project.to_str().unwrap(), "--name", "site"]).ok();
+    host.opencode_pid();
+    fs::remove_dir(&project).unwrap();
+    for command in [&["env", "site"][..], &["workspace", "path", "site"], &["run", "hi"], &["api", "/path"]] {
+        let error = host.openwork(command).exits(1);
+        let told = format!("{}{}", error.stdout, error.stderr);
+        assert!(told.contains("site") && told.contains(project.to_str().unwrap()), "{error:?}");
+    }
+    let error = host.openwork(["env"]).env("OPENWORK_WORKSPACE", "site").fails(1, "path_not_found");
+    assert!(error["message"].as_str().unwrap().starts_with("OPENWORK_WORKSPACE is \"site\": "), "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("openwork workspace move"), "{error}");
 }
 
 #[test]

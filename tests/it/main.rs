@@ -15,6 +15,7 @@ mod evict;
 mod examples;
 mod fence;
 mod gate;
+mod habits;
 mod import;
 mod orchestrator;
 mod packages;
