@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, wait_for};
+use crate::support::{Host, on_terminal, wait_for};
 
 fn tables(host: &Host) -> Value {
     host.openwork(["help"]).json()
@@ -149,7 +149,8 @@ fn bash_completes() {
     let driver = r#"
         compopt() { :; } # there is no completion under way
         COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
-        _openwork openwork "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+        current=${COMP_WORDS[COMP_CWORD]} # an opening quote is no part of it
+        _openwork openwork "${current#[\"\']}" "${COMP_WORDS[COMP_CWORD - 1]}"
         printf '%s\n' "${COMPREPLY[@]}""#;
     let complete = |words: &[&str]| {
         let mut path = host.binary().parent().unwrap().as_os_str().to_owned();
@@ -167,6 +168,58 @@ fn bash_completes() {
     assert_eq!(complete(&["workspace", "switch", "'my"]), ["my web"]);
     assert_eq!(complete(&["workspace", "add", "/us"]), ["/usr"]);
     assert_eq!(complete(&["daemon", "stop", "--k"]), ["--keep-opencode"]);
+}
+
+/// What readline makes of it, in a bash that is typed to. `say` is a function that is completed as openwork is.
+#[test]
+fn bash_completes_what_is_typed_within_quotes_and_without() {
+    let host = Host::new();
+    let names = ["my web", "it's", "a$b", "say \"hi\"", "back\\slash", "`tick`", "plain", "quote'"];
+    let entry = |(at, name): (usize, &&str)| json!({"id": format!("ws-{at}"), "name": name, "path": "/w"});
+    let workspaces: Vec<Value> = names.iter().enumerate().map(entry).collect();
+    host.write_state(json!({"version": 1, "workspaces": workspaces}).to_string());
+    fs::create_dir_all(host.path("d/my dir")).unwrap();
+    let script = host.path("completion");
+    fs::write(&script, host.openwork(["completions", "bash"]).ok().stdout).unwrap();
+    let mut path = host.binary().parent().unwrap().as_os_str().to_owned();
+    path.push(":/usr/bin:/bin");
+    let begin = format!(
+        "PS1= PS2=; source '{}'; say() {{ printf '<%s>' \"$@\"; echo .; }}; complete -F _openwork say\n",
+        script.display()
+    );
+    for (typed, said) in [
+        ("switch my", "my web"),
+        ("switch my\\ w", "my web"),
+        ("switch \"my", "my web"),
+        ("switch \"my w", "my web"),
+        ("switch 'my w", "my web"),
+        ("switch it", "it's"),
+        ("switch \"it", "it's"),
+        ("switch 'it", "it's"),
+        ("switch a", "a$b"),
+        ("switch \"a", "a$b"),
+        ("switch 'a", "a$b"),
+        ("switch \"say", "say \"hi\""),
+        ("switch 'say", "say \"hi\""),
+        ("switch \"back", "back\\slash"),
+        ("switch \"\\`", "`tick`"),
+        ("switch '`", "`tick`"),
+        ("switch pl", "plain"),
+        ("switch 'quote", "quote'"),
+        ("switch \"quote", "quote'"),
+        ("add d/my", "d/my dir/"),
+    ] {
+        let mut bash = Command::new("bash");
+        bash.args(["--noprofile", "--norc", "-i"]).env_clear().env("PATH", &path).env("HOME", host.home());
+        bash.env("OPENWORK_DATA_DIR", host.data())
+            .env("TERM", "dumb")
+            .env("INPUTRC", "/dev/null")
+            .current_dir(host.path("."));
+        let typing = format!("{begin}say {typed}\t\nexit\n");
+        let output = on_terminal(bash, &typing);
+        let command = typed.split(' ').next().unwrap();
+        assert!(output.contains(&format!("<{command}><{said}>.\n")), "{typed}: {output:?}");
+    }
 }
 
 // --- The manual page ---

@@ -870,6 +870,25 @@ fn terminal() -> (File, File) {
     (File::from(ours), theirs)
 }
 
+/// Runs a command on a terminal on which this is typed, to its end, and returns what it has printed there.
+pub fn on_terminal(mut command: Command, typed: &str) -> String {
+    let (mut ours, theirs) = terminal();
+    command.stdin(theirs.try_clone().unwrap()).stdout(theirs.try_clone().unwrap()).stderr(theirs);
+    let mut child = command.spawn().unwrap();
+    // Its copies of the terminal would keep it open.
+    drop(command);
+    let printed = Capture::of(Some(ours.try_clone().unwrap()));
+    ours.write_all(typed.as_bytes()).unwrap();
+    let ended = poll(DEADLINE, || child.try_wait().unwrap());
+    if ended.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+        panic!("{typed:?} does not end: {}", printed.text());
+    }
+    poll(DEADLINE, || printed.is_done().then_some(()));
+    printed.text().replace("\r\n", "\n")
+}
+
 /// What comes out of a pipe, read by a thread so that the pipe never fills.
 struct Capture {
     bytes: Arc<Mutex<Vec<u8>>>,
