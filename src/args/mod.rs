@@ -5,12 +5,14 @@
 //! ```text
 //! commands   the table of commands, each row with the function that makes its `Command`
 //! options    the table of options
+//! examples   two of them for the help of each command
 //! parser     argv to words and options
 //! suggest    hints for words that are not known; habits, what they mean in other programs
 //! values     text to ports, durations, origins, …
 //! ```
 
 mod commands;
+pub mod examples;
 mod given;
 mod habits;
 mod options;

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::output::Output;
-use crate::args::{ALIASES, COMMANDS, CommandRow, OMISSIBLE, OPTIONS, OptionRow};
+use crate::args::{ALIASES, COMMANDS, CommandRow, OMISSIBLE, OPTIONS, OptionRow, examples};
 use crate::error::{Code, Result};
 use crate::wire::ROUTES;
 
@@ -37,6 +37,8 @@ struct Described {
     row: &'static CommandRow,
     aliases: Vec<String>,
     options: Vec<&'static str>,
+    /// Lines of a shell.
+    examples: Vec<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -68,6 +70,7 @@ fn tables() -> Tables {
         row,
         aliases: aliases(row.name),
         options: row.options().map(|option| option.name).collect(),
+        examples: examples::of(row.name).iter().map(|(line, _)| *line).collect(),
     };
     Tables {
         ok: true,
@@ -128,8 +131,11 @@ fn command_help(row: &CommandRow) -> String {
         text.push_str("\noptions:\n");
         rows(&mut text, row.options().map(described));
     }
-    text.push_str("\noptions of every command:\n");
-    rows(&mut text, OPTIONS.iter().filter(|option| option.commands.is_empty()).map(described));
+    text.push_str("\nexamples:\n");
+    let example = |(line, about): &(&str, &str)| ((*line).to_owned(), (*about).to_owned());
+    rows(&mut text, examples::of(row.name).iter().map(example));
+    let global = OPTIONS.iter().filter(|option| option.commands.is_empty()).map(spelled);
+    let _ = writeln!(text, "\nand for every command (`openwork help`): {}", global.collect::<Vec<_>>().join("; "));
     text
 }
 

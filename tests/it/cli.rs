@@ -51,6 +51,13 @@ fn help_for_a_command_shows_its_options() {
             assert!(asked_first.contains(option.as_str().unwrap()), "{option} in {asked_first}");
         }
         assert!(asked_first.contains(row["summary"].as_str().unwrap()), "{asked_first}");
+        let examples = row["examples"].as_array().unwrap();
+        let are_shown =
+            examples.iter().all(|example| asked_first.contains(&format!("\n  {}", example.as_str().unwrap())));
+        assert!(examples.len() == 2 && are_shown, "{asked_first}");
+        // The options of every command are one line, and the last.
+        let last = asked_first.lines().filter(|line| line.contains("--data-dir DIR")).collect::<Vec<_>>();
+        assert!(last.len() == 1 && last[0].contains("--json; "), "{asked_first}");
         for asked_last in ["--help", "-h"] {
             assert_eq!(host.openwork(words.iter().chain(&[asked_last])).ok().stdout, asked_first);
         }
