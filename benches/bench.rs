@@ -40,6 +40,7 @@ const SECTIONS: &[Section] = &[
     ("size", size),
     ("start", start),
     ("idle", idle),
+    ("shell", shell),
     ("requests", requests),
     ("routing", routing),
     ("streams", streams),
@@ -179,6 +180,31 @@ fn idle(report: &mut Report) {
     let after = daemon.context_switches();
     let switches = after.iter().map(|(thread, count)| count - before.get(thread).unwrap_or(&0)).sum();
     report.print(&Figure::new("context switches in 30 s", Count(switches)).at_most(Count(12)));
+}
+
+/// What a shell asks before each prompt, whatever the daemon is doing: nobody is to wait for that.
+fn shell(report: &mut Report) {
+    report.section("Shell prompt");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    run(host.openwork(["workspace", "add"]).arg(host.project("a")));
+    ask_for_prompt(report, &host, ["openwork prompt, daemon running", "openwork workspace current"]);
+    processes::kill(daemon.pid, Signal::STOP);
+    ask_for_prompt(report, &host, ["openwork prompt, daemon frozen", "openwork workspace current"]);
+    processes::kill(daemon.pid, Signal::CONT);
+    drop(daemon);
+    ask_for_prompt(report, &host, ["openwork prompt, no daemon", "openwork workspace current"]);
+}
+
+fn ask_for_prompt(report: &mut Report, host: &Host, [prompt_name, current_name]: [&'static str; 2]) {
+    let [nothing, prompt, current] = in_turns(
+        200,
+        [&mut || run(&mut Command::new("/bin/true")), &mut || run(&mut host.openwork(["prompt"])), &mut || {
+            run(&mut host.openwork(["workspace", "current"]))
+        }],
+    );
+    report.print(&Figure::new(prompt_name, Ms(prompt)).against(nothing).at_most(Ms(2.0)));
+    report.print(&Figure::new(current_name, Ms(current)).against(nothing).at_most(Ms(3.0)));
 }
 
 /// A daemon at work.

@@ -293,6 +293,9 @@ impl Client {
     /// What the daemon replies.
     pub fn read_soon(&self, target: &str) -> Result<Option<Vec<u8>>> {
         let Ok(Some(Holder::Listening(address))) = self.holder() else { return Ok(None) };
+        if process::is_stopped(address.pid) {
+            return Ok(None);
+        }
         let deadline = self.deadline.min(Instant::now() + SOON);
         match self.exchange(&address, "GET", target, None, deadline) {
             Err(Error::DaemonNotRunning | Error::DaemonUnresponsive(_)) => Ok(None),

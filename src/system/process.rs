@@ -408,14 +408,21 @@ fn start_ticks(pid: u32) -> io::Result<u64> {
 
 /// A numeric field of `/proc/<pid>/stat`, counted from 1 as in proc(5); 4 and above.
 pub fn stat_field(pid: u32, field: usize) -> io::Result<u64> {
+    stat_text(pid, field)?.parse().map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// A field of `/proc/<pid>/stat`, counted from 1; 3 and above.
+fn stat_text(pid: u32, field: usize) -> io::Result<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is the name in parentheses and may itself have spaces and parentheses.
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    after_name
-        .split_ascii_whitespace()
-        .nth(field - 3)
-        .and_then(|value| value.parse().ok())
-        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    let value = after_name.split_ascii_whitespace().nth(field - 3);
+    value.map(str::to_owned).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Whether a process is stopped, by SIGSTOP or a debugger: it answers nothing until it is woken.
+pub fn is_stopped(pid: u32) -> bool {
+    stat_text(pid, 3).is_ok_and(|state| matches!(&*state, "T" | "t"))
 }
 
 /// When a process started, in Unix milliseconds.

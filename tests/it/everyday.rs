@@ -27,9 +27,11 @@ fn the_prompt_is_the_workspace_where_you_are() {
     assert_eq!(host.openwork(["prompt"]).env("OPENWORK_WORKSPACE", "none").ok().stdout, "");
     assert_eq!(host.openwork(["prompt"]).json()["workspace"]["name"], "web");
 
-    // A frozen daemon is not waited for, nor is it asked for its version.
+    // A frozen daemon is not waited for, nor is it asked for its version; the state file has all that is asked.
     kill(host.daemon_pid(), Signal::STOP);
     assert_eq!(prompt(&inside), "api\n");
+    assert_eq!(host.openwork(["current"]).ok().stdout, "web\n");
+    assert_eq!(host.openwork(["ls", "--names"]).ok().stdout, "web\napi\n");
     kill(host.daemon_pid(), Signal::CONT);
     host.openwork(["daemon", "stop"]).ok();
     host.write_state("{");
