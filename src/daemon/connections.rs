@@ -126,7 +126,7 @@ impl Connections {
     pub fn admit(&'static self, connection: &Arc<Connection>) -> Result<Slot> {
         let full = || Error::Overloaded("connections");
         let usable = usable_descriptors();
-        let limit = CONNECTION_LIMIT.min((usable / PER_CONNECTION) as usize);
+        let limit = usize::try_from(usable / PER_CONNECTION).unwrap_or(usize::MAX).min(CONNECTION_LIMIT);
         let owners = (limit / OWNERS_SHARE).max(1);
         let has_room = || self.lock().by_id.len() < limit && has_descriptors(&connection.stream, usable);
         let open = self.lock().by_id.len();

@@ -2,7 +2,7 @@
 //!
 //! Below both the supervisor and `instances`: neither has to know the other to read the [`Status`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::mem;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -114,8 +114,9 @@ impl Status {
 pub(super) struct Shared {
     status: Mutex<Status>,
     changed: Condvar,
-    /// The generation whose event stream said something since the last look, or 0.
-    heard: AtomicU64,
+    /// The generation whose event stream said something since the last look, or 0. Not an atomic:
+    /// some 32-bit processors have none of 64 bits.
+    heard: Mutex<u64>,
 }
 
 impl Shared {
@@ -131,7 +132,7 @@ impl Shared {
 
     /// Whether the event stream of this generation said something since the last time this was asked.
     pub(super) fn was_heard(&self, generation: u64) -> bool {
-        self.heard.swap(0, Ordering::Relaxed) == generation
+        mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner)) == generation
     }
 }
 
@@ -160,7 +161,7 @@ impl Handle {
             checks: 0,
             stopping: false,
         };
-        let shared = Shared { status: Mutex::new(status), changed: Condvar::new(), heard: AtomicU64::new(0) };
+        let shared = Shared { status: Mutex::new(status), changed: Condvar::new(), heard: Mutex::new(0) };
         Handle { shared: Arc::new(shared), messages }
     }
 
@@ -184,7 +185,7 @@ impl Handle {
 
     /// The event stream of this generation has said something: a sign of life. Cheap.
     pub fn heard(&self, generation: u64) {
-        self.shared.heard.store(generation, Ordering::Relaxed);
+        *self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner) = generation;
     }
 
     /// A ready opencode: waits until there is one. One that had failed is tried once more.
