@@ -9,8 +9,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use crate::support::{
-    ESTABLISHED, Host, LISTEN, LOOPBACK, Request, Running, SESSION, Signal, Stranger, close, free_port, is_alive, kill,
-    local, sockets, stat_field, wait_for, wait_gone,
+    ESTABLISHED, Host, LISTEN, Request, Running, SESSION, Signal, Stranger, close, free_port, is_alive, kill, local,
+    loopback, sockets, stat_field, wait_for, wait_gone,
 };
 
 /// What the open descriptors of a process are, as in `ls -l /proc/PID/fd`.
@@ -472,7 +472,7 @@ fn only_loopback_is_listened_on() {
     assert_eq!(host.processes(), [0; 0]);
     host.openwork(["daemon", "start", "--daemon-host", "127.0.0.1", "--opencode-host", "localhost"]).ok();
     for port in [host.port(), host.opencode_address().port()] {
-        assert_eq!(sockets(port, LISTEN), [(LOOPBACK.to_owned(), 0)]);
+        assert_eq!(sockets(port, LISTEN), [(loopback(), 0)]);
     }
 }
 

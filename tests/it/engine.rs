@@ -309,9 +309,11 @@ fn it_is_found_on_the_path_and_at_home() {
         host.openwork(["daemon", "stop"]).ok();
         path
     };
-    host.set("PATH", "/usr/bin:/bin");
+    // Not the PATH of the tests, which may have an opencode in it.
+    let empty = host.project("empty");
+    host.set("PATH", &empty);
     assert!(found(&host).starts_with(at_home.to_str().unwrap()));
-    host.set("PATH", format!("/usr/bin:/bin:{}", on_path.display()));
+    host.set("PATH", format!("{}:{}", empty.display(), on_path.display()));
     assert!(found(&host).starts_with(on_path.to_str().unwrap()));
     // The option goes before all of them.
     let given = at_home.join("opencode");

@@ -153,8 +153,7 @@ fn bash_completes() {
         _openwork openwork "${current#[\"\']}" "${COMP_WORDS[COMP_CWORD - 1]}"
         printf '%s\n' "${COMPREPLY[@]}""#;
     let complete = |words: &[&str]| {
-        let mut path = host.binary().parent().unwrap().as_os_str().to_owned();
-        path.push(":/usr/bin:/bin");
+        let path = format!("{}:{}", host.binary().parent().unwrap().display(), std::env::var("PATH").unwrap());
         let mut bash = Command::new("bash");
         bash.args(["-c", &format!("{script}{driver}"), "bash", "openwork"]).args(words).env_clear();
         bash.env("PATH", path).env("OPENWORK_DATA_DIR", host.data()).env("HOME", host.home());
@@ -166,7 +165,7 @@ fn bash_completes() {
     assert_eq!(complete(&["workspace", "switch", ""]), ["my\\ web", "it\\'s"]);
     assert_eq!(complete(&["workspace", "switch", "my\\ w"]), ["my\\ web"]);
     assert_eq!(complete(&["workspace", "switch", "'my"]), ["my web"]);
-    assert_eq!(complete(&["workspace", "add", "/us"]), ["/usr"]);
+    assert_eq!(complete(&["workspace", "add", "/pro"]), ["/proc"]);
     assert_eq!(complete(&["daemon", "stop", "--k"]), ["--keep-opencode"]);
 }
 

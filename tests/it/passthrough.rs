@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{EVENTS, Host, IS_V2, LOADING_CALL, SESSIONS, Signal, kill, wait_for};
+use crate::support::{EVENTS, Host, IS_V2, LOADING_CALL, SESSIONS, Signal, copy_program, kill, wait_for};
 
 /// A host with two workspaces, `p`, which is active, and `q`.
 fn host() -> Host {
@@ -370,7 +370,7 @@ fn what_is_said_about_proxies_is_kept() {
 fn an_opencode_that_has_moved_is_looked_for_again() {
     let mut host = Host::new();
     let (bin, other) = (host.project("bin"), host.project("other"));
-    fs::copy(host.get("OPENWORK_OPENCODE_BIN"), bin.join("opencode")).unwrap();
+    copy_program(Path::new(host.get("OPENWORK_OPENCODE_BIN")), &bin.join("opencode"));
     host.unset("OPENWORK_OPENCODE_BIN");
     host.set("PATH", &bin);
     let project = host.project("p");

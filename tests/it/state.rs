@@ -699,10 +699,10 @@ fn a_directory_of_ours_is_narrowed() {
 fn a_directory_of_another_is_refused() {
     let host = Host::unprivileged();
     host.exercises(["code permission_denied", "option --data-dir"]);
-    host.openwork(["daemon", "start", "--data-dir", "/usr"]).fails(1, "permission_denied");
+    host.openwork(["daemon", "start", "--data-dir", "/proc"]).fails(1, "permission_denied");
     for args in [&["workspace", "add", "/tmp"][..], &["workspace", "list"], &["status"], &["logs"], &["daemon", "stop"]]
     {
-        let error = host.openwork([args, &["--data-dir", "/usr"]].concat()).fails(1, "permission_denied");
+        let error = host.openwork([args, &["--data-dir", "/proc"]].concat()).fails(1, "permission_denied");
         assert!(error["message"].as_str().unwrap().contains("another user"), "{error}");
     }
 }

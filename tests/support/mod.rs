@@ -37,8 +37,8 @@ use serde_json::Value;
 use self::exercised::{Exercised, Failure};
 pub use self::http::{Events, Reply, Request, base64, basic, connect, local, read_to_close};
 pub use self::processes::{
-    DEADLINE, ESTABLISHED, LISTEN, LOOPBACK, Process, SESSION, START_TIME, Signal, close, free_port, is_alive, is_root,
-    kill, poll, sockets, stat_field, until, wait_for, wait_gone,
+    DEADLINE, ESTABLISHED, LISTEN, Process, SESSION, START_TIME, Signal, close, free_port, is_alive, is_root, kill,
+    loopback, poll, sockets, stat_field, until, wait_for, wait_gone,
 };
 
 /// The line of opencode that a test program is about: `it` is about 1.x, and `it2`, from the same source,

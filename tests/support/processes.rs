@@ -123,8 +123,10 @@ pub fn is_root() -> bool {
 pub const ESTABLISHED: &str = "01";
 pub const LISTEN: &str = "0A";
 
-/// 127.0.0.1 in the kernel's table.
-pub const LOOPBACK: &str = "0100007F";
+/// 127.0.0.1 in the kernel's table, which prints the four bytes as a number of the processor's order.
+pub fn loopback() -> String {
+    format!("{:08X}", u32::from_ne_bytes([127, 0, 0, 1]))
+}
 
 /// The rows of the kernel's table for this local port: address, state, and how much waits to be
 /// received (for a listening socket: how many connections).
