@@ -43,6 +43,10 @@ simulate minutes="10":
     OPENWORK_SIMULATION_SECONDS=$(({{ minutes }} * 60)) cargo test --locked --profile simulate --bins \
         supervisor::simulation -- --nocapture --test-threads=1
 
+# Run the tests with the oldest crates that Cargo.toml allows
+floors:
+    scripts/floors.sh
+
 # Write share/, which packages install, from the tables of the program
 assets:
     scripts/assets.sh
