@@ -14,10 +14,11 @@ demo:
 test:
     scripts/test.sh {{ opencode }}
 
-# Format and lint, warnings denied
+# Format and lint, warnings denied, and compile with the oldest toolchain if rustup has it
 lint:
     cargo fmt --check
     cargo clippy --locked --bins --tests --benches --test real --test soak -- --deny warnings
+    scripts/oldest.sh
 
 # All that has to hold: lint and test
 check: lint test
