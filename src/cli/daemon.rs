@@ -343,7 +343,7 @@ fn replaced_binary(client: &Client) -> Option<BinaryRecord> {
     let known = State::read(&client.data_dir.state()).ok()?.binaries?.opencode?;
     let path = Path::new(&known.path);
     let now = BinaryRecord::of(path, &std::fs::metadata(path).ok()?);
-    (!now.is_same_file(&known)).then_some(known)
+    (known.is_about_a_file() && !now.is_same_file(&known)).then_some(known)
 }
 
 fn human_status(health: &Health, active: Option<&WorkspaceReply>, replaced: Option<&BinaryRecord>) -> String {

@@ -158,11 +158,18 @@ impl BinaryRecord {
 
     /// Whether both are about the same file, unchanged. A record of openwork 0.1 is about no file.
     pub fn is_same_file(&self, other: &BinaryRecord) -> bool {
-        let file = |record: &BinaryRecord| {
-            let BinaryRecord { path, size, modified, resolved, inode, changed, .. } = record.clone();
-            Some((path, size?, modified?, resolved?, inode?, changed?))
-        };
-        file(self).is_some_and(|ours| file(other) == Some(ours))
+        self.is_about_a_file() && self.file() == other.file()
+    }
+
+    /// Whether the record tells one file from another; that of openwork 0.1 does not.
+    pub fn is_about_a_file(&self) -> bool {
+        self.file().is_some()
+    }
+
+    /// What tells one file from another.
+    fn file(&self) -> Option<(&str, u64, &str, &str, u64, &str)> {
+        let BinaryRecord { path, size, modified, resolved, inode, changed, .. } = self;
+        Some((path, (*size)?, modified.as_deref()?, resolved.as_deref()?, (*inode)?, changed.as_deref()?))
     }
 }
 
