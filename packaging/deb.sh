@@ -17,16 +17,9 @@ binary=$(packaging/release.sh)
 
 root=$out/root
 rm -rf "$root"
-install -D -m 755 "$binary" "$root/usr/bin/openwork"
+DESTDIR=$root ZSH_FUNCTIONS=share/zsh/vendor-completions packaging/install.sh "$binary"
 doc=$root/usr/share/doc/openwork
 put() { install -D -m 644 "$1" "$root/$2"; }
-put share/man/openwork.1 usr/share/man/man1/openwork.1
-put share/completions/openwork.bash usr/share/bash-completion/completions/openwork
-put share/completions/_openwork usr/share/zsh/vendor-completions/_openwork
-put share/completions/openwork.fish usr/share/fish/vendor_completions.d/openwork.fish
-# For whoever enables them: the daemon belongs to a user, and starts when it is needed.
-put share/systemd/openwork.service usr/lib/systemd/user/openwork.service
-put share/systemd/openwork.socket usr/lib/systemd/user/openwork.socket
 put share/openapi.json usr/share/doc/openwork/openapi.json
 put README.md usr/share/doc/openwork/README.md
 for page in docs/*.md; do put "$page" "usr/share/doc/openwork/$page"; done

@@ -1,0 +1,29 @@
+# For Homebrew on Linux. The URL is what `cargo package` makes, and its sum: the project has no public
+# address yet.
+class Openwork < Formula
+  desc "Keeps one opencode server alive for many workspaces"
+  url "file:///path/to/openwork-orchestrator-0.2.0.crate"
+  sha256 "0000000000000000000000000000000000000000000000000000000000000000"
+  license "MIT"
+
+  depends_on "rust" => :build
+  depends_on :linux
+
+  def install
+    system "cargo", "install", *std_cargo_args
+    man1.install "share/man/openwork.1"
+    bash_completion.install "share/completions/openwork.bash" => "openwork"
+    zsh_completion.install "share/completions/_openwork"
+    fish_completion.install "share/completions/openwork.fish"
+  end
+
+  service do
+    run [opt_bin/"openwork", "daemon"]
+    keep_alive crashed: true
+  end
+
+  test do
+    assert_match version.to_s, shell_output("#{bin}/openwork --version")
+    assert_match "not running", shell_output("#{bin}/openwork status 2>&1", 3)
+  end
+end
