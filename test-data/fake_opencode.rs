@@ -37,7 +37,7 @@
 //! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
 //! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` does,
-//! no disposal ends.
+//! no disposal ends; while `hold-memory` does, FAKE_MEMORY is not taken.
 //!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
@@ -338,8 +338,14 @@ fn misbehave_while_listening(settings: &Arc<Settings>) {
         settings.record("grandchildren", &child.id().to_string());
     }
     if let Some(bytes) = settings.number("FAKE_MEMORY") {
-        // Other than zero, or the kernel does not give it.
-        std::mem::forget(vec![1u8; bytes as usize]);
+        let hold = settings.file("hold-memory");
+        thread::spawn(move || {
+            while hold.as_ref().is_some_and(|path| path.exists()) {
+                thread::sleep(Duration::from_millis(5));
+            }
+            // Other than zero, or the kernel does not give it.
+            std::mem::forget(vec![1u8; bytes as usize]);
+        });
     }
     if let Some(floods) = settings.number("FAKE_FLOODS") {
         let settings = Arc::clone(settings);

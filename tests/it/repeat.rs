@@ -37,6 +37,7 @@ fn dies_during(host: &Host, change: impl FnOnce()) {
 }
 
 #[test]
+#[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
 fn a_removal_that_is_repeated_removes_one_workspace() {
     let host = host();
     dies_during(&host, || {
@@ -50,6 +51,7 @@ fn a_removal_that_is_repeated_removes_one_workspace() {
 }
 
 #[test]
+#[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
 fn a_rename_that_is_repeated_renames_one_workspace() {
     let host = host();
     dies_during(&host, || {
@@ -60,6 +62,7 @@ fn a_rename_that_is_repeated_renames_one_workspace() {
 }
 
 #[test]
+#[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
 fn a_switch_that_is_repeated_can_still_be_taken_back() {
     let host = host();
     for selector in ["web-api", "-"] {
@@ -73,6 +76,7 @@ fn a_switch_that_is_repeated_can_still_be_taken_back() {
 }
 
 #[test]
+#[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
 fn an_addition_that_is_repeated_adds_one_workspace() {
     let host = host();
     dies_during(&host, || {

@@ -370,6 +370,9 @@ fn too_much_memory_restarts_it_when_no_session_runs() {
     let host = paced(Host::new(), 30);
     host.exercises(["option --max-memory", "variable OPENWORK_MAX_MEMORY"]);
     host.behave("FAKE_MEMORY=200000000");
+    // Before the session runs it would be restarted at once.
+    let hold = host.path("fake/hold-memory");
+    fs::write(&hold, "").unwrap();
     host.openwork(["daemon", "start", "--max-memory", "100M"]).env("OPENWORK_MAX_MEMORY", "1K").ok();
     let project = host.project("p");
     host.busy(&[&project]);
@@ -377,6 +380,7 @@ fn too_much_memory_restarts_it_when_no_session_runs() {
     let mut events = host.http("GET", "/events").events();
     host.openwork(["workspace", "path", "p"]).ok();
     let pid = host.opencode_pid();
+    fs::remove_file(hold).unwrap();
     let kind = |event: &Value| event["type"].as_str().unwrap_or_default().to_owned();
     let warning = events.find(|event| kind(event).starts_with("engine.")).unwrap();
     assert_eq!((kind(&warning), &warning["pid"]), ("engine.oversize".to_owned(), &json!(pid)));
