@@ -307,4 +307,112 @@ mod tests {
         assert_eq!(Body::length(3).advance(b"abcd").unwrap(), 3);
         assert_eq!(Body::to_end().advance(b"abcd").unwrap(), 4);
     }
+
+    #[test]
+    fn the_size_of_a_chunk_has_up_to_fifteen_digits() {
+        let body = |digits: usize, size: &str| {
+            let chunked = format!("{size:0>digits$}\r\n0123456789abcdefXY\r\n0\r\n\r\n");
+            let mut body = Body::chunked();
+            body.advance(chunked.as_bytes()).map(|count| (count == chunked.len(), body.is_done()))
+        };
+        assert_eq!(body(15, "12").unwrap(), (true, true));
+        assert_eq!(body(2, "12").unwrap(), (true, true));
+        assert!(body(16, "12").is_err());
+    }
+
+    #[test]
+    fn extensions_and_trailers_are_taken_up_to_sixteen_kibibytes() {
+        for (extra, is_taken) in [(16 * 1024, true), (16 * 1024 + 1, false)] {
+            for chunked in [
+                format!("1;{}\r\nx\r\n0\r\n\r\n", "e".repeat(extra)),
+                format!("1\r\nx\r\n0\r\n{}\r\n\r\n", "t".repeat(extra)),
+                format!("1;{}\r\nx\r\n0\r\n{}\r\n\r\n", "e".repeat(extra / 2), "t".repeat(extra - extra / 2)),
+            ] {
+                let mut body = Body::chunked();
+                let is_whole = body.advance(chunked.as_bytes()).is_ok_and(|count| count == chunked.len());
+                assert_eq!((is_whole, body.is_done()), (is_taken, is_taken), "{extra}");
+            }
+        }
+        for bad in ["1;e\n", "1 \n", "1\r\nx\r\n0\r\nt\n"] {
+            assert!(Body::chunked().advance(bad.as_bytes()).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_tells_content_from_framing() {
+        let mut body = Body::chunked();
+        let (mut rest, mut content) = (&b"3;e\r\nabc\r\n2\r\nde\r\n0\r\nt: u\r\n\r\nGET"[..], Vec::new());
+        while !body.is_done() {
+            let (count, is_content) = body.step(rest).unwrap();
+            if is_content {
+                content.extend_from_slice(&rest[..count]);
+            }
+            rest = &rest[count..];
+        }
+        assert_eq!((&content[..], rest), (&b"abcde"[..], &b"GET"[..]));
+        assert_eq!(Body::length(2).step(b"abc").unwrap(), (2, true));
+        assert_eq!(Body::to_end().step(b"abc").unwrap(), (3, true));
+    }
+
+    #[test]
+    fn a_body_says_what_is_missing_and_whether_it_may_end() {
+        let mut body = Body::length(3);
+        assert_eq!((body.missing(), body.is_done(), body.may_end_here()), (Some(3), false, false));
+        body.advance(b"ab").unwrap();
+        assert_eq!((body.missing(), body.is_done(), body.may_end_here()), (Some(1), false, false));
+        body.advance(b"c").unwrap();
+        assert_eq!((body.missing(), body.is_done(), body.may_end_here()), (Some(0), true, true));
+        let mut body = Body::chunked();
+        assert_eq!((body.missing(), body.may_end_here()), (None, false));
+        body.advance(b"0\r\n\r\n").unwrap();
+        assert_eq!((body.missing(), body.may_end_here()), (None, true));
+        let body = Body::to_end();
+        assert_eq!((body.missing(), body.is_done(), body.may_end_here()), (None, false, true));
+    }
+
+    #[test]
+    fn the_head_of_a_reply_says_where_its_body_ends() {
+        let framing = |status: u16, headers: &str, method: &str| {
+            let head = format!("HTTP/1.1 {status} x\r\n{headers}\r\n");
+            let body = parse_reply_head(head.as_bytes(), method)?.body;
+            Ok::<_, io::Error>((body.missing(), body.may_end_here()))
+        };
+        let (nothing, chunks, to_end) = ((Some(0), true), (None, false), (None, true));
+        for (status, headers, method, expected) in [
+            (200, "Content-Length: 5\r\n", "GET", (Some(5), false)),
+            (200, "content-length: 0\r\n", "POST", nothing),
+            (200, "Transfer-Encoding: Chunked\r\n", "GET", chunks),
+            (200, "Transfer-Encoding: gzip\r\n", "GET", to_end),
+            (200, "", "GET", to_end),
+            // No body, whatever the head says.
+            (200, "Content-Length: 5\r\n", "HEAD", nothing),
+            (200, "Transfer-Encoding: chunked\r\n", "HEAD", nothing),
+            (103, "Content-Length: 5\r\n", "GET", nothing),
+            (199, "", "GET", nothing),
+            (204, "", "GET", nothing),
+            (304, "Content-Length: 5\r\n", "GET", nothing),
+            (404, "Content-Length: 5\r\n", "GET", (Some(5), false)),
+        ] {
+            assert_eq!(framing(status, headers, method).unwrap(), expected, "{status} {headers:?} {method}");
+        }
+        assert!(framing(200, "Content-Length: x\r\n", "GET").is_err());
+        assert!(framing(200, "no header\r\n", "GET").is_err());
+        assert!(parse_reply_head(b"HTTP/1.1 200 x\r\nA: b", "GET").is_err());
+
+        let head = parse_reply_head(b"HTTP/1.1 201 x\r\nA: b\r\na: c\r\nD: \xff\r\n\r\n", "GET").unwrap();
+        assert_eq!(head.status, 201);
+        let found = ["a", "A", "d", "e"].map(|name| find(&head.headers, name));
+        assert_eq!(found, [Some("b"), Some("b"), Some("\u{fffd}"), None]);
+    }
+
+    #[test]
+    fn json_is_json_with_any_parameters() {
+        for good in ["application/json", "Application/JSON", " application/json ; charset=utf-8"] {
+            assert!(is_json(good), "{good}");
+        }
+        for bad in ["", "text/plain", "application/jsonp", "text/plain; application/json", "application/json, x"] {
+            assert!(!is_json(bad), "{bad}");
+        }
+        assert_eq!(invalid("why").kind(), io::ErrorKind::InvalidData);
+    }
 }

@@ -144,6 +144,87 @@ mod tests {
         }
     }
 
+    /// What a head with these header lines is understood as, or the status of its refusal.
+    fn parsed<T>(line: &str, headers: &str, look: impl FnOnce(&Head<'_>) -> T) -> std::result::Result<T, u16> {
+        let text = format!("{line}\r\n{headers}\r\n");
+        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
+        let parsed = Head::parse(text.as_bytes(), &mut headers);
+        parsed.map(|head| look(&head)).map_err(|e| e.http_status())
+    }
+
+    #[test]
+    fn a_body_has_one_framing_or_the_head_is_refused() {
+        use Framing::{Chunked, Length};
+        for (version, headers, expected) in [
+            (1, "", Ok(Length(0))),
+            (1, "Content-Length: 0\r\n", Ok(Length(0))),
+            (1, "content-length: 018446744073709551615\r\n", Ok(Length(u64::MAX))),
+            (0, "Content-Length: 5\r\n", Ok(Length(5))),
+            (1, "Transfer-Encoding: CHUNKED\r\n", Ok(Chunked)),
+            // Servers of HTTP/1.0 know no chunks.
+            (0, "Transfer-Encoding: chunked\r\n", Err(400)),
+            (1, "Transfer-Encoding: gzip\r\n", Err(400)),
+            (1, "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", Err(400)),
+            (1, "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", Err(400)),
+            (1, "Content-Length: 5\r\nContent-Length: 5\r\n", Err(400)),
+            (1, "Content-Length: +5\r\n", Err(400)),
+            (1, "Content-Length: -5\r\n", Err(400)),
+            (1, "Content-Length: 5, 5\r\n", Err(400)),
+            (1, "Content-Length:\r\n", Err(400)),
+            (1, "Content-Length: \u{e9}\r\n", Err(400)),
+            (1, "Content-Length: 18446744073709551616\r\n", Err(413)),
+        ] {
+            let found = parsed(&format!("POST / HTTP/1.{version}"), headers, |head| head.framing);
+            assert_eq!(found, expected, "HTTP/1.{version} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn lines_end_with_both_characters() {
+        let parse = |head: &[u8]| Head::parse(head, &mut [httparse::EMPTY_HEADER; HEADER_LIMIT]).is_ok();
+        assert!(parse(b"GET / HTTP/1.1\r\nA: b\r\n\r\n"));
+        for bad in [
+            &b"\nGET / HTTP/1.1\r\n\r\n"[..],
+            b"GET / HTTP/1.1\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\rC: d\r\n\r\n",
+            b"GET / HTTP/1.1\n\n",
+            b"GET / HTTP/1.1\r\nA: b\r\n",
+        ] {
+            assert!(!parse(bad), "{:?}", String::from_utf8_lossy(bad));
+        }
+    }
+
+    #[test]
+    fn a_head_has_a_hundred_header_lines_at_most() {
+        let headers = |count| "A: b\r\n".repeat(count);
+        assert_eq!(parsed("GET / HTTP/1.1", &headers(HEADER_LIMIT), |head| head.headers.len()), Ok(HEADER_LIMIT));
+        assert_eq!(parsed("GET / HTTP/1.1", &headers(HEADER_LIMIT + 1), |_| ()), Err(431));
+    }
+
+    #[test]
+    fn the_parts_of_a_head_are_found() {
+        let headers = "Host: h\r\nConnection: keep-alive,\tUpgrade\r\nconnection: X\r\nLatin: \u{e9}\r\n";
+        let look = |head: &Head<'_>| {
+            assert_eq!((head.method, head.target, head.path(), head.version), ("GET", "/a?b?c", "/a", 1));
+            for (name, token, expected) in [
+                ("connection", "upgrade", true),
+                ("CONNECTION", "x", true),
+                ("connection", "keep-alive", true),
+                ("connection", "keep", false),
+                ("connection", "h", false),
+                ("upgrade", "upgrade", false),
+            ] {
+                assert_eq!(head.has_token(name, token), expected, "{name}: {token}");
+            }
+            assert_eq!(head.only("HOST").unwrap(), Some("h"));
+            assert_eq!(head.only("origin").unwrap(), None);
+            assert!(head.only("connection").is_err() && head.only("latin").is_err());
+        };
+        parsed("GET /a?b?c HTTP/1.1", headers, look).unwrap();
+        assert_eq!(parsed("GET /a HTTP/1.1", "", |head| head.path().to_owned()).unwrap(), "/a");
+    }
+
     /// xorshift64: random enough to break a parser, and the same in every run.
     struct Random(u64);
 

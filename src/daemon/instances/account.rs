@@ -301,8 +301,8 @@ impl Account {
         self.disposed.clear();
         self.evicted.clear();
         self.instances.retain(|_, instance| {
-            let Instance { streams, held, evicting, ours, used, .. } = *instance;
-            *instance = Instance { streams, held, evicting, ours, used, ..Instance::new(now) };
+            let Instance { streams, held, evicting, ours, .. } = *instance;
+            *instance = Instance { streams, held, evicting, ours, ..Instance::new(now) };
             streams > 0 || held > 0
         });
     }

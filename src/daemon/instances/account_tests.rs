@@ -215,6 +215,23 @@ fn a_request_that_did_not_wait_has_loaded_the_instance_again() {
 }
 
 #[test]
+fn an_own_disposal_may_be_told_for_ten_seconds() {
+    for (later, is_own) in [(Duration::ZERO, true), (TOLD_WITHIN - secs(1), true), (TOLD_WITHIN, false)] {
+        let mut story = Story::new();
+        story.request(A);
+        let since = story.account.dispose(A, story.now);
+        story.account.disposed(1, A, since, true, story.now);
+        story.pass(later);
+        let since = story.account.dispose(B, story.now);
+        story.account.disposed(1, B, since, true, story.now);
+        story.pass(Duration::from_millis(1));
+        story.request(A);
+        story.told(A, Sign::Disposed);
+        assert_eq!(story.account.is_loaded(A), is_own, "{later:?}");
+    }
+}
+
+#[test]
 fn a_disposal_by_somebody_else_does_not_hide_what_a_request_loads() {
     let mut story = Story::new();
     story.request(A);
@@ -338,6 +355,122 @@ fn an_eviction_of_an_earlier_opencode_changes_nothing() {
 }
 
 #[test]
+fn an_opencode_ends_once() {
+    let mut story = Story::new();
+    story.request(A);
+    story.begin_loading(B);
+    let failure = || Some(Failure { how: "ended".to_owned(), output: String::new() });
+    story.account.ended(2, failure(), "1.0.0", story.now);
+    assert!(story.account.end().is_none() && story.account.is_loaded(A), "that is not the current one");
+    story.account.ended(1, failure(), "1.0.0", story.now);
+    story.account.ended(1, None, "1.0.0", story.now);
+    let end = story.account.end().unwrap();
+    assert_eq!((end.failure.is_some(), &*end.loading), (true, &[B.to_owned()][..]));
+}
+
+#[test]
+fn a_late_reply_of_an_earlier_opencode_says_nothing_about_the_next() {
+    let mut story = Story::new();
+    story.begin_loading(A);
+    story.crash();
+    assert_eq!(story.send(A), Turn::Go);
+    story.account.replied(1, A);
+    story.account.leave(A, Some(1), story.now);
+    // It is still being loaded, so this is its second death.
+    assert_eq!(story.crash(), [A]);
+}
+
+#[test]
+fn a_request_that_outlives_opencode_loads_an_instance_like_any_other() {
+    let mut story = Story::new();
+    story.begin_loading(A);
+    story.crash();
+    assert_eq!(story.send(A), Turn::Go);
+    story.reply(A);
+    story.leave(A);
+    story.pass(TTL);
+    assert_eq!(story.eviction().directory, A);
+}
+
+#[test]
+fn whose_a_directory_is_is_forgotten_with_its_opencode() {
+    let mut story = Story::new();
+    story.request(A);
+    story.crash();
+    // Meanwhile the workspace was removed, and a client that calls opencode directly loads it.
+    story.account.told(story.account.generation(), A, Sign::Used, || false, story.now);
+    assert_eq!((story.account.is_loaded(A), story.due(A)), (true, None));
+}
+
+#[test]
+fn evictions_under_way_count_beyond_the_end_of_opencode() {
+    let mut story = Story::new();
+    let directories: Vec<_> = (0..2 * EVICTIONS).map(|n| format!("/{n}")).collect();
+    directories.iter().for_each(|directory| story.request(directory));
+    story.pass(TTL);
+    let under_way: Vec<_> = (0..EVICTIONS).map(|_| story.eviction()).collect();
+    story.crash();
+    for directory in directories.iter().filter(|directory| under_way.iter().all(|e| e.directory != **directory)) {
+        story.request(directory);
+    }
+    story.pass(TTL);
+    assert_eq!(story.next(), Next::Nothing);
+    story.account.evicted(&under_way[0], Outcome::Failed, story.now);
+    story.eviction();
+}
+
+#[test]
+fn nothing_is_remembered_of_what_is_neither_loaded_nor_used() {
+    let mut story = Story::new();
+    for n in 0..10 {
+        let directory = format!("/{n}");
+        story.enter(&directory);
+        story.leave(&directory);
+        story.request(&directory);
+        let since = story.account.dispose(&directory, story.now);
+        story.account.disposed(1, &directory, since, true, story.now);
+        story.request(&directory);
+        story.told(&directory, Sign::Disposed);
+        story.told(&directory, Sign::Disposed);
+    }
+    assert_eq!(story.account.instances.len(), 0);
+}
+
+#[test]
+fn the_revision_grows_with_each_change_of_what_is_loaded_and_with_nothing_else() {
+    let mut story = Story::new();
+    let mut before = (story.account.revision(), BTreeMap::new());
+    let mut check = |story: &Story, changes: bool| {
+        let loaded: BTreeMap<_, _> =
+            story.account.loaded().map(|(directory, ours)| (directory.clone(), ours)).collect();
+        assert_eq!((story.account.revision() > before.0, loaded != before.1), (changes, changes), "{loaded:?}");
+        assert!(story.account.revision() >= before.0);
+        before = (story.account.revision(), loaded);
+    };
+    story.begin_loading(A);
+    check(&story, true);
+    story.reply(A);
+    story.leave(A);
+    story.request(A);
+    story.account.touch(A, story.now);
+    story.told(A, Sign::Used);
+    check(&story, false);
+    story.told("/stranger", Sign::Alive);
+    check(&story, true);
+    story.account.register("/stranger");
+    check(&story, true);
+    story.account.register("/stranger");
+    story.account.register("/unknown");
+    check(&story, false);
+    story.told(A, Sign::Disposed);
+    check(&story, true);
+    story.account.ended(1, None, "1.0.0", story.now);
+    check(&story, true);
+    story.account.begin(2, [(B.to_owned(), true)], story.now);
+    check(&story, true);
+}
+
+#[test]
 fn a_disposal_in_an_earlier_opencode_changes_nothing() {
     let mut story = Story::new();
     story.request(A);
@@ -378,6 +511,26 @@ fn what_opencode_lists_is_loaded_and_the_rest_is_not() {
     let expected = [("/b", true), ("/sent", true), ("/stranger", false), ("/told", true)];
     assert_eq!(loaded.into_iter().map(|(d, ours)| (d.as_str(), ours)).collect::<Vec<_>>(), expected);
     assert_eq!(story.due(B), Some(TTL));
+}
+
+#[test]
+fn a_list_says_nothing_about_what_is_being_disposed() {
+    let mut story = Story::new();
+    let listed = |story: &mut Story, asked| {
+        story.account.listed(1, &[A.to_owned()], asked, |_| true, story.now);
+        story.account.is_loaded(A)
+    };
+    story.request(A);
+    let since = story.account.dispose(A, story.now);
+    story.told(A, Sign::Disposed);
+    let asked = story.now;
+    assert!(!listed(&mut story, asked), "while it is being disposed");
+    story.pass(secs(1));
+    story.account.disposed(1, A, since, true, story.now);
+    assert!(!listed(&mut story, asked), "asked for before the disposal was over");
+    story.enter(A);
+    let asked = story.now;
+    assert!(listed(&mut story, asked), "somebody else has loaded it since");
 }
 
 // --- Fences ---
