@@ -262,6 +262,22 @@ fn time_in_which_the_daemon_was_stopped_does_not_count() {
 }
 
 #[test]
+fn time_in_which_the_daemon_was_stopped_does_not_count_at_an_adoption_either() {
+    let mut story = Story::adopting();
+    story.adopted(60 * MINUTE).next_look();
+    // The machine sleeps for hours, with a look under way that had five seconds.
+    story.later(300 * MINUTE).probed(silent(), Duration::ZERO, 0);
+    let woke = story.now;
+    while !story.did("Signal") {
+        story.later(Duration::from_secs(1)).happens(Event::Timer);
+        if story.look().is_some() {
+            story.probed(silent(), Duration::ZERO, 0);
+        }
+    }
+    check_between(Some(story.now - woke), Duration::from_secs(55), MINUTE);
+}
+
+#[test]
 fn a_start_has_a_minute_and_ten_as_long_as_it_goes_on() {
     for (part_of_a_core, prints, limit) in
         [(0.0, false, MINUTE), (0.001, false, MINUTE), (0.1, false, 10 * MINUTE), (0.0, true, 10 * MINUTE)]
