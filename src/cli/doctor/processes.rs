@@ -195,7 +195,8 @@ pub fn opencode(findings: &mut Findings, patient: &Patient<'_>, running: Option<
         }
         (None, Ok((path, _))) => match installed.as_deref() {
             Some(version) if Line::of(version).is_none() => {
-                let e = Error::OpencodeUnsupported { path: path.clone(), version: version.to_owned() };
+                let (path, version) = (path.clone(), version.to_owned());
+                let e = Error::OpencodeUnsupported { path, version, shared: false };
                 findings.failed(OPENCODE, &e);
             }
             Some(version) => findings.ok(OPENCODE, format!("{version}, {}", path.display())),
