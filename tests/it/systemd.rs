@@ -1,7 +1,7 @@
 //! What a service manager sees of the daemon and gives it: sd_notify(3), sd_listen_fds(3).
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
@@ -35,7 +35,13 @@ impl Manager {
     /// The lines of the next datagram.
     fn next(&self) -> Vec<String> {
         let mut buffer = [0; 4096];
-        let length = self.socket.recv(&mut buffer).expect("word from the daemon");
+        let length = loop {
+            match self.socket.recv(&mut buffer) {
+                // A pause of the tests (Ctrl-Z) ends a read that has a time limit.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                received => break received.expect("word from the daemon"),
+            }
+        };
         String::from_utf8(buffer[..length].to_vec()).unwrap().lines().map(str::to_owned).collect()
     }
 
