@@ -94,11 +94,14 @@ fn code(text: &str) -> String {
 }
 
 fn command_table() -> String {
-    let mut table = "| command | | daemon |\n|---|---|---|\n".to_owned();
+    let mut table = "| command | | daemon | for example |\n|---|---|---|---|\n".to_owned();
     for row in rows("commands") {
         let starts = if row["autostart"] == true { "auto" } else { "" };
         let name = code(&format!("{} {}", field(row, "name"), field(row, "args")));
-        let _ = writeln!(table, "| {name} | {} | {starts} |", cell(field(row, "summary")));
+        let examples: Vec<String> =
+            row["examples"].as_array().unwrap().iter().map(|example| code(example.as_str().unwrap())).collect();
+        let (summary, examples) = (cell(field(row, "summary")), examples.join("<br>"));
+        let _ = writeln!(table, "| {name} | {summary} | {starts} | {examples} |");
     }
     table
 }
