@@ -400,6 +400,10 @@ fn another_opencode_over_the_same_data_is_told() {
         fs::set_permissions(&registration, fs::Permissions::from_mode(0o600)).unwrap();
         told("warning", &format!("on {url}"));
         assert!(!examine(&host, 0).to_string().contains("very-secret"));
+        // Where openwork is to share it, it is no other.
+        host.openwork(["daemon", "stop"]).ok();
+        check_ok(&report(host.openwork(["doctor", "--json"]).env("OPENWORK_SHARED", "1"), 0), "others");
+        host.openwork(["daemon", "start"]).ok();
         fs::set_permissions(&registration, fs::Permissions::from_mode(0o644)).unwrap();
         told("warning", "is open to other users");
         fs::remove_file(&registration).unwrap();

@@ -368,7 +368,7 @@ pub fn others(findings: &mut Findings, patient: &Patient<'_>, running: Option<&R
     };
     let our_directory = fs::canonicalize(patient.client.data_dir.opencode_cwd()).ok();
     let mut seen: Vec<u32> = Vec::new();
-    let service = own_service(findings, running);
+    let service = own_service(findings, patient, running);
     seen.extend(service);
     for pid in process::all_of_ours().filter(|pid| Some(*pid) != service) {
         let Some(arguments) = process::arguments(pid).filter(|arguments| is_opencode(arguments)) else { continue };
@@ -402,17 +402,18 @@ pub fn others(findings: &mut Findings, patient: &Patient<'_>, running: Option<&R
 }
 
 /// The server that plain opencode 2.x runs beside ours: its process, if there is one.
-fn own_service(findings: &mut Findings, running: Option<&Running>) -> Option<u32> {
+fn own_service(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Running>) -> Option<u32> {
     let path = service::path().ok()?;
     if let Err(e) = service::read(&path) {
         findings.warning(OTHERS, e.to_string(), "a plain `opencode` of 2.x writes it anew when it starts its server");
     }
     let service = service::find()?.registration;
-    let ours = running.and_then(|running| running.health.opencode.as_ref());
-    if ours.is_none_or(|ours| ours.pid != service.pid) {
-        let message =
-            format!("plain `opencode` has a server of its own: {} on {}", described(service.pid), service.url);
-        findings.warning(OTHERS, message, APART);
+    let process = format!("{} on {}", described(service.pid), service.url);
+    match running.map_or(patient.options.engine.shared, |running| running.health.engine.shared) {
+        true => findings.ok(OTHERS, format!("plain `opencode` and openwork share one server: {process}")),
+        false => {
+            findings.warning(OTHERS, format!("plain `opencode` has a server of its own: {process}"), APART);
+        }
     }
     Some(service.pid)
 }
