@@ -19,9 +19,9 @@ use crate::wire::{AddRemote, TIMEOUT_HEADER};
 pub struct CommandRow {
     /// One or two words.
     pub name: &'static str,
-    /// Its arguments, for people: `<needed>`, `[optional]`.
+    /// The arguments as the help shows them: `<required>`, `[optional]`.
     pub args: &'static str,
-    /// How many arguments it takes, at least and at most.
+    /// The least and the greatest number of arguments.
     #[serde(skip)]
     pub count: (usize, usize),
     /// Whether it starts a daemon when none runs.
@@ -31,7 +31,7 @@ pub struct CommandRow {
     /// Whether it passes arguments on to opencode.
     #[serde(skip)]
     pub passes_on: bool,
-    /// Makes the command of what was given, whose number of arguments is right.
+    /// Builds the command from what was given; the number of arguments has been checked.
     #[serde(skip)]
     pub make: fn(&mut Given<'_>) -> Result<Command>,
 }
@@ -43,7 +43,7 @@ impl fmt::Debug for CommandRow {
 }
 
 impl CommandRow {
-    /// The options of this command beside those of every command.
+    /// The options of this command, without those of every command.
     pub fn options(&self) -> impl Iterator<Item = &'static OptionRow> {
         let name = self.name;
         OPTIONS.iter().filter(move |option| !option.commands.is_empty() && option.is_for(name))
@@ -153,8 +153,8 @@ pub fn canonical(word: &OsStr) -> &str {
     ALIASES.iter().find(|(short, _)| *short == word).map_or(word, |(_, long)| long)
 }
 
-/// The row of the command that these words begin with, and its arguments. No row when there are no
-/// words, or only the first word of several commands.
+/// Finds the command that these words begin with, and the words that are its arguments. There is no row when
+/// there are no words, or only the first word of several commands.
 ///
 /// # Errors
 /// `usage`, with the nearest known word.
@@ -318,7 +318,7 @@ pub const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD",
 const OWN_HEADERS: [&str; 6] =
     ["Host", "Connection", "Authorization", "Content-Length", "Transfer-Encoding", TIMEOUT_HEADER];
 
-/// The arguments of `api`: the path is the last one, before it stand workspace and method.
+/// Parses the arguments of `api`: the path comes last, workspace and method before it.
 fn api(given: &mut Given<'_>) -> Result<Command> {
     let mut words = Vec::from(std::mem::take(&mut given.words));
     let path = text("<path>", words.pop().unwrap_or_default())?;

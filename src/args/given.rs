@@ -1,4 +1,4 @@
-//! What was given to a command: arguments, and options with their values.
+//! The arguments and options given to a command.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -9,15 +9,15 @@ use super::values;
 use crate::error::{Error, Result};
 use crate::options::{DEFAULT_IDLE_TTL, EngineOptions, Options, SHARED};
 
-/// What stands in a command line, with the environment for options that are not in it.
+/// A parsed command line, with the environment for options that it does not set.
 pub struct Given<'e> {
     /// The arguments of the command.
     pub words: VecDeque<OsString>,
-    /// What stands after `--`, for commands that pass it on; else it is among `words`.
+    /// The arguments for opencode, for commands that pass them on.
     pub trailing: Vec<OsString>,
-    /// Each option that was given, with its values in order.
+    /// The given options, each with its values in order.
     pub options: Vec<(&'static OptionRow, Vec<OsString>)>,
-    /// A variable of the environment.
+    /// Looks up a variable of the environment.
     pub env: &'e dyn Fn(&str) -> Option<OsString>,
 }
 
@@ -37,7 +37,7 @@ impl Given<'_> {
         self.options.iter().find(|(row, _)| row.name == name).map_or_else(Vec::new, |(_, values)| values.clone())
     }
 
-    /// The value of an option: the last one given, else that of its environment variable.
+    /// The value of an option: the last one given, else its environment variable.
     pub fn value(&self, name: &str) -> Option<OsString> {
         self.values(name).pop().or_else(|| self.variable(name))
     }
@@ -47,17 +47,17 @@ impl Given<'_> {
         (self.env)(OPTIONS.iter().find(|row| row.name == name)?.env?)
     }
 
-    /// The next argument, which the table of commands promises.
+    /// Takes the next argument, which the table of commands guarantees.
     pub fn next(&mut self) -> OsString {
         self.words.pop_front().unwrap_or_default()
     }
 
-    /// The next argument, if there is one.
+    /// Takes the next argument, if there is one.
     pub fn optional(&mut self) -> Option<OsString> {
         self.words.pop_front()
     }
 
-    /// The value of `--name`. Whether it can be a name is checked where it becomes one.
+    /// The value of `--name`; the daemon checks whether it is a valid name.
     pub fn name(&self) -> Result<Option<String>> {
         self.value("--name").map(values::name).transpose()
     }

@@ -1,10 +1,9 @@
-//! From argv to words and options.
+//! Splits argv into words and options.
 //!
-//! Two steps. The first goes from left to right and spells every option out: `-fn5` becomes
-//! `--follow`, `--lines`, `5`. It ends where the arguments for opencode begin. It refuses what no table
-//! knows, and a value that looks like an option: more often a value was forgotten than meant
-//! (`--name=--x` says that it is meant).
-//! The second looks options up with pico-args, of which several may be repeated.
+//! Parsing has two steps. The first reads from left to right and expands every option to its long name:
+//! `-fn5` becomes `--follow`, `--lines`, `5`. It stops where the arguments for opencode begin. It rejects
+//! unknown options, and a value that looks like an option: the real value is more often forgotten than meant
+//! that way (`--name=--x` is explicit). The second step extracts the options with pico-args.
 //!
 //! pico-args' own splitting at `=` is not used: it strips quotes from values, and cannot tell
 //! `--name --x` from `--name=--x`.
@@ -77,7 +76,7 @@ fn passes_on(words: &[&OsString]) -> Option<&'static CommandRow> {
     find_command(words).ok().and_then(|(row, _)| row).filter(|row| row.passes_on)
 }
 
-/// Stands before each value, so that no value looks like an option to pico-args.
+/// Prefixed to each value, so that pico-args mistakes none for an option.
 const MARK: u8 = b'=';
 
 fn unmark(value: &OsStr) -> std::result::Result<OsString, Infallible> {
@@ -85,10 +84,10 @@ fn unmark(value: &OsStr) -> std::result::Result<OsString, Infallible> {
     Ok(OsStr::from_bytes(bytes.strip_prefix(&[MARK]).unwrap_or(bytes)).to_owned())
 }
 
-/// A command line in which every option stands by its long name, with its value behind it and marked.
+/// A command line with every option by its long name, followed by its marked value.
 struct SpelledOut {
     spelled: Vec<OsString>,
-    /// What stands after `--`, or is for opencode.
+    /// The arguments after `--`, or for opencode.
     trailing: Vec<OsString>,
 }
 
@@ -137,7 +136,7 @@ fn spell_out(argv: &[OsString]) -> Result<SpelledOut> {
     Ok(SpelledOut { spelled, trailing: Vec::new() })
 }
 
-/// A word, and not an option. `-` alone is the workspace that was active before.
+/// Whether an argument is a word and not an option. A lone `-` is the previously active workspace.
 fn is_word(arg: &OsStr) -> bool {
     let bytes = arg.as_bytes();
     !bytes.starts_with(b"-") || bytes == b"-"
@@ -199,7 +198,7 @@ fn marked(value: &OsStr) -> OsString {
     OsString::from_vec([&[MARK], value.as_bytes()].concat())
 }
 
-/// What is wrong with an option of ours before its missing value is: the command is unknown, or takes no such
+/// The error to report before a missing value of an option: the command is unknown, or does not take the
 /// option.
 fn misplaced(option: &OptionRow, argv: &[OsString]) -> Option<Error> {
     let words: Vec<&OsString> = argv.iter().filter(|arg| is_word(arg)).collect();
@@ -210,8 +209,8 @@ fn misplaced(option: &OptionRow, argv: &[OsString]) -> Option<Error> {
     }
 }
 
-/// An unknown option, with one that the command takes instead, if the command can be seen. A command line that
-/// begins with an unknown command is told about that: its options are those of another program.
+/// The error for an unknown option; the hint names one that the command takes. If the command line begins
+/// with an unknown command, the error is about the command, since the options are those of another program.
 fn unknown_option(given: &str, argv: &[OsString]) -> Error {
     let words: Vec<&OsString> = argv.iter().filter(|arg| !arg.as_bytes().starts_with(b"-")).collect();
     match find_command(&words) {
@@ -297,7 +296,7 @@ mod tests {
         check("run hi there -- x", &[], &["hi", "there", "--", "x"]);
         check("run -w web --no-autostart hi -w x", &["web"], &["hi", "-w", "x"]);
         check("run --model x -- hi", &[], &["--model", "x", "--", "hi"]);
-        // Only these two: elsewhere what stands behind `--` are arguments like others.
+        // Of other commands, the words after `--` are ordinary arguments.
         check("info -- -w", &["-w"], &[]);
         check("rm -w a b", &["a", "b"], &[]);
         assert!(given(&["env", "-c"]).is_err());

@@ -1,4 +1,4 @@
-//! From text to ports, durations, origins and the like.
+//! Parses the values of options: ports, durations, sizes, origins.
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
@@ -9,12 +9,12 @@ use std::time::Duration;
 use super::options::OPTIONS;
 use crate::error::{Error, Result};
 
-/// The longest `--timeout`: as good as for ever, and `Instant + Duration` cannot overflow. Seconds.
+/// The longest `--timeout`, short enough that `Instant + Duration` cannot overflow. Seconds.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
-/// The longest duration: as good as for ever, and times so far away can still be calculated. Seconds.
+/// The longest duration, short enough that a time so far away does not overflow. Seconds.
 const TEN_YEARS: u64 = 10 * 365 * 86_400;
 
-/// The `--cors` of OpenWork's desktop program: every web page. It is taken, and not obeyed.
+/// The `--cors` value of OpenWork's desktop program, every web page: accepted and ignored.
 pub const ANY_ORIGIN: &str = "*";
 
 pub fn not_loopback(option: &str, allowed: &str, host: &OsStr) -> Error {
@@ -24,13 +24,13 @@ pub fn not_loopback(option: &str, allowed: &str, host: &OsStr) -> Error {
     }
 }
 
-/// An address that a host of 127.0.0.0/8 can have.
+/// Parses an address in 127.0.0.0/8 that a server can listen on.
 pub fn opencode_host(value: &OsStr) -> Result<Ipv4Addr> {
     let address = match value.to_str() {
         Some("localhost") => Some(Ipv4Addr::LOCALHOST),
         text => text.and_then(|text| text.parse::<Ipv4Addr>().ok()),
     };
-    // The first and the last address are those of the network itself and of its broadcasts.
+    // The first and the last address of the network are reserved.
     let is_usable = |address: &Ipv4Addr| {
         address.is_loopback() && !matches!(address.octets(), [127, 0, 0, 0] | [127, 255, 255, 255])
     };
@@ -124,7 +124,7 @@ pub fn switch(option: &str, value: &OsStr) -> Result<bool> {
     }
 }
 
-/// An option with the variable that may have set it instead.
+/// An option as messages name it, with the environment variable that may have set it.
 fn spelled(option: &str) -> String {
     match OPTIONS.iter().find(|row| row.name == option).and_then(|row| row.env) {
         Some(env) => format!("{option} ({env})"),
@@ -132,7 +132,7 @@ fn spelled(option: &str) -> String {
     }
 }
 
-/// A word that may not be UTF-8, for a message.
+/// A word for a message; bytes that are not UTF-8 are replaced.
 pub fn shown(value: &OsStr) -> Cow<'_, str> {
     value.to_string_lossy()
 }
@@ -145,7 +145,7 @@ pub fn text(option: &str, value: OsString) -> Result<String> {
     value.into_string().map_err(|value| Error::usage(format!("{option}: {} is not UTF-8", shown(&value))))
 }
 
-/// The name of a workspace. Whether it can be one is checked where it becomes one.
+/// The name of a workspace as text; the daemon checks whether it is valid.
 ///
 /// # Errors
 /// `invalid_name` when it is not UTF-8.
@@ -153,12 +153,12 @@ pub fn name(value: OsString) -> Result<String> {
     value.into_string().map_err(|name| Error::InvalidName { name: shown(&name).into_owned(), why: "it is not UTF-8" })
 }
 
-/// A word that is none of the few that fit.
+/// The error for a word outside a short list of choices.
 pub fn choice(what: &str, given: &str, known: &str) -> Error {
     Error::Usage { message: format!("unknown {what} `{given}`"), hint: Some(format!("use {known}")) }
 }
 
-/// What stands after the first such byte.
+/// The part of an argument after the first occurrence of a byte.
 pub fn after(arg: &OsStr, byte: u8) -> OsString {
     let bytes = arg.as_bytes();
     let at = bytes.iter().position(|given| *given == byte).map_or(bytes.len(), |at| at + 1);

@@ -38,28 +38,28 @@ use crate::wire::{
 };
 use crate::{lock, log};
 
-/// How often a lock is looked at while somebody else is about to change it.
+/// How often a lock is polled while another process is about to take or release it.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
-/// How much longer than its deadline a request is waited for: so the side that knows what is
-/// missing says it.
+/// How much longer than its deadline the client waits for a reply, so that the daemon, which knows what
+/// is late, reports the timeout.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long a daemon that holds the lock may refuse connections: it is on its way out.
+/// How long a daemon may hold the lock and refuse connections while it shuts down.
 const LEAVING: Duration = Duration::from_secs(2);
 /// How long a service manager may take to start the daemon. Its fork and exec take milliseconds; a unit
-/// that fails, or is for another data directory, costs its users this once for each start.
+/// that fails, or serves another data directory, delays each start by this much.
 const WAKING: Duration = Duration::from_secs(3);
-/// The largest reply: the list of a million workspaces.
+/// The largest reply accepted, enough for a list of a million workspaces. Bytes.
 const REPLY_LIMIT: u64 = 512 * 1024 * 1024;
-/// The largest error object. Bytes.
+/// The largest error object accepted. Bytes.
 const FAILURE_LIMIT: u64 = 1024 * 1024;
-/// How long a command waits for what the state file says too.
+/// How long a command waits for the daemon when the state file has the same answer.
 const SOON: Duration = Duration::from_millis(250);
-/// How much of its log is told when a daemon ends without a word. Lines.
+/// How many lines of its log are shown when a daemon exits without reporting why.
 const LAST_LINES: usize = 10;
 
-/// Whether a variable of this command's environment is not for a daemon that it starts. Started from a
-/// shell of the agent's, the daemon would carry the marker of the opencode that it is going to end;
-/// started from a service, it would speak for that service.
+/// Whether a daemon started by this command must not inherit this variable. With the marker of an agent's
+/// shell, the daemon would look like a child of the opencode that it will end; with a service's variables, it
+/// would report to the service manager in that service's name.
 fn is_not_the_daemons(name: &OsStr) -> bool {
     name == MARKER || SERVICE_VARIABLES.iter().any(|variable| name == *variable)
 }
@@ -73,29 +73,29 @@ pub struct Address {
     pub port: u16,
     /// The listening socket there, proven to be the daemon's.
     listener: Listener,
-    /// When it took the lock. A successor has all the rest of its predecessor.
+    /// When it took the lock: the only field by which a successor differs from its predecessor.
     since: SystemTime,
 }
 
 /// Who holds the lock.
 enum Holder {
-    /// A process that does not listen yet, or any more.
+    /// A process that does not listen: it is starting or shutting down.
     Unreachable,
     Listening(Address),
 }
 
-/// How a command sees the daemon.
+/// A command's connection to the daemon.
 pub struct Client {
     /// Where its files are.
     pub data_dir: DataDir,
-    /// For the whole command.
+    /// The deadline of the whole command.
     pub deadline: Instant,
-    /// Whether one may be started, and what it is then told.
+    /// The options of a daemon that this command may start; `None` when it may not start one.
     pub autostart: Option<Options>,
 }
 
 impl Client {
-    /// The daemon that runs; one that is about to listen is waited for.
+    /// Finds the running daemon, and waits for one that is about to listen.
     ///
     /// # Errors
     /// `daemon_elsewhere`; `daemon_unresponsive` when it does not listen before the deadline.
@@ -134,13 +134,13 @@ impl Client {
             prove(pid, port, &file, &path).map_err(|e| Error::io("look at the daemon that holds", &path, e))?;
         Ok(Some(match listener {
             Some(listener) => Holder::Listening(Address { pid, port, listener, since }),
-            // The text of a daemon before this holder, or one that is just ending.
+            // The text is that of an earlier daemon, or the daemon is shutting down.
             None => Holder::Unreachable,
         }))
     }
 
-    /// A daemon that takes connections, started if there is none and that is allowed: for what
-    /// cannot be asked twice.
+    /// Finds a daemon that accepts connections, or starts one if allowed: for requests that must not be
+    /// repeated.
     ///
     /// # Errors
     /// As for [`Client::ensure`].
@@ -148,7 +148,7 @@ impl Client {
         self.with_daemon(|address| self.connect(address).map(|_| address.clone()))
     }
 
-    /// The daemon, started if there is none and that is allowed.
+    /// Finds the daemon, or starts one if allowed.
     ///
     /// # Errors
     /// `daemon_not_running`, and those of [`Client::start`].
@@ -160,10 +160,10 @@ impl Client {
         }
     }
 
-    /// Starts a daemon, unless somebody else is faster; then that one is as good.
+    /// Starts a daemon, or returns the one that another process starts first.
     ///
     /// # Errors
-    /// Why it did not start, in its own words; `daemon_start_failed` when it has none.
+    /// The daemon's own error; `daemon_start_failed` when it reports none.
     pub fn start(&self, options: &Options) -> Result<Address> {
         self.start_without(options, &[])
     }
@@ -186,7 +186,7 @@ impl Client {
                     return Ok(address);
                 }
                 self.spawn(options, variables)?;
-                // A daemon that lost a race tells nothing worse than that there is another.
+                // A daemon that loses the race for the lock exits and reports success: there is another.
                 return self.find()?.ok_or_else(|| Error::DaemonStartFailed("it has ended again".to_owned()));
             }
             if Instant::now() >= self.deadline {
@@ -196,13 +196,13 @@ impl Client {
         }
     }
 
-    /// Has the service manager start the daemon, if it holds the daemon's port for that (socket
-    /// activation): a connection is all it waits for, and nothing is sent.
+    /// Connects to the daemon's port if the service manager holds it (socket activation). The connection
+    /// alone makes it start the daemon; no byte is sent.
     ///
     /// # Errors
     /// As for [`Client::find`].
     fn wake(&self, options: &Options) -> Result<Option<Address>> {
-        // A state file that cannot be read is for the daemon to refuse.
+        // The daemon itself reports a state file that cannot be read.
         let last = State::read(&self.data_dir.state()).map_or(0, |state| state.ports.daemon);
         let ports = options.port.map_or_else(|| vec![last, DEFAULT_PORT], |port| vec![port]);
         let deadline = self.deadline.min(Instant::now() + WAKING);
@@ -220,11 +220,11 @@ impl Client {
                 std::thread::sleep(LOOK_INTERVAL);
             }
         }
-        // Its unit may be for another data directory, or be broken.
+        // The unit may be broken, or serve another data directory.
         Ok(None)
     }
 
-    /// Starts the process and waits for its word.
+    /// Spawns the daemon and waits for the one line in which it reports success or failure.
     fn spawn(&self, options: &Options, without: &[&str]) -> Result<()> {
         let failed = |why: String| Error::DaemonStartFailed(why);
         let program = std::env::current_exe().map_err(|e| failed(format!("cannot find this program: {e}")))?;
@@ -256,7 +256,7 @@ impl Client {
         }
     }
 
-    /// Asks the daemon, which is started if there is none and that is allowed.
+    /// Sends a request to the daemon, which is started first if none runs and that is allowed.
     ///
     /// # Errors
     /// Those of [`Client::ensure`], what the daemon replies, `daemon_unresponsive`.
@@ -264,7 +264,7 @@ impl Client {
         self.with_daemon(|address| self.ask_at(address, method, target, body))
     }
 
-    /// Reads from the daemon if one runs; none is started.
+    /// Reads from a running daemon; starts none.
     ///
     /// # Errors
     /// What the daemon replies; `daemon_unresponsive`.
@@ -281,13 +281,13 @@ impl Client {
             Some(address) => self.exchange(&address, "GET", target, None, self.deadline).map(Some),
             None => Ok(None),
         };
-        // One that has ended may have a successor.
+        // A daemon that has exited may have a successor: ask once more.
         let not_running = |result| if matches!(result, Err(Error::DaemonNotRunning)) { None } else { Some(result) };
         not_running(read()).or_else(|| not_running(read())).unwrap_or(Ok(None))
     }
 
-    /// What a daemon says at once, as it came; `None` when no daemon does. The state file has the
-    /// same answer, so a daemon that starts, hangs or is frozen is not waited for.
+    /// The daemon's reply, unparsed, if it arrives at once; `None` otherwise. The state file has the same
+    /// answer, so a daemon that is starting, hung or stopped is not waited for.
     ///
     /// # Errors
     /// What the daemon replies.
@@ -303,16 +303,16 @@ impl Client {
         }
     }
 
-    /// Does something with the daemon; once more with another, if that one was just ending.
+    /// Calls `ask` with the daemon, and again with its successor if the daemon was shutting down.
     ///
     /// # Errors
-    /// Those of [`Client::ensure`] and of what is done.
+    /// Those of [`Client::ensure`] and of `ask`.
     pub fn with_daemon<T>(&self, ask: impl Fn(&Address) -> Result<T>) -> Result<T> {
         let address = self.ensure()?;
         match ask(&address) {
             Err(Error::DaemonNotRunning) if self.autostart.is_some() => ask(&self.ensure()?),
-            // Its opencode was not to be had since it was stopping. If another has taken its place
-            // (a restart), that one's is; but nobody who only waits undoes a stop.
+            // The daemon was stopping, and its opencode with it. After a restart, its successor has an
+            // opencode; after a stop, a request that was only waiting must not start a daemon again.
             Err(e) if e.code() == Code::OpencodeUnavailable && self.is_leaving(&address) => match self.find()? {
                 Some(next) => ask(&next),
                 None => Err(e),
@@ -321,10 +321,10 @@ impl Client {
         }
     }
 
-    /// Asks a daemon that was found.
+    /// Sends a request to this daemon.
     ///
     /// # Errors
-    /// What the daemon replies; `daemon_unresponsive`; `daemon_not_running` when it ends instead.
+    /// The daemon's error; `daemon_unresponsive`; `daemon_not_running` when the daemon exits instead.
     pub fn ask_at<T: DeserializeOwned>(
         &self,
         address: &Address,
@@ -336,7 +336,7 @@ impl Client {
         decode(&self.exchange(address, method, target, body.as_deref(), self.deadline)?)
     }
 
-    /// Sends a request; the reply, if it is no error.
+    /// Sends a request and returns the reply, if that is not an error.
     fn exchange(
         &self,
         address: &Address,
@@ -348,8 +348,8 @@ impl Client {
         let timeout = seconds_until(deadline);
         let mut headers = vec![(TIMEOUT_HEADER, timeout.as_str())];
         headers.extend(body.map(|_| ("Content-Type", "application/json")));
-        // The daemon says itself what it has waited for in vain; a command that wants an answer
-        // soon does without.
+        // The daemon reports what it waited for; a command that falls back to the state file does not need
+        // to know.
         let grace = if deadline < self.deadline { Duration::ZERO } else { GRACE };
         let mut response = self.call(address, (method, target), &headers, body, Limit::Whole(deadline + grace))?;
         let notice = response.headers().get(NOTICE_HEADER).and_then(|notice| percent_decode(notice.to_str().ok()?));
@@ -359,7 +359,7 @@ impl Client {
         let status = response.status().as_u16();
         let reply = response.body_mut().with_config().limit(REPLY_LIMIT).read_to_vec();
         let reply = reply.map_err(|e| self.failed(address, e))?;
-        // `/health` is 503, with its usual body, while opencode is not ready.
+        // While opencode is not ready, `/health` has status 503 and its usual body.
         let is_health = target == "/health" && status == 503 && decode::<Failure>(&reply).is_err();
         if (200..300).contains(&status) || is_health {
             return Ok(reply);
@@ -380,11 +380,11 @@ impl Client {
             .map_err(|e| self.failed(address, e))
     }
 
-    /// Opens the stream of the daemon's events from now on, or after the event `since`, which ends with the command's deadline if `ends`.
-    /// A read at the end of that time fails with `TimedOut`.
+    /// Opens the stream of the daemon's events, from now on or after the event `since`. With `ends`, the
+    /// stream lasts until the command's deadline; then a read fails with `TimedOut`.
     ///
     /// # Errors
-    /// What the daemon replies; `daemon_unresponsive`; `daemon_not_running` when it ends instead.
+    /// The daemon's error; `daemon_unresponsive`; `daemon_not_running` when the daemon exits instead.
     pub fn events(&self, ends: bool, since: Option<u64>) -> Result<impl Read + use<>> {
         let address = self.reach()?;
         let timeout = seconds_until(self.deadline);
@@ -401,12 +401,12 @@ impl Client {
         Ok(response.into_body().into_reader())
     }
 
-    /// Sends a request of OpenCode's as it is; the reply with its head read, for which the deadline
-    /// is, if there is one.
+    /// Sends an OpenCode request unchanged, and returns the reply once its head has arrived; the deadline, if
+    /// there is one, is for the head.
     ///
     /// # Errors
-    /// `daemon_unresponsive`; `daemon_not_running` when it ends instead; those of `write_body`,
-    /// which keep a request from being whole.
+    /// `daemon_unresponsive`; `daemon_not_running` when the daemon exits instead; those of `write_body`, which
+    /// leave the request incomplete.
     pub fn open(
         &self,
         address: &Address,
@@ -426,13 +426,13 @@ impl Client {
             other => other,
         };
         match (written, http::Response::read(stream, method)) {
-            // A body that was refused is answered all the same.
+            // A server that refuses the body still replies.
             (_, Ok(response)) => Ok(response),
             (Err(e), Err(_)) | (Ok(()), Err(e)) => Err(self.lost(address, &e)),
         }
     }
 
-    /// What it means that a call failed.
+    /// The error of a failed call.
     fn failed(&self, address: &Address, e: ureq::Error) -> Error {
         let e = match e {
             e if agent::is_timeout(&e) => io::ErrorKind::TimedOut.into(),
@@ -442,7 +442,7 @@ impl Client {
         self.lost(address, &e)
     }
 
-    /// What a broken connection means.
+    /// The error of a broken connection.
     pub fn lost(&self, address: &Address, e: &io::Error) -> Error {
         match e.kind() != io::ErrorKind::TimedOut && self.is_leaving(address) {
             true => Error::DaemonNotRunning,
@@ -456,13 +456,13 @@ impl Client {
         address.listener.connect(deadline).map_err(|e| self.lost(address, &e))
     }
 
-    /// Has a daemon become its successor: this program, with this environment, and with the options of
-    /// this command if it has any. With `all`, opencode is stopped first; the running sessions that end
-    /// with it are returned. With a limit for `idle`, sessions that run so long are an error. `None`
-    /// when the daemon cannot do that.
+    /// Replaces the daemon by its successor: this program, with this environment, and with the options of
+    /// this command if it has any. With `all`, opencode is stopped first, and the running sessions that end
+    /// with it are returned. With a limit in `idle`, sessions that still run at the limit are an error. `None`
+    /// when the daemon does not support this.
     ///
     /// # Errors
-    /// What the daemon replies, `still_busy` among that; `daemon_unresponsive`.
+    /// The daemon's error, such as `still_busy`; `daemon_unresponsive`.
     pub fn hand_over(&self, address: &Address, all: bool, idle: Option<Duration>) -> Result<Option<Vec<Session>>> {
         let program = std::env::current_exe();
         let program = program.map_err(|e| Error::Internal(format!("cannot find this program: {e}")))?;
@@ -480,7 +480,7 @@ impl Client {
             client: Some(std::process::id()),
             when_idle: idle.is_some(),
         };
-        // An environment that no request can hold.
+        // The environment is too large for a request.
         if to_json(&restart)?.len() > BODY_LIMIT {
             return Ok(None);
         }
@@ -491,7 +491,7 @@ impl Client {
         };
         let _waiting = Waiting::new("the daemon to restart");
         loop {
-            // One that has ended instead has said why in its log, and is started anew.
+            // A daemon that exited instead has logged why, and the caller starts a new one.
             let Some(health) = self.read::<Health>("/health")? else { return Ok(Some(before.sessions)) };
             if health.daemon.started_at != before.started_at {
                 return Ok(Some(before.sessions));
@@ -503,13 +503,13 @@ impl Client {
         }
     }
 
-    /// The same with another deadline, and without a start.
+    /// The same client with another deadline, which starts no daemon.
     pub fn until(&self, deadline: Instant) -> Client {
         Client { data_dir: self.data_dir.clone(), deadline, autostart: None }
     }
 
-    /// Whether a daemon that no longer answers is on its way out: then its lock is free within a
-    /// moment, or another's already, or its successor's.
+    /// Whether a daemon that no longer answers is shutting down: within a moment its lock is free, or held by
+    /// a successor or another daemon.
     fn is_leaving(&self, address: &Address) -> bool {
         let patience = self.deadline.min(Instant::now() + LEAVING);
         loop {
@@ -525,7 +525,7 @@ impl Client {
         }
     }
 
-    /// Waits until a daemon, which is held by [`crate::system::process::open`], has ended.
+    /// Waits until the daemon behind a pidfd has exited.
     ///
     /// # Errors
     /// `daemon_unresponsive` at the deadline.
@@ -560,12 +560,12 @@ fn seconds_until(deadline: Instant) -> String {
     format!("{:.3}", rest.as_secs_f64())
 }
 
-/// What a daemon of ours says.
+/// Parses a reply of the daemon.
 pub fn decode<'r, T: Deserialize<'r>>(reply: &'r [u8]) -> Result<T> {
     from_json(reply).map_err(|e| Error::DaemonUnresponsive(format!("invalid response: {e}")))
 }
 
-/// The error that a reply of the daemon's is.
+/// The error in a reply of the daemon.
 pub fn failure(status: u16, reply: &[u8]) -> Error {
     match decode::<Failure>(reply) {
         Ok(failure) => Error::reported(failure.error, status),
@@ -573,7 +573,7 @@ pub fn failure(status: u16, reply: &[u8]) -> Error {
     }
 }
 
-/// A value as it is sent.
+/// Serialises the body of a request.
 pub fn to_json(body: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(body).map_err(|e| Error::Internal(format!("cannot write JSON: {e}")))
 }
