@@ -174,8 +174,14 @@ pub fn invalid(why: &str) -> io::Error {
 pub struct ReplyHead {
     /// 100 to 599.
     pub status: u16,
+    /// Of HTTP/1: 0 or 1.
+    pub version: u8,
     /// The framing of what follows.
     pub body: Body,
+    /// Where the body ends is said in one way, by a length or by chunks.
+    pub is_framed: bool,
+    /// The sender keeps the connection open for another request.
+    pub is_kept: bool,
     /// Names and values, as they came.
     pub headers: Vec<(String, String)>,
 }
@@ -188,22 +194,38 @@ pub fn parse_reply_head(head: &[u8], method: &str) -> io::Result<ReplyHead> {
     let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
     let mut response = httparse::Response::new(&mut headers);
     let parsed = response.parse(head).map_err(|e| invalid(&e.to_string()))?;
-    let (httparse::Status::Complete(_), Some(status)) = (parsed, response.code) else {
+    let (httparse::Status::Complete(length), Some(status), Some(version)) = (parsed, response.code, response.version)
+    else {
         return Err(invalid("an incomplete head"));
     };
+    // httparse takes bare line feeds, so for it the head may end before the empty line that we found.
+    if length != head.len() {
+        return Err(invalid("lines that do not end with CR LF"));
+    }
     let owned =
         |header: &httparse::Header<'_>| (header.name.to_owned(), String::from_utf8_lossy(header.value).into_owned());
     let headers: Vec<(String, String)> = response.headers.iter().map(owned).collect();
+    let count = |name: &str| headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).count();
+    let is_chunked = find(&headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"));
+    let is_framed = match (count("transfer-encoding"), count("content-length")) {
+        (0, 1) => true,
+        (1, 0) => is_chunked && version == 1,
+        (_, _) => false,
+    };
     let body = if method == "HEAD" || status < 200 || matches!(status, 204 | 304) {
         Body::length(0)
-    } else if find(&headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
+    } else if is_chunked {
         Body::chunked()
     } else if let Some(length) = find(&headers, "content-length") {
-        Body::length(length.parse().map_err(|_| invalid("a Content-Length that is not a number"))?)
+        let is_number = !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit());
+        let number = length.parse().ok().filter(|_| is_number);
+        Body::length(number.ok_or_else(|| invalid("a Content-Length that is not a number"))?)
     } else {
         Body::to_end()
     };
-    Ok(ReplyHead { status, body, headers })
+    let mut options = headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("connection"));
+    let closes = options.any(|(_, value)| value.split(',').any(|option| option.trim().eq_ignore_ascii_case("close")));
+    Ok(ReplyHead { status, version, body, is_framed, is_kept: version == 1 && !closes, headers })
 }
 
 /// The value of the first header of this name.

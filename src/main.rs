@@ -18,7 +18,7 @@
 //!   output     one value, printed for people or as JSON
 //!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
-//!   gate        the public port: limits and policy, one request per connection
+//!   gate        the public port: limits and policy, connections that serve one request after another
 //!   connections how many there may be, and which go first
 //!   head        the head of a request, parsed or refused
 //!   reply       the replies that the daemon writes itself

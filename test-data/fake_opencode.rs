@@ -728,6 +728,9 @@ impl Server {
             ("POST", "/leave") => leave(),
             (_, "/die-first") => return Ok(Next::Close),
             (_, "/die-mid") => die_mid(stream),
+            (_, "/to-end") => to_end(stream),
+            (_, "/close-after") => close_after(stream),
+            (_, "/two-replies") => two_replies(stream),
             ("POST", "/stop-listening") => {
                 self.deaf.store(true, Ordering::SeqCst);
                 // So that it is looked at.
@@ -899,6 +902,26 @@ fn die_mid(mut stream: &TcpStream) -> io::Result<Next> {
     head(stream, "200 OK", "Content-Length: 10\r\n")?;
     stream.write_all(b"half ")?;
     Ok(Next::Close)
+}
+
+/// A reply that ends with the connection.
+fn to_end(mut stream: &TcpStream) -> io::Result<Next> {
+    head(stream, "200 OK", "Content-Type: text/plain\r\n")?;
+    stream.write_all(b"to the end")?;
+    Ok(Next::Close)
+}
+
+/// A whole reply, and then the end of the connection, of which the reply says nothing.
+fn close_after(stream: &TcpStream) -> io::Result<Next> {
+    ok(stream, JSON, b"\"the last\"")?;
+    Ok(Next::Close)
+}
+
+/// A reply, and another that nobody has asked for.
+fn two_replies(mut stream: &TcpStream) -> io::Result<Next> {
+    let one = |text: &str| format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{text}", text.len());
+    stream.write_all((one("asked") + &one("not asked")).as_bytes())?;
+    Ok(Next::KeepAlive)
 }
 
 /// Switches protocols and sends back whatever comes, until the client ends its side.

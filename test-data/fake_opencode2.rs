@@ -41,8 +41,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{
-    base64, chunk, chunked_with_trailers, die_mid, download, head, interim, json, json_list, leave, ok, reply,
-    server_error, tunnel, Body, Next, Request, Settings, JSON,
+    base64, chunk, chunked_with_trailers, close_after, die_mid, download, head, interim, json, json_list, leave, ok,
+    reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Settings, JSON,
 };
 
 /// How many events tell of a boot: 75 `plugin.added` and the first state of everything.
@@ -383,6 +383,9 @@ impl Server {
             ("POST", ["leave"]) => leave(),
             (_, ["die-first"]) => return Ok(Next::Close),
             (_, ["die-mid"]) => die_mid(stream),
+            (_, ["to-end"]) => to_end(stream),
+            (_, ["close-after"]) => close_after(stream),
+            (_, ["two-replies"]) => two_replies(stream),
             ("GET", ["interim"]) => interim(stream, request.number("count")),
             ("POST", ["end-streams"]) => {
                 for stream in self.state().streams.drain(..) {

@@ -11,6 +11,8 @@ mod engine;
 mod evict;
 #[path = "it/fence.rs"]
 mod fence;
+#[path = "it/kept.rs"]
+mod kept;
 #[path = "it/passthrough.rs"]
 mod passthrough;
 #[path = "it/repeat.rs"]

@@ -58,7 +58,7 @@ impl<S: Read> Response<S> {
         let mut reader = BufReader::with_capacity(16 * 1024, socket);
         loop {
             let head = read_head(&mut reader)?;
-            let ReplyHead { status, headers, body } = parse_reply_head(&head, method)?;
+            let ReplyHead { status, headers, body, .. } = parse_reply_head(&head, method)?;
             // 100 Continue and its kind come before the reply; an upgrade is one.
             if status >= 200 || status == 101 {
                 return Ok(Response { status, head, headers, body, reader });

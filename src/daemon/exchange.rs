@@ -3,7 +3,8 @@
 //!
 //! Invariants: of the request, exactly one head and its body reach opencode; of the reply, the same
 //! reach the client; memory does not depend on the length of a body or stream; the end of either
-//! side is passed to the other at once.
+//! side is passed to the other at once; a connection is good for another request only if this one
+//! and its reply passed whole, their ends were certain, and nothing came after them.
 //!
 //! Sources of the format: RFC 9110 (7.6 on intermediaries, 7.8 on upgrades, 15.2 on interim
 //! replies), RFC 9112.
@@ -18,9 +19,9 @@ use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_s
 
 use super::connections::Connection;
 use super::head::{Framing, Head};
-use super::reply::cors_headers;
+use super::reply::{connection_headers, cors_headers};
 use crate::error::{Error, Result};
-use crate::framing::{Body, HEADER_LIMIT, parse_reply_head};
+use crate::framing::{Body, HEADER_LIMIT, ReplyHead, find, parse_reply_head};
 use crate::system::wait::{Flag, timespec};
 use crate::timed::Timed;
 
@@ -61,6 +62,8 @@ pub struct Client<'a> {
     pub rest: &'a [u8],
     /// The allowed origin, if a web page asks.
     pub origin: Option<&'a str>,
+    /// The connection may serve another request, as far as the head of this one says.
+    pub keeps: bool,
 }
 
 impl Client<'_> {
@@ -154,17 +157,17 @@ fn is_later(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// The connection headers of an event stream. The connection serves only one request, as always, but
-/// with `close` node's client takes a stream that breaks off for a complete one, and OpenCode's SDK
+/// The connection headers of an event stream. The connection serves no other request, but with
+/// `close` node's client takes a stream that breaks off for a complete one, and OpenCode's SDK
 /// does not connect again.
 const STAYS_OPEN: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
 
-fn is_event_stream(header: &httparse::Header<'_>) -> bool {
-    header.name.eq_ignore_ascii_case("content-type") && header.value.starts_with(b"text/event-stream")
+fn is_event_stream(reply: &ReplyHead) -> bool {
+    find(&reply.headers, "content-type").is_some_and(|value| value.starts_with("text/event-stream"))
 }
 
-fn is_chunked(header: &httparse::Header<'_>) -> bool {
-    header.name.eq_ignore_ascii_case("transfer-encoding") && header.value.eq_ignore_ascii_case(b"chunked")
+fn is_chunked(reply: &ReplyHead) -> bool {
+    find(&reply.headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"))
 }
 
 /// How far the reply has come.
@@ -188,6 +191,30 @@ pub enum Answer {
     ClientGone,
 }
 
+/// Adds a header line to a head for every header of a reply that passes.
+///
+/// Returns the head up to its last header line: the caller ends it.
+pub fn rewrite_head(head: &[u8], passes: impl Fn(&httparse::Header<'_>) -> bool) -> Vec<u8> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
+    let mut parsed = httparse::Response::new(&mut headers);
+    let _ = parsed.parse(head); // it has been parsed before
+    let line = head.iter().position(|byte| *byte == b'\n').map_or(head.len(), |at| at + 1);
+    let mut bytes = head[..line].to_vec();
+    for header in parsed.headers.iter().filter(|header| passes(header)) {
+        push_header(&mut bytes, header);
+    }
+    bytes
+}
+
+/// Which connections are good for another request after an exchange.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// The client's, which has been told so.
+    pub client: bool,
+    /// The one to opencode.
+    pub upstream: bool,
+}
+
 /// A request and its reply on their way.
 pub struct Exchange<'a> {
     client: &'a Client<'a>,
@@ -204,6 +231,8 @@ pub struct Exchange<'a> {
     is_upgrade: bool,
     /// The end of the client's side was passed on.
     half_closed: bool,
+    /// Which connections are good for another request, once this one is over.
+    kept: Kept,
 }
 
 impl<'a> Exchange<'a> {
@@ -243,6 +272,7 @@ impl<'a> Exchange<'a> {
             reply: Reply::Head,
             is_upgrade,
             half_closed: false,
+            kept: Kept { client: client.keeps && !is_upgrade, upstream: !is_upgrade },
         })
     }
 
@@ -267,11 +297,19 @@ impl<'a> Exchange<'a> {
 
     /// Passes the reply on to its end, or the tunnel both ways. A failure can no longer be told: the
     /// connection just ends.
-    pub fn pass_on(mut self, stop: &Flag) {
-        if self.down.write(self.client.stream()).is_err() {
-            return;
+    pub fn pass_on(mut self, stop: &Flag) -> Kept {
+        let mut goes_on = self.down.write(self.client.stream()).is_ok();
+        while goes_on && !self.is_over() {
+            goes_on = self.step(None, stop).unwrap_or(false);
         }
-        while !self.is_over() && self.step(None, stop).unwrap_or(false) {}
+        let is_whole = matches!(&self.reply, Reply::Body(body) if body.is_done()) && self.down.is_empty();
+        // What is left of the request, or the end of the client's side, would be taken for a part of the
+        // next request.
+        let is_sent = self.body.is_done() && self.up.is_empty() && !self.half_closed;
+        Kept {
+            client: self.kept.client && goes_on && is_whole,
+            upstream: self.kept.upstream && goes_on && is_whole && is_sent && !self.down.ended,
+        }
     }
 
     /// Writes the rest of an interim reply, so that what follows it is not taken for a part of it.
@@ -346,6 +384,7 @@ impl<'a> Exchange<'a> {
 
     /// Drops what the client sends from now on: nobody takes it any more.
     fn forget_client(&mut self) {
+        self.kept = Kept::default();
         self.up = Flow::new(Vec::new());
         self.up.ended = true;
         self.body = Body::length(0);
@@ -364,6 +403,8 @@ impl<'a> Exchange<'a> {
             let new = &self.up.pending()[before..];
             let belonging = self.body.advance(new).map_err(bad_chunks)?;
             self.up.end -= count - belonging;
+            // The beginning of another request is dropped here, so its rest would be misread.
+            self.kept.client &= belonging == count;
         }
         Ok(())
     }
@@ -381,8 +422,12 @@ impl<'a> Exchange<'a> {
             (Ok(_), Reply::Head) => self.take_head()?,
             (Ok(_), Reply::Body(body)) => {
                 let pending = self.down.pending();
-                match body.advance(&pending[before.min(pending.len())..]) {
-                    Ok(belonging) => self.down.end = self.down.start + before + belonging,
+                let new = &pending[before.min(pending.len())..];
+                match body.advance(new) {
+                    Ok(belonging) => {
+                        self.kept.upstream &= belonging == new.len();
+                        self.down.end = self.down.start + before + belonging;
+                    }
                     Err(_) => return Ok(false),
                 }
             }
@@ -410,8 +455,12 @@ impl<'a> Exchange<'a> {
             let (head, rest) = pending.split_at(at + 4);
             let reply = parse_reply_head(head, self.client.request.method);
             let reply = reply.map_err(|e| Error::OpencodeFault(format!("its reply is not HTTP: {e}")))?;
-            let mut bytes = self.reply_head(head, reply.status);
-            if (100..200).contains(&reply.status) && reply.status != 101 {
+            let is_interim = (100..200).contains(&reply.status) && reply.status != 101;
+            if !is_interim {
+                self.kept = self.kept_after(&reply);
+            }
+            let mut bytes = self.reply_head(head, &reply);
+            if is_interim {
                 let rest = rest.to_vec();
                 // HTTP/1.0 has no interim replies (RFC 9110, 15.2).
                 if self.client.request.version > 0 {
@@ -431,6 +480,7 @@ impl<'a> Exchange<'a> {
             } else {
                 let broken = |e| Error::OpencodeFault(format!("its reply is not HTTP: {e}"));
                 let belonging = body.advance(rest).map_err(broken)?;
+                self.kept.upstream &= belonging == rest.len();
                 bytes.extend_from_slice(&rest[..belonging]);
                 Reply::Body(body)
             };
@@ -439,28 +489,37 @@ impl<'a> Exchange<'a> {
         }
     }
 
+    /// Which connections are good for another request after a reply with this head.
+    fn kept_after(&self, reply: &ReplyHead) -> Kept {
+        let has_no_body = self.client.request.method == "HEAD" || matches!(reply.status, 204 | 304);
+        // A client that is still sending its request, or has sent more than that, may be misread. What it
+        // sends from now on is not read before the reply is over.
+        let is_read = self.body.is_done() && self.early.is_empty();
+        let is_framed = reply.version == 1 && (has_no_body || reply.is_framed);
+        Kept {
+            client: self.kept.client && is_read && is_framed && !is_event_stream(reply),
+            // A body where there should be none would be taken for the next reply.
+            upstream: self.kept.upstream && reply.is_kept && reply.is_framed && !has_no_body,
+        }
+    }
+
     /// The head of a reply as the client gets it.
-    fn reply_head(&self, head: &[u8], status: u16) -> Vec<u8> {
-        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
-        let mut parsed = httparse::Response::new(&mut headers);
-        let _ = parsed.parse(head); // it has been parsed before
-        let line = head.iter().position(|byte| *byte == b'\n').map_or(head.len(), |at| at + 1);
-        let mut bytes = head[..line].to_vec();
-        let is_tunnel = status == 101 && self.is_upgrade;
-        for header in parsed.headers.iter() {
+    fn reply_head(&self, head: &[u8], reply: &ReplyHead) -> Vec<u8> {
+        let is_tunnel = reply.status == 101 && self.is_upgrade;
+        let mut bytes = rewrite_head(head, |header| {
             let cors = self.client.origin.is_some()
                 && !header.name.eq_ignore_ascii_case("access-control-expose-headers")
                 && (header.name.to_ascii_lowercase().starts_with("access-control-")
                     || header.name.eq_ignore_ascii_case("vary"));
-            if !cors && (is_tunnel || !is_hop_by_hop(header.name)) {
-                push_header(&mut bytes, header);
+            !cors && (is_tunnel || !is_hop_by_hop(header.name))
+        });
+        if !is_tunnel && reply.status >= 200 {
+            let is_stream = is_event_stream(reply) && is_chunked(reply);
+            match is_stream && !self.client.request.has_token("connection", "close") {
+                true => bytes.extend_from_slice(STAYS_OPEN),
+                // A reply that ends with the connection has to say so.
+                false => bytes.extend_from_slice(connection_headers(self.kept.client).as_bytes()),
             }
-        }
-        if !is_tunnel && status >= 200 {
-            // A reply that ends with the connection has to say so.
-            let is_stream = parsed.headers.iter().any(is_event_stream) && parsed.headers.iter().any(is_chunked);
-            let asked_to_close = self.client.request.has_token("connection", "close");
-            bytes.extend_from_slice(if is_stream && !asked_to_close { STAYS_OPEN } else { b"Connection: close\r\n" });
         }
         bytes.extend_from_slice(cors_headers(self.client.origin).as_bytes());
         bytes.extend_from_slice(b"\r\n");

@@ -5,26 +5,34 @@
 //! router. Why tiny_http does not listen here itself: it bounds neither heads nor bodies nor time, a
 //! single `Content-Length: 50000000000` ends the process, and it cannot stream a routed call.
 //!
+//! A connection has a thread while it serves a request, and for a moment after. Then it waits for the
+//! next request together with all others, in the thread that accepts.
+//!
 //! Invariants: a refused request is answered with one of our errors and its connection is closed;
 //! nothing a client sends ends more than its own connection; a request that is passed on has exactly
-//! one reading (no smuggling), because its head is written anew from the parsed one.
+//! one reading (no smuggling), because its head is written anew from the parsed one; each request is
+//! checked by itself, whatever was allowed before on the same connection; a connection serves another
+//! request only if the last one was read whole, its reply was written whole, and nothing came between.
 //!
 //! Sources of the format: RFC 9110, RFC 9112; the Fetch standard for `Origin` and
 //! `Sec-Fetch-Site`.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
-use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME};
+use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME, Slot};
 use super::events::{Next, Subscription};
+use super::exchange::Client;
 use super::head::{Framing, HEAD_TIME, HEADER_LIMIT, Head};
+use super::reply::KEEP_TIME;
+use super::router::Routed;
 use super::{Daemon, api, exchange, reply, router};
 use crate::error::{Error, Result};
-use crate::framing::is_json;
+use crate::framing::{is_json, parse_reply_head};
 use crate::system::wait::{self, Flag};
 use crate::timed::Timed;
 use crate::wire::{BODY_LIMIT, LAST_EVENT_HEADER, TIMEOUT_HEADER};
@@ -39,6 +47,12 @@ const PIECE: usize = 64 * 1024;
 const REPLY_TIME: Duration = Duration::from_secs(10);
 /// How much longer than the deadline of a request the control plane may take to report it.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
+/// How long a thread waits for the next request before its connection waits without it: clients that
+/// ask one thing after another do so within this time, and a thread costs more than a request.
+const BETWEEN: Duration = Duration::from_millis(20);
+/// The same while many connections are open, of which only those without a thread make room for others:
+/// enough to read what is there.
+const BETWEEN_MANY: Duration = Duration::from_millis(1);
 /// How long the gate goes on reading after its reply: closing a socket with unread bytes resets the
 /// connection, and the client would lose the reply.
 const LINGER_TIME: Duration = Duration::from_millis(500);
@@ -81,7 +95,8 @@ impl Gate {
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
         let (closing, closed, stop) = (Flag::new()?, Flag::new()?, Flag::new()?);
-        Ok(Gate { listener, port, origins, closing, closed, stop, connections: Connections::default() })
+        let connections = Connections::new(&listener, &closing)?;
+        Ok(Gate { listener, port, origins, closing, closed, stop, connections })
     }
 
     /// The listening socket.
@@ -89,49 +104,72 @@ impl Gate {
         &self.listener
     }
 
-    /// Accepts connections until [`Gate::close`], and gives each a thread.
+    /// Accepts connections until [`Gate::close`], and gives a thread to each that is new or on which
+    /// another request has begun to come.
     pub fn serve(&'static self, daemon: &'static Daemon) {
-        use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
         loop {
-            let accepted = match wait::wait_readable(&self.listener, &self.closing, None) {
-                Ok(true) => self.listener.accept(),
-                Ok(false) => return self.closed.raise(),
-                Err(e) => Err(e),
-            };
-            match accepted {
-                Ok((stream, peer)) => self.take(daemon, stream, peer),
-                Err(e) if matches!(e.kind(), Interrupted | ConnectionAborted | WouldBlock) => {}
+            let ready = match self.connections.wait() {
+                Ok(ready) => ready,
                 Err(e) => {
-                    crate::log!("cannot accept a connection: {e}");
+                    crate::log!("cannot wait for connections: {e}");
                     thread::sleep(EXHAUSTED_PAUSE);
+                    continue;
                 }
+            };
+            for slot in ready.requests {
+                self.start(daemon, slot);
+            }
+            if ready.closing {
+                for slot in self.connections.close() {
+                    self.start(daemon, slot);
+                }
+                return self.closed.raise();
+            }
+            if ready.connection {
+                self.accept(daemon);
+            }
+        }
+    }
+
+    /// Accepts a connection.
+    fn accept(&'static self, daemon: &'static Daemon) {
+        use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+        match self.listener.accept() {
+            Ok((stream, peer)) => {
+                let _ = stream.set_nodelay(true);
+                let connection = Arc::new(Connection::new(stream, peer));
+                match self.connections.admit(&connection) {
+                    Ok(slot) => self.start(daemon, slot),
+                    Err(e) => refuse(&connection.stream, &e),
+                }
+            }
+            Err(e) if matches!(e.kind(), Interrupted | ConnectionAborted | WouldBlock) => {}
+            Err(e) => {
+                crate::log!("cannot accept a connection: {e}");
+                thread::sleep(EXHAUSTED_PAUSE);
             }
         }
     }
 
     /// Gives a connection a thread, or refuses it.
-    fn take(&'static self, daemon: &'static Daemon, stream: TcpStream, peer: SocketAddr) {
-        let connection = Arc::new(Connection::new(stream, peer));
-        let slot = match self.connections.admit(&connection) {
-            Ok(slot) => Arc::new(slot),
-            // The daemon ends: a connection that comes so late is closed as if it had not been accepted.
-            Err(_) if self.stop.is_raised() => return,
-            Err(e) => return refuse(&connection.stream, &e),
-        };
+    fn start(&'static self, daemon: &'static Daemon, slot: Slot) {
         // Without a thread the work is dropped, and must not end the connection before the refusal.
-        let (kept, refused) = (slot.clone(), connection.clone());
+        let slot = Arc::new(Mutex::new(Some(slot)));
+        let take = |slot: &Mutex<Option<Slot>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let taken = slot.clone();
         let work = move || {
-            let _slot = slot;
+            let Some(slot) = take(&taken) else { return };
             // A panic costs only this connection; standard error has its message.
-            if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, &connection))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, slot))).is_err() {
                 crate::log!("a request failed (see above)");
             }
         };
         if let Err(e) = Builder::new().spawn(work) {
             crate::log!("cannot start a thread for a connection: {e}");
-            refuse(&refused.stream, &Error::Overloaded("threads"));
+            if let Some(slot) = take(&slot) {
+                refuse(&slot.connection.stream, &Error::Overloaded("threads"));
+            }
         }
-        drop(kept);
     }
 
     /// Accepts no more connections: [`Gate::serve`] ends. Connections that come wait at the listening
@@ -151,51 +189,73 @@ impl Gate {
         self.stop.raise();
     }
 
-    /// Serves a connection, which is one request.
-    fn connection(&self, daemon: &Daemon, connection: &Connection) {
-        let stream = &connection.stream;
-        let _ = stream.set_nodelay(true);
+    /// Serves the requests of a connection, until it ends or none comes for a while: then it waits for
+    /// the next one without this thread.
+    fn connection(&'static self, daemon: &Daemon, mut slot: Slot) {
+        let connection = slot.connection.clone();
         let mut buffer = [0; HEAD_LIMIT];
-        let (head_length, length) = match read_head(stream, &mut buffer) {
-            Ok(Some(lengths)) => lengths,
-            Ok(None) => return,
-            Err(e) => return send(stream, &reply::error("GET", &e, None)),
+        loop {
+            let patience = if self.connections.are_many() { BETWEEN_MANY } else { BETWEEN };
+            let (head_length, length) = match read_head(&connection.stream, &mut buffer, patience) {
+                Ok(Came::Head { head, all }) => (head, all),
+                Ok(Came::Nothing) => return self.connections.park(slot),
+                Ok(Came::End) => return,
+                Err(e) => return send(&connection.stream, &reply::error("GET", &e, None)),
+            };
+            let (head, rest) = buffer[..length].split_at(head_length);
+            if !self.request(daemon, &connection, head, rest) {
+                return;
+            }
+            slot.served(KEEP_TIME);
+        }
+    }
+
+    /// Serves a request, of which the head and these bytes after it have come. Whether the connection is
+    /// good for another one: else it has been ended.
+    fn request(&self, daemon: &Daemon, connection: &Connection, head: &[u8], rest: &[u8]) -> bool {
+        let stream = &connection.stream;
+        let refuse = |method: &str, e: &Error, origin| {
+            send(stream, &reply::error(method, e, origin));
+            false
         };
-        let (head, rest) = buffer[..length].split_at(head_length);
         let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
         let request = match Head::parse(head, &mut headers) {
             Ok(request) => request,
-            Err(e) => return send(stream, &reply::error("GET", &e, None)),
+            Err(e) => return refuse("GET", &e, None),
         };
         let origin = match self.admissible(&request) {
             Ok(origin) => origin,
-            Err(e) => return send(stream, &reply::error(request.method, &e, None)),
+            Err(e) => return refuse(request.method, &e, None),
         };
+        let keeps = request.keeps_connection(rest) && !self.connections.is_closed();
         if let (Some(origin), "OPTIONS") = (origin, request.method) {
-            return send(stream, &reply::preflight(origin));
+            // A preflight has no body, and proves nothing.
+            let keeps = keeps && request.framing == Framing::Length(0) && connection.is_proven();
+            return send_whole(stream, &reply::preflight(origin, keeps), keeps);
         }
+        let client = Client { connection, request: &request, rest, origin, keeps };
         let result = match request.path() {
             path if router::is_routed(path) => {
-                let routed = router::route(
-                    daemon,
-                    &exchange::Client { connection, request: &request, rest, origin },
-                    &self.stop,
-                );
+                let routed = router::route(daemon, &client, &self.stop);
                 let _ = stream.set_nonblocking(false);
-                routed.map(|upstream| {
-                    finish(stream);
+                routed.map(|Routed { upstream, keeps }| {
+                    if !keeps {
+                        finish(stream);
+                    }
                     drop(upstream);
+                    keeps
                 })
             }
             "/events" if request.method == "GET" => connection
                 .check_user()
                 .and_then(|()| daemon.events.subscribe(last_event_id(&request)?))
-                .map(|subscription| stream_events(stream, &subscription, origin)),
-            _ => self.control(daemon, connection, &request, rest, origin),
+                .map(|subscription| {
+                    stream_events(stream, &subscription, origin);
+                    false
+                }),
+            _ => self.control(daemon, &client),
         };
-        if let Err(e) = result {
-            send(stream, &reply::error(request.method, &e, origin));
-        }
+        result.unwrap_or_else(|e| refuse(request.method, &e, origin))
     }
 
     /// Refuses requests that no client of ours sends and a web page might. Returns the origin, if
@@ -217,15 +277,10 @@ impl Gate {
         }
     }
 
-    /// Hands a request to the control plane, and passes its reply on as it comes.
-    fn control(
-        &self,
-        daemon: &Daemon,
-        connection: &Connection,
-        request: &Head<'_>,
-        rest: &[u8],
-        origin: Option<&str>,
-    ) -> Result<()> {
+    /// Hands a request to the control plane, and passes its reply on as it comes. Whether the connection
+    /// is good for another request: else it has been ended.
+    fn control(&self, daemon: &Daemon, client: &Client<'_>) -> Result<bool> {
+        let Client { connection, request, rest, origin, keeps } = *client;
         let is_stranger = match connection.check_user() {
             Err(Error::ForbiddenUser) if request.path() == "/health" => true,
             other => other.map(|()| false)?,
@@ -264,29 +319,71 @@ impl Gate {
         {
             return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
         }
-        let mut buffer = vec![0; PIECE];
-        let mut count = upstream.read(&mut buffer).map_err(lost)?;
-        if count == 0 {
-            return Err(lost(io::ErrorKind::UnexpectedEof.into()));
+        // A stranger's body was not read.
+        let keeps = keeps && !is_stranger;
+        let keeps = pass_reply(&mut upstream, &connection.stream, request.method, keeps).map_err(lost)?;
+        if !keeps {
+            finish(&connection.stream);
         }
-        let mut client = Timed::new(&connection.stream, Some(Instant::now() + REPLY_TIME));
-        let mut is_taken = true;
-        while count > 0 {
-            // Also for a client that has gone, the reply is read to its end: by then tiny_http lets go
-            // of its descriptors, which are part of this slot.
-            is_taken = is_taken && client.write_all(&buffer[..count]).is_ok();
-            // A reply that breaks off cannot be replaced by an error: the connection just ends.
-            count = upstream.read(&mut buffer).unwrap_or(0);
-        }
-        finish(&connection.stream);
-        Ok(())
+        Ok(keeps)
     }
 }
 
-/// Reads until the end of the head. Returns the length of the head and of all that came; `None` when
-/// the client has gone.
-fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option<(usize, usize)>> {
-    let deadline = Instant::now() + HEAD_TIME;
+/// Passes a reply of the control plane on as it comes. Whether the connection is good for another
+/// request.
+///
+/// # Errors
+/// When no reply comes. One that breaks off cannot be replaced by an error: the connection just ends.
+fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str, keeps: bool) -> io::Result<bool> {
+    let mut buffer = vec![0; PIECE];
+    let mut length = 0;
+    let head_length = loop {
+        let count = upstream.read(&mut buffer[length..])?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        length += count;
+        if let Some(at) = buffer[..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+            break at + 4;
+        }
+    };
+    let mut reply = parse_reply_head(&buffer[..head_length], method)?;
+    // An error closes the connection, whoever finds it.
+    let keeps = keeps && reply.status < 400 && (reply.is_framed || reply.status == 204);
+    let mut head = exchange::rewrite_head(&buffer[..head_length], |header| !exchange::is_hop_by_hop(header.name));
+    head.extend_from_slice(reply::connection_headers(keeps).as_bytes());
+    head.extend_from_slice(b"\r\n");
+    buffer.splice(..head_length, head.iter().copied());
+    length = length - head_length + head.len();
+    let mut belonging = head.len() + reply.body.advance(&buffer[head.len()..length])?;
+    let mut client = Timed::new(client, Some(Instant::now() + REPLY_TIME));
+    let mut is_taken = true;
+    let mut is_exact = belonging == length;
+    while length > 0 {
+        // Also for a client that has gone, the reply is read to its end: by then tiny_http lets go
+        // of its descriptors, which are part of this slot.
+        is_taken = is_taken && client.write_all(&buffer[..belonging]).is_ok();
+        length = upstream.read(&mut buffer).unwrap_or(0);
+        belonging = reply.body.advance(&buffer[..length]).unwrap_or(0);
+        is_exact &= belonging == length;
+    }
+    Ok(keeps && is_taken && is_exact && reply.body.is_done())
+}
+
+/// What [`read_head`] has read.
+enum Came {
+    /// A head, and perhaps more: the length of the head and of all that came.
+    Head { head: usize, all: usize },
+    /// Not a byte in time.
+    Nothing,
+    /// The end of the connection.
+    End,
+}
+
+/// Reads until the end of the head, for [`HEAD_TIME`] from its first byte on; `patience` is for that
+/// byte.
+fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Duration) -> Result<Came> {
+    let mut deadline = Instant::now() + patience;
     let mut length: usize = 0;
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
@@ -297,18 +394,22 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT]) -> Result<Option
             false => stream.set_read_timeout(Some(rest)).and_then(|()| (&*stream).read(&mut buffer[length..])),
         };
         match read {
-            Ok(0) => return Ok(None),
+            Ok(0) => return Ok(Came::End),
             Ok(count) => {
+                if length == 0 {
+                    deadline = Instant::now() + HEAD_TIME;
+                }
                 length += count;
                 if let Some(at) = buffer[from..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-                    return Ok(Some((from + at + 4, length)));
+                    return Ok(Came::Head { head: from + at + 4, all: length });
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && length > 0 => {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && length == 0 => return Ok(Came::Nothing),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Error::BadRequest(format!("the head did not come within {} s", HEAD_TIME.as_secs())));
             }
-            Err(_) => return Ok(None),
+            Err(_) => return Ok(Came::End),
         }
         if length == buffer.len() {
             let status = if buffer.contains(&b'\n') { 431 } else { 414 };
@@ -352,9 +453,17 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
 
 /// Sends a whole reply and ends the connection.
 fn send(stream: &TcpStream, reply: &[u8]) {
-    if Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(reply).is_ok() {
+    send_whole(stream, reply, false);
+}
+
+/// Sends a whole reply, and ends the connection if it does not keep it. Whether the connection is good
+/// for another request.
+fn send_whole(stream: &TcpStream, reply: &[u8], keeps: bool) -> bool {
+    let is_taken = Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(reply).is_ok();
+    if is_taken && !keeps {
         finish(stream);
     }
+    is_taken && keeps
 }
 
 /// Ends a connection after the last byte of a reply was written.

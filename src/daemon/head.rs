@@ -14,7 +14,8 @@ use crate::wire::BODY_LIMIT;
 /// The most header lines; as many as common servers allow.
 pub const HEADER_LIMIT: usize = 100;
 
-/// How long a head may take: it fits into one packet.
+/// How long a head may take from its first byte on, and how long a new connection waits for that byte:
+/// a head fits into one packet.
 pub const HEAD_TIME: Duration = Duration::from_secs(2);
 
 /// A parsed head. Header names are compared without case.
@@ -102,6 +103,18 @@ impl<'h> Head<'h> {
         let values = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
         let mut tokens = values.flat_map(|header| header.value.split(|byte| *byte == b','));
         tokens.any(|given| given.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
+    }
+
+    /// Whether the connection may serve another request after this one, as far as its head says: the
+    /// client means to keep it (RFC 9112, 9.3), and nothing `rest` holds comes after the body.
+    pub fn keeps_connection(&self, rest: &[u8]) -> bool {
+        let ends_whole = match self.framing {
+            Framing::Length(length) => rest.len() as u64 <= length,
+            // Whoever reads the body finds its end.
+            Framing::Chunked => true,
+        };
+        let is_plain = self.method != "CONNECT" && !self.has_token("connection", "upgrade");
+        self.version == 1 && !self.has_token("connection", "close") && is_plain && ends_whole
     }
 
     /// The value of a header that may occur once.

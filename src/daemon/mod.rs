@@ -1,6 +1,6 @@
 //! The background process: takes the lock, listens, starts its threads, and waits for the end.
 //!
-//! Threads: the gate (accept, and one per connection), the control plane (and one per request), the
+//! Threads: the gate (accept, and one per connection that serves a request), the control plane (and one per request), the
 //! supervisor (and its short-lived askers), the store's write-behind, eviction, opencode's events,
 //! signals. [`run`] returns when opencode is gone, or kept, and every request is answered; the end of
 //! the process ends the threads. So what they share lives as long as the process, and nothing has

@@ -4,12 +4,26 @@
 //! Each function returns a whole reply or a whole head. Sources of the format: RFC 9110, RFC 9112;
 //! the Fetch standard for CORS.
 
+use std::time::Duration;
+
 use crate::error::Error;
 use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
 
-/// A reply with a JSON body. `headers` are complete lines; a reply to `HEAD` ends with its head.
+/// How long a connection waits for its next request. Clients that pool connections reuse one up to a
+/// second or two before that, and rarely know a use for it after more.
+pub const KEEP_TIME: Duration = Duration::from_secs(10);
+
+/// The header lines that say whether the connection serves another request.
+pub fn connection_headers(keeps: bool) -> String {
+    match keeps {
+        true => format!("Connection: keep-alive\r\nKeep-Alive: timeout={}\r\n", KEEP_TIME.as_secs()),
+        false => "Connection: close\r\n".to_owned(),
+    }
+}
+
+/// A reply with a JSON body. It closes the connection, unless the gate rewrites its head. `headers` are complete lines; a reply to `HEAD` ends with its head.
 pub fn json(method: &str, status: u16, headers: &str, body: &[u8], origin: Option<&str>) -> Vec<u8> {
-    let mut reply = head(status, origin);
+    let mut reply = head(status, false, origin);
     reply.push_str(headers);
     reply.push_str("Content-Type: application/json\r\nCache-Control: no-store\r\n");
     reply.push_str(&format!("X-Content-Type-Options: nosniff\r\nContent-Length: {}\r\n\r\n", body.len()));
@@ -34,8 +48,8 @@ pub fn error(method: &str, error: &Error, origin: Option<&str>) -> Vec<u8> {
 }
 
 /// The reply to a CORS preflight of an allowed origin.
-pub fn preflight(origin: &str) -> Vec<u8> {
-    let mut reply = head(204, Some(origin));
+pub fn preflight(origin: &str, keeps: bool) -> Vec<u8> {
+    let mut reply = head(204, keeps, Some(origin));
     reply.push_str("Access-Control-Allow-Methods: GET, POST, PUT, PATCH, DELETE\r\n");
     let headers = format!("authorization, content-type, x-opencode-directory, {}", TIMEOUT_HEADER.to_ascii_lowercase());
     reply.push_str(&format!("Access-Control-Allow-Headers: {headers}\r\n\r\n"));
@@ -44,7 +58,7 @@ pub fn preflight(origin: &str) -> Vec<u8> {
 
 /// The head of a stream of server-sent events that lasts as long as the connection.
 pub fn event_stream(origin: Option<&str>) -> String {
-    head(200, origin) + "Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n"
+    head(200, false, origin) + "Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n"
 }
 
 /// The header lines that let a web page of an allowed origin read the reply. Credentials of the
@@ -59,8 +73,9 @@ pub fn cors_headers(origin: Option<&str>) -> String {
 }
 
 /// The status line, and the header lines that every reply has.
-fn head(status: u16, origin: Option<&str>) -> String {
-    format!("HTTP/1.1 {status} {}\r\nConnection: close\r\n{}", reason(status), cors_headers(origin))
+fn head(status: u16, keeps: bool, origin: Option<&str>) -> String {
+    let (reason, connection) = (reason(status), connection_headers(keeps));
+    format!("HTTP/1.1 {status} {reason}\r\n{connection}{}", cors_headers(origin))
 }
 
 /// The reason phrase of a status (RFC 9110, 15).

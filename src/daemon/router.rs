@@ -64,13 +64,21 @@ struct Target<'a> {
     query: Option<&'a str>,
 }
 
-/// Routes a request. Returns when the reply, or the stream, has ended. The caller closes the
-/// connection to opencode after the client's: the client is to see the end first.
+/// What is left of the connections after a request was routed.
+pub struct Routed {
+    /// The connection to opencode. The caller closes it after the client's: the client is to see the end
+    /// first.
+    pub upstream: TcpStream,
+    /// The client's connection is good for another request.
+    pub keeps: bool,
+}
+
+/// Routes a request. Returns when the reply, or the stream, has ended.
 ///
 /// # Errors
 /// The error to reply with, as long as the client has no part of a reply. After that the connection
 /// just ends.
-pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     match has_credentials(daemon, client.request)? {
         true => {
             client.connection.prove();
@@ -86,7 +94,7 @@ pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStr
 }
 
 /// Routes a request that has opencode's credentials to the workspace in its path.
-fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     let request = client.request;
     let Target { selector, path, query } = split(request.target)?;
     let workspace = find(daemon, &selector)?;
@@ -98,22 +106,25 @@ fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Resu
     }
     let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
     let endpoint = daemon.supervisor.endpoint(deadline)?;
+    let mut keeps = client.keeps;
     let (booked, loads, body) = match engine::subject(endpoint.line, request.method, path) {
         Subject::Instance => (Some(workspace.clone()), true, None),
         Subject::Process => (Some(workspace.clone()), false, None),
         Subject::Creation => {
-            let body = engine::relocate(&read_body(client, deadline)?, &workspace.path)?;
-            (Some(workspace.clone()), false, Some(body))
+            let (body, ends_whole) = read_body(client, deadline)?;
+            keeps &= ends_whole;
+            (Some(workspace.clone()), false, Some(engine::relocate(&body, &workspace.path)?))
         }
         Subject::Session { id, loads } => (workspace_of(daemon, &endpoint, &id), loads, None),
     };
+    let client = &Client { keeps, ..*client };
     let target = |line| target(line, path, query, directory);
     carry(daemon, client, stop, &Passage { target: &target, directory: Some(directory), body, booked, loads }, deadline)
 }
 
 /// Routes a request that has opencode's credentials and chooses a directory for itself. Use is booked on
 /// the workspace that is exactly that directory, if there is one.
-fn route_anywhere(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+fn route_anywhere(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     let request = client.request;
     let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
     let endpoint = daemon.supervisor.endpoint(deadline)?;
@@ -152,7 +163,7 @@ fn carry(
     stop: &Flag,
     passage: &Passage<'_>,
     mut deadline: Instant,
-) -> Result<TcpStream> {
+) -> Result<Routed> {
     let request = client.request;
     let begun = Instant::now();
     let timeout = request.only(TIMEOUT_HEADER)?;
@@ -175,7 +186,7 @@ fn carry(
     let bodiless = Client { request: &without_body, rest: &[], ..*client };
     let client = if passage.body.is_some() { &bodiless } else { client };
     let mut tries = 0;
-    let upstream = loop {
+    let routed = loop {
         let (endpoint, upstream) = connect(daemon, deadline)?;
         // False when opencode has ended while the request waited for its turn: nothing was sent.
         if let Some(entered) = entered.as_ref().filter(|_| passage.loads) {
@@ -196,10 +207,10 @@ fn carry(
         match exchange.wait_for_reply(patience, stop) {
             Ok(Answer::Reply | Answer::Tunnel) => {
                 entered.iter().for_each(Use::replied);
-                exchange.pass_on(stop);
-                break upstream;
+                let kept = exchange.pass_on(stop);
+                break Routed { upstream, keeps: kept.client };
             }
-            Ok(Answer::ClientGone) => break upstream,
+            Ok(Answer::ClientGone) => break Routed { upstream, keeps: false },
             Err(Error::OpencodeFault(why)) => {
                 // A request that ends opencode by loading its instance would end the next one too.
                 let blamed = entered.as_ref().and_then(|entered| entered.blame(&daemon.supervisor, &endpoint));
@@ -217,7 +228,7 @@ fn carry(
     if begun.elapsed() > LONG {
         touch();
     }
-    Ok(upstream)
+    Ok(routed)
 }
 
 /// The workspace that is exactly this directory.
@@ -244,12 +255,12 @@ fn chosen(request: &Head<'_>) -> Option<String> {
     parameter.or_else(|| given(percent_decode(request.only(DIRECTORY_HEADER).ok().flatten()?)?))
 }
 
-/// Reads the body of a request whole.
+/// Reads the body of a request whole; whether nothing came after it.
 ///
 /// # Errors
 /// `too_large`; `unsupported_media_type` for a body that is compressed; `bad_request` when it does not
 /// come as it is framed, or in time.
-fn read_body(client: &Client<'_>, deadline: Instant) -> Result<Vec<u8>> {
+fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> {
     let request = client.request;
     if let Some(coding) = request.only("content-encoding")?.filter(|coding| !coding.eq_ignore_ascii_case("identity")) {
         return Err(Error::UnsupportedMediaType(format!("application/json with content-encoding {coding}")));
@@ -274,18 +285,18 @@ fn read_body(client: &Client<'_>, deadline: Instant) -> Result<Vec<u8>> {
             }
             bytes = &bytes[count..];
         }
-        if body.len() > SESSION_BODY_LIMIT { Err(too_large()) } else { Ok(()) }
+        if body.len() > SESSION_BODY_LIMIT { Err(too_large()) } else { Ok(bytes.is_empty()) }
     };
-    take(&mut framed, client.rest)?;
+    let mut ends_whole = take(&mut framed, client.rest)?;
     let mut buffer = vec![0; PIECE];
     while !framed.is_done() {
         match stream.read(&mut buffer) {
             Ok(0) => return Err(Error::BadRequest("the body ended early".to_owned())),
-            Ok(count) => take(&mut framed, &buffer[..count])?,
+            Ok(count) => ends_whole = take(&mut framed, &buffer[..count])?,
             Err(e) => return Err(Error::BadRequest(format!("the body did not come: {e}"))),
         }
     }
-    Ok(body)
+    Ok((body, ends_whole))
 }
 
 /// Whether a request whose opencode ended without a reply is sent to the next one: once, and only if
@@ -310,12 +321,12 @@ fn next_deadline(timeout: Option<&str>, deadline: Instant, now: Instant) -> Resu
 ///
 /// # Errors
 /// `unauthorized`, the same for an unknown workspace and a bad ticket, after the same time.
-fn route_ticket(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<TcpStream> {
+fn route_ticket(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     let request = client.request;
     let Some(target) = ticket_target(request) else { return Err(Error::Unauthorized) };
     let deadline = Instant::now() + TICKET_TIME;
     if let Some(upstream) = try_ticket(daemon, client, &target, deadline, stop)? {
-        return Ok(upstream);
+        return Ok(Routed { upstream, keeps: false });
     }
     wait::pause(stop, client.stream(), deadline);
     Err(Error::Unauthorized)

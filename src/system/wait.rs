@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ChildStdout;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use rustix::io::Errno;
 
 /// Whether the process behind a pidfd has ended.
@@ -49,6 +50,48 @@ impl AsFd for Flag {
 /// A duration as the kernel takes it.
 pub fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
+}
+
+/// Descriptors that are watched together, each under a number of its own. A wait costs the same however
+/// many there are (epoll(7)). A descriptor that is closed is no longer watched.
+pub struct Watch(OwnedFd);
+
+/// The most numbers that one wait returns; the others are returned by the next.
+const WATCH_BATCH: usize = 64;
+
+impl Watch {
+    /// Watches nothing yet.
+    pub fn new() -> io::Result<Watch> {
+        Ok(Watch(epoll::create(epoll::CreateFlags::CLOEXEC)?))
+    }
+
+    /// Watches a descriptor.
+    ///
+    /// # Errors
+    /// Those of the operating system, such as its limit of watched descriptors.
+    pub fn add(&self, fd: impl AsFd, number: u64) -> io::Result<()> {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
+        Ok(epoll::add(&self.0, fd, epoll::EventData::new_u64(number), flags)?)
+    }
+
+    /// Watches a descriptor no longer.
+    pub fn remove(&self, fd: impl AsFd) {
+        let _ = epoll::delete(&self.0, fd);
+    }
+
+    /// Waits until descriptors are readable or hung up, and returns their numbers: none at the
+    /// deadline, or when a signal interrupts the wait.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    pub fn wait(&self, deadline: Option<Instant>) -> io::Result<Vec<u64>> {
+        let rest = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
+        let mut events = Vec::with_capacity(WATCH_BATCH);
+        match epoll::wait(&self.0, spare_capacity(&mut events), rest.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(events.iter().map(|event| event.data.u64()).collect()),
+            Err(e) => Err(e.into()),
+        }
+    }
 }
 
 /// Reads what a process prints until it ends, closes its output, or has printed `limit` bytes. A

@@ -9,11 +9,13 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit};
 use serde_json::json;
 
+use crate::support::random::Random;
 use crate::support::{
-    Host, LISTEN, NOBODY, Reply, Signal, Stranger, connect, is_root, kill, read_to_close, sockets, until, wait_for,
+    Host, LISTEN, NOBODY, Reply, Signal, Stranger, connect, is_root, kill, raise_limit, read_to_close, resources,
+    sockets, until, wait_for,
 };
 
 /// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
@@ -57,16 +59,27 @@ impl Gate {
         json!({"path": self.host.project("smuggled")}).to_string().len()
     }
 
+    /// What comes of these bytes on a new connection, and on one that has served a request before.
+    fn raw(&self, bytes: impl AsRef<[u8]>) -> [Vec<u8>; 2] {
+        self.host.connections().map(|stream| self.host.send_raw_on(stream, &bytes))
+    }
+
+    /// The reply to these bytes, which does not depend on what the connection has served before.
     fn reply(&self, bytes: impl AsRef<[u8]>) -> Reply {
-        let reply = self.host.send_raw(&bytes);
-        let shown =
-            || (String::from_utf8_lossy(bytes.as_ref()).into_owned(), String::from_utf8_lossy(&reply).into_owned());
-        let parsed = Reply::parse(&reply).unwrap_or_else(|| panic!("no reply: {:?}", shown()));
-        // One request, one reply, and no more.
-        let length = parsed.header("content-length").map_or(0, |length| length.parse().unwrap());
-        assert_eq!(parsed.body.len(), length, "{:?}", shown());
-        assert_eq!(parsed.header("connection"), Some("close"), "{:?}", shown());
-        parsed
+        let [new, served] = self.raw(&bytes).map(|reply| {
+            let shown =
+                || (String::from_utf8_lossy(bytes.as_ref()).into_owned(), String::from_utf8_lossy(&reply).into_owned());
+            let parsed = Reply::parse(&reply).unwrap_or_else(|| panic!("no reply: {:?}", shown()));
+            // One request, one reply, and no more.
+            let length = parsed.header("content-length").map_or(0, |length| length.parse().unwrap());
+            assert_eq!(parsed.body.len(), length, "{:?}", shown());
+            // A refusal closes.
+            let closes = parsed.header("connection") == Some("close");
+            assert!(closes || (parsed.status < 400 && parsed.is_kept()), "{:?}", shown());
+            parsed
+        });
+        assert_eq!((new.status, new.error_code()), (served.status, served.error_code()));
+        served
     }
 
     fn refuses(&self, bytes: impl AsRef<[u8]>, status: u16, code: &str) {
@@ -460,8 +473,9 @@ fn what_is_not_http_is_refused_or_dropped() {
         hello,
         &endless,
     ] {
-        let bytes = gate.host.send_raw(bytes);
-        assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=505).contains(&reply.status)));
+        for bytes in gate.raw(bytes) {
+            assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=505).contains(&reply.status)));
+        }
     }
 }
 
@@ -689,13 +703,15 @@ fn a_body_that_does_not_come_is_not_waited_for() {
     let gate = Gate::new();
     let head = gate.request("POST /workspaces", "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{");
     // Whether it is told or only dropped; that it is not left open is what `send_raw` looks at.
-    let bytes = gate.host.send_raw(&head);
-    assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=408).contains(&reply.status)));
+    for bytes in gate.raw(&head) {
+        assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=408).contains(&reply.status)));
+    }
     // And one that ends early.
-    let mut stream = gate.host.connect();
-    stream.write_all(head.as_bytes()).unwrap();
-    stream.shutdown(Shutdown::Write).unwrap();
-    read_to_close(&mut stream);
+    for mut stream in gate.host.connections() {
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        read_to_close(&mut stream);
+    }
 }
 
 // --- Heads ---
@@ -729,29 +745,18 @@ fn a_head_that_does_not_come_is_not_waited_for() {
     let gate = Gate::new();
     let head = gate.request("GET /health", "");
     // Nothing at all, and half of it.
-    gate.host.send_raw("");
-    gate.host.send_raw(&head);
+    gate.raw("");
+    gate.raw(&head);
     // A byte at a time, for ever.
-    let mut stream = gate.host.connect();
-    stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-    wait_for("the connection to be closed", || {
-        stream.write_all(b"x").is_err() || matches!(stream.read(&mut [0; 512]), Ok(0))
-    });
+    for mut stream in gate.host.connections() {
+        stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        wait_for("the connection to be closed", || {
+            stream.write_all(b"x").is_err() || matches!(stream.read(&mut [0; 512]), Ok(0))
+        });
+    }
 }
 
 // --- Many of them ---
-
-/// Descriptors and threads of a process.
-fn resources(pid: u32) -> (usize, usize) {
-    let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
-    (count("fd"), count("task"))
-}
-
-/// As many descriptors for this process as it may have.
-fn raise_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).unwrap();
-}
 
 /// Opens that many connections and sends this on each.
 fn open_many(gate: &Gate, count: usize, bytes: &str) -> Vec<TcpStream> {
@@ -997,9 +1002,11 @@ fn a_burst_of_requests_is_answered() {
     thread::scope(|scope| {
         for _ in 0..64 {
             scope.spawn(|| {
-                for _ in 0..10 {
-                    // A client that would keep the connection, and is told otherwise.
-                    let request = gate.host.http("GET", "/workspaces").header("Connection", "keep-alive");
+                for stream in gate.host.connections() {
+                    gate.host.is_in_step(stream);
+                }
+                for _ in 0..5 {
+                    let request = gate.host.http("GET", "/workspaces").header("Connection", "close");
                     assert_eq!(request.send().header("connection"), Some("close"));
                 }
             });
@@ -1008,51 +1015,6 @@ fn a_burst_of_requests_is_answered() {
 }
 
 // --- Anything ---
-
-/// Numbers that look random and are the same in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit as u64) as usize
-    }
-
-    fn mutate(&mut self, bytes: &mut Vec<u8>) {
-        const PIECES: [&[u8]; 16] = [
-            b"\r\n",
-            b"\n",
-            b"\0",
-            b" ",
-            b":",
-            b"\r\n\r\n",
-            b"%",
-            b"\xff",
-            b"Content-Length: 5\r\n",
-            b"Transfer-Encoding: chunked\r\n",
-            b"Host: x\r\n",
-            b"HTTP/1.1",
-            b"/../",
-            b"99999999999999999999",
-            b"{",
-            b"\t",
-        ];
-        let at = self.below(bytes.len());
-        match self.below(5) {
-            0 => bytes[at] = self.below(256) as u8,
-            1 if bytes.len() > 1 => drop(bytes.remove(at)),
-            2 => bytes.truncate(at + 1),
-            3 => drop(bytes.splice(at..at, PIECES[self.below(PIECES.len())].iter().copied())),
-            _ => {
-                let end = at + self.below(bytes.len() - at + 1);
-                let copy = bytes[at..end].to_vec();
-                drop(bytes.splice(at..at, copy));
-            }
-        }
-    }
-}
 
 #[test]
 fn whatever_is_sent_there_is_one_answer_or_none() {

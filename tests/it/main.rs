@@ -17,6 +17,7 @@ mod fence;
 mod gate;
 mod habits;
 mod import;
+mod kept;
 mod orchestrator;
 mod packages;
 mod passthrough;

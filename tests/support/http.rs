@@ -1,5 +1,5 @@
-//! An HTTP/1.1 client for the tests, the soak and the benchmark: one request per connection, sent
-//! exactly as described. It depends on nothing else of the harness.
+//! An HTTP/1.1 client for the tests, the soak and the benchmark: one request per connection, unless
+//! [`Request::send_on`] is used, sent exactly as described. It depends on nothing else of the harness.
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -110,6 +110,12 @@ impl Request {
         read_reply(&mut stream, &self.method)
     }
 
+    /// Sends the request on a connection that has served others, and leaves it open.
+    pub fn send_on(&self, stream: &mut TcpStream) -> Result<Reply, NoReply> {
+        let _ = stream.write_all(&self.bytes());
+        read_reply(stream, &self.method)
+    }
+
     /// Opens a stream of server-sent events. Its head has been read when this returns.
     pub fn events(&self) -> (Reply, Events) {
         let mut reader = BufReader::new(self.open().expect("connecting"));
@@ -154,6 +160,11 @@ impl Reply {
 
     fn is_chunked(&self) -> bool {
         self.header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"))
+    }
+
+    /// The connection stays open for another request.
+    pub fn is_kept(&self) -> bool {
+        self.header("connection") == Some("keep-alive") && self.header("keep-alive") == Some("timeout=10")
     }
 
     /// The body without its framing; None while part of it is missing. A body with neither length
@@ -245,6 +256,19 @@ pub fn read_reply(stream: &mut TcpStream, method: &str) -> Result<Reply, NoReply
                 head.extend(&buffer[..count]);
                 reply = Reply::parse(&head);
             }
+        }
+    }
+}
+
+/// The reply at the start of these bytes, after any interim ones, once it is whole.
+pub fn whole_reply(mut bytes: &[u8], method: &str) -> Option<Reply> {
+    loop {
+        let reply = Reply::parse(bytes)?;
+        let has_no_body = method == "HEAD" || matches!(reply.status, 204 | 304);
+        match reply.status {
+            100 | 102.. if reply.status < 200 => bytes = &bytes[bytes.len() - reply.body.len()..],
+            _ if has_no_body || reply.whole_body().is_some() => return Some(reply),
+            _ => return None,
         }
     }
 }

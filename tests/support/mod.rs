@@ -14,12 +14,13 @@
 pub mod exercised;
 pub mod http;
 pub mod processes;
+pub mod random;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -35,10 +36,10 @@ use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::Value;
 
 use self::exercised::{Exercised, Failure};
-pub use self::http::{Events, Reply, Request, base64, basic, connect, local, read_to_close};
+pub use self::http::{Events, Reply, Request, base64, basic, connect, local, read_reply, read_to_close, whole_reply};
 pub use self::processes::{
     DEADLINE, ESTABLISHED, LISTEN, Process, SESSION, START_TIME, Signal, close, free_port, is_alive, is_root, kill,
-    loopback, poll, sockets, stat_field, until, wait_for, wait_gone,
+    loopback, poll, raise_limit, resources, sockets, stat_field, until, wait_for, wait_gone,
 };
 
 /// The line of opencode that a test program is about: `it` is about 1.x, and `it2`, from the same source,
@@ -433,14 +434,56 @@ impl Host {
         connect(self.port())
     }
 
-    /// Sends these bytes as they are, and returns what comes until the daemon closes the
-    /// connection. The daemon need not have read them all by then.
-    pub fn send_raw(&self, bytes: impl AsRef<[u8]>) -> Vec<u8> {
+    /// A connection that has served a request, and is open for another.
+    pub fn served(&self) -> TcpStream {
         let mut stream = self.connect();
-        let _ = stream.write_all(bytes.as_ref());
-        let reply = read_to_close(&mut stream);
+        let reply = Request::new(local(self.port()), "GET", "/workspaces").send_on(&mut stream);
+        let reply = reply.unwrap_or_else(|e| panic!("{e}"));
+        assert!(reply.status == 200 && reply.is_kept(), "{reply:?}");
+        stream
+    }
+
+    /// A new connection, and one that has served a request before.
+    pub fn connections(&self) -> [TcpStream; 2] {
+        [self.connect(), self.served()]
+    }
+
+    /// Sends these bytes as they are on a new connection, and returns all that comes: to the end of the
+    /// connection, or of a reply after which the connection is kept. Such a connection is good for
+    /// another request. The daemon need not have read all bytes by then.
+    pub fn send_raw(&self, bytes: impl AsRef<[u8]>) -> Vec<u8> {
+        self.send_raw_on(self.connect(), bytes)
+    }
+
+    /// The same on a connection of [`Host::connections`].
+    pub fn send_raw_on(&self, mut stream: TcpStream, bytes: impl AsRef<[u8]>) -> Vec<u8> {
+        let bytes = bytes.as_ref();
+        let _ = stream.write_all(bytes);
+        let method = String::from_utf8_lossy(bytes.split(|byte| *byte == b' ').next().unwrap_or_default());
+        let (mut reply, mut buffer) = (Vec::new(), [0; 4096]);
+        while !whole_reply(&reply, &method).is_some_and(|reply| reply.is_kept()) {
+            match stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => reply.extend(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => panic!("the connection is left open: {error}, after {reply:?}"),
+            }
+        }
+        if whole_reply(&reply, &method).is_some_and(|reply| reply.is_kept()) {
+            self.is_in_step(stream);
+        }
         Reply::parse(&reply).iter().for_each(|reply| self.note_error(reply));
         reply
+    }
+
+    /// Asserts that a connection has nothing more to say about the requests before, and serves another.
+    pub fn is_in_step(&self, mut stream: TcpStream) {
+        let last = format!("GET /health HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nConnection: close\r\n\r\n", self.port());
+        stream.write_all(last.as_bytes()).expect("a connection that is kept");
+        let bytes = read_to_close(&mut stream);
+        let reply = Reply::parse(&bytes).unwrap_or_else(|| panic!("{:?}", String::from_utf8_lossy(&bytes)));
+        assert_eq!((&reply.json()["apiVersion"], reply.header("connection")), (&1.into(), Some("close")), "{reply:?}");
     }
 
     /// The same as another user of the machine, and what that user gets. Needs root.

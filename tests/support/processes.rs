@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::fstat;
 pub use rustix::process::Signal;
-use rustix::process::{Pid, geteuid, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, geteuid, getrlimit, kill_process, setrlimit};
 
 /// Far longer than anything waited for takes, so that only a hang reaches it.
 pub const DEADLINE: Duration = Duration::from_secs(90);
@@ -183,4 +183,16 @@ pub fn close(listener: TcpListener) {
     let tables = || ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default());
     let is_listed = |table: &String| table.lines().any(|line| line.split_whitespace().nth(9) == Some(inode.as_str()));
     wait_for("the listener to be closed", || !tables().iter().any(is_listed));
+}
+
+/// Descriptors and threads of a process.
+pub fn resources(pid: u32) -> (usize, usize) {
+    let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+    (count("fd"), count("task"))
+}
+
+/// As many descriptors for this process as it may have.
+pub fn raise_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).unwrap();
 }
