@@ -34,6 +34,7 @@
 //! | `FAKE_CLIENT_EXIT=CODE` | what `attach` and `run` exit with |
 //! | `FAKE_LOAD_MS` | loading an instance takes this long |
 //! | `FAKE_POISON=DIR` | prints a line and exits with 7 half-way through loading this directory (also: the lines of `$FAKE_OPENCODE_DIR/poison`) |
+//! | `FAKE_ONE_REQUEST` | closes a connection instead of answering a second request on it |
 //! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
 //! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` does,
@@ -41,7 +42,8 @@
 //!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
-//! `requests` (JSON: method, directory, target, authorized), `hangs` (targets that it keeps waiting),
+//! `requests` (JSON: method, directory, target, authorized, number of the connection), `unanswered` (targets
+//! of `FAKE_ONE_REQUEST`), `hangs` (targets that it keeps waiting),
 //! `loadings` (directories whose loading has begun), `instances` (`load DIR`, `dispose DIR`),
 //! `streams` (`open TARGET`, `close TARGET`), `signals` (`TERM`),
 //! `grandchildren` (pids), `floods` (`cut` or `not cut`), and `env-<pid>`, the environment it was started
@@ -58,7 +60,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{exit, Command};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -568,11 +570,21 @@ enum Next {
 
 const JSON: &str = "application/json";
 
+/// Counts the connections.
+static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
+
 impl Server {
     fn connection(&self, stream: TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let mut reader = BufReader::new(stream.try_clone()?);
+        let connection = NEXT_CONNECTION.fetch_add(1, Ordering::SeqCst);
+        let mut is_first = true;
         while let Some(request) = Request::read(&mut reader)? {
+            if !is_first && self.settings.has("FAKE_ONE_REQUEST") {
+                self.settings.record("unanswered", &request.target);
+                break;
+            }
+            is_first = false;
             if self.settings.is_hanging() {
                 self.settings.record("hangs", &request.target);
             }
@@ -583,7 +595,7 @@ impl Server {
             self.settings.record(
                 "requests",
                 &format!(
-                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized}}}",
+                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized},\"connection\":{connection}}}",
                     json(&request.method),
                     json(&request.directory(&self.cwd)),
                     json(&request.target),

@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     base64, chunk, chunked_with_trailers, close_after, die_mid, download, head, interim, json, json_list, leave, ok,
-    reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Settings, JSON,
+    reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Settings, JSON, NEXT_CONNECTION,
 };
 
 /// How many events tell of a boot: 75 `plugin.added` and the first state of everything.
@@ -212,7 +212,14 @@ impl Server {
     fn connection(&self, stream: TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let mut reader = BufReader::new(stream.try_clone()?);
+        let connection = NEXT_CONNECTION.fetch_add(1, Ordering::SeqCst);
+        let mut is_first = true;
         while let Some(request) = Request::read(&mut reader)? {
+            if !is_first && self.settings.has("FAKE_ONE_REQUEST") {
+                self.settings.record("unanswered", &request.target);
+                break;
+            }
+            is_first = false;
             if self.settings.is_hanging() {
                 self.settings.record("hangs", &request.target);
             }
@@ -223,7 +230,7 @@ impl Server {
             self.settings.record(
                 "requests",
                 &format!(
-                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized}}}",
+                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized},\"connection\":{connection}}}",
                     json(&request.method),
                     json(&self.location(&request)),
                     json(&request.target),

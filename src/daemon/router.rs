@@ -66,9 +66,9 @@ struct Target<'a> {
 
 /// What is left of the connections after a request was routed.
 pub struct Routed {
-    /// The connection to opencode. The caller closes it after the client's: the client is to see the end
-    /// first.
-    pub upstream: TcpStream,
+    /// The connection to opencode, unless it is kept. The caller closes it after the client's: the client
+    /// is to see the end first.
+    pub upstream: Option<TcpStream>,
     /// The client's connection is good for another request.
     pub keeps: bool,
 }
@@ -187,7 +187,8 @@ fn carry(
     let client = if passage.body.is_some() { &bodiless } else { client };
     let mut tries = 0;
     let routed = loop {
-        let (endpoint, upstream) = connect(daemon, deadline)?;
+        // One that is kept may be closing, which a request that is sent only once must not find out.
+        let (endpoint, upstream) = connect(daemon, tries == 0 && is_harmless(request), deadline)?;
         // False when opencode has ended while the request waited for its turn: nothing was sent.
         if let Some(entered) = entered.as_ref().filter(|_| passage.loads) {
             if !entered.loads(endpoint.generation, deadline)? {
@@ -208,9 +209,16 @@ fn carry(
             Ok(Answer::Reply | Answer::Tunnel) => {
                 entered.iter().for_each(Use::replied);
                 let kept = exchange.pass_on(stop);
+                let upstream = match kept.upstream {
+                    true => {
+                        endpoint.keep(upstream);
+                        None
+                    }
+                    false => Some(upstream),
+                };
                 break Routed { upstream, keeps: kept.client };
             }
-            Ok(Answer::ClientGone) => break Routed { upstream, keeps: false },
+            Ok(Answer::ClientGone) => break Routed { upstream: Some(upstream), keeps: false },
             Err(Error::OpencodeFault(why)) => {
                 // A request that ends opencode by loading its instance would end the next one too.
                 let blamed = entered.as_ref().and_then(|entered| entered.blame(&daemon.supervisor, &endpoint));
@@ -299,11 +307,15 @@ fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> 
     Ok((body, ends_whole))
 }
 
-/// Whether a request whose opencode ended without a reply is sent to the next one: once, and only if
-/// it changes nothing (RFC 9110, 9.2.2).
+/// Whether a request whose connection ended without a reply is sent again, to the same opencode or to the
+/// next: once, and only if it changes nothing.
 fn may_send_again(request: &Head<'_>, error: &Error, tries: u32) -> bool {
-    let is_safe = matches!(request.method, "GET" | "HEAD") && request.framing == Framing::Length(0);
-    matches!(error, Error::OpencodeFault(_)) && is_safe && tries == 1
+    matches!(error, Error::OpencodeFault(_)) && is_harmless(request) && tries == 1
+}
+
+/// Whether a request changes nothing, and has no body (RFC 9110, 9.2.2).
+fn is_harmless(request: &Head<'_>) -> bool {
+    matches!(request.method, "GET" | "HEAD") && request.framing == Framing::Length(0)
 }
 
 /// The deadline for the wait for another opencode. The client's own limit, if there is one, is for the
@@ -326,7 +338,7 @@ fn route_ticket(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Rou
     let Some(target) = ticket_target(request) else { return Err(Error::Unauthorized) };
     let deadline = Instant::now() + TICKET_TIME;
     if let Some(upstream) = try_ticket(daemon, client, &target, deadline, stop)? {
-        return Ok(Routed { upstream, keeps: false });
+        return Ok(Routed { upstream: Some(upstream), keeps: false });
     }
     wait::pause(stop, client.stream(), deadline);
     Err(Error::Unauthorized)
@@ -495,9 +507,13 @@ fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> Stri
 }
 
 /// Connects to opencode, which is woken if it is down. Nothing has been sent before, so a failure
-/// may be repeated.
-fn connect(daemon: &Daemon, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
-    daemon.supervisor.call(deadline, |endpoint| Ok((endpoint.clone(), connect_to(endpoint, deadline)?)))
+/// may be repeated. `reuses` takes a connection that has carried a request before, if there is one.
+fn connect(daemon: &Daemon, reuses: bool, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
+    daemon.supervisor.call(deadline, |endpoint| {
+        let kept = if reuses { endpoint.kept() } else { None };
+        let stream = kept.map_or_else(|| connect_to(endpoint, deadline), Ok)?;
+        Ok((endpoint.clone(), stream))
+    })
 }
 
 /// A proven connection for an exchange.
@@ -522,7 +538,11 @@ struct Rewritten<'a> {
 fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, address: SocketAddrV4, is_upgrade: bool) -> Vec<u8> {
     let Rewritten { target, directory, authorization, body } = new;
     let mut head = format!("{} {target} HTTP/1.{}\r\nHost: {address}\r\n", request.method, request.version);
-    head.push_str(if is_upgrade { "Connection: Upgrade\r\n" } else { "Connection: close\r\n" });
+    head.push_str(match (is_upgrade, request.version) {
+        (true, _) => "Connection: Upgrade\r\n",
+        (false, 0) => "Connection: close\r\n",
+        (false, _) => "Connection: keep-alive\r\n",
+    });
     if let Some(authorization) = authorization {
         head.push_str(&format!("Authorization: {authorization}\r\n"));
     }

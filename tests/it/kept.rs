@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use crate::support::http::NoReply;
 use crate::support::random::Random;
 use crate::support::{
-    DEADLINE, Host, Reply, passed, raise_limit, read_reply, read_to_close, resources, spelled, wait_for, whole_reply,
+    DEADLINE, Host, Reply, Signal, kill, passed, raise_limit, read_reply, read_to_close, resources, spelled, wait_for,
+    wait_gone, whole_reply,
 };
 
 /// A host with a warm opencode and a workspace `p`.
@@ -166,6 +167,114 @@ fn what_opencode_adds_to_a_reply_is_nobodys() {
         assert!(reply.is_kept());
         assert_eq!(ask(&mut stream, &request(&host, "GET /w/p/echo?after", "", "")).json()["method"], "GET");
     }
+    host.is_in_step(stream);
+}
+
+// --- The connections to opencode ---
+
+/// The numbers of the connections on which opencode got requests for this path.
+fn connections_of(host: &Host, path: &str) -> Vec<u64> {
+    let requests = host.requests().into_iter();
+    let of_path = requests.filter(|request| request["target"].as_str().unwrap().contains(path));
+    of_path.map(|request| request["connection"].as_u64().unwrap()).collect()
+}
+
+fn distinct(numbers: &[u64]) -> usize {
+    numbers.iter().collect::<HashSet<_>>().len()
+}
+
+#[test]
+fn a_connection_to_opencode_carries_one_request_after_another() {
+    let (host, _) = host();
+    let mut stream = host.connect();
+    for _ in 0..20 {
+        assert_eq!(ask(&mut stream, &request(&host, "GET /w/p/echo?same", "", "")).status, 200);
+    }
+    assert_eq!(distinct(&connections_of(&host, "?same")), 1);
+    // For every client the same.
+    for _ in 0..5 {
+        assert_eq!(host.routed("GET", "/w/p/echo?others").send().status, 200);
+    }
+    assert_eq!(connections_of(&host, "?others"), [connections_of(&host, "?same")[0]; 5]);
+    // What may have been carried out when its connection ends is not tried on one that may be ending.
+    for method in ["POST", "DELETE", "GET"] {
+        for _ in 0..5 {
+            let body = if method == "GET" { "body" } else { "" };
+            ask(&mut stream, &request(&host, &format!("{method} /w/p/echo?once"), "", body));
+        }
+    }
+    assert_eq!(distinct(&connections_of(&host, "?once")), 15);
+}
+
+#[test]
+fn a_connection_that_opencode_has_closed_is_not_used() {
+    let (host, _) = host();
+    let mut stream = host.connect();
+    for _ in 0..20 {
+        assert_eq!(ask(&mut stream, &request(&host, "GET /w/p/close-after", "", "")).json(), "the last");
+        assert!(ask(&mut stream, &request(&host, "GET /w/p/path", "", "")).is_kept());
+    }
+    // Nor one whose reply was cut in the middle, or had no end of its own.
+    for target in ["/w/p/die-mid", "/w/p/to-end", "/w/p/die-first", "/w/p/two-replies"] {
+        let _ = host.routed("GET", target).try_send();
+        let path = target.trim_start_matches("/w/p");
+        let before = *connections_of(&host, path).last().unwrap();
+        host.routed("GET", &format!("/w/p/echo?after{path}")).send();
+        assert_ne!(connections_of(&host, &format!("?after{path}"))[0], before, "{target}");
+    }
+}
+
+#[test]
+fn a_request_that_a_closing_connection_has_lost_is_sent_again() {
+    let host = Host::new();
+    host.behave("FAKE_ONE_REQUEST=1");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(host.project("p"));
+    let mut stream = host.connect();
+    for number in 0..10 {
+        assert_eq!(ask(&mut stream, &request(&host, &format!("GET /w/p/echo?get={number}"), "", "")).status, 200);
+        assert_eq!(ask(&mut stream, &request(&host, &format!("POST /w/p/echo?post={number}"), "", "x")).status, 200);
+    }
+    let lost = host.recorded("unanswered");
+    assert!(lost.iter().any(|target| target.contains("?get=")), "{lost:?}");
+    assert!(!lost.iter().any(|target| target.contains("?post=")), "{lost:?}");
+    assert_eq!((host.starts().len(), &host.health()["engine"]["restarts"]), (1, &json!(0)));
+}
+
+#[test]
+fn a_connection_to_opencode_does_not_outlive_it() {
+    let (host, p) = host();
+    let mut stream = host.connect();
+    let path = request(&host, "GET /w/p/path", "", "");
+    for _ in 0..3 {
+        assert_eq!(ask(&mut stream, &path).json()["directory"], p.to_str().unwrap());
+        let before = host.opencode_pid();
+        kill(before, Signal::KILL);
+        wait_gone(before);
+        assert_eq!(ask(&mut stream, &path).json()["directory"], p.to_str().unwrap());
+        assert_ne!(host.opencode_pid(), before);
+    }
+    // The same when the next daemon adopts it.
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    assert_eq!(read_to_close(&mut stream), b"");
+    host.openwork(["daemon", "start"]).ok();
+    let mut stream = host.connect();
+    assert_eq!(ask(&mut stream, &path).json()["directory"], p.to_str().unwrap());
+    assert_eq!(host.opencode_pid(), opencode);
+}
+
+#[test]
+fn an_idle_connection_is_no_use_of_a_workspace() {
+    let host = Host::new();
+    let p = host.project("p");
+    host.openwork(["daemon", "start", "--idle-ttl", "1s"]).ok();
+    host.add(&p);
+    let mut stream = host.connect();
+    assert!(ask(&mut stream, &request(&host, "GET /w/p/path", "", "")).is_kept());
+    wait_for("the instance to be evicted", || host.instance(&p).contains(&"dispose".to_owned()));
+    assert!(!is_closed(&mut stream));
     host.is_in_step(stream);
 }
 

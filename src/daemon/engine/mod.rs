@@ -7,6 +7,7 @@
 //! connection is proven to lead to that socket (`agent`).
 
 mod events;
+mod pool;
 mod routing;
 mod v1;
 mod v2;
@@ -25,6 +26,7 @@ use std::process::{ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::pool::Pool;
 use serde_json::{Map, Value};
 use ureq::http::Response;
 use ureq::{Agent, Body};
@@ -54,6 +56,7 @@ pub struct Endpoint {
     /// The value of the `Authorization` header.
     pub authorization: Arc<str>,
     agent: Agent,
+    pool: Arc<Pool>,
 }
 
 /// Why a call brought no answer.
@@ -80,7 +83,26 @@ impl From<CallError> for Error {
 impl Endpoint {
     /// opencode at a listener, which takes these credentials (the value of the `Authorization` header).
     pub fn new(listener: Listener, generation: u64, line: Line, authorization: Arc<str>) -> Endpoint {
-        Endpoint { agent: listener.agent(), listener, generation, line, authorization }
+        Endpoint { agent: listener.agent(), listener, generation, line, authorization, pool: Arc::default() }
+    }
+
+    /// A proven connection that has carried a request before, if there is one. opencode may be closing it
+    /// at this moment: it is only for a request that may be sent again.
+    pub fn kept(&self) -> Option<TcpStream> {
+        self.pool.take(&self.listener.process)
+    }
+
+    /// Keeps a connection of [`Endpoint::connect`] or [`Endpoint::kept`] for another request.
+    pub fn keep(&self, stream: TcpStream) {
+        self.pool.put(stream);
+    }
+
+    /// Closes the connections that have been kept for too long; all of them if it is no longer used.
+    pub fn close_kept(&self, is_used: bool) {
+        match is_used {
+            true => self.pool.close_idle(),
+            false => self.pool.close(),
+        }
     }
 
     /// A proven connection, for a request that is routed.

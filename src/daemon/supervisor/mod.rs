@@ -385,7 +385,10 @@ impl Supervisor {
         });
         let shared = self.held.as_ref().map_or(self.is_shared, |held| held.started.engine.is_service());
         let is_ready = policy.phase() == crate::wire::Phase::Ready;
-        let ready = self.held.as_ref().filter(|_| is_ready).and_then(|held| held.endpoint.clone());
+        let endpoint = self.held.as_ref().and_then(|held| held.endpoint.clone());
+        // With each probe, so that this wakes nobody.
+        endpoint.iter().for_each(|endpoint| endpoint.close_kept(is_ready));
+        let ready = endpoint.filter(|_| is_ready);
         self.handle.shared.publish(|status| {
             status.phase = policy.phase();
             status.generation = generation;
