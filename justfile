@@ -29,8 +29,8 @@ coverage *options:
 
 # Measure what openwork costs, beside the same without it: all sections, or those named
 bench *sections:
-    opencode=$(scripts/opencode.sh {{ opencode }}) && \
-        OPENWORK_TEST_OPENCODE="$opencode" cargo bench --locked --bench bench -- {{ sections }}
+    opencode=$(scripts/opencode.sh {{ opencode }}) && sdk=$(scripts/sdk.sh {{ opencode }}) && \
+        OPENWORK_TEST_OPENCODE="$opencode" OPENWORK_TEST_SDK="$sdk" cargo bench --locked --bench bench -- {{ sections }}
 
 # Run commands of every kind while both processes are killed at random; `just soak 2 real`: two minutes, the real opencode
 soak minutes="10" real="":

@@ -43,6 +43,8 @@ const SECTIONS: &[Section] = &[
     ("shell", shell),
     ("requests", requests),
     ("routing", routing),
+    ("kept", kept),
+    ("unused", unused),
     ("streams", streams),
     ("transfer", transfer),
     ("many", many),
@@ -311,6 +313,97 @@ fn routing(report: &mut Report) {
         }
     }
     report.print(&Figure::new("an event arrives later by", Ms(median(later))).at_most(Ms(1.0)));
+}
+
+/// The same on connections that are kept, as clients that pool them have it.
+fn kept(report: &mut Report) {
+    report.section("Routing, kept connections");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let (opencode, directory) = (daemon.opencode().1, host.project("a"));
+    run(host.openwork(["workspace", "add"]).arg(&directory));
+    let ways = [(opencode, "/path"), (daemon.port, "/w/a/path")];
+    let requests =
+        ways.map(|(port, target)| of_opencode(port, "GET", target, &directory).header("Connection", "keep-alive"));
+    let connect = || ways.map(|(port, _)| http::connect(port));
+    let ask_on = |request: &Request, stream: &mut TcpStream| {
+        let reply = request.send_on(stream).unwrap_or_else(|e| panic!("{}: {e}", request.target));
+        assert_eq!(reply.status, 200, "{reply:?}");
+    };
+    let [mut near, mut far] = connect();
+    for _ in 0..WARM_UP {
+        ask_on(&requests[0], &mut near);
+    }
+    let [direct, routed] =
+        in_turns(3000, [&mut || ask_on(&requests[0], &mut near), &mut || ask_on(&requests[1], &mut far)]);
+    report.print(&Figure::new("a plain loop, directly", Ms(direct)));
+    report.print(&Figure::new("  through /w/", Ms(routed)).against(direct).at_most(Times(1.2)));
+    let mut pairs: Vec<[TcpStream; 2]> = (0..8).map(|_| connect()).collect();
+    let mut all_ask = |way: usize| {
+        thread::scope(|scope| {
+            for pair in &mut pairs {
+                let (request, ask_on) = (&requests[way], &ask_on);
+                scope.spawn(move || (0..50).for_each(|_| ask_on(request, &mut pair[way])));
+            }
+        });
+    };
+    let all_ask = std::cell::RefCell::new(&mut all_ask);
+    let [direct, routed] =
+        in_turns(40, [&mut || (all_ask.borrow_mut())(0), &mut || (all_ask.borrow_mut())(1)]).map(|all| all / 50.0);
+    report.print(&Figure::new("eight loops at once, a request of each, directly", Ms(direct)));
+    report.print(&Figure::new("  through /w/", Ms(routed)).against(direct).at_most(Times(1.2)));
+
+    let Some(sdk) = std::env::var_os("OPENWORK_TEST_SDK").map(PathBuf::from) else {
+        return println!("  without OPENWORK_TEST_SDK, fetch and the SDK are not measured");
+    };
+    // A module is looked for from where the file is.
+    let script = sdk.join("fetch.mjs");
+    fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/fetch.mjs"), &script).expect("a copy");
+    let mut node = host.command("node");
+    node.arg(&script).env("DIRECT_URL", format!("http://127.0.0.1:{opencode}")).env("DIRECTORY", &directory);
+    node.env("ROUTED_URL", format!("http://127.0.0.1:{}/w/a", daemon.port));
+    let output = node.env("CREDENTIALS", basic("opencode", PASSWORD)).stderr(Stdio::inherit()).output().expect("node");
+    let results: Value = serde_json::from_slice(&output.stdout).expect("what node has measured");
+    for (name, what, at_once) in [
+        ("fetch", "node's fetch, directly", "node's fetch, eight at once, directly"),
+        ("sdk", "the SDK, directly", "the SDK, eight at once, directly"),
+    ] {
+        for (kind, what) in [("inARow", what), ("atOnce", at_once)] {
+            let [direct, routed] = [0, 1].map(|way| results[name][kind][way].as_f64().expect("a median"));
+            report.print(&Figure::new(what, Ms(direct)));
+            report.print(&Figure::new("  through /w/", Ms(routed)).against(direct).at_most(Times(1.2)));
+        }
+    }
+}
+
+/// Connections that have served a request and are not used.
+fn unused(report: &mut Report) {
+    report.section("200 idle connections");
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let directory = host.project("a");
+    run(host.openwork(["workspace", "add"]).arg(&directory));
+    let request = of_opencode(daemon.port, "GET", "/w/a/path", &directory).header("Connection", "keep-alive");
+    let open = |count: usize| {
+        let mut streams: Vec<TcpStream> = (0..count).map(|_| http::connect(daemon.port)).collect();
+        streams.iter_mut().for_each(|stream| drop(request.send_on(stream).expect("a reply")));
+        // Threads that have served them wait a moment for more.
+        thread::sleep(Duration::from_secs(1));
+        streams
+    };
+    drop(open(200)); // what the first threads leave behind, they leave once
+    thread::sleep(Duration::from_secs(1));
+    let [alone] = in_turns(300, [&mut || daemon.get("/health")]);
+    let (memory, threads) = (daemon.memory(), daemon.context_switches().len());
+    let streams = open(200);
+    let more = daemon.memory().saturating_sub(memory);
+    let more_threads = daemon.context_switches().len().saturating_sub(threads);
+    let [beside] = in_turns(300, [&mut || daemon.get("/health")]);
+    report.print(&Figure::new("resident memory, more than before", Bytes(more)).at_most(Bytes(1_000_000)));
+    report.print(&Figure::new("threads, more than before", Count(more_threads as u64)).at_most(Count(0)));
+    report.print(&Figure::new("GET /health without them", Ms(alone)));
+    report.print(&Figure::new("GET /health beside them", Ms(beside)).against(alone));
+    drop(streams);
 }
 
 /// Many streams that stay open, as editors and terminals keep them.
