@@ -368,15 +368,17 @@ impl Account {
             .max()
     }
 
-    /// opencode has begun to answer a request that was sent: its instance is loaded.
-    pub fn replied(&mut self, generation: u64, directory: &str) {
-        if let Some(instance) = self.current(generation, directory) {
-            instance.unanswered = instance.unanswered.saturating_sub(1);
-            if matches!(instance.load, Load::Loading(_) | Load::Told(_)) {
-                instance.load = Load::Loaded;
-                self.fences.loaded(directory);
-            }
+    /// opencode has begun to answer a request that was sent: its instance is loaded. Returns whether it
+    /// was being loaded, for which requests to other instances may wait.
+    pub fn replied(&mut self, generation: u64, directory: &str) -> bool {
+        let Some(instance) = self.current(generation, directory) else { return false };
+        instance.unanswered = instance.unanswered.saturating_sub(1);
+        let was_loading = matches!(instance.load, Load::Loading(_) | Load::Told(_));
+        if was_loading {
+            instance.load = Load::Loaded;
+            self.fences.loaded(directory);
         }
+        was_loading
     }
 
     /// A request is over. `unanswered`: the opencode that it was sent to and that has not replied.

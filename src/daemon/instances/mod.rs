@@ -161,8 +161,9 @@ impl Use<'_> {
     pub fn replied(&self) {
         if let Some(generation) = self.unanswered.take() {
             let mut inner = self.instances.lock();
-            inner.account.replied(generation, &self.workspace.path);
-            self.instances.changed.notify_all();
+            if inner.account.replied(generation, &self.workspace.path) {
+                self.instances.changed.notify_all();
+            }
         }
     }
 
