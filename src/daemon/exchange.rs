@@ -9,13 +9,15 @@
 //! Sources of the format: RFC 9110 (7.6 on intermediaries, 7.8 on upgrades, 15.2 on interim
 //! replies), RFC 9112.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::connections::Connection;
 use super::head::{Framing, Head};
@@ -73,8 +75,9 @@ impl Client<'_> {
     }
 }
 
-/// Bytes on their way in one direction.
+/// Bytes on their way in one direction. No call waits, whatever the sockets are set to.
 struct Flow {
+    /// As long as what it began with, until something is read into it.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
@@ -84,10 +87,7 @@ struct Flow {
 
 impl Flow {
     fn new(first: Vec<u8>) -> Flow {
-        let end = first.len();
-        let mut buffer = first;
-        buffer.resize(end.max(SMALL_BUFFER), 0);
-        Flow { buffer, start: 0, end, ended: false }
+        Flow { start: 0, end: first.len(), buffer: first, ended: false }
     }
 
     fn pending(&self) -> &[u8] {
@@ -103,37 +103,44 @@ impl Flow {
         !self.ended && (self.is_empty() || self.end < self.buffer.len())
     }
 
-    /// Reads what has come; returns the number of bytes. At the end it sets `ended`.
-    fn read(&mut self, mut stream: &TcpStream) -> io::Result<usize> {
+    /// Reads what has come; returns the number of bytes. At the end it sets `ended`. `other` is the socket
+    /// to which the bytes go.
+    fn read(&mut self, stream: &TcpStream, other: &TcpStream) -> io::Result<usize> {
         if self.is_empty() {
-            // One read has filled the buffer: this is no stream of small events.
-            if self.end == self.buffer.len() && self.end < LARGE_BUFFER {
-                self.buffer.resize(LARGE_BUFFER, 0);
+            let size = self.buffer.len();
+            if size < SMALL_BUFFER {
+                self.buffer = vec![0; SMALL_BUFFER];
+            } else if self.end == size && size < LARGE_BUFFER {
+                // One read has filled the buffer: this is no stream of small events.
+                self.buffer = vec![0; LARGE_BUFFER];
+                // A failure costs only speed.
+                let _ = set_socket_recv_buffer_size(stream, SOCKET_BUFFER);
+                let _ = set_socket_send_buffer_size(other, SOCKET_BUFFER);
             }
             (self.start, self.end) = (0, 0);
         }
-        match stream.read(&mut self.buffer[self.end..]) {
-            Ok(0) => {
+        match recv(stream, &mut self.buffer[self.end..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => {
                 self.ended = true;
                 Ok(0)
             }
-            Ok(count) => {
+            Ok((count, _)) => {
                 self.end += count;
                 Ok(count)
             }
-            Err(e) if is_later(&e) => Ok(0),
-            Err(e) => Err(e),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(0),
+            Err(e) => Err(e.into()),
         }
     }
 
     /// Writes as much as the socket takes.
-    fn write(&mut self, mut stream: &TcpStream) -> io::Result<()> {
+    fn write(&mut self, stream: &TcpStream) -> io::Result<()> {
         while !self.is_empty() {
-            match stream.write(&self.buffer[self.start..self.end]) {
+            match send(stream, self.pending(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => self.start += count,
-                Err(e) if is_later(&e) => return Ok(()),
-                Err(e) => return Err(e),
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(())
@@ -151,10 +158,6 @@ impl Flow {
         *self = Flow::new(bytes);
         self.ended = ended;
     }
-}
-
-fn is_later(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 /// The connection headers of an event stream. The connection serves no other request, but with
@@ -253,14 +256,6 @@ impl<'a> Exchange<'a> {
         let mut first = head;
         let belonging = body.advance(client.rest).map_err(bad_chunks)?;
         first.extend_from_slice(&client.rest[..belonging]);
-        let failed = |e| Error::Internal(format!("cannot pass on: {e}"));
-        let stream = client.stream();
-        stream.set_nonblocking(true).map_err(failed)?;
-        for socket in [stream, upstream] {
-            // A failure costs only speed.
-            let _ = set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
-            let _ = set_socket_send_buffer_size(socket, SOCKET_BUFFER);
-        }
         Ok(Exchange {
             client,
             upstream,
@@ -315,7 +310,7 @@ impl<'a> Exchange<'a> {
     /// Writes the rest of an interim reply, so that what follows it is not taken for a part of it.
     fn end_interim(&mut self) {
         let stream = self.client.stream();
-        if !self.interim.is_empty() && stream.set_nonblocking(false).is_ok() {
+        if !self.interim.is_empty() {
             let _ = Timed::new(stream, Some(Instant::now() + INTERIM_TIME)).write_all(self.interim.pending());
         }
     }
@@ -395,7 +390,7 @@ impl<'a> Exchange<'a> {
     fn read_client(&mut self) -> Result<()> {
         let before = self.up.end - self.up.start;
         // A client that has broken off has ended.
-        let count = self.up.read(self.client.stream()).unwrap_or_else(|_| {
+        let count = self.up.read(self.client.stream(), self.upstream).unwrap_or_else(|_| {
             self.up.ended = true;
             0
         });
@@ -412,7 +407,7 @@ impl<'a> Exchange<'a> {
     /// Reads the next bytes of the reply; false when it is broken and the client has its beginning.
     fn read_upstream(&mut self) -> Result<bool> {
         let before = self.down.end - self.down.start;
-        match (self.down.read(self.upstream), &mut self.reply) {
+        match (self.down.read(self.upstream, self.client.stream()), &mut self.reply) {
             (Err(e), Reply::Head) => return Err(broken(&e)),
             // The bytes before the break are passed on; opencode takes no more.
             (Err(_), _) => {

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::engine::{self, CallError, DIRECTORY_HEADER, Endpoint, PLACE_PARAMETER, Subject, TOKEN_PARAMETER};
+use super::engine::{self, DIRECTORY_HEADER, Endpoint, PLACE_PARAMETER, Subject, TOKEN_PARAMETER};
 use super::exchange::{Answer, Client, Exchange, is_hop_by_hop, push_header};
 use super::head::{Framing, HEAD_TIME, Head};
 use super::instances::Use;
@@ -388,7 +388,7 @@ fn try_ticket(
     if !is_loaded || (is_at_root && endpoint.line == Line::V1) {
         return Ok(None);
     }
-    let Ok(upstream) = connect_to(&endpoint, deadline) else { return Ok(None) };
+    let Ok(upstream) = endpoint.connect(deadline) else { return Ok(None) };
     let target = target(endpoint.line, path, *query, directory);
     let new = Rewritten { target: &target, directory: Some(directory), authorization: None, body: None };
     let head = rewrite(client.request, &new, endpoint.listener.address, true);
@@ -511,16 +511,9 @@ fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> Stri
 fn connect(daemon: &Daemon, reuses: bool, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
     daemon.supervisor.call(deadline, |endpoint| {
         let kept = if reuses { endpoint.kept() } else { None };
-        let stream = kept.map_or_else(|| connect_to(endpoint, deadline), Ok)?;
+        let stream = kept.map_or_else(|| endpoint.connect(deadline), Ok)?;
         Ok((endpoint.clone(), stream))
     })
-}
-
-/// A proven connection for an exchange.
-fn connect_to(endpoint: &Endpoint, deadline: Instant) -> std::result::Result<TcpStream, CallError> {
-    let stream = endpoint.connect(deadline)?;
-    stream.set_nonblocking(true).map_err(|e| CallError::Gone(e.to_string()))?;
-    Ok(stream)
 }
 
 /// What is written anew of a request.
