@@ -39,6 +39,12 @@ const PER_CONNECTION: u64 = 4;
 const RESERVE: u64 = 64;
 /// How long requests under way may take when the daemon stops: their replies are short.
 pub const DRAIN_TIME: Duration = Duration::from_secs(1);
+/// How long a thread waits for the next request before its connection waits without it: clients that
+/// ask one thing after another do so within this time, and a thread costs more than a request.
+const BETWEEN: Duration = Duration::from_millis(20);
+/// The same while more than half of the slots are taken, since only connections without a thread make
+/// room for others: enough to read what is there.
+const BETWEEN_MANY: Duration = Duration::from_millis(1);
 /// How long a connection that is ended may take to give its slot back: its thread only has to wake.
 const ENDING_TIME: Duration = Duration::from_millis(250);
 
@@ -264,13 +270,31 @@ impl Connections {
         Ok(Slot { connections: self, id, connection: connection.clone(), waits_until, has_served: false })
     }
 
+    /// How long the thread of a connection waits for a request, before the connection waits without it.
+    pub fn patience(&self, slot: &Slot) -> Duration {
+        let open = self.lock();
+        match (open.closed, open.by_id.len() * 2 > open.limit) {
+            // One look: the client expects that an idle connection is closed.
+            (true, _) if slot.has_served => BETWEEN_MANY,
+            // A client that has just connected expects a reply, and nothing waits without a thread any more.
+            (true, _) => slot.waits_until.saturating_duration_since(Instant::now()),
+            (false, true) => BETWEEN_MANY,
+            (false, false) => BETWEEN,
+        }
+    }
+
     /// Lets a connection wait for a request without a thread: until one begins to come, or until the
-    /// time is over for which the slot says that it waits.
-    pub fn park(&self, slot: Slot) {
+    /// time is over for which the slot says that it waits. Returns a connection that can only wait with a
+    /// thread, since the daemon ends.
+    pub fn park(&self, slot: Slot) -> Option<Slot> {
         let mut open = self.lock();
-        if open.closed || self.watch.add(&slot.connection.stream, slot.id).is_err() {
+        if open.closed {
             drop(open);
-            return drop(slot);
+            return Some(slot).filter(|slot| !slot.has_served && slot.waits_until > Instant::now());
+        }
+        if self.watch.add(&slot.connection.stream, slot.id).is_err() {
+            drop(open);
+            return None;
         }
         let until = slot.waits_until;
         if let Some(entry) = open.by_id.get_mut(&slot.id) {
@@ -282,6 +306,7 @@ impl Connections {
             open.wakes_at = Some(until);
             self.sooner.raise();
         }
+        None
     }
 
     /// Waits for something to do, and closes the connections that have waited for too long.
@@ -323,13 +348,12 @@ impl Connections {
         }
         open.wakes_at = open.waiting.first_key_value().map(|((until, _), _)| *until);
         drop(open);
-        self.keep_requests(overdue.into_values())
+        self.close_but(overdue.into_values(), |slot| slot.connection.sent() == Sent::Bytes)
     }
 
-    /// Closes connections that have waited. Returns those on which a request has just begun to come.
-    fn keep_requests(&self, slots: impl Iterator<Item = Slot>) -> Vec<Slot> {
-        let unwatched = slots.inspect(|slot| self.watch.remove(&slot.connection.stream));
-        unwatched.filter(|slot| slot.connection.sent() == Sent::Bytes).collect()
+    /// Closes connections that have waited, and returns the others.
+    fn close_but(&self, slots: impl Iterator<Item = Slot>, stays: impl Fn(&Slot) -> bool) -> Vec<Slot> {
+        slots.inspect(|slot| self.watch.remove(&slot.connection.stream)).filter(stays).collect()
     }
 
     /// Closes the connection that has waited longest for another request; false when there is none.
@@ -369,20 +393,13 @@ impl Connections {
         }
     }
 
-    /// Whether so many are open that one without a request shall have no thread: only a connection
-    /// without a thread can make room for another.
-    pub fn are_many(&self) -> bool {
-        let open = self.lock();
-        open.by_id.len() * 2 > open.limit
-    }
-
     /// Whether the daemon ends, so that a connection is closed after its reply.
     pub fn is_closed(&self) -> bool {
         self.lock().closed
     }
 
-    /// Takes no more connections in, and closes those that wait. Returns those on which a request has
-    /// begun to come: a client that has sent one expects a reply.
+    /// Takes no more connections in, and closes the idle ones. Returns those whose clients expect a reply:
+    /// a request has begun to come, or the connection is new.
     pub fn close(&self) -> Vec<Slot> {
         let mut open = self.lock();
         open.closed = true;
@@ -391,7 +408,11 @@ impl Connections {
             entry.waits_until = None;
         }
         drop(open);
-        self.keep_requests(waiting.into_values())
+        self.close_but(waiting.into_values(), |slot| match slot.connection.sent() {
+            Sent::Bytes => true,
+            Sent::Nothing => !slot.has_served,
+            Sent::End => false,
+        })
     }
 
     /// Ends all connections after their reply or after [`DRAIN_TIME`]; with `at_once`, it does not wait

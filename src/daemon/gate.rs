@@ -47,12 +47,6 @@ const PIECE: usize = 64 * 1024;
 const REPLY_TIME: Duration = Duration::from_secs(10);
 /// How much longer than the deadline of a request the control plane may take to report it.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
-/// How long a thread waits for the next request before its connection waits without it: clients that
-/// ask one thing after another do so within this time, and a thread costs more than a request.
-const BETWEEN: Duration = Duration::from_millis(20);
-/// The same while many connections are open, of which only those without a thread make room for others:
-/// enough to read what is there.
-const BETWEEN_MANY: Duration = Duration::from_millis(1);
 /// How long the gate goes on reading after its reply: closing a socket with unread bytes resets the
 /// connection, and the client would lose the reply.
 const LINGER_TIME: Duration = Duration::from_millis(500);
@@ -195,10 +189,16 @@ impl Gate {
         let connection = slot.connection.clone();
         let mut buffer = [0; HEAD_LIMIT];
         loop {
-            let patience = if self.connections.are_many() { BETWEEN_MANY } else { BETWEEN };
+            let patience = self.connections.patience(&slot);
             let (head_length, length) = match read_head(&connection.stream, &mut buffer, patience) {
                 Ok(Came::Head { head, all }) => (head, all),
-                Ok(Came::Nothing) => return self.connections.park(slot),
+                Ok(Came::Nothing) => match self.connections.park(slot) {
+                    Some(with_thread) => {
+                        slot = with_thread;
+                        continue;
+                    }
+                    None => return,
+                },
                 Ok(Came::End) => return,
                 Err(e) => return send(&connection.stream, &reply::error("GET", &e, None)),
             };
@@ -236,9 +236,7 @@ impl Gate {
         let client = Client { connection, request: &request, rest, origin, keeps };
         let result = match request.path() {
             path if router::is_routed(path) => {
-                let routed = router::route(daemon, &client, &self.stop);
-                let _ = stream.set_nonblocking(false);
-                routed.map(|Routed { upstream, keeps }| {
+                router::route(daemon, &client, &self.stop).map(|Routed { upstream, keeps }| {
                     if !keeps {
                         finish(stream);
                     }
