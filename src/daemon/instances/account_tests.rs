@@ -120,6 +120,22 @@ fn an_instance_is_due_after_the_idle_time() {
 }
 
 #[test]
+fn the_first_that_is_due_is_known_without_an_eviction() {
+    let mut story = Story::new();
+    assert_eq!(story.account.first_due(), None);
+    story.request(A);
+    let due = story.now + TTL;
+    story.pass(secs(1));
+    story.request(B);
+    assert_eq!(story.account.first_due(), Some(due));
+    // What is being disposed is not due.
+    story.account.dispose(A, story.now);
+    assert_eq!(story.account.first_due(), Some(due + secs(1)));
+    story.account.dispose(B, story.now);
+    assert_eq!(story.account.first_due(), None);
+}
+
+#[test]
 fn without_an_idle_time_nothing_is_evicted() {
     let now = Instant::now();
     let mut account = Account::new(None, Fences::default());
@@ -531,6 +547,26 @@ fn a_list_says_nothing_about_what_is_being_disposed() {
     story.enter(A);
     let asked = story.now;
     assert!(listed(&mut story, asked), "somebody else has loaded it since");
+}
+
+#[test]
+fn disposals_are_remembered_for_ten_seconds() {
+    let mut story = Story::new();
+    let asked = story.now;
+    let dispose = |story: &mut Story, directory: &str| {
+        let since = story.account.dispose(directory, story.now);
+        story.account.disposed(1, directory, since, true, story.now);
+    };
+    story.pass(secs(1));
+    dispose(&mut story, A);
+    story.pass(TOLD_WITHIN - secs(1));
+    dispose(&mut story, B);
+    // The list was asked for before either, and is answered only now.
+    story.account.listed(1, &[A.to_owned(), B.to_owned()], asked, |_| true, story.now);
+    assert!(!story.account.is_loaded(A) && !story.account.is_loaded(B));
+    story.pass(secs(1));
+    dispose(&mut story, "/c");
+    assert_eq!((story.account.disposed.len(), story.account.own_disposals.len()), (2, 2));
 }
 
 // --- Fences ---
