@@ -192,10 +192,15 @@ fn clients_that_go_to_opencode_directly_are_seen() {
     host.add(&direct);
     wait_listened(&host);
     host.use_directly(&direct);
-    wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
     wait_disposed(&host, &direct);
+}
 
-    // Their disposals too.
+#[test]
+fn disposals_by_clients_that_go_to_opencode_directly_are_seen() {
+    let host = host("1h");
+    let direct = host.project("direct");
+    host.add(&direct);
+    wait_listened(&host);
     host.use_directly(&direct);
     wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
     host.dispose_directly(&direct);
