@@ -34,7 +34,9 @@ chmod 1777 "$profiles" # some tests run openwork as another user
 # %c: counted while it happens. %8m: eight files that all processes share.
 export LLVM_PROFILE_FILE=$profiles/%8m%c.profraw
 
-scripts/test.sh
+failed=0
+# The table is worth having all the same; the exit status says that a test failed.
+scripts/test.sh || { failed=$? && echo "a test failed: what would have run after it is not counted" >&2; }
 objects=("$CARGO_TARGET_DIR/debug/openwork")
 while read -r program; do objects+=(--object "$program"); done < <(
     cargo test --locked --no-run --bins --message-format=json-render-diagnostics 2>/dev/null |
@@ -51,3 +53,4 @@ if [[ ${1:-} == --html ]]; then
     "$cov" show "${objects[@]}" "${sources[@]}" --format html --output-dir "$CARGO_TARGET_DIR/html"
     echo "target/coverage/html/index.html"
 fi
+exit "$failed"
