@@ -44,8 +44,8 @@ fn instance(host: &Host, name: &str) -> Value {
 #[test]
 fn one_that_is_idle_is_disposed() {
     let host = host("1s");
-    let [idle] = warm(&host, ["idle"]);
     let mut events = host.http("GET", "/events").events();
+    let [idle] = warm(&host, ["idle"]);
     let event = events.find(|event| event["type"] == "instance.disposed").unwrap();
     assert_eq!(event["directory"], idle.to_str().unwrap());
     assert_eq!(host.instance(&idle), ["load", "dispose"]);
@@ -59,8 +59,8 @@ fn one_that_is_idle_is_disposed() {
 #[test]
 fn one_with_a_running_session_is_not_disposed() {
     let host = host("1s");
+    host.busy(&[&host.project("busy")]);
     let [busy, idle] = warm(&host, ["busy", "idle"]);
-    host.busy(&[&busy]);
     // It was used before the other: had it been due, it would have been disposed before.
     wait_disposed(&host, &idle);
     assert_eq!(host.instance(&busy), ["load"]);
@@ -72,9 +72,9 @@ fn one_with_a_running_session_is_not_disposed() {
 #[test]
 fn one_with_an_open_stream_is_not_disposed() {
     let host = host("1s");
-    let [watched, idle] = warm(&host, ["watched", "idle"]);
+    host.add(host.project("watched"));
     let mut events = host.routed("GET", &format!("/w/watched{EVENTS}")).events();
-    host.openwork(["workspace", "path", "idle"]).ok();
+    let [watched, idle] = warm(&host, ["watched", "idle"]);
     wait_disposed(&host, &idle);
     assert_eq!(host.instance(&watched), ["load"]);
     let entry = instance(&host, "watched");
@@ -147,9 +147,10 @@ fn an_instance_whose_workspace_was_removed_is_disposed() {
 #[test]
 fn an_instance_whose_workspace_was_removed_is_disposed_by_the_next_daemon() {
     let host = host("1s");
-    let [removed, _other] = warm(&host, ["removed", "other"]);
+    host.add(host.project("removed"));
     // A stream keeps it until the daemon is gone.
     let stream = host.routed("GET", &format!("/w/removed{EVENTS}")).events();
+    let [removed, _other] = warm(&host, ["removed", "other"]);
     wait_for("it to be written down", || {
         host.state()["opencode"]["instances"].as_array().is_some_and(|loaded| loaded.contains(&json!(removed)))
     });

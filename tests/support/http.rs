@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -296,6 +296,8 @@ pub struct Events {
 impl Events {
     /// The next event for which this holds; None if the stream ends first.
     pub fn find(&mut self, holds: impl Fn(&Value) -> bool) -> Option<Value> {
+        // Comments go on for ever: the time limit of the socket alone never ends the wait.
+        let deadline = Instant::now() + DEADLINE;
         let mut line = String::new();
         while self.reader.read_line(&mut line).expect("an event before the deadline") > 0 {
             // The stream ended in the middle of a line.
@@ -306,6 +308,7 @@ impl Events {
             if let Some(event) = event.filter(&holds) {
                 return Some(event);
             }
+            assert!(Instant::now() < deadline, "no such event before the deadline");
             line.clear();
         }
         None
