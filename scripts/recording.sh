@@ -17,7 +17,7 @@ readonly projects='web api docs shop blog'
 # Milliseconds: of each character that is typed, before it begins, after an output, and at the end.
 readonly typing=40 thinking=500 reading=1400 holding=7000
 # Pixels.
-readonly column=8.4 row=20 size=14 margin=22 columns=88
+readonly column=8.4 row=20 size=14 margin=22
 
 # --- The run ---
 
@@ -60,6 +60,12 @@ status=$(openwork status --json)
 # --- The picture ---
 
 total=$((clock + holding))
+columns=0
+for index in "${!texts[@]}"; do
+    length=${#texts[index]}
+    if [[ ${kinds[index]} == command ]]; then length=$((length + 2)); fi # after the prompt
+    if ((length > columns)); then columns=$length; fi
+done
 height=$((${#texts[@]} * row + 2 * margin + row))
 width=$(awk -v c="$columns" -v w="$column" -v m="$margin" 'BEGIN { print c * w + 2 * m }')
 
