@@ -93,6 +93,8 @@ fn a_service_beside_openworks_own_is_told_once_and_shown() {
     }
     let status = host.openwork(["status"]).ok().stdout;
     assert!(status.contains(&format!("a server of its own on {url}")) && status.contains("--shared"), "{status}");
+    let doctor = host.openwork(["doctor"]).output().stdout;
+    assert!(doctor.contains("a server of its own") && doctor.contains("daemon restart --all --shared"), "{doctor}");
     drop(socket);
     wait_for("its end to be seen", || host.health()["engine"]["service"] == Value::Null);
 }

@@ -32,6 +32,8 @@ const OTHERS: &str = "others";
 
 /// What it means that two servers work over the same data.
 const APART: &str = "neither knows what runs in the other: `openwork attach` and `openwork run` use openwork's";
+/// What to do about the server of plain opencode 2.x.
+const SHARE: &str = "neither knows what runs in the other: `openwork daemon restart --all --shared` has one for both";
 /// So many unexpected ends of opencode are more than bad luck.
 const MANY_RESTARTS: u64 = 3;
 /// Variables, beside keys of model providers, that change what opencode does or where it keeps its data.
@@ -412,7 +414,7 @@ fn own_service(findings: &mut Findings, patient: &Patient<'_>, running: Option<&
     match running.map_or(patient.options.engine.shared, |running| running.health.engine.shared) {
         true => findings.ok(OTHERS, format!("plain `opencode` and openwork share one server: {process}")),
         false => {
-            findings.warning(OTHERS, format!("plain `opencode` has a server of its own: {process}"), APART);
+            findings.warning(OTHERS, format!("plain `opencode` has a server of its own: {process}"), SHARE);
         }
     }
     Some(service.pid)
