@@ -300,6 +300,29 @@ fn a_client_that_revives_its_instance_doubles_its_time() {
 }
 
 #[test]
+fn evictions_are_remembered_for_as_long_as_a_client_may_revive() {
+    let mut story = Story::new();
+    story.request(A);
+    story.pass(REVIVAL - secs(1));
+    story.request(B);
+    story.pass(secs(1));
+    story.request("/c");
+    for directory in [A, B, "/c"] {
+        story.pass(story.due(directory).unwrap());
+        let eviction = story.eviction();
+        assert_eq!(eviction.directory, directory);
+        story.evict(&eviction);
+        if directory == B {
+            // The eviction of another does not hide that a client has revived this one.
+            assert_eq!(story.account.evicted.len(), 2);
+        }
+    }
+    assert_eq!(story.account.evicted.len(), 2, "the first was evicted too long ago");
+    story.told(B, Sign::Alive);
+    assert_eq!(story.due(B), Some(TTL * 2));
+}
+
+#[test]
 fn a_person_who_comes_back_does_not_double_the_time() {
     let mut story = Story::new();
     story.request(A);

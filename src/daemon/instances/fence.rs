@@ -179,7 +179,7 @@ mod tests {
         let mut fences = Fences::default();
         fences.restore([("a".to_owned(), fence())]);
         assert!(!fences.version_is("1.2.3"));
-        assert!(fences.get("a").is_some());
+        assert_eq!(fences.all().collect::<Vec<_>>(), [(&"a".to_owned(), &fence())]);
         assert!(fences.version_is("1.2.4"));
         assert_eq!(fences.all().count(), 0);
     }
