@@ -1,10 +1,10 @@
-//! What openwork costs: `just bench`. Each figure stands beside its target, and beside the same
-//! done without openwork in the same run where that can be, since milliseconds are this machine's
-//! and ratios are not. A target that is missed is printed, and fails nothing.
+//! What openwork costs: `just bench`. Each figure is printed with its target and, where possible, with the
+//! same operation without openwork in the same run: milliseconds depend on the machine, ratios do not. A
+//! missed target is printed and fails nothing.
 //!
-//! The openwork measured is the release build; the opencode is the real one whose path is in
-//! `OPENWORK_TEST_OPENCODE`. What is compared is measured in turns (ABAB), so that a machine that
-//! is busy for a while is so for both. Medians throughout.
+//! Measured is the release build, with the real opencode whose path is in `OPENWORK_TEST_OPENCODE`.
+//! Operations that are compared take turns (ABAB), so that a busy machine affects both. All figures are
+//! medians.
 //!
 //! `cargo bench --bench bench -- headline` runs only these sections of [`SECTIONS`].
 
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-#[allow(dead_code)] // What only the tests need.
+#[allow(dead_code)] // parts that only the tests need
 #[path = "../tests/support/http.rs"]
 mod http;
 #[allow(dead_code)]
@@ -31,10 +31,10 @@ mod processes;
 use http::{Reply, Request, basic, local};
 use processes::{Process, Signal};
 
-/// A name on the command line, and what it measures.
+/// A name for the command line, and its measurement.
 type Section = (&'static str, fn(&mut Report));
 
-/// One section for each thing that somebody might pay for; a new one is a function and a row.
+/// One section per cost; a new one is a function and a row.
 const SECTIONS: &[Section] = &[
     ("headline", headline),
     ("size", size),
@@ -55,9 +55,9 @@ const SECTIONS: &[Section] = &[
 const OPENWORK: &str = env!("CARGO_BIN_EXE_openwork");
 /// Basic credentials of `opencode`, `bench`: known, so that opencode can be asked directly.
 const PASSWORD: &str = "bench";
-/// Longer than the first start of opencode in a new home takes, so that only a hang reaches it.
+/// Longer than the first start of opencode in a new home, so that only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// After so many requests of one kind opencode answers as fast as it ever will.
+/// After this many requests of one kind opencode has reached its full speed.
 const WARM_UP: usize = 10_000;
 
 fn main() {
@@ -157,7 +157,7 @@ fn size(report: &mut Report) {
     report.print(&Figure::new("size, stripped", Bytes(bytes)).at_most(Bytes(2_300_000)));
 }
 
-/// A command that asks nobody: what the program itself costs.
+/// A command without a daemon: the cost of the program itself.
 fn start(report: &mut Report) {
     report.section("Command start");
     let [nothing, version] = in_turns(
@@ -168,7 +168,7 @@ fn start(report: &mut Report) {
     report.print(&Figure::new("openwork --version", Ms(version)).against(nothing).at_most(Times(1.5)));
 }
 
-/// A daemon that nobody asks anything.
+/// A daemon without requests.
 fn idle(report: &mut Report) {
     report.section("Idle daemon, opencode ready");
     let host = Host::new();
@@ -177,8 +177,8 @@ fn idle(report: &mut Report) {
     report.print(&Figure::new("resident after a second", Bytes(daemon.memory())).at_most(Bytes(4_500_000)));
     let before = daemon.context_switches();
     thread::sleep(Duration::from_secs(30));
-    // What it does in that time is to ask for opencode's health, three times: wake for it, hand
-    // it to a thread, hear of the answer. Of threads that are gone by now nothing is counted.
+    // In that time the daemon makes three health calls: it wakes up, hands the call to a thread, and receives
+    // the result. Threads that have ended by now are not counted.
     let after = daemon.context_switches();
     let switches = after.iter().map(|(thread, count)| count - before.get(thread).unwrap_or(&0)).sum();
     report.print(&Figure::new("context switches in 30 s", Count(switches)).at_most(Count(12)));
@@ -226,7 +226,7 @@ fn requests(report: &mut Report) {
         500,
         [&mut || ask_opencode(), &mut || daemon.get("/health"), &mut || daemon.get("/workspaces/a/path")],
     );
-    // By themselves: who is asked after a write to the disk answers more slowly, whoever it is.
+    // Measured separately: any request is slower right after a write to the disk.
     let [activation, by_hand] = in_turns(
         500,
         [&mut || activate(), &mut || {
@@ -265,15 +265,15 @@ fn requests(report: &mut Report) {
     );
 }
 
-/// A call of OpenCode's through the URL of a workspace, against the same asked directly.
+/// A call to opencode through the URL of a workspace, against the same call directly.
 fn routing(report: &mut Report) {
     report.section("Routing, one connection for each");
     let host = Host::new();
     let daemon = Daemon::start(&host);
     let (opencode, directory) = (daemon.opencode().1, host.project("a"));
     run(host.openwork(["workspace", "add"]).arg(&directory));
-    // At first opencode compiles what it is asked, on a thread of its own: on a machine with few
-    // processors it is that thread which would be measured.
+    // At first opencode compiles its handlers on another thread, which would dominate on a machine with few
+    // processors.
     for _ in 0..WARM_UP {
         ask(&of_opencode(opencode, "GET", "/path", &directory));
     }
@@ -286,7 +286,7 @@ fn routing(report: &mut Report) {
     report.print(&Figure::new("GET /path, asked directly", Ms(direct)));
     report.print(&Figure::new("GET /w/a/path", Ms(routed)).against(direct).at_most(Ms(direct + 0.2)));
 
-    // Both streams get each event; each has a reader that notes when.
+    // Both streams get each event; a reader for each notes the time.
     let mut near = stream(&of_opencode(opencode, "GET", "/event", &directory));
     let mut far = stream(&of_opencode(daemon.port, "GET", "/w/a/event", &directory));
     let mut later = Vec::new();
@@ -307,7 +307,7 @@ fn routing(report: &mut Report) {
             (near.join().expect("an event"), far.join().expect("an event"))
         });
         later.push(second.saturating_duration_since(first).as_secs_f64() * 1e3);
-        // What else an event brings with it has come before the next.
+        // Drain the other events before the next one.
         for stream in [&mut near, &mut far] {
             drain(stream);
         }
@@ -406,7 +406,7 @@ fn unused(report: &mut Report) {
     drop(streams);
 }
 
-/// Many streams that stay open, as editors and terminals keep them.
+/// Many open streams, as editors and terminals keep them.
 fn streams(report: &mut Report) {
     report.section("200 open event streams");
     let host = Host::new();
@@ -426,8 +426,7 @@ fn streams(report: &mut Report) {
     report.print(&Figure::new("GET /w/a/path beside them", Ms(after)).against(before));
 }
 
-/// Large bodies, against a stand-in for opencode that does nothing else: the real one has no
-/// call for so much.
+/// Large bodies, with the fake opencode: the real one has no such call.
 fn transfer(report: &mut Report) {
     report.section("1 GB");
     let host = Host::with_opencode(stand_in());
@@ -506,7 +505,7 @@ fn v2(report: &mut Report) {
     );
 }
 
-/// A registry that is larger than anybody's.
+/// A registry larger than anybody's.
 fn many(report: &mut Report) {
     report.section("10,000 workspaces");
     let host = Host::new();
@@ -526,15 +525,15 @@ fn many(report: &mut Report) {
         50,
         [&mut || run(&mut Command::new("/bin/true")), &mut || run(&mut host.openwork(["workspace", "list"]))],
     );
-    // By itself, as above.
+    // Measured separately, as above.
     let [switch] = in_turns(50, [&mut || switch()]);
     report.print(&Figure::new("openwork workspace list", Ms(list)).against(nothing).at_most(Ms(15.0)));
     report.print(&Figure::new("openwork workspace switch", Ms(switch)).against(nothing).at_most(Ms(10.0)));
     report.print(&Figure::new("resident after 50 of each", Bytes(daemon.memory())).at_most(Bytes(20_000_000)));
 }
 
-/// opencode is killed, and somebody asks. Compared with doing by hand what openwork then does:
-/// starting another in the same home, until it has answered the same question.
+/// A request after opencode was killed, against the same by hand: starting another opencode in the same home,
+/// until it has answered the same request.
 fn restart(report: &mut Report) {
     report.section("opencode killed");
     let host = Host::new();
@@ -550,7 +549,7 @@ fn restart(report: &mut Report) {
         own.push(ms(path - start));
         drop(_running);
 
-        // A daemon anew each time: the second restart in a row would pause first.
+        // A new daemon each time: the second restart in a row would pause first.
         let daemon = Daemon::start(&host);
         run(host.openwork(["workspace", "add"]).arg(&project));
         daemon.get("/workspaces/a/path");
@@ -578,8 +577,8 @@ fn start_by_hand(host: &Host, project: &Path) -> (Running, u16, Instant, Instant
     command.args(["serve", "--hostname", "127.0.0.1", "--port", &port.to_string()]);
     let opencode = Running(silent(command.env("OPENCODE_SERVER_PASSWORD", PASSWORD)).spawn().expect("opencode"));
     let start = Instant::now();
-    // It listens some time before it answers, and what is asked in between is never answered:
-    // so another question every few milliseconds, until one is.
+    // opencode never answers requests of the first moments after it listens, so send another every few
+    // milliseconds until one is answered.
     let mut asked: Vec<TcpStream> = Vec::new();
     while !asked.iter_mut().any(|stream| matches!(stream.read(&mut [0; 1024]), Ok(1..))) {
         assert!(start.elapsed() < PATIENCE, "opencode does not answer");
@@ -607,7 +606,7 @@ fn time(what: impl FnOnce()) -> f64 {
     ms(start.elapsed())
 }
 
-/// Does each of these in turn, so many times; the median of each. Milliseconds.
+/// Runs these in turns, `times` times. The median of each, in milliseconds.
 fn in_turns<const N: usize>(times: usize, mut what: [&mut dyn FnMut(); N]) -> [f64; N] {
     let mut samples = [const { Vec::new() }; N];
     what.iter_mut().for_each(|what| what()); // not the first: it finds cold caches
@@ -624,7 +623,7 @@ fn median(mut samples: Vec<f64>) -> f64 {
     samples[samples.len() / 2]
 }
 
-/// Runs a command to its end, which has to be a good one.
+/// Runs a command, which has to succeed.
 fn run(command: &mut Command) {
     let status = silent(command).status().expect("a program");
     assert!(status.success(), "{command:?}: {status}");
@@ -634,7 +633,7 @@ fn silent(command: &mut Command) -> &mut Command {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())
 }
 
-/// What a registry that survives a power cut has to do for each change, whoever writes it.
+/// The least that a registry must do per change to survive a power cut.
 fn write_durably(path: &Path, content: &Path) {
     let bytes = fs::read(content).expect("a state file");
     let temporary = path.with_extension("tmp");
@@ -650,13 +649,13 @@ fn write_durably(path: &Path, content: &Path) {
 
 // --- The figures ---
 
-/// What is measured.
+/// A measured quantity.
 #[derive(Clone, Copy)]
 enum Quantity {
     Ms(f64),
     Bytes(u64),
     Count(u64),
-    /// How many times as much as without openwork.
+    /// The ratio to the same without openwork.
     Times(f64),
 }
 use Quantity::{Bytes, Count, Ms, Times};
@@ -674,7 +673,7 @@ impl fmt::Display for Quantity {
     }
 }
 
-/// One line.
+/// A line of the report.
 struct Figure {
     what: &'static str,
     value: Quantity,
@@ -687,7 +686,7 @@ impl Figure {
         Figure { what, value, ratio: None, target: None }
     }
 
-    /// Beside the same without openwork, in the same unit.
+    /// Compares with the same without openwork, in the same unit.
     fn against(mut self, base: f64) -> Figure {
         self.ratio = match self.value {
             Ms(value) => Some(value / base),
@@ -697,13 +696,13 @@ impl Figure {
         self
     }
 
-    /// With a target; in [`Times`] it is one for the ratio.
+    /// Sets a target; in [`Times`] it applies to the ratio.
     fn at_most(mut self, target: Quantity) -> Figure {
         self.target = Some(target);
         self
     }
 
-    /// Whether the target is reached, if there is one.
+    /// Whether the target, if any, is met.
     fn is_ok(&self) -> Option<bool> {
         Some(match (self.target?, self.value) {
             (Times(target), _) => self.ratio? <= target,
@@ -768,8 +767,8 @@ struct Host {
     guard: Child,
 }
 
-/// What is left to a shell, which outlives us however we end, an interrupt included: when its
-/// standard input closes it ends what runs in this home, and removes everything.
+/// A shell that outlives the benchmark, even after an interrupt: when its standard input closes, it ends
+/// every process of this home and removes the directory.
 const GUARD: &str = r#"
     trap "" INT TERM HUP
     cat
@@ -786,8 +785,7 @@ impl Host {
     }
 
     fn with_opencode(opencode: PathBuf) -> Host {
-        // Below target/, hence on the disk that is worked on: /tmp may be in memory, and then
-        // what is durable costs nothing.
+        // Below target/, so on a real disk: /tmp may be in memory, where durable writes cost nothing.
         let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-{}", std::process::id()));
         let make = |path: PathBuf| DirBuilder::new().recursive(true).mode(0o700).create(path);
         for name in ["home", "projects", "data"] {
@@ -813,7 +811,7 @@ impl Host {
         path
     }
 
-    /// A command that knows nothing of the user's settings, nor touches the user's files.
+    /// A command that neither sees the user's settings nor touches the user's files.
     fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         let inherited = std::env::var_os("PATH").map(|path| ("PATH", path));
@@ -841,7 +839,7 @@ impl Drop for Host {
     }
 }
 
-/// A process of ours, which ends with its owner.
+/// A process of ours, killed on drop.
 struct Running(Child);
 
 impl Drop for Running {
@@ -859,9 +857,9 @@ struct Daemon<'host> {
 }
 
 impl Daemon<'_> {
-    /// In the background, as its users have it.
+    /// Starts it in the background, as users do.
     fn start(host: &Host) -> Daemon<'_> {
-        // Where what asks opencode itself looks for it.
+        // Direct calls expect opencode at 127.0.0.1.
         run(&mut host.openwork(["daemon", "start", "--opencode-host", "127.0.0.1"]));
         let lock = fs::read_to_string(host.path("data/daemon.lock")).expect("a lock file");
         let [pid, port, ..] = lock.split_whitespace().collect::<Vec<_>>()[..] else {
@@ -891,7 +889,7 @@ impl Daemon<'_> {
         1024 * field(&status, "VmRSS:")
     }
 
-    /// Of each thread that is there, since it began.
+    /// The context switches of each thread since its start.
     fn context_switches(&self) -> BTreeMap<PathBuf, u64> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).expect("a process");
         let switches =
@@ -905,7 +903,7 @@ impl Daemon<'_> {
 
 impl Drop for Daemon<'_> {
     fn drop(&mut self) {
-        // If it cannot, the guard of the host ends it.
+        // If that fails, the guard of the host ends it.
         let _ = silent(&mut self.host.openwork(["daemon", "stop"])).status();
     }
 }
@@ -925,22 +923,22 @@ fn kill(host: &Host, pid: u32) {
 
 // --- HTTP ---
 
-/// A request that opencode takes for this directory, whether it is sent to opencode or through `/w/`.
+/// A request that works for this directory both directly and through `/w/`.
 fn of_opencode(port: u16, method: &str, target: &str, directory: &Path) -> Request {
-    // No character of our own directories needs encoding, but those above them may.
+    // The path above our directories may have characters that need encoding.
     let encoded: String = directory.to_str().expect("UTF-8").bytes().map(|byte| format!("%{byte:02X}")).collect();
     let request = Request::new(local(port), method, target).header("Connection", "close");
     request.header("Authorization", basic("opencode", PASSWORD)).header("x-opencode-directory", encoded)
 }
 
-/// Sends a request on a connection of its own. The reply has to be a good one.
+/// Sends a request on its own connection. The status has to be 200.
 fn ask(request: &Request) -> Reply {
     let reply = request.send().unwrap_or_else(|e| panic!("{} {}: {e}", request.method, request.target));
     assert_eq!(reply.status, 200, "{} {}: {reply:?}", request.method, request.target);
     reply
 }
 
-/// A stream of events whose first has come.
+/// Opens a stream of events, and waits for the first.
 fn stream(request: &Request) -> TcpStream {
     let mut stream = request.open().expect("a connection");
     let mut seen = Vec::new();
@@ -953,14 +951,14 @@ fn stream(request: &Request) -> TcpStream {
     stream
 }
 
-/// Reads what is there, until nothing comes for a moment.
+/// Reads until nothing arrives for a moment.
 fn drain(stream: &mut TcpStream) {
     stream.set_read_timeout(Some(Duration::from_millis(20))).expect("a socket");
     while matches!(stream.read(&mut [0; 4096]), Ok(1..)) {}
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
 }
 
-/// Reads a gigabyte and more: the head is small beside it.
+/// Reads a gigabyte; the head counts as part of it.
 fn download(request: &Request) {
     let mut stream = request.open().expect("a connection");
     let (mut seen, mut buffer) = (0, vec![0; 256 * 1024]);
@@ -971,7 +969,7 @@ fn download(request: &Request) {
     }
 }
 
-/// Sends a gigabyte, until it is answered.
+/// Sends a gigabyte, and waits for the reply.
 fn upload(request: Request) {
     let mut stream = request.header("Content-Length", GIGABYTE.to_string()).open().expect("a connection");
     io::copy(&mut io::repeat(b'u').take(GIGABYTE), &mut stream).expect("to be heard");

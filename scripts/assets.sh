@@ -13,4 +13,4 @@ openwork service print --program /usr/bin/openwork > share/systemd/openwork.serv
 openwork service print --socket > share/systemd/openwork.socket
 # The tables of docs/commands.md, by the test that holds them to the program.
 OPENWORK_TEST_WRITE_DOCS=1 cargo test --quiet --locked --test it -- --exact \
-    docs::the_page_of_commands_is_made_from_the_tables
+    docs::commands_page_matches_the_tables

@@ -1,11 +1,10 @@
-//! HTTP calls to a proven listener, by ureq: to opencode, and from the command line to the daemon.
+//! HTTP calls with ureq to a proven listener: to opencode, and from the command line to the daemon.
 //!
-//! Invariant: no byte is sent before the connection is proven. Whoever makes a [`Listener`] has seen
-//! that the right process holds the listening socket. Nobody else can listen there as long as that
-//! socket does, so one look after connecting, whether the same socket still listens, proves what the
-//! connection leads to.
+//! Invariant: no byte is sent before the connection is proven. The code that makes a [`Listener`] has checked
+//! that the right process holds the listening socket. While that socket listens, no other can listen at the
+//! address; so if it still listens after the connect, the connection leads to it.
 //!
-//! One request per connection, no proxies, no redirects; a status of 400 or more is a reply.
+//! One request per connection, no proxies, no redirects; an error status is a reply like any other.
 
 use std::fmt;
 use std::io;
@@ -29,7 +28,7 @@ pub struct Listener {
     pub address: SocketAddrV4,
     /// The inode of the socket.
     pub socket: u32,
-    /// The process that holds it, or that leads the group of the one that does.
+    /// The process that holds the socket, or the leader of that process's group.
     pub process: Arc<OwnedFd>,
 }
 
@@ -40,7 +39,7 @@ impl fmt::Debug for Listener {
 }
 
 impl Listener {
-    /// A proven connection, for bytes that ureq does not write.
+    /// A proven connection, for use without ureq.
     ///
     /// # Errors
     /// `TimedOut` at the deadline; `ConnectionRefused` when the listener has gone; those of the
@@ -52,12 +51,12 @@ impl Listener {
         }
         let stream = TcpStream::connect_timeout(&self.address.into(), rest)?;
         self.prove()?;
-        // Requests and events are small, and somebody waits for each.
+        // Requests and events are small and latency matters.
         let _ = stream.set_nodelay(true);
         Ok(stream)
     }
 
-    /// Whether a connection made just now leads to this listener.
+    /// Checks that a connection made just now leads to this listener.
     ///
     /// # Errors
     /// `ConnectionRefused` when it does not; those of the operating system.
@@ -88,13 +87,13 @@ impl Listener {
 /// How long a call may take.
 #[derive(Clone, Copy, Debug)]
 pub enum Limit {
-    /// Until the reply has come whole.
+    /// The deadline for the whole reply.
     Whole(Instant),
-    /// Until the head of the reply has come; its body is a stream.
+    /// The deadline for the head of the reply; the body is a stream without one.
     Head(Instant),
 }
 
-/// Makes a call; the reply with its head read. `target` is in origin form, encoded.
+/// Makes a call and reads the head of the reply. `target` is in origin form, encoded.
 ///
 /// # Errors
 /// Those of ureq; see [`is_timeout`].
@@ -107,11 +106,11 @@ pub fn call(
     limit: Limit,
 ) -> Result<Response<Body>, ureq::Error> {
     let mut request = Request::builder().method(method).uri(format!("http://{address}{target}"));
-    // One request is all that a connection serves.
+    // Each connection serves one request.
     for (name, value) in headers.iter().chain(&[("Connection", "close")]) {
         request = request.header(*name, *value);
     }
-    // ureq takes zero for no limit.
+    // ureq would take zero as no limit.
     let rest = |at: Instant| Some(at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
     macro_rules! run {
         ($body:expr) => {{
@@ -132,7 +131,7 @@ pub fn call(
     }
 }
 
-/// Whether a call failed for want of time.
+/// Whether a call timed out.
 pub fn is_timeout(e: &ureq::Error) -> bool {
     match e {
         ureq::Error::Timeout(_) => true,
@@ -141,13 +140,13 @@ pub fn is_timeout(e: &ureq::Error) -> bool {
     }
 }
 
-/// The same of reading a body.
+/// Whether reading a body timed out.
 pub fn is_io_timeout(e: &io::Error) -> bool {
     let inner = e.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>());
     e.kind() == io::ErrorKind::TimedOut || inner.is_some_and(is_timeout)
 }
 
-/// Proves each connection before anything is written to it; stands behind ureq's TCP connector.
+/// Proves each connection before the first byte; chained behind ureq's TCP connector.
 #[derive(Debug)]
 struct Proof(Listener);
 
@@ -160,13 +159,13 @@ impl<In: Transport> Connector<In> for Proof {
     }
 }
 
-/// Knows one address: nothing is looked up.
+/// Resolves every name to one address, without a lookup.
 #[derive(Debug)]
 struct Fixed(SocketAddrV4);
 
 impl Resolver for Fixed {
     fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        // Empty, whatever its places are filled with.
+        // `from_fn` fills the slots, but the list is still empty.
         let mut addresses = ResolvedSocketAddrs::from_fn(|_| SocketAddr::V4(self.0));
         addresses.push(SocketAddr::V4(self.0));
         Ok(addresses)
@@ -193,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_is_read_whatever_its_status() {
+    fn reply_with_an_error_status_is_read() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let listener = listener(&socket);
         thread::scope(|scope| {
@@ -218,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn another_listener_at_the_address_gets_no_byte() {
+    fn impostor_at_the_address_gets_no_byte() {
         let before = TcpListener::bind("127.0.0.1:0").unwrap();
         let listener = listener(&before);
         drop(before);
@@ -236,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_that_does_not_reply_is_a_timeout() {
+    fn silent_listener_times_out() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let listener = listener(&socket);
         for limit in [Limit::Whole, Limit::Head] {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// A hint as an `Option<&str>`, whatever the row has.
+/// The hint of a row as an `Option<&str>`.
 macro_rules! optional {
     () => {
         None
@@ -56,12 +56,12 @@ macro_rules! errors {
         #[allow(dead_code, reason = "codes that later features bring are in the table from the start")]
         pub enum Error {
             $($(#[$doc])* $variant $(($($value_type),*))? $({ $($field: $field_type),* })?,)*
-            /// opencode answered a call of the user's with a status of 400 or more. Its reply is the
-            /// result of the command: the body has been printed, and as JSON it is the whole output.
+            /// opencode answered a call of `openwork api` with a status of 400 or more. The reply is the
+            /// result of the command and has been printed; with `json` it is the whole output.
             Refused { status: u16, json: bool },
             /// The doctor has found something wrong, and has printed what.
             Unhealthy,
-            /// A failure that the daemon, or opencode's supervisor, has already put into words.
+            /// A failure that the daemon or the supervisor has already reported as JSON.
             Reported { code: Code, body: ErrorBody, status: u16 },
             /// The directory of a workspace has gone.
             DirectoryGone { name: String, path: PathBuf },
@@ -74,7 +74,7 @@ macro_rules! errors {
             pub fn code(&self) -> Code {
                 match self {
                     $(Error::$variant { .. } => Code::$variant,)*
-                    // A failure of the call, not of opencode: it answered.
+                    // The call failed, not opencode.
                     Error::Refused { .. } => Code::BadRequest,
                     Error::Unhealthy => Code::Internal,
                     Error::DirectoryGone { .. } => Code::PathNotFound,
@@ -124,7 +124,7 @@ macro_rules! errors {
 errors! {
     /// The command line has a mistake.
     Usage { message: String, hint: Option<String> }, "usage", 2, [], ("{message}"), hint.as_deref();
-    /// A request that cannot be understood, or cannot be met as it is.
+    /// A malformed request, or one that cannot be fulfilled.
     BadRequest(why: String), "bad_request", 1, [400], ("{why}");
     /// A URL that a remote workspace cannot have.
     InvalidUrl { url: String, why: &'static str }, "invalid_url", 1, [400], ("invalid base URL {url:?}: {why}"),
@@ -159,15 +159,15 @@ errors! {
     InstanceBusy { workspace: String, sessions: usize }, "instance_busy", 1, [409],
         ("{workspace}: {sessions} running session{}", if *sessions == 1 { "" } else { "s" }),
         "wait for the session to end, or use --force";
-    /// Sessions were still running when the time to wait for them was over. `place`: a workspace, or opencode.
+    /// Sessions were still running at the deadline of a wait. `place`: a workspace, or opencode.
     StillBusy { place: String, sessions: usize }, "still_busy", 1, [409],
         ("{place}: {sessions} session{} still running at the deadline", if *sessions == 1 { "" } else { "s" }),
         "wait longer with --timeout";
-    /// The lock is held by a daemon that cannot be reached from here.
+    /// A daemon that cannot be reached from here holds the lock.
     DaemonElsewhere(why: String), "daemon_elsewhere", 1, [],
         ("the daemon runs in another container or on another machine: {why}"),
         "use openwork there, or another --data-dir here";
-    /// The running daemon is of a version that does not know what was asked. `what`: a noun phrase.
+    /// The running daemon is too old for the request. `what`: a noun phrase.
     DaemonTooOld { what: String, version: String }, "daemon_too_old", 1, [],
         ("the running daemon (openwork {version}) does not support {what}"),
         "`openwork daemon restart` starts this version; opencode keeps running";
@@ -184,10 +184,10 @@ errors! {
         ("the body must be application/json, not {found:?}");
     /// All connections, threads or descriptors are in use.
     Overloaded(what: &'static str), "overloaded", 1, [503], ("too many {what} at once");
-    /// The user asked for a port that another process has.
+    /// Another process has the requested port.
     PortInUse { port: u16, option: &'static str }, "port_in_use", 1, [503], ("port {port} ({option}) is already in use"),
         "choose another port, or leave the option out to get a free one";
-    /// The file exists, but its content makes no sense.
+    /// The content of the file is invalid.
     StateCorrupt { path: PathBuf, why: String, hint: &'static str }, "state_corrupt", 1, [500], ("{}: {why}", shown(path)), *hint;
     /// A newer version wrote the state file.
     StateTooNew { path: PathBuf, version: u64 }, "state_too_new", 1, [500],
@@ -202,7 +202,7 @@ errors! {
     /// A daemon holds the lock and does not respond.
     DaemonUnresponsive(why: String), "daemon_unresponsive", 1, [], ("the daemon does not respond: {why}"),
         "check `openwork logs daemon`; `openwork daemon stop --force` ends a daemon that is stuck";
-    /// A bug, or a file that should exist and does not.
+    /// A bug, or an unexpected failure of the operating system.
     Internal(why: String), "internal", 1, [500], ("{why}");
     /// No daemon runs, and the command must not start one.
     DaemonNotRunning, "daemon_not_running", 3, [], ("the daemon is not running"), "start it with `openwork daemon start`";
@@ -238,32 +238,32 @@ errors! {
     /// opencode refuses the password it was started with.
     OpencodeAuthFailed(port: u16), "opencode_auth_failed", 5, [502],
         ("opencode on port {port} refuses the password it was started with");
-    /// opencode is not running and cannot be waited for.
+    /// opencode is not running, or ended during the request.
     OpencodeUnavailable(why: String), "opencode_unavailable", 5, [503], ("opencode is not available: {why}");
     /// opencode was not ready, or did not answer, before the deadline.
     OpencodeTimeout(what: &'static str), "opencode_timeout", 5, [504], ("opencode {what} before the deadline"),
         "try again with a longer --timeout; `openwork status` shows the state of opencode";
     /// opencode's reply is invalid.
     OpencodeFault(why: String), "opencode_error", 5, [502], ("opencode: {why}");
-    /// Loading the instance of the workspace has ended opencode twice. `output`: opencode's last lines.
+    /// Loading the instance of the workspace ended opencode twice. `output`: opencode's last lines.
     WorkspaceFenced { workspace: String, output: String }, "workspace_fenced", 5, [503],
         ("{workspace} is fenced: loading it ended opencode twice; its last output:\n{output}"),
         "mend the cause, then `openwork instance reset <ws>`";
 }
 
-/// A failure as it stands in JSON: `{"code", "message", "hint"}`, `hint` when there is one.
+/// A failure in JSON: `{"code", "message", "hint"}`; `hint` is optional.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// [`Code::name`].
     pub code: String,
-    /// For a person; names the file, workspace or address.
+    /// For people; names the file, workspace or address.
     pub message: String,
     /// What to do about the failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
-/// The result of everything here.
+/// The result type of this program.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
@@ -288,7 +288,7 @@ impl Error {
         Error::Reported { code: code.unwrap_or(Code::Internal), body, status }
     }
 
-    /// A failure that arrived as JSON without a status: the first one of its code.
+    /// A failure that arrived as JSON without a status: the first status of its code is used.
     pub fn unavailable(body: ErrorBody) -> Error {
         let code = Code::ALL.iter().find(|code| code.name() == body.code);
         let status = code.and_then(|code| code.http().first().copied()).unwrap_or(503);
@@ -303,7 +303,7 @@ impl Error {
         }
     }
 
-    /// The failure as it stands in JSON.
+    /// The failure in JSON.
     pub fn body(&self) -> ErrorBody {
         ErrorBody { code: self.code().name().to_owned(), message: self.to_string(), hint: self.hint() }
     }

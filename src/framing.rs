@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_a_body_ends_where_the_whole_does() {
+    fn body_length_spans_several_reads() {
         let mut body = Body::length(6);
         assert_eq!((body.advance(b"abcd").unwrap(), body.is_done()), (4, false));
         assert_eq!((body.advance(b"efGET / HTTP/1.1").unwrap(), body.is_done()), (2, true));
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_ends_where_its_framing_says() {
+    fn body_ends_where_its_framing_says() {
         let chunked = b"5;x=y\r\nhello\r\n0A \r\n0123456789\r\n0\r\nA: b\r\n\r\nGET / HTTP/1.1\r\n";
         let end = chunked.len() - b"GET / HTTP/1.1\r\n".len();
         // Whole, and in every two pieces.
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn the_size_of_a_chunk_has_up_to_fifteen_digits() {
+    fn chunk_size_has_at_most_fifteen_digits() {
         let body = |digits: usize, size: &str| {
             let chunked = format!("{size:0>digits$}\r\n0123456789abcdefXY\r\n0\r\n\r\n");
             let mut body = Body::chunked();
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_tells_content_from_framing() {
+    fn step_tells_content_from_framing() {
         let mut body = Body::chunked();
         let (mut rest, mut content) = (&b"3;e\r\nabc\r\n2\r\nde\r\n0\r\nt: u\r\n\r\nGET"[..], Vec::new());
         while !body.is_done() {
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_says_what_is_missing_and_whether_it_may_end() {
+    fn body_reports_what_is_missing_and_whether_it_may_end() {
         let mut body = Body::length(3);
         assert_eq!((body.missing(), body.is_done(), body.may_end_here()), (Some(3), false, false));
         body.advance(b"ab").unwrap();
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_of_a_reply_says_where_its_body_ends() {
+    fn reply_head_determines_the_end_of_its_body() {
         let framing = |status: u16, headers: &str, method: &str| {
             let head = format!("HTTP/1.1 {status} x\r\n{headers}\r\n");
             let body = parse_reply_head(head.as_bytes(), method)?.body;

@@ -1,6 +1,6 @@
-//! The two lines of opencode: 1.x and 2.x, which speak different protocols. The version of the binary
-//! tells them apart. What the command line of each wants of a client is here, since `attach` and `run`
-//! need it without a daemon; what the daemon has to know of each is in its `engine`.
+//! The two lines of opencode, 1.x and 2.x, which speak different protocols. The version of the binary
+//! determines the line. Their client arguments are here, since `attach` and `run` need them without a
+//! daemon; the rest is in `daemon::engine`.
 
 use std::ffi::OsString;
 
@@ -13,14 +13,14 @@ pub enum Line {
     V2,
 }
 
-/// The variables by which opencode 1.x, and its clients, take their credentials.
+/// The variables with the credentials of opencode 1.x and its clients.
 pub const V1_USERNAME: &str = "OPENCODE_SERVER_USERNAME";
-/// See [`V1_USERNAME`]. 2.x takes it too, where its own is not set.
+/// See [`V1_USERNAME`]. 2.x reads it too, if its own variable is not set.
 pub const V1_PASSWORD: &str = "OPENCODE_SERVER_PASSWORD";
-/// The variable by which opencode 2.x, and its clients, take the password.
+/// The variable with the password of opencode 2.x and its clients.
 pub const V2_PASSWORD: &str = "OPENCODE_PASSWORD";
 
-/// The user that opencode 2.x wants in Basic credentials, whatever its environment says.
+/// The only user name that opencode 2.x accepts, whatever its environment says.
 pub const V2_USERNAME: &str = "opencode";
 
 impl Line {
@@ -37,7 +37,7 @@ impl Line {
     pub fn attach(self, url: OsString, directory: OsString) -> Vec<OsString> {
         match self {
             Line::V1 => vec!["attach".into(), url, "--dir".into(), directory],
-            // The working directory says where.
+            // 2.x takes the directory from the working directory.
             Line::V2 => vec!["--server".into(), url],
         }
     }
@@ -46,13 +46,13 @@ impl Line {
     pub fn run(self, url: OsString, directory: OsString) -> Vec<OsString> {
         match self {
             Line::V1 => vec!["run".into(), "--attach".into(), url, "--dir".into(), directory],
-            // `PWD` says where, else the working directory.
+            // 2.x takes the directory from `PWD`, or else from the working directory.
             Line::V2 => vec!["run".into(), "--server".into(), url],
         }
     }
 }
 
-/// What is said when a data directory goes on with another line of opencode than before.
+/// The warning when a data directory switches to another line of opencode.
 pub fn migration(before: Option<Line>, now: Line) -> Option<&'static str> {
     match (before, now) {
         (Some(Line::V1), Line::V2) => Some(
@@ -66,8 +66,8 @@ pub fn migration(before: Option<Line>, now: Line) -> Option<&'static str> {
     }
 }
 
-/// The version in the output of `opencode --version`: `1.18.33` or `opencode v2.3.2`. Previews of 2.x
-/// call themselves by another name.
+/// The version in the output of `opencode --version`: `1.18.33` or `opencode v2.3.2`. Previews of 2.x print
+/// another name and are not recognised.
 pub fn parse_version(output: &str) -> Option<&str> {
     let output = output.trim();
     let version = output.strip_prefix("opencode ").unwrap_or(output).trim_start().trim_start_matches('v');
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_tell_the_lines_apart() {
+    fn version_determines_the_line() {
         for (output, version, line) in [
             ("1.18.33\n", Some("1.18.33"), Some(Line::V1)),
             ("v1.2.3", Some("1.2.3"), Some(Line::V1)),

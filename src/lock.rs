@@ -13,15 +13,14 @@ use fd_lock::RwLock;
 use crate::error::{Error, Result};
 use crate::paths::{open_private, open_unchanged};
 
-/// A lock that is held until it is dropped.
+/// A lock, released on drop.
 pub struct Lock {
     /// The locked file.
     pub file: File,
 }
 
-/// Opens a lock file, creating it if need be, and tries to lock it for this process alone; `None`
-/// when another process holds it. The file is emptied at once: its text is about the holder, and
-/// clients would take what the last one has left for an address of this one.
+/// Opens or creates a lock file and tries to lock it exclusively; `None` when another process holds it. The
+/// file is emptied at once: clients would take the text of the last holder for the address of this one.
 pub fn try_exclusive(path: &Path) -> Result<Option<Lock>> {
     let file = open_private(path, OpenOptions::new().read(true).write(true).create(true));
     let mut lock = RwLock::new(file.map_err(|e| Error::io("open", path, e))?);
@@ -33,8 +32,8 @@ pub fn try_exclusive(path: &Path) -> Result<Option<Lock>> {
     Ok(Some(Lock { file }))
 }
 
-/// The file, if a process holds its lock. The look is a shared lock for a moment, so clients that
-/// look at the same time do not mistake each other for a holder.
+/// The file, if a process holds its lock. The check takes a shared lock for a moment, so concurrent checks
+/// do not mistake each other for a holder.
 pub fn if_held(path: &Path) -> Result<Option<File>> {
     let file = match open_unchanged(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -62,21 +61,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_lasts_as_long_as_the_open_file() {
+    fn lock_lasts_as_long_as_the_open_file() {
         let path = std::env::temp_dir().join(format!("openwork-lock-{}", std::process::id()));
         assert!(if_held(&path).unwrap().is_none());
         let lock = try_exclusive(&path).unwrap().expect("a free lock");
         assert!(if_held(&path).unwrap().is_some());
         assert!(try_exclusive(&path).unwrap().is_none());
 
-        // A duplicate of the descriptor, as a new program in place of this one would have it, keeps
-        // the lock, and is all that is needed to hold it.
+        // A duplicate of the descriptor, as a successor inherits it by exec, is enough to keep the lock.
         let inherited = Lock { file: lock.file.try_clone().unwrap() };
         drop(lock);
         assert!(if_held(&path).unwrap().is_some());
         drop(inherited);
         assert!(if_held(&path).unwrap().is_none());
-        // A look leaves nothing behind.
+        // A check leaves no lock behind.
         assert!(try_exclusive(&path).unwrap().is_some());
         std::fs::remove_file(&path).unwrap();
     }

@@ -100,7 +100,7 @@ mod tests {
     use super::timestamp;
 
     #[test]
-    fn timestamps_are_dates() {
+    fn timestamps_are_iso_8601() {
         assert_eq!(timestamp(0), "1970-01-01T00:00:00.000Z");
         assert_eq!(timestamp(951_827_696_789), "2000-02-29T12:34:56.789Z");
         assert_eq!(timestamp(1_735_689_599_999), "2024-12-31T23:59:59.999Z");

@@ -1,12 +1,12 @@
 //! openwork keeps one `opencode serve` alive and routes its calls to many workspaces by
 //! directory: a command line, and a daemon in the background.
 //!
-//! The rooms, calls going down the list and never up or across:
+//! The modules; calls go down this list, never up or across:
 //!
 //! ```text
 //! main         parse, run, report, exit status
 //! args/        tables of commands and options; argv and environment to a Command
-//! cli/         one function per command; never writes state, but to repair it
+//! cli/         one function per command; writes no state, except to repair it
 //!   client     finds, starts and asks the daemon
 //!   daemon     start, stop, restart, status
 //!   doctor     what can be wrong, and what to do
@@ -19,32 +19,32 @@
 //!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
 //!   gate        the public port: limits and policy, connections that serve one request after another
-//!   connections how many there may be, and which go first
+//!   connections limits the connections, and decides which go first
 //!   head        the head of a request, parsed or refused
 //!   reply       the replies that the daemon writes itself
-//!   router      /w/<ws>/… and /api/…: who may pass, to which directory
-//!   exchange    one routed request on its way: copies bytes both ways
+//!   router      /w/<ws>/… and /api/…: checks credentials, finds the directory
+//!   exchange    one routed request: copies bytes both ways
 //!   api         the control plane behind the gate: one handler per route
-//!   supervisor  the one thread that owns opencode; its policy decides, and does nothing
-//!   engine      opencode itself: command line and protocol; v1 and v2, where its lines differ
-//!   instances   what opencode has loaded, and what ends it by being loaded
+//!   supervisor  the one thread that owns opencode; its policy only decides
+//!   engine      opencode itself: command line and protocol; v1 and v2 where the lines differ
+//!   instances   loaded instances, their eviction, and fences around workspaces that kill opencode
 //!   sessions    which sessions run, and the wait for their end
-//!   events      who is told what happened
-//!   notify      what the service manager is told
-//!   handover    becomes its successor at a restart
+//!   events      publishes the daemon's events
+//!   notify      notifies the service manager
+//!   handover    restart in place: the process becomes the next daemon
 //! state/       the state file, and the credentials
-//!   records    what it says of processes, binaries and ports
-//!   store      in memory and on disk
-//! repair       saving what can be read of a broken state file
+//!   records    its records of processes, binaries and ports
+//!   store      the state in memory and on disk
+//! repair       saves what is readable of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs
-//! wire         what goes over HTTP and into --json
+//! wire         the types of the HTTP interface and of --json
 //! agent        HTTP calls to a proven listener
 //! line         the two lines of opencode, 1.x and 2.x, and their clients
 //! service      the service of the user that plain opencode 2.x runs
-//! framing      where a body ends, what the head of a reply says, percent coding
+//! framing      body framing, reply heads, percent coding
 //! nearest      the known word that is nearest to an unknown one
 //! timed        a deadline for a socket
-//! system/      all that knows Linux: processes, sockets, waiting, limits, disks that hang
+//! system/      everything specific to Linux: processes, sockets, waiting, limits, hung mounts
 //! options, lock, log, paths, error
 //! ```
 //!

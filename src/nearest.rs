@@ -41,7 +41,7 @@ mod tests {
     use super::nearest;
 
     #[test]
-    fn a_word_is_near_when_a_third_of_it_or_less_is_wrong() {
+    fn word_is_near_when_at_most_a_third_is_wrong() {
         let known = ["web", "website", "api-server"];
         for (given, word) in [
             ("wbe", Some("web")),

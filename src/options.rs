@@ -5,24 +5,24 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The environment variable that marks everything that opencode starts as its own.
+/// The environment variable that marks opencode and everything that it starts.
 pub const MARKER: &str = "OPENWORK_ENGINE";
 
-/// The socket on which a service manager expects our readiness, and not that of our children.
+/// The variable with the service manager's notification socket. Children must not inherit it.
 pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// How long the service manager waits for a sign of life, in microseconds, and of which process.
+/// How long the service manager waits for a sign of life, in microseconds.
 pub const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
-/// See [`WATCHDOG_USEC`].
+/// The process that [`WATCHDOG_USEC`] applies to.
 pub const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
-/// How many sockets the service manager passes, to which process, and what they are called.
+/// How many sockets the service manager passes.
 pub const LISTEN_FDS: &str = "LISTEN_FDS";
-/// See [`LISTEN_FDS`].
+/// The process that [`LISTEN_FDS`] applies to.
 pub const LISTEN_PID: &str = "LISTEN_PID";
 
-/// What a service manager tells one process in its environment, and no other: neither opencode nor a
-/// daemon that a command starts from within a service.
+/// The variables that a service manager sets for one process alone. Neither opencode nor a daemon that a
+/// command starts from within a service may inherit them.
 pub const SERVICE_VARIABLES: [&str; 6] =
     [NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID, LISTEN_FDS, LISTEN_PID, "LISTEN_FDNAMES"];
 
@@ -32,11 +32,11 @@ pub const SERVICE_VARIABLES: [&str; 6] =
 /// once, 66 to 80 MB instead of 3 to 6.
 const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
 
-/// The environment variable that lists which of [`ALLOCATOR`] openwork has set, separated by commas:
-/// opencode does not get those.
+/// The environment variable that lists which of [`ALLOCATOR`] openwork has set, separated by commas. opencode
+/// does not inherit those.
 pub const ALLOCATOR_MARK: &str = "OPENWORK_ALLOCATOR";
 
-/// Those of [`ALLOCATOR`] that openwork may set, by `ours`, and [`ALLOCATOR_MARK`] with their names.
+/// The variables of [`ALLOCATOR`] for which `ours` holds, and [`ALLOCATOR_MARK`] with their names.
 pub fn allocator(ours: impl Fn(&str) -> bool) -> Vec<(&'static str, String)> {
     let ours: Vec<_> = ALLOCATOR.into_iter().filter(|(name, _)| ours(name)).collect();
     let names: Vec<&str> = ours.iter().map(|(name, _)| *name).collect();
@@ -44,7 +44,7 @@ pub fn allocator(ours: impl Fn(&str) -> bool) -> Vec<(&'static str, String)> {
     ours.into_iter().map(|(name, value)| (name, value.to_owned())).chain([mark]).collect()
 }
 
-/// The default of `--daemon-port`, while no other was used.
+/// The default of `--daemon-port`, until another port was used.
 pub const DEFAULT_PORT: u16 = 6174;
 
 /// The default of `--idle-ttl`.
@@ -105,7 +105,7 @@ impl Options {
         if self.engine.shared {
             arguments.push(SHARED.into());
         }
-        // Always: the variable of this command must not be read again by the daemon.
+        // Always explicit, so that the daemon does not read the variable again.
         option(&mut arguments, "--idle-ttl", format!("{}s", self.idle_ttl.unwrap_or_default().as_secs()).as_ref());
         for origin in &self.origins {
             option(&mut arguments, "--cors", origin.as_ref());
@@ -123,8 +123,7 @@ pub struct EngineOptions {
     pub port: Option<u16>,
     /// The address for opencode, in 127.0.0.0/8; chosen when absent.
     pub host: Option<Ipv4Addr>,
-    /// More memory than this, with all that opencode has started, is too much. Bytes; no limit when
-    /// absent.
+    /// The memory limit for opencode with its children, in bytes; no limit when absent.
     pub max_memory: Option<u64>,
     /// Use the user's own service of opencode 2.x instead of an opencode of our own.
     pub shared: bool,

@@ -1,7 +1,7 @@
 //! The data directory and how files in it are opened.
 //!
-//! Invariants: the directory is ours and 0700; files are 0600, each by its own mode and never by
-//! the umask, which opencode would inherit; a symbolic link in it is never followed.
+//! Invariants: the directory is ours and 0700; files are 0600 by an explicit mode and not by the umask, which
+//! opencode would inherit; symbolic links in it are never followed.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
 use std::io;
@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 
 use crate::error::{Error, Result};
 
-/// The directory that holds everything of openwork's; docs/files.md lists them.
+/// The directory with all files of openwork; docs/files.md lists them.
 #[derive(Clone, Debug)]
 pub struct DataDir(PathBuf);
 
@@ -29,8 +29,8 @@ impl DataDir {
         Ok(DataDir(path))
     }
 
-    /// Refuses a directory of another user, and one behind a symbolic link that another user has put
-    /// where everybody can write, and that would make any directory of ours the data directory. One
+    /// Refuses a directory of another user, and a path through another user's symbolic link in a
+    /// world-writable directory: such a link could make any directory of ours the data directory. A directory
     /// that does not exist yet is fine.
     ///
     /// # Errors
@@ -65,10 +65,9 @@ impl DataDir {
     /// Creates the directory if it does not exist, and narrows it to 0700 if it is wider.
     ///
     /// # Errors
-    /// `permission_denied` when the directory belongs to another user, or is one that others use
-    /// too (`/`, the home directory, one with the sticky bit), which narrowing would break; when
-    /// root would create it in the home directory of a user, as with sudo: the user could not use
-    /// it afterwards, nor anything that was created above it. Nothing is created then.
+    /// `permission_denied` when the directory belongs to another user; when it is shared (`/`, the home
+    /// directory, or one with the sticky bit), which narrowing would break; and when root would create it in
+    /// the home directory of a user, as with sudo, who could not use it afterwards. Nothing is created then.
     pub fn create(&self) -> Result<()> {
         let path = &self.0;
         self.check_owner()?;
@@ -121,12 +120,12 @@ impl DataDir {
         self.0.join("openwork-orchestrator-auth.json")
     }
 
-    /// Held by the daemon for its whole life; says where the daemon listens.
+    /// Locked by the daemon for its whole life; its text says where the daemon listens.
     pub fn daemon_lock(&self) -> PathBuf {
         self.0.join("daemon.lock")
     }
 
-    /// Held by the client that is starting a daemon.
+    /// Locked by a client while it starts a daemon.
     pub fn start_lock(&self) -> PathBuf {
         self.0.join("start.lock")
     }
@@ -136,7 +135,7 @@ impl DataDir {
         self.0.join("opencode.lock")
     }
 
-    /// The output of a daemon in the background.
+    /// The output of a background daemon.
     pub fn daemon_log(&self) -> PathBuf {
         self.0.join("daemon.log")
     }
@@ -159,11 +158,11 @@ pub fn home() -> Result<PathBuf> {
         .ok_or_else(|| Error::usage("no home directory: set HOME, or use --data-dir"))
 }
 
-/// Makes a path absolute: against the home directory when it is `~` or starts with `~/`, else against
-/// the working directory. Purely lexical, without a look at the disk.
+/// Makes a path absolute: relative to the home directory when it is `~` or starts with `~/`, otherwise to the
+/// working directory. Purely lexical; the disk is not read.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
     if let Ok(rest) = path.strip_prefix("~") {
-        // Joining an empty path would leave a slash at the end.
+        // Joining an empty path would append a slash.
         return Ok(if rest.as_os_str().is_empty() { home()? } else { home()?.join(rest) });
     }
     std::path::absolute(path).map_err(|e| Error::io("make absolute the path", path, e))
@@ -191,36 +190,36 @@ pub fn find_opencode(given: Option<&Path>) -> Result<(PathBuf, Metadata)> {
         .chain(home().ok().map(|home| home.join(".opencode/bin/opencode")))
         .find_map(|candidate| executable(&candidate).map(|metadata| (candidate, metadata)))
         .ok_or_else(|| {
-            // cron and git hooks start daemons too, and their PATH is not that of a shell.
+            // Daemons are also started by cron and git hooks, whose PATH differs from a shell's.
             let path = path.to_string_lossy();
             Error::OpencodeNotFound(format!("neither in ~/.opencode/bin nor on the PATH of the daemon, {path}"))
         })
 }
 
-/// Whether a path is a symbolic link of another user in a directory where everybody can write. Kernels
-/// refuse to follow those in directories such as `/tmp`, but only with `fs.protected_symlinks`.
+/// Whether a path is a symbolic link of another user in a world-writable directory. Kernels refuse to follow
+/// such links only with `fs.protected_symlinks`.
 fn is_planted_link(path: &Path) -> bool {
     let Ok(link) = fs::symlink_metadata(path) else { return false };
     let is_writable = || path.parent().and_then(|p| fs::metadata(p).ok()).is_some_and(|p| p.mode() & 0o002 != 0);
     link.is_symlink() && ![0, rustix::process::geteuid().as_raw()].contains(&link.uid()) && is_writable()
 }
 
-/// Whether nothing exists at a path, by the error of a look at it.
+/// Whether an error means that nothing exists at the path.
 fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-/// Creates a directory with mode 0700 whatever the umask; one that exists stays as it is.
+/// Creates a directory with mode 0700, whatever the umask; an existing one stays unchanged.
 pub fn create_private(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
-        // By path: under umask 777 not even its owner can open the new directory.
+        // By path, since under umask 777 the new directory cannot be opened.
         Ok(()) => fs::set_permissions(path, Permissions::from_mode(0o700)),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
     }
 }
 
-/// Opens a file of the data directory: never through a symbolic link, and with mode 0600.
+/// Opens a file of the data directory, with mode 0600 and never through a symbolic link.
 pub fn open_private(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let (file, metadata) = open_regular(path, options.mode(0o600))?;
     if metadata.mode() & 0o7777 != 0o600 {
@@ -236,7 +235,7 @@ pub fn open_unchanged(path: &Path) -> io::Result<File> {
 }
 
 fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result<(File, Metadata)> {
-    // NONBLOCK: a planted FIFO must not block the open. For a regular file it means nothing.
+    // NONBLOCK keeps a planted FIFO from blocking the open; regular files ignore it.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = options.custom_flags(flags.bits() as i32).open(path)?;
     let metadata = file.metadata()?;

@@ -192,7 +192,7 @@ mod tests {
         {"id":"ws-2","name":"b","path":"","workspaceType":"remote","baseUrl":"https://b"}]}"#;
 
     #[test]
-    fn whatever_is_cut_off_the_rest_is_saved() {
+    fn truncated_file_keeps_its_complete_workspaces() {
         for cut in 0..WHOLE.len() {
             let (state, refused) = salvage(&WHOLE.as_bytes()[..cut]);
             let ends = WHOLE.match_indices("}\n").chain(WHOLE.match_indices("},\n")).count();
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_around_and_between_does_not_matter() {
+    fn garbage_between_workspaces_is_skipped() {
         let garbled = WHOLE.replace("\"workspaces\":[", "\0\u{7f}workspaces=<<<{{{[").replace("},\n", "}}}]] \n");
         let (state, refused) = salvage(garbled.as_bytes());
         assert_eq!(state.workspaces.len(), 2, "{refused:?}");
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_is_named() {
+    fn lost_workspaces_are_named() {
         let entry = r#"{"id":"ws-0123456789ab","name":"a","path":"/a"}"#;
         for broken in [
             entry.replace("\"a\",", "\"a\""),
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beside_the_workspaces_stays() {
+    fn other_fields_are_kept() {
         let (state, refused) = salvage(
             br#"{"version":1,"activeId":null,"future":{"a":1},"binaries":{"opencode":{"path":"/o","x":2}},"workspaces":[
                 {"id":"ws-1","name":null,"path":"/x/b"},{"id":"ws-2","name":null,"path":"/y/b"}]}"#,

@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_is_the_process_that_holds_the_socket_at_its_url() {
+    fn service_must_hold_the_socket_at_its_url() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", socket.local_addr().unwrap());
         let me = std::process::id();
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registration_is_a_file_of_our_user_alone() {
+    fn registration_must_be_private_to_our_user() {
         let directory = std::env::temp_dir().join(format!("openwork-service-{}", std::process::id()));
         fs::create_dir(&directory).unwrap();
         let path = directory.join("service.json");

@@ -1,4 +1,4 @@
-//! A deadline for a socket: the operating system limits each read and write, not all of them.
+//! A deadline for a socket: the operating system only limits each single read and write.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -31,7 +31,7 @@ impl Socket for UnixStream {
     }
 }
 
-/// A socket that fails with `TimedOut` after the deadline, however slowly bytes come.
+/// A socket that fails with `TimedOut` after the deadline, however slowly bytes arrive.
 pub struct Timed<S> {
     /// The socket.
     pub socket: S,
@@ -54,14 +54,14 @@ impl<S: Socket> Timed<S> {
         self.socket.limit(Some(rest))
     }
 
-    /// Makes a call of the kernel's within the rest of the time.
+    /// Makes a system call within the remaining time.
     fn within(&mut self, mut call: impl FnMut(&mut S) -> io::Result<usize>) -> io::Result<usize> {
         loop {
             self.limit()?;
             match call(&mut self.socket) {
-                // A socket with a time limit is interrupted by Ctrl-Z and fg too.
+                // Ctrl-Z and fg interrupt a call with a timeout.
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel's name for its time limit is "would block".
+                // The kernel reports a timeout as "would block".
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
                 other => return other,
             }

@@ -474,7 +474,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_have_one_form() {
+    fn urls_are_normalised() {
         for (given, stored) in [
             ("HTTP://Example.COM:80/", "http://example.com"),
             ("https://example.com:443/a/B/", "https://example.com/a/B"),

@@ -1,5 +1,5 @@
-//! What `openwork` does with opencode 2.x: the tests of `it` that opencode has a part in, from the same
-//! source, and those that are about 2.x alone. `support::IS_V2` tells a test which it is.
+//! The process tests against opencode 2.x: those modules of `it` that involve opencode, from the same
+//! source, and the tests of 2.x alone. `support::IS_V2` tells a test which line it runs against.
 
 #![allow(dead_code, unused_imports, reason = "not every helper of the harness is about 2.x")]
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 mod route;
 #[path = "real/stories.rs"]
 mod stories;
-#[allow(dead_code, unused_imports)] // What only the tests with the fake opencode need.
+#[allow(dead_code, unused_imports)] // parts that only the tests with the fake opencode need
 #[path = "support/mod.rs"]
 mod support;
 #[path = "real/v2.rs"]
@@ -33,12 +33,12 @@ fn with_real(opencode: &Path) -> Host {
     host
 }
 
-/// What `workspace path` says. The first instance of a home may take long.
+/// The output of `workspace path`. The first instance in a new home may take long.
 fn path(host: &Host, selector: &[&str]) -> Value {
     host.openwork(["workspace", "path", "--timeout", "80"].iter().chain(selector)).json()["path"].clone()
 }
 
-/// Waits for the end of an instance, in the stream of all events.
+/// Waits until opencode's global events report the disposal of an instance.
 fn disposal(events: &mut support::Events, directory: &Path) {
     let is_it = |event: &Value| {
         event["payload"]["type"] == "server.instance.disposed" && event["directory"] == directory.to_str().unwrap()
@@ -52,17 +52,17 @@ fn one_opencode_serves_every_workspace() {
 }
 
 #[test]
-fn many_requests_that_find_it_dead_cause_one_restart() {
-    stories::many_requests_that_find_it_dead_cause_one_restart(&real());
+fn many_requests_cause_one_restart() {
+    stories::many_requests_cause_one_restart(&real());
 }
 
 #[test]
-fn a_stop_leaves_nothing() {
-    stories::a_stop_leaves_nothing(&real());
+fn stop_leaves_nothing() {
+    stories::stop_leaves_nothing(&real());
 }
 
 #[test]
-fn a_disposed_instance_is_made_anew_by_the_next_use() {
+fn next_use_reloads_a_disposed_instance() {
     let host = real();
     let project = host.project("p");
     host.add(&project);
@@ -80,7 +80,7 @@ fn a_disposed_instance_is_made_anew_by_the_next_use() {
 }
 
 #[test]
-fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
+fn next_daemon_adopts_opencode_of_a_killed_daemon() {
     let host = real();
     let project = host.project("p");
     host.add(&project);
@@ -93,7 +93,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
     path(&host, &["p"]);
     assert_ne!(host.daemon_pid(), daemon);
     assert_eq!(host.opencode_pid(), opencode);
-    // The stream of a direct client has stayed open, and goes on.
+    // The stream of a direct client stayed open and goes on.
     let query = format!("/instance/dispose?directory={}", project.display());
     host.opencode("POST", &query).send();
     disposal(&mut events, &project);
@@ -103,7 +103,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
 }
 
 #[test]
-fn it_works_at_any_loopback_address() {
+fn opencode_works_at_any_loopback_address() {
     let host = real();
     let project = host.project("p");
     host.add(&project);
@@ -111,7 +111,7 @@ fn it_works_at_any_loopback_address() {
     path(&host, &["p"]);
     let (pid, address) = (host.opencode_pid(), host.opencode_address());
     assert_eq!(address.ip().to_string(), "127.83.12.9");
-    // Directly, too, and for the daemon that comes after this one.
+    // Direct calls work too, and the next daemon adopts it.
     assert_eq!(host.opencode("GET", "/global/health").send().status, 200);
     let daemon = host.daemon_pid();
     kill(daemon, Signal::KILL);
@@ -121,9 +121,9 @@ fn it_works_at_any_loopback_address() {
 }
 
 #[test]
-fn a_workspace_with_a_plugin_that_ends_opencode_is_fenced() {
+fn workspace_whose_plugin_kills_opencode_is_fenced() {
     let mut host = real();
-    // opencode installs packages before it loads a plugin, and here it can not: it gives up at once.
+    // opencode installs packages before it loads a plugin; offline that fails, so let it fail at once.
     host.set("npm_config_fetch_retries", "0");
     let (bad, good) = (host.project("bad"), host.project("good"));
     let plugin = host.path("end.js");

@@ -1,13 +1,13 @@
-//! The soak: commands of every kind from several sides while both processes are killed at random,
-//! for as long as is asked for. `just soak`, or
+//! The soak: several workers run commands of every kind while daemon and opencode are killed at random.
+//! `just soak`, or
 //! `OPENWORK_SOAK_MINUTES=0.5 cargo test --release --test soak -- --nocapture --test-threads=1`.
 //!
-//! `OPENWORK_SOAK_SEED` makes the same choices again (not the same timing: that is the kernel's).
-//! With `OPENWORK_TEST_OPENCODE` the soak is against that opencode, else against the fake.
+//! `OPENWORK_SOAK_SEED` repeats the choices of a run, though not its timing. With `OPENWORK_TEST_OPENCODE`
+//! the soak runs against that opencode, otherwise against the fake.
 //!
-//! Every worker owns its workspaces, and so knows what the registry says of them: what was
-//! acknowledged holds from then on; what was cut off may have been done or not, until it is seen.
-//! A command may fail only if something was done to a process that it needs, while it ran.
+//! Every worker owns its workspaces, so it knows their state in the registry: an acknowledged change holds;
+//! a change that was cut off may have been made or not, until the worker sees which. A command may fail only
+//! if a process that it needs was disturbed while it ran.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
@@ -27,44 +27,44 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
-#[allow(dead_code, unused_imports)] // What only other tests need.
+#[allow(dead_code, unused_imports)] // parts that only other tests need
 #[path = "support/mod.rs"]
 mod support;
 
 use support::http::NoReply;
 use support::{DEADLINE, FILES, Host, Process, Reply, Request, STATE, Signal, is_alive, local, poll, wait_gone};
 
-// --- How much of it ---
+// --- Dimensions ---
 
-/// How many work at the same time.
+/// The workers, which run at the same time.
 const WORKERS: usize = 5;
-/// What each of them has.
+/// The workspaces of each worker.
 const LOCALS: usize = 9;
 const REMOTES: usize = 3;
-/// One part with kills of both, one in which the daemon lives on and is measured.
+/// A round: first a storm that kills both processes, then a part in which the daemon lives and is measured.
 const ROUND: Duration = Duration::from_secs(150);
 const STORM: f64 = 0.65;
-/// How long a worker pauses at most. Milliseconds.
+/// The longest pause of a worker between commands. Milliseconds.
 const PAUSE: u64 = 30;
-/// Between two looks at everything.
+/// The time between two checkpoints.
 const CHECKPOINT: Duration = Duration::from_secs(20);
-/// How long after the end of an opencode what needs it may fail: the daemon has to see it.
+/// How long after the end of an opencode calls to it may fail: the daemon has to notice first.
 const OPENCODE_SLACK: Duration = Duration::from_secs(2);
-/// Who needs opencode waits for its start; nothing else takes long.
+/// The longest command: it waits for a start of opencode; nothing else takes long.
 const SLOWEST: Duration = Duration::from_secs(25);
-/// How long after its client has gone a request may still be carried out.
+/// How long after its client has gone a request may still be executed.
 const LATE: Duration = Duration::from_secs(5);
 /// A stop takes 10 s at worst.
 const LONGEST_STOP: Duration = Duration::from_secs(11);
-/// After so many violations it is not worth going on.
+/// After this many violations the soak stops.
 const VIOLATIONS: usize = 12;
 
-/// How much the settled daemon may differ late from early.
+/// How much more a settled daemon may use late than early.
 const MORE_DESCRIPTORS: usize = 1;
 const MORE_THREADS: usize = 1;
 const MORE_MEMORY_KB: usize = 1024;
 
-/// The crashes, and the adds in which they happen.
+/// The crashes, spread over these adds, and the threads that add.
 const CRASHES: usize = 200;
 const ADDS: usize = 500;
 const ADDERS: usize = 4;
@@ -74,7 +74,7 @@ fn setting<T: std::str::FromStr>(name: &str) -> Option<T> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
-/// The seed, which is said before anything else.
+/// The seed, printed before anything else.
 fn seed(test: &str) -> u64 {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
     let seed = setting("OPENWORK_SOAK_SEED").unwrap_or_else(now);
@@ -82,7 +82,7 @@ fn seed(test: &str) -> u64 {
     seed
 }
 
-/// How to run it again.
+/// The command that repeats the run.
 fn again(test: &str, seed: u64, minutes: Option<f64>) -> String {
     let mut command = format!("OPENWORK_SOAK_SEED={seed} ");
     if let Some(minutes) = minutes {
@@ -94,11 +94,11 @@ fn again(test: &str, seed: u64, minutes: Option<f64>) -> String {
     format!("{command}cargo test --release --test soak -- --nocapture {test}")
 }
 
-/// Chance, the same for the same seed (splitmix64).
+/// Random numbers, the same for the same seed (splitmix64).
 struct Chance(u64);
 
 impl Chance {
-    /// One of several that are independent of each other.
+    /// One of several independent streams of a seed.
     fn of(seed: u64, stream: u64) -> Chance {
         let mut chance = Chance(seed ^ stream.wrapping_mul(0xd134_2543_de82_ef95));
         chance.next();
@@ -122,22 +122,22 @@ impl Chance {
     }
 }
 
-// --- Asking ---
+// --- Commands and requests ---
 
-/// What became of a command or a request.
+/// The outcome of a command or a request.
 #[derive(Debug)]
 enum Outcome {
-    /// Exit status 0, or 2xx: acknowledged, whole.
+    /// Exit status 0, or 2xx: acknowledged.
     Done(Value),
-    /// Any other, with the code of the error.
+    /// Any other status, with the error code.
     Refused { code: String, said: String },
-    /// There was an answer to come, and it did not.
+    /// Sent, but without a reply.
     Lost(String),
-    /// Nobody was there who could have done anything.
+    /// Not sent: nobody listened.
     Nobody,
 }
 
-/// What a machine of its own is asked through.
+/// A host, and the environment of its commands.
 struct Machine<'a> {
     host: &'a Host,
     env: Vec<(&'static str, OsString)>,
@@ -164,8 +164,8 @@ impl<'a> Machine<'a> {
         Machine { host, env }
     }
 
-    /// Runs a command with `--json`; with `killed_after` it may not live to its end.
-    /// (The harness keeps everything that was ever run, which here is too much.)
+    /// Runs a command with `--json`; `killed_after` kills it early. (The harness would keep the output of
+    /// every command, which is too much here.)
     fn command(&self, args: &[&str], killed_after: Option<Duration>) -> Outcome {
         let mut child = Command::new(self.host.binary())
             .arg("--json")
@@ -191,7 +191,7 @@ impl<'a> Machine<'a> {
         let Some(status) = poll(DEADLINE, || child.try_wait().unwrap()) else {
             let _ = child.kill();
             let _ = child.wait();
-            return Outcome::Lost(format!("it does not end within {DEADLINE:?}"));
+            return Outcome::Lost(format!("did not end within {DEADLINE:?}"));
         };
         let (stdout, mut stderr) = (stdout.join().unwrap(), String::new());
         let _ = child.stderr.take().unwrap().read_to_string(&mut stderr);
@@ -216,7 +216,7 @@ impl<'a> Machine<'a> {
         let body = reply.whole_body().unwrap_or_default();
         match serde_json::from_slice::<Value>(&body) {
             Ok(value) if (200..300).contains(&reply.status) => Outcome::Done(value),
-            // `/health` is 503 while opencode is not ready, and an answer all the same.
+            // `/health` answers with 503 while opencode is not ready.
             Ok(value) if target == "/health" && value.get("error").is_none() => Outcome::Done(value),
             Ok(value) => Outcome::of_error(&value),
             Err(_) => {
@@ -226,7 +226,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// None if no daemon says where it listens.
+    /// `None` if the lock file names no daemon.
     fn request(&self, method: &str, target: &str, body: Option<Value>, credentials: bool) -> Option<Request> {
         let (_, port) = self.host.lock_text()?;
         let mut request = Request::new(local(port), method, target).header("Connection", "close");
@@ -242,7 +242,7 @@ impl<'a> Machine<'a> {
         })
     }
 
-    /// Has a stream of events for this long.
+    /// Keeps a stream of events open for this long.
     fn events(&self, target: &str, credentials: bool, hold: Duration) -> Outcome {
         let request = self.request("GET", target, None, credentials);
         let Some(mut stream) = request.and_then(|request| request.open().ok()) else { return Outcome::Nobody };
@@ -272,18 +272,18 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// What runs here: pid, arguments, and the marker that it carries.
+    /// The processes of this host: pid, arguments and marker.
     fn processes(&self) -> Vec<Running> {
         Process::all_of(&self.host.home()).into_iter().map(Running::from).collect()
     }
 
-    /// None if it is not one of this machine's.
+    /// `None` if the process does not belong to this host.
     fn look_at(&self, pid: u32) -> Option<Running> {
         Process::of(pid).filter(|process| process.has_home(&self.host.home())).map(Running::from)
     }
 
-    /// Signals a process that is proved, while it cannot become another, to be one of this
-    /// machine's for which this holds.
+    /// Signals a process of this host, if `is_it` accepts it. The pidfd is opened first, so the pid cannot
+    /// have been reused.
     fn signal(&self, pid: u32, is_it: impl Fn(&Running) -> bool, signal: Signal) -> bool {
         let Some(pid_) = Pid::from_raw(pid as i32) else { return false };
         let Ok(pidfd) = pidfd_open(pid_, PidfdFlags::empty()) else { return false };
@@ -295,20 +295,20 @@ impl<'a> Machine<'a> {
         self.signal(pid, Running::is_daemon, signal).then_some(pid)
     }
 
-    /// The opencode that is written down.
+    /// The opencode in the state file: pid and marker.
     fn opencode(&self) -> Option<(u32, String)> {
         let state: Value = serde_json::from_slice(&fs::read(self.host.file(STATE)).ok()?).ok()?;
         Some((state["opencode"]["pid"].as_u64()? as u32, state["opencode"]["engineId"].as_str()?.to_owned()))
     }
 
-    /// The opencode that is ready, and lives.
+    /// The pid of a ready and living opencode.
     fn ready_opencode(&self) -> Option<u32> {
         let Outcome::Done(health) = self.http("GET", "/health", None, false) else { return None };
         let pid = health["opencode"]["pid"].as_u64()? as u32;
         is_alive(pid).then_some(pid)
     }
 
-    /// Those that carry this marker.
+    /// The processes with this marker.
     fn family(&self, engine: &str) -> Vec<Running> {
         self.processes().into_iter().filter(|running| running.engine.as_deref() == Some(engine)).collect()
     }
@@ -337,7 +337,7 @@ impl From<Process> for Running {
 
 impl Running {
     fn is_daemon(&self) -> bool {
-        // Started by a command, or by the daemon before it, at a restart.
+        // Started by a command, or by its predecessor at a restart.
         self.argv.iter().any(|arg| arg == "__daemon" || arg == "__successor")
     }
 
@@ -346,7 +346,7 @@ impl Running {
     }
 }
 
-// --- What has been seen ---
+// --- Observations ---
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Needs {
@@ -354,30 +354,30 @@ enum Needs {
     Opencode,
 }
 
-/// Something was done to a process.
+/// A disturbance of a process: a kill, a stop, a restart.
 struct Disturbance {
     to: Needs,
-    /// None while it goes on.
+    /// `None` while it lasts.
     end: Option<Instant>,
 }
 
 #[derive(Default)]
 struct Figures {
-    /// How many of each, and the slowest.
+    /// The count of each command, and the slowest.
     commands: BTreeMap<&'static str, (usize, Duration)>,
-    /// What was done to processes.
+    /// The count of each disturbance.
     done: BTreeMap<&'static str, usize>,
-    /// Which failed as they may: cut off.
+    /// The count of each permitted failure.
     cut_off: BTreeMap<(&'static str, String), usize>,
     slowest: Option<(Duration, String)>,
     checkpoints: usize,
-    /// How long what a killed opencode left was there at most.
+    /// The longest time until the children of a killed opencode were gone.
     slowest_sweep: Duration,
-    /// The pairs of looks at one daemon: early, late, commands between them.
+    /// Measurements of one daemon: early, late, and the commands between them.
     vitals: Vec<(Vitals, Vitals, usize)>,
 }
 
-/// What a daemon uses.
+/// The resources of a daemon.
 #[derive(Clone, Copy, Debug)]
 struct Vitals {
     pid: u32,
@@ -397,7 +397,7 @@ impl Vitals {
         Some(Vitals { pid, memory_kb: field("VmRSS:")?, descriptors, threads: field("Threads:")? })
     }
 
-    /// When descriptors and threads have not changed for 3 s: its idle threads stay for 2.
+    /// The resources once descriptors and threads have been constant for 3 s: idle threads stay for 2 s.
     fn settled(pid: u32) -> Option<Vitals> {
         let mut before = Vitals::of(pid)?;
         let mut same = 0;
@@ -422,12 +422,12 @@ struct Soak<'a> {
     machine: Machine<'a>,
     is_fake: bool,
     begin: Instant,
-    /// Held for reading by every command, for writing by who looks at everything.
+    /// Held for reading by every command, and for writing by a checkpoint.
     quiet: RwLock<()>,
     disturbances: Mutex<Vec<Disturbance>>,
     figures: Mutex<Figures>,
     violations: Mutex<Vec<String>>,
-    /// What was run last.
+    /// The latest commands and disturbances.
     recent: Mutex<VecDeque<String>>,
     done: AtomicBool,
 }
@@ -478,7 +478,7 @@ impl<'a> Soak<'a> {
         }
     }
 
-    /// Whether anything was done, since then, to what is needed.
+    /// Whether a needed process was disturbed since then.
     fn was_disturbed(&self, needs: Needs, since: Instant) -> bool {
         lock(&self.disturbances).iter().any(|Disturbance { to, end }| match to {
             Needs::Daemon => end.is_none_or(|end| end >= since),
@@ -486,7 +486,7 @@ impl<'a> Soak<'a> {
         })
     }
 
-    /// Does something to a process.
+    /// Disturbs a process.
     fn disturb<T>(&self, what: &'static str, to: Needs, act: impl FnOnce() -> T) -> T {
         self.note(&format!("BEGIN {what}"));
         let index = {
@@ -501,7 +501,7 @@ impl<'a> Soak<'a> {
         result
     }
 
-    /// Accounts for a command, and says whether its failure is one that may be.
+    /// Counts a command, and reports a violation if its failure is not permitted.
     fn judge(&self, name: &'static str, text: &str, needs: Needs, since: Instant, outcome: &Outcome) {
         let took = since.elapsed();
         {
@@ -529,7 +529,7 @@ impl<'a> Soak<'a> {
         };
         let is_of_opencode = code.starts_with("opencode_");
         let disturbed = match needs {
-            // It answers whatever opencode does.
+            // The daemon answers whatever opencode does.
             Needs::Daemon => self.was_disturbed(Needs::Daemon, since),
             Needs::Opencode if is_of_opencode || matches!(outcome, Outcome::Lost(_)) => {
                 self.was_disturbed(Needs::Opencode, since)
@@ -540,30 +540,30 @@ impl<'a> Soak<'a> {
             Outcome::Nobody => true,
             Outcome::Lost(_) => disturbed,
             Outcome::Refused { .. } => {
-                // `daemon_unresponsive` is not one of them: what is killed or stops does so at once.
+                // Not `daemon_unresponsive`: a daemon that is killed or stops does so at once.
                 const ABOUT_PROCESSES: [&str; 2] = ["daemon_not_running", "daemon_start_failed"];
                 disturbed && (is_of_opencode || ABOUT_PROCESSES.contains(&code.as_str()))
             }
             Outcome::Done(_) => true,
         };
         if !may_be {
-            self.violation(format!("{text} fails after {took:?}, and nothing was done to anything: {code} {said}"));
+            self.violation(format!("{text} failed after {took:?} without a disturbance: {code} {said}"));
         }
         *lock(&self.figures).cut_off.entry((name, code)).or_default() += 1;
     }
 }
 
-// --- Those who work ---
+// --- Workers ---
 
-/// A workspace of a worker's.
+/// A workspace of a worker.
 struct Entry {
     /// A path, or a base URL.
     place: String,
     is_local: bool,
     id: String,
-    /// What it may be: absent, or present with a name. One, when it is known.
+    /// The possible states: absent, or present with a name. A single one when the state is known.
     may_be: Vec<Option<String>>,
-    /// What it may yet become, by a request that nobody waits for any more, and since when.
+    /// States that an abandoned request may still bring about, and since when.
     late: Vec<(Option<String>, Instant)>,
 }
 
@@ -581,7 +581,7 @@ impl Entry {
         self.may_be == [None]
     }
 
-    /// A change was asked for, and there was no reply.
+    /// A change was requested without a reply.
     fn also(&mut self, other: Option<String>) {
         self.late.push((other.clone(), Instant::now()));
         if !self.may_be.contains(&other) {
@@ -589,20 +589,20 @@ impl Entry {
         }
     }
 
-    /// A change was acknowledged, or it is seen to be so.
+    /// A change was acknowledged, or its result was seen.
     fn is_now(&mut self, state: Option<String>) {
         self.late.retain(|(late, since)| *late != state && since.elapsed() < LATE);
         self.may_be = vec![state];
         self.may_be.extend(self.late.iter().map(|(late, _)| late.clone()));
     }
 
-    /// It is seen to be there, by whatever name.
+    /// The workspace was seen to be present, under some name.
     fn is_some(&mut self) {
         let is_late = self.late.iter().any(|(late, since)| late.is_none() && since.elapsed() < LATE);
         self.may_be.retain(|state| state.is_some() || is_late);
     }
 
-    /// It is seen to be so.
+    /// The workspace was seen in this state. An impossible state is an error.
     fn seen(&mut self, found: Option<&str>) -> Result<(), String> {
         let found = found.map(str::to_owned);
         let before = self.may_be.clone();
@@ -614,7 +614,7 @@ impl Entry {
     }
 }
 
-/// What the registry holds, by id: the name.
+/// The names in a registry, by id.
 fn listed(list: &Value) -> BTreeMap<String, String> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let workspaces = list["workspaces"].as_array().into_iter().flatten();
@@ -639,7 +639,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         Worker { soak, number, chance: Chance::of(seed, number as u64 + 1), entries, names: 0 }
     }
 
-    /// Asks, and accounts for it.
+    /// Runs a command or request, and judges its outcome.
     fn ask(
         &mut self,
         name: &'static str,
@@ -677,8 +677,8 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
     }
 
-    /// One thing that a user would do.
-    fn one(&mut self) {
+    /// One random action of a user.
+    fn act(&mut self) {
         let at = self.chance.below(self.entries.len() as u64) as usize;
         let local = self.chance.below(LOCALS as u64) as usize;
         let over_http = self.chance.percent(45);
@@ -743,7 +743,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
     }
 
-    /// A command that is itself killed.
+    /// An add whose command is killed.
     fn killed_add(&mut self, at: usize) {
         let Entry { place, is_local, .. } = &self.entries[at];
         if !is_local {
@@ -780,14 +780,14 @@ impl<'a, 'b> Worker<'a, 'b> {
                 }
                 self.entries[at].is_now(None);
             }
-            // Asked again after it was cut off, and done the first time.
+            // The client repeated a remove that had succeeded before it was cut off.
             Outcome::Refused { code, .. }
                 if code == "workspace_not_found" && self.soak.was_disturbed(Needs::Daemon, since) =>
             {
                 if self.entries[at].is_present() {
                     *lock(&self.soak.figures)
                         .cut_off
-                        .entry(("remove", "done, and said not to be there".to_owned()))
+                        .entry(("remove", "done, but reported as not found".to_owned()))
                         .or_default() += 1;
                 }
                 self.entries[at].is_now(None);
@@ -821,7 +821,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
     }
 
-    /// What a reply about one workspace says of it.
+    /// Checks a reply about one workspace against its possible states.
     fn read(&mut self, at: usize, outcome: &Outcome, by: &str) {
         match outcome {
             Outcome::Done(reply) => {
@@ -865,7 +865,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
     }
 
-    /// What the registry says against what was acknowledged.
+    /// Checks a list of the registry against the possible states.
     fn compare(&mut self, listed: &BTreeMap<String, String>, by: &str) {
         for at in 0..self.entries.len() {
             let found = listed.get(&self.entries[at].id).cloned();
@@ -887,7 +887,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
     }
 
-    /// opencode was told the right directory.
+    /// Checks that opencode got the right directory.
     fn is_directory(&self, at: usize, path: &Value) {
         if path["directory"] != self.entries[at].place.as_str() {
             self.soak.violation(format!("w{} {} is routed to {path}", self.number, self.entries[at].place));
@@ -917,7 +917,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         };
         match outcome {
             Outcome::Done(reply) => {
-                // The command says the status too.
+                // The output of the command has the status beside the body.
                 self.is_directory(at, if over_http { &reply } else { &reply["body"] });
                 if self.entries[at].is_absent() {
                     self.soak
@@ -952,7 +952,7 @@ impl<'a, 'b> Worker<'a, 'b> {
             true => self.soak.machine.http("GET", "/health", None, false),
             false => self.soak.machine.command(&["status"], None),
         };
-        // That there is none is an answer.
+        // "Not running" is a valid answer.
         let none = matches!(&outcome, Outcome::Refused { code, .. } if code == "daemon_not_running");
         let counted = if none { &Outcome::Done(Value::Null) } else { &outcome };
         self.soak.judge("status", &format!("w{} status", self.number), Needs::Daemon, since, counted);
@@ -989,7 +989,7 @@ impl<'a, 'b> Worker<'a, 'b> {
     }
 }
 
-// --- The one that kills ---
+// --- The tormentor ---
 
 impl Soak<'_> {
     fn kill_daemon(&self) {
@@ -1021,7 +1021,7 @@ impl Soak<'_> {
         }
     }
 
-    /// Nothing of it is left, within a moment. There has to be a daemon.
+    /// Checks that the children of an opencode are gone soon. Needs a running daemon.
     fn is_swept(&self, engine: &str, after: &str) {
         let since = Instant::now();
         if poll(Duration::from_secs(10), || self.machine.family(engine).is_empty().then_some(())).is_none() {
@@ -1031,7 +1031,7 @@ impl Soak<'_> {
         figures.slowest_sweep = figures.slowest_sweep.max(since.elapsed());
     }
 
-    /// A command of the one that kills, which has to succeed.
+    /// Runs a command of the tormentor, which has to succeed.
     fn run(&self, name: &'static str, args: &[&str]) -> Option<Value> {
         let since = Instant::now();
         let outcome = self.machine.command(args, None);
@@ -1056,7 +1056,7 @@ impl Soak<'_> {
         }
     }
 
-    /// Whoever was ready before is the one that is ready now.
+    /// Checks that the same opencode is ready as before.
     fn is_kept(&self, before: Option<u32>, what: &str) {
         let Some(before) = before else { return };
         self.run("daemon start", &["daemon", "start"]);
@@ -1094,8 +1094,8 @@ impl Soak<'_> {
         }
     }
 
-    /// One of the things that happen.
-    fn something(&self, chance: &mut Chance) {
+    /// One random disturbance.
+    fn strike(&self, chance: &mut Chance) {
         match chance.below(100) {
             0..26 => self.kill_daemon(),
             26..52 => self.kill_opencode(false),
@@ -1128,7 +1128,7 @@ impl Soak<'_> {
                 }
             }
             _ => {
-                // Stopped for a moment, it loses nothing.
+                // A daemon that is stopped for a moment loses nothing.
                 if let Some(pid) = self.machine.signal_daemon(Signal::STOP) {
                     self.note("STOP of the daemon");
                     thread::sleep(Duration::from_millis(chance.below(400)));
@@ -1145,7 +1145,7 @@ impl Soak<'_> {
         }
     }
 
-    /// Kills for as long as it takes, and looks at everything again and again.
+    /// Disturbs the processes for this long, with checkpoints in between.
     fn torment(&self, chance: &mut Chance, total: Duration, workers: &[Mutex<Worker>]) {
         let rounds = (total.as_secs_f64() / ROUND.as_secs_f64()).round().max(1.0);
         let round = total.div_f64(rounds);
@@ -1154,7 +1154,7 @@ impl Soak<'_> {
             let (storm_ends, ends) = (begin + round.mul_f64(STORM), begin + round);
             let mut look_at = Instant::now() + CHECKPOINT;
             while Instant::now() < storm_ends && !self.is_done() {
-                self.something(chance);
+                self.strike(chance);
                 let pause = if chance.percent(30) { chance.below(100) } else { chance.below(2500) };
                 self.sleep_until((Instant::now() + Duration::from_millis(pause)).min(storm_ends));
                 if Instant::now() >= look_at {
@@ -1162,7 +1162,7 @@ impl Soak<'_> {
                     look_at = Instant::now() + CHECKPOINT;
                 }
             }
-            // From here on the daemon lives. First it is used for a while.
+            // From here on the daemon lives. Let it warm up first.
             self.checkpoint(workers);
             let calm = ends.saturating_duration_since(Instant::now());
             self.sleep_until(Instant::now() + calm / 4);
@@ -1185,7 +1185,7 @@ impl Soak<'_> {
                 return;
             }
         }
-        // As at the end of the first round, so at the end of the last.
+        // The last round must not use more than the first.
         let vitals: Vec<_> = lock(&self.figures).vitals.iter().map(|(_, late, _)| *late).collect();
         if let (Some(first), Some(last)) = (vitals.first(), vitals.last()) {
             self.is_flat(Vitals { pid: last.pid, ..*first }, *last);
@@ -1198,11 +1198,11 @@ impl Soak<'_> {
             && late.threads <= early.threads + MORE_THREADS
             && late.memory_kb <= early.memory_kb + MORE_MEMORY_KB;
         if !flat {
-            self.violation(format!("one daemon early: {early} (pid {}); late: {late} (pid {})", early.pid, late.pid));
+            self.violation(format!("not steady: {early} (pid {}), then {late} (pid {})", early.pid, late.pid));
         }
     }
 
-    /// Everybody waits; what is there is looked at. What the daemon uses, once it has settled.
+    /// Pauses every worker and checks everything. Returns the resources of the settled daemon.
     fn checkpoint(&self, workers: &[Mutex<Worker>]) -> Option<Vitals> {
         let _quiet = self.quiet.write().unwrap_or_else(PoisonError::into_inner);
         self.note("CHECKPOINT");
@@ -1239,29 +1239,29 @@ impl Soak<'_> {
     }
 }
 
-/// The file is whole, and says what the daemon says.
+/// Checks that the state file is valid and matches the daemon's list.
 fn check_registry(machine: &Machine, list: &Value, count: usize) -> Option<String> {
     let state: Value = match serde_json::from_slice(&fs::read(machine.host.file(STATE)).unwrap_or_default()) {
         Ok(state) => state,
-        Err(e) => return Some(format!("the state file is no JSON: {e}")),
+        Err(e) => return Some(format!("the state file is invalid: {e}")),
     };
     let (on_disk, told) = (listed(&state), listed(list));
     let entries = list["workspaces"].as_array().map_or(0, Vec::len);
     let names: BTreeSet<_> = told.values().collect();
     let active = list["activeId"].as_str().unwrap_or("?");
     if state["version"] != 1 || on_disk != told {
-        return Some(format!("the state file is not what the daemon says: {state}, {list}"));
+        return Some(format!("the state file differs from the daemon's list: {state}, {list}"));
     }
     if entries != told.len() || entries != names.len() || entries != count {
-        return Some(format!("{count} workspaces are there, or some twice: {list}"));
+        return Some(format!("expected {count} distinct workspaces: {list}"));
     }
     if !active.is_empty() && !told.contains_key(active) {
-        return Some(format!("what is active is not there: {list}"));
+        return Some(format!("the active workspace does not exist: {list}"));
     }
     None
 }
 
-/// There is one of each, and nothing beside it.
+/// Checks that one daemon and one opencode run, and nothing else.
 fn check_processes(machine: &Machine, is_fake: bool) -> Option<String> {
     let running = machine.processes();
     let daemons: Vec<u32> = running.iter().filter(|running| running.is_daemon()).map(|running| running.pid).collect();
@@ -1280,7 +1280,7 @@ fn check_processes(machine: &Machine, is_fake: bool) -> Option<String> {
     (!right).then(|| format!("there should be one daemon ({lock:?}) and one opencode ({pid}): {running:?}"))
 }
 
-/// Only what belongs there, for nobody else's eyes.
+/// Checks that the data directory has only its own files, all private.
 fn check_directory(host: &Host) -> Option<String> {
     let mode = |path: &Path| fs::symlink_metadata(path).map_or(0, |metadata| metadata.permissions().mode() & 0o7777);
     let wrong = |path: &Path| {
@@ -1314,11 +1314,11 @@ fn soak() {
     host.behave("FAKE_GRANDCHILD=1\nFAKE_START_MS=100\n");
     let switches = ["OPENCODE_DISABLE_AUTOUPDATE", "OPENCODE_DISABLE_MODELS_FETCH"];
     switches.iter().for_each(|switch| host.set(switch, "1"));
-    // Short, so that instances are evicted all the time.
+    // Short, so that evictions happen all the time.
     host.set("OPENWORK_IDLE_TTL", "3s");
     let machine = Machine::new(&host, &[switches[0], switches[1], "OPENWORK_IDLE_TTL"]);
     if opencode.is_some() {
-        // The first instance of a home may take long.
+        // The first instance in a new home may take long.
         let first = machine.host.project("first");
         let first = first.to_str().unwrap();
         machine.command(&["workspace", "add", first], None);
@@ -1337,7 +1337,7 @@ fn soak() {
                     let pause = {
                         let _busy = soak.quiet.read().unwrap_or_else(PoisonError::into_inner);
                         let mut worker = lock(worker);
-                        worker.one();
+                        worker.act();
                         worker.chance.below(PAUSE)
                     };
                     thread::sleep(Duration::from_millis(pause));
@@ -1354,7 +1354,7 @@ fn soak() {
     assert!(violations.is_empty(), "{recent}\n\n{}\n\nrun it again: {again}", violations.join("\n"));
 }
 
-/// When one ends, also by a panic, all end.
+/// Ends all threads when one ends, also by a panic.
 struct EndAll<'a, 'b>(&'a Soak<'b>);
 
 impl Drop for EndAll<'_, '_> {
@@ -1364,7 +1364,7 @@ impl Drop for EndAll<'_, '_> {
 }
 
 impl Soak<'_> {
-    /// After a stop nothing runs, and the file has everything.
+    /// Checks that a stop leaves no process and that the state file is complete.
     fn finish(&self, workers: &[Mutex<Worker>]) {
         self.run("daemon stop", &["daemon", "stop"]);
         let left = self.machine.processes();
@@ -1389,11 +1389,11 @@ fn report(soak: &Soak, minutes: f64, opencode: Option<&Path>) {
         "\n--- {minutes} minutes against {}",
         opencode.map_or("the fake".into(), |path| path.display().to_string())
     );
-    println!("commands: {commands}, from {WORKERS} workers; looked at everything {} times", figures.checkpoints);
+    println!("commands: {commands}, from {WORKERS} workers; {} checkpoints", figures.checkpoints);
     for (name, (count, slowest)) in &figures.commands {
         println!("  {count:7}  {name} (slowest {} ms)", slowest.as_millis());
     }
-    println!("done to them:");
+    println!("disturbances:");
     for (what, count) in &figures.done {
         println!("  {count:7}  {what}");
     }
@@ -1403,21 +1403,21 @@ fn report(soak: &Soak, minutes: f64, opencode: Option<&Path>) {
         logged("starting "),
         logged(" is adopted on "),
     );
-    println!("cut off, as may be:");
+    println!("permitted failures:");
     for ((name, code), count) in &figures.cut_off {
         println!("  {count:7}  {name}: {code}");
     }
     if let Some((took, text)) = &figures.slowest {
         println!("slowest: {} ms, {text}", took.as_millis());
     }
-    println!("what a killed opencode left was gone after {} ms at most", figures.slowest_sweep.as_millis());
+    println!("the children of a killed opencode were gone after at most {} ms", figures.slowest_sweep.as_millis());
     for (early, late, commands) in &figures.vitals {
         println!("one daemon, {commands} commands apart: {early}; {late}");
     }
     println!("violations: {}", lock(&soak.violations).len());
 }
 
-/// Crashes of the daemon at random moments of adds.
+/// Kills the daemon at random moments of adds.
 #[test]
 fn nothing_acknowledged_is_missing_after_200_crashes() {
     const TEST: &str = "nothing_acknowledged_is_missing_after_200_crashes";
@@ -1436,7 +1436,7 @@ fn nothing_acknowledged_is_missing_after_200_crashes() {
     }
     let (acknowledged, cut_off) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeMap::new()));
     let [next, crashes, landed] = [(); 3].map(|()| AtomicUsize::new(0));
-    // What is on the disk when nobody can write, after a crash.
+    // The acknowledged adds that are not in the file after a crash.
     let missing = || {
         let before = lock(&acknowledged).clone();
         let bytes = fs::read(host.file(STATE)).unwrap_or_default();
@@ -1445,7 +1445,7 @@ fn nothing_acknowledged_is_missing_after_200_crashes() {
         before.into_iter().filter(|n| !there.contains(&name(*n))).collect::<Vec<_>>()
     };
     thread::scope(|scope| {
-        // Handed over at once or not at all: an add waits until the one who kills is free.
+        // A rendezvous channel: an add waits until the killing thread is free.
         let (strike, strikes) = sync_channel::<Duration>(0);
         for adder in 0..ADDERS {
             let (strike, machine, host) = (strike.clone(), &machine, &host);
@@ -1456,16 +1456,16 @@ fn nothing_acknowledged_is_missing_after_200_crashes() {
                 loop {
                     let n = next.fetch_add(1, Ordering::Relaxed);
                     let Some(path) = projects.get(n) else { return };
-                    // Again until it is acknowledged; the first try may be struck.
+                    // Repeat until acknowledged; the first try may be struck.
                     for is_first in [true].into_iter().chain(repeat(false)) {
                         let over_http = chance.percent(60);
                         let moment = Duration::from_micros(chance.below(if over_http { 4_000 } else { 12_000 }));
                         if over_http && host.lock_text().is_none_or(|(pid, _)| !is_alive(pid)) {
-                            // Somebody has to start one.
+                            // Requests do not start a daemon.
                             machine.command(&["daemon", "start"], None);
                         }
                         if is_first && struck.contains(&n) {
-                            strike.send(moment).expect("the one who kills");
+                            strike.send(moment).expect("the killing thread");
                         }
                         let body = json!({"path": path, "name": format!("p{n}")});
                         let mut outcome = match over_http {
@@ -1499,7 +1499,7 @@ fn nothing_acknowledged_is_missing_after_200_crashes() {
                 wait_gone(pid);
                 crashes.fetch_add(1, Ordering::Relaxed);
             }
-            assert_eq!(missing(), [0; 0], "acknowledged, and not on the disk; {again}");
+            assert_eq!(missing(), [0; 0], "acknowledged but not on disk; {again}");
         }
     });
     let outcome = machine.command(&["daemon", "start"], None);
@@ -1511,7 +1511,7 @@ fn nothing_acknowledged_is_missing_after_200_crashes() {
         lock(&cut_off),
         landed.load(Ordering::Relaxed),
     );
-    assert_eq!(missing(), [0; 0], "acknowledged, and missing; {again}");
+    assert_eq!(missing(), [0; 0], "acknowledged but missing; {again}");
     assert_eq!(check_registry(&machine, &list, ADDS), None, "{again}");
     let mut problem = None;
     poll(Duration::from_secs(10), || {

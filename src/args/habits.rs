@@ -260,7 +260,7 @@ mod tests {
     use std::ffi::OsString;
 
     #[test]
-    fn a_habit_leads_to_a_command_and_to_none_that_ends_something() {
+    fn habits_lead_to_harmless_commands() {
         for (words, habit) in WORDS {
             let Is(command) = habit else { continue };
             let given: Vec<OsString> = command.split(' ').map(OsString::from).collect();
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn no_habit_hides_a_command() {
+    fn habits_hide_no_command() {
         for (words, _) in WORDS {
             assert!(COMMANDS.iter().all(|row| row.name != *words), "{words}");
             let given: Vec<OsString> = words.split(' ').map(OsString::from).collect();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn an_option_by_habit_is_about_one_of_ours() {
+    fn option_habits_name_our_options() {
         for (name, needs, _) in OPTIONS {
             assert!(needs.is_none_or(|needs| OURS.iter().any(|row| row.name == needs)), "{name}");
         }

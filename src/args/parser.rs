@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_commands_can_be_found_by_its_names() {
+    fn every_command_is_found_by_its_name() {
         for row in COMMANDS {
             let found = parsed(&row.name.split(' ').collect::<Vec<_>>()).unwrap();
             assert_eq!(found.row.map(|row| row.name), Some(row.name));
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_taken_as_they_are_given() {
+    fn values_are_taken_verbatim() {
         for value in ["--json", "--name", "=", "=x", "'quoted'", "\"", "-", "-f", "", "a=b"] {
             let line = ["workspace", "add", ".", &format!("--name={value}")];
             assert_eq!(given(&line).unwrap().value("--name").unwrap(), value);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn short_options_stand_together() {
+    fn short_options_can_be_combined() {
         let line = given(&["logs", "-fn5"]).unwrap();
         assert!(line.has("--follow"));
         assert_eq!(line.value("--lines").unwrap(), "5");
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_for_opencode_begin_where_ours_end() {
+    fn arguments_after_ours_go_to_opencode() {
         let check = |line: &str, words: &[&str], trailing: &[&str]| {
             let given = given(&line.split(' ').collect::<Vec<_>>()).unwrap();
             assert_eq!((Vec::from(given.words), given.trailing), (own(words), own(trailing)), "{line}");
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn the_suggestion_is_an_option_that_the_command_takes() {
+    fn suggestion_is_an_option_of_the_command() {
         let hint = |line: &[&str]| given(line).err().and_then(|e| e.hint()).unwrap();
         assert_eq!(hint(&["logs", "--flow"]), "did you mean `--follow`?");
         // --force is nearer, and `logs` does not take it.

@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn replies_are_read_as_they_are_framed() {
+    fn replies_are_read_by_their_framing() {
         let read = |text: &'static str, method| Response::read(text.as_bytes(), method).unwrap().bytes(100);
         assert_eq!(read("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nabcd", "GET").unwrap(), b"ab");
         assert_eq!(

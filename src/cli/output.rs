@@ -242,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_are_aligned_and_clean() {
+    fn tables_are_aligned_and_escaped() {
         let rows = [["a".into(), "é\x1b[31m".into(), "".into()], ["long".into(), "b".into(), "".into()]];
         assert_eq!(table(rows), "a     é\u{fffd}[31m\nlong  b\n");
     }

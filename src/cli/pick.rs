@@ -94,7 +94,7 @@ mod tests {
     use crate::workspace::Place;
 
     #[test]
-    fn what_is_typed_is_a_number_a_name_or_a_part_of_one() {
+    fn input_is_a_number_a_name_or_part_of_one() {
         let listed = |name: &str| Listed {
             workspace: Arc::new(Place::Local(format!("/{name}")).into_workspace(name.to_owned(), 0)),
             missing: false,

@@ -31,23 +31,23 @@ use crate::wire::{
 };
 use crate::workspace::{Place, Workspace, existing_directory};
 
-/// The header by which the gate says that a request for `/health` is another user's.
+/// The header by which the gate marks a request for `/health` from another user.
 pub const STRANGER_HEADER: &str = "X-Openwork-Stranger";
-/// The header by which the gate names the allowed origin that a request has.
+/// The header by which the gate passes the allowed origin of a request.
 pub const ORIGIN_HEADER: &str = "X-Openwork-Origin";
 
-/// How long a request may take that does not say: as long as a command.
+/// The default timeout of a request: that of a command.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
-/// The longest that can be asked for; a day is for ever.
+/// The longest timeout that a client can ask for. Seconds; a day.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
-/// The pause before the control plane listens again, when descriptors or memory for it are lacking.
+/// The pause before the control plane tries to listen again, when it lacks descriptors or memory.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-/// How long opencode may take to say which sessions are running, for all instances together.
+/// How long opencode may take to report the running sessions, for all instances together.
 pub const ASK_LIMIT: Duration = Duration::from_secs(2);
-/// The pause between two looks whether interrupted sessions have ended: mostly they have at once.
+/// The pause between two checks whether interrupted sessions have ended; mostly they end at once.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// What a client says about its patience; 30 s when it says nothing.
+/// The timeout that a client asks for; 30 s without the header.
 ///
 /// # Errors
 /// `bad_request` when it is not a positive number of seconds.
@@ -75,7 +75,7 @@ impl ControlPlane {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers requests for as long as the daemon lives, each in a thread of its own.
+    /// Answers requests for as long as the daemon lives, each in its own thread.
     pub fn serve(&self, daemon: &'static Daemon) {
         loop {
             let server = self.lock().clone();
@@ -95,7 +95,7 @@ impl ControlPlane {
                         }
                     }
                 }
-                // Another server has taken its place.
+                // The server was replaced.
                 Err(_) if !Arc::ptr_eq(&server, &self.lock()) => {}
                 Err(e) => {
                     crate::log!("the control plane has ended: {e}");
@@ -107,11 +107,11 @@ impl ControlPlane {
         }
     }
 
-    /// Connects to it. A server that has ended is replaced first: the library's accepts no more after
-    /// an error, and does not outlive a lack of descriptors or threads in the middle of accepting.
+    /// Connects to the server, and first replaces one that has ended: tiny_http stops accepting after an
+    /// error, such as a lack of descriptors or threads.
     ///
     /// # Errors
-    /// `overloaded`, when there are no descriptors for it.
+    /// `overloaded` without a free descriptor.
     pub fn connect(&self) -> Result<UnixStream> {
         let connect = || UnixStream::connect(CONTROL_SOCKET);
         let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
@@ -121,16 +121,16 @@ impl ControlPlane {
         connected.map_err(|_| Error::Overloaded("requests"))
     }
 
-    /// Puts a new server in the place of one that has ended, unless another has done so.
+    /// Replaces a server that has ended, unless another thread has done so.
     fn replace(&self, ended: &Arc<Server>) -> Result<()> {
         let mut server = self.lock();
         if Arc::ptr_eq(&server, ended) {
             let another = Arc::new(listen()?);
             crate::log!("the control plane listens again");
             let ended = std::mem::replace(&mut *server, another);
-            // The thread that waits at the old one is to wait at the new one.
+            // Wake the thread that waits on the old server, so that it moves to the new one.
             ended.unblock();
-            // Dropped, the old one would remove the socket of the new one.
+            // Dropping the old server would remove the socket of the new one.
             std::mem::forget(ended);
         }
         Ok(())
@@ -145,12 +145,12 @@ fn listen() -> Result<Server> {
         _ => {}
     }
     let listener = UnixListener::bind(path).map_err(failed("listen on"))?;
-    // Nobody else gets into the directory; this is the second lock on the same door.
+    // The directory is private already; this is a second barrier.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed("narrow the mode of"))?;
     Server::from_listener(listener, None).map_err(|e| Error::Internal(format!("cannot serve: {e}")))
 }
 
-/// Answers a request, also when its handler panics.
+/// Answers a request, even if its handler panics.
 fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     match answer_with(daemon, request, answer) {
@@ -166,23 +166,22 @@ fn handle(daemon: &Daemon, mut request: Request) {
     }
 }
 
-/// Runs a handler. A panic, whose message is in the log by then, costs this request and no other.
+/// Runs a handler. A panic, whose message is already in the log, fails only this request.
 fn contain_panic<T>(handler: impl FnOnce() -> Result<T>) -> Result<T> {
-    // A handler leaves nothing half-changed behind: what handlers share is changed in closures of
-    // its owner, under a lock that survives a panic.
+    // A panic leaves no shared data half-changed: its owner changes it in closures, under a lock that
+    // survives a panic.
     catch_unwind(AssertUnwindSafe(handler))
         .unwrap_or_else(|_| Err(Error::Internal("a bug: see `openwork logs daemon`".to_owned())))
 }
 
-/// Writes the reply, to the last byte: the gate passes it on as it is. Returns what is to be done
-/// after it.
+/// Writes the complete reply, which the gate passes on unchanged. Returns the action to take after it.
 fn answer_with(daemon: &Daemon, request: Request, answer: Result<Answer>) -> Option<AfterReply> {
     let method = request.method().to_string();
     let origin = header(&request, ORIGIN_HEADER).map(str::to_owned);
     let origin = origin.as_deref();
     let (reply, after) = match answer {
         Ok(Answer { status, body, after }) => {
-            // Told to the commands that a person runs, and not to what polls /health.
+            // Only commands that a person runs get the notice, and not a poller of /health.
             let is_for_a_person = request.url().starts_with("/workspaces") || request.url() == "/start";
             let notice = is_for_a_person.then(|| daemon.store.take_notice()).flatten();
             let notice = notice.map(|notice| format!("{NOTICE_HEADER}: {}\r\n", percent_encode(notice.as_bytes())));
@@ -190,8 +189,8 @@ fn answer_with(daemon: &Daemon, request: Request, answer: Result<Answer>) -> Opt
         }
         Err(e) => (reply::error(&method, &e, origin), None),
     };
-    // tiny_http would write a list of ten thousand workspaces in pieces of 8 KiB, with a change of
-    // threads for each.
+    // Bypass tiny_http's own writer: it writes a list of ten thousand workspaces in pieces of 8 KiB, with a
+    // thread switch for each.
     let mut writer = request.into_writer();
     if let Err(e) = writer.write_all(&reply).and_then(|()| writer.flush()) {
         crate::log!("a reply was not taken: {e}");
@@ -204,14 +203,14 @@ fn header<'r>(request: &'r Request, name: &'static str) -> Option<&'r str> {
     request.headers().iter().find(|header| header.field.equiv(name)).map(|header| header.value.as_str())
 }
 
-/// A reply, and what is to be done after it.
+/// A reply, and the action to take after it.
 struct Answer {
     status: u16,
     body: Vec<u8>,
     after: Option<AfterReply>,
 }
 
-/// What is done after a reply.
+/// An action after a reply.
 enum AfterReply {
     Stop { ends: Ends, client: Option<u32> },
     Restart { ends: Ends, client: Option<u32> },
@@ -228,11 +227,11 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
     let method = request.method().to_string();
     let (route, selector) = find_route(&method, request.url().split('?').next().unwrap_or_default())?;
     let patience = timeout(header(request, TIMEOUT_HEADER));
-    // Which is answered at once, whatever is said about waiting.
+    // `/health` never waits, so its timeout may be invalid.
     let patience = if route == Route::Health { DEFAULT_TIMEOUT } else { patience? };
     let deadline = Instant::now() + patience;
     let mut body = Vec::new();
-    // Bounded by the gate.
+    // The gate limits its size.
     request.as_reader().read_to_end(&mut body).map_err(|e| Error::BadRequest(format!("the body did not come: {e}")))?;
     let one = |workspace: Arc<Workspace>, created| WorkspaceReply {
         ok: true,
@@ -244,12 +243,12 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
         Route::Health => {
             let mut health = daemon.health();
             if header(request, STRANGER_HEADER).is_some() {
-                // The output of opencode is its user's business, and an id proves a guessed path.
+                // Other users must not see opencode's output, nor an id, which would confirm a guessed path.
                 health.engine.last_error = None;
                 health.engine.service = None;
                 health.active_id.clear();
             }
-            // As health checks expect. The body is the same in both cases.
+            // Health checks expect a 503. The body is the same in both cases.
             Answer::new(if health.ok { 200 } else { 503 }, &health)
         }
         Route::Doc => {
@@ -332,7 +331,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             Answer::new(200, &Done { ok: true })
         }
         Route::Instances => Answer::new(200, &instances(daemon, deadline)),
-        // The gate streams them.
+        // The gate streams events itself.
         Route::Events => Err(Error::NotFound("/events".to_owned())),
         Route::Dispose => {
             let Dispose { force } = parse(&body)?;
@@ -350,12 +349,12 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
             let Start { workspace } = parse(&body)?;
             let workspace = workspace.map(|id| daemon.store.snapshot().find(&id).cloned()).transpose()?;
             daemon.supervisor.endpoint(deadline)?;
-            // Now that the version of opencode is known.
+            // Only now is the version of opencode known.
             workspace.map_or(Ok(()), |workspace| daemon.instances.check_fence(&workspace))?;
             Answer::new(200, &daemon.health())
         }
         Route::Restart => {
-            // The allowed pages may use opencode; which program runs as the user is for a command to say.
+            // Allowed web pages may use opencode, but not choose a program that runs as the user.
             if let Some(origin) = header(request, ORIGIN_HEADER) {
                 return Err(Error::ForbiddenOrigin(format!("the web page {origin:?}")));
             }
@@ -398,7 +397,7 @@ fn ended_by(daemon: &Daemon, ends: Ends, deadline: Instant) -> Vec<Session> {
     if daemon.keeps_opencode(ends) { Vec::new() } else { sessions::running_now(daemon, deadline) }
 }
 
-/// Makes a call in a workspace, whose instance is loaded by it if it was not. It counts as use.
+/// Makes a call in a workspace. It loads the instance if necessary, and counts as use.
 ///
 /// # Errors
 /// `workspace_is_remote`, `path_not_found`, `workspace_fenced`, and those of the call.
@@ -409,7 +408,7 @@ fn call_loaded<T>(
     ask: impl Fn(&Endpoint, &Path) -> std::result::Result<T, CallError>,
 ) -> Result<T> {
     let directory = workspace.local_path()?;
-    // opencode would answer for a directory that is not there.
+    // opencode would answer for a missing directory.
     existing_directory(directory).map_err(|e| match e.code() {
         Code::PathNotFound => workspace.gone(),
         _ => e,
@@ -417,14 +416,14 @@ fn call_loaded<T>(
     daemon.instances.check_fence(workspace)?;
     let entered = daemon.instances.enter(workspace, deadline)?;
     let answer = daemon.supervisor.call(deadline, |endpoint| {
-        // An opencode that is gone already must not be taken for one that ends by this request.
+        // Connect first: an opencode that is already gone must not be blamed on this request.
         endpoint.connect(deadline)?;
-        // Before the answer: one that comes too late has loaded it all the same.
+        // Before the answer: even a call that times out has loaded the instance.
         if !entered.loads(endpoint.generation, deadline).map_err(CallError::Failed)? {
             return Err(CallError::Gone("it has ended".to_owned()));
         }
         ask(endpoint, directory).map_err(|e| match e {
-            // What ended opencode by loading the instance would end the next one too.
+            // A load that ended opencode would end the next one too, so do not repeat the call.
             CallError::Gone(_) | CallError::Failed(Error::OpencodeFault(_)) => {
                 entered.blame(&daemon.supervisor, endpoint).map_or(e, CallError::Failed)
             }
@@ -436,10 +435,10 @@ fn call_loaded<T>(
     Ok(answer)
 }
 
-/// How the instances of the local workspaces are; only loaded ones are asked about.
+/// The instances of the local workspaces. opencode is asked only about loaded ones.
 fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
     let (state, endpoint) = (daemon.store.latest(), daemon.supervisor.ready_now());
-    // One that hangs is not waited for: it is shown as it was known.
+    // Do not wait for a hung opencode: show its last known state.
     let deadline = deadline.min(Instant::now() + ASK_LIMIT);
     if let Some(endpoint) = &endpoint {
         let _ = daemon.instances.list(endpoint, deadline);
@@ -466,8 +465,8 @@ fn instances(daemon: &Daemon, deadline: Instant) -> InstanceList {
     }
 }
 
-/// The sessions that are running in a loaded instance; none when opencode does not say. A session
-/// whose title opencode does not say is listed without one.
+/// The running sessions of a loaded instance; none when opencode does not answer. A session whose title is
+/// unknown is listed without one.
 fn running_sessions(
     daemon: &Daemon,
     endpoint: &Endpoint,
@@ -484,7 +483,8 @@ fn running_sessions(
 /// Disposes the instance of a workspace; false when it is not loaded.
 fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instant) -> Result<bool> {
     workspace.local_path()?;
-    // Neither opencode nor the instance is woken to be put to sleep. A list is newer than the account.
+    // Start neither opencode nor the instance just to dispose it. opencode's own list is newer than the
+    // account.
     if let Some(endpoint) = daemon.supervisor.ready_now() {
         let _ = daemon.instances.list(&endpoint, deadline.min(Instant::now() + ASK_LIMIT));
     }
@@ -504,7 +504,7 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
                 return Err(busy(sessions));
             }
         } else if endpoint.line == Line::V2 {
-            // Disposed under a running turn, its MCP servers would outlive it.
+            // 2.x leaks the MCP servers of a turn that runs during the disposal.
             let mut sessions = running()?;
             endpoint.interrupt(&sessions, deadline)?;
             while !sessions.is_empty() {
@@ -529,7 +529,7 @@ fn dispose(daemon: &Daemon, workspace: &Workspace, force: bool, deadline: Instan
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     // Command lines of this and earlier versions send `null` where there is nothing to say.
     let body = if matches!(body, b"" | b"null") { b"{}" } else { body };
-    // The library would take a list of the values too.
+    // serde would also accept an array of the values.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(Error::BadRequest("the body is not a JSON object".to_owned()));
     }
@@ -566,7 +566,7 @@ fn find_route(method: &str, path: &str) -> Result<(Route, String)> {
     let selector = position.and_then(|position| segments.get(position)).copied().unwrap_or_default();
     let decoded = percent_decode(selector).and_then(|bytes| String::from_utf8(bytes).ok());
     match decoded {
-        // What was active before is a matter of a command line.
+        // `-` exists only on the command line.
         Some(selector) if selector == "-" && !pattern.starts_with("/sessions/") => Err(Error::no_workspace(selector)),
         Some(selector) => Ok((*route, selector)),
         None => Err(Error::BadRequest(format!("{selector:?} in the path is not percent-encoded UTF-8"))),
@@ -578,11 +578,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_costs_one_request() {
+    fn panic_fails_only_its_request() {
         let panics = || -> Result<Answer> { panic!("a bug, for the test") };
         let failed = contain_panic(panics).err().expect("an error");
         assert_eq!((failed.code(), failed.http_status()), (Code::Internal, 500));
-        // The thread goes on to the next request.
+        // The thread can go on.
         assert_eq!(contain_panic(|| Ok(5)).ok(), Some(5));
         assert_eq!(
             contain_panic(|| Err::<(), _>(Error::Overloaded("x"))).err().map(|e| e.code()),

@@ -1,11 +1,11 @@
 //! The daemon's events and their subscribers: the source of `GET /events`.
 //!
 //! Publishing never waits. The subscription of a reader that falls too far behind ends; the client can
-//! subscribe again from the last event that it has seen, and is told when some of the events since then
-//! are no longer kept. A reader that hangs up is noticed at once.
+//! subscribe again after the last event that it has seen, and gets a gap event if some of the events since
+//! then are no longer kept. A reader that hangs up is noticed at once.
 //!
-//! Ids begin at the start of the daemon, in Unix milliseconds times 1,000, and count from there: those of
-//! the next daemon are larger.
+//! Ids start at the start time of the daemon, in Unix milliseconds times 1,000, and count up: ids of the next
+//! daemon are larger.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,9 +23,9 @@ use crate::workspace::Workspace;
 /// How many events a subscriber may be behind: the busiest daemon publishes them in seconds.
 const BEHIND_LIMIT: usize = 256;
 
-/// How many events are kept for those who subscribe again.
+/// How many events are kept for clients that subscribe again.
 const KEPT: usize = 1000;
-/// The same in bytes: an event can be large, and a daemon is to stay small.
+/// The limit of kept events in bytes: a single event can be large, and the daemon has to stay small.
 const KEPT_BYTES: usize = 1024 * 1024;
 
 /// The session that an event is about.
@@ -34,7 +34,7 @@ const KEPT_BYTES: usize = 1024 * 1024;
 pub struct EventSession {
     /// OpenCode's id; null when an error is about no session.
     pub session_id: Option<String>,
-    /// Null when opencode has not told it.
+    /// Null when opencode has not reported it.
     pub title: Option<String>,
     /// Null when the directory is no workspace.
     pub workspace: Option<Arc<Workspace>>,
@@ -54,7 +54,7 @@ pub struct SessionError {
 /// An event. On the wire its fields stand beside `id`, `type` and `time`.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename_all_fields = "camelCase")]
-#[allow(missing_docs)] // the names say it
+#[allow(missing_docs)] // the names are clear
 pub enum EventKind {
     #[serde(rename = "workspace.added")]
     WorkspaceAdded { workspace: Arc<Workspace>, active_id: String },
@@ -117,13 +117,13 @@ pub struct Events(Mutex<Subscribers>);
 
 #[derive(Default)]
 struct Subscribers {
-    /// The id of the last event; before the first one, what its id comes after.
+    /// The id of the last event, or one less than the first id.
     last_id: u64,
-    /// The last events, each with its id, the oldest first.
+    /// The latest events with their ids, the oldest first.
     kept: VecDeque<(u64, Arc<str>)>,
     kept_bytes: usize,
     inboxes: Vec<Weak<Inbox>>,
-    /// The daemon ends: there are no more events.
+    /// The daemon is ending: there will be no more events.
     closed: bool,
 }
 
@@ -137,13 +137,13 @@ impl Subscribers {
         }
     }
 
-    /// The events after an id, and before them what there is to say of those that are not kept.
+    /// The kept events after an id, preceded by a gap event if some are missing.
     fn since(&self, since: u64) -> VecDeque<Arc<str>> {
         let first_kept = self.kept.front().map_or(self.last_id + 1, |(id, _)| *id);
-        // An id of events to come is that of a daemon whose clock was ahead.
+        // An id in the future came from a daemon whose clock was ahead.
         let is_whole = since + 1 >= first_kept && since <= self.last_id;
         let after = if is_whole { since } else { first_kept - 1 };
-        // The next reconnect is from there.
+        // Its id is where the next reconnect continues.
         let gap = Event { id: after, time: now_ms(), kind: &EventKind::Gap { since } };
         let gap = Some(gap).filter(|_| !is_whole).and_then(|gap| gap.text());
         let kept = self.kept.iter().filter(|(id, _)| *id > after).map(|(_, text)| text.clone());
@@ -151,9 +151,9 @@ impl Subscribers {
     }
 }
 
-/// The events that a subscriber has not taken yet.
+/// The events that a subscriber has not received yet.
 struct Inbox {
-    /// An eventfd: readable while there is something to take, or to learn.
+    /// An eventfd, readable when there is an event or the end.
     news: OwnedFd,
     queue: Mutex<Queue>,
 }
@@ -161,9 +161,9 @@ struct Inbox {
 #[derive(Default)]
 struct Queue {
     events: VecDeque<Arc<str>>,
-    /// How many events of before the subscription it began with.
+    /// How many earlier events the subscription started with.
     replayed: usize,
-    /// Nothing more will come.
+    /// No more events will come.
     over: bool,
 }
 
@@ -189,19 +189,19 @@ impl Inbox {
     }
 }
 
-/// The events from one moment on.
+/// A subscription to the events.
 pub struct Subscription(Arc<Inbox>);
 
-/// What a subscriber learns next.
+/// The result of waiting for an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
     /// An event, as a server-sent event.
     Event(Arc<str>),
-    /// Nothing has happened in that time.
+    /// No event in that time.
     Quiet,
     /// The reader has hung up.
     HungUp,
-    /// There will be no more: the reader was too far behind, or the daemon ends.
+    /// No more events: the reader was too far behind, or the daemon is ending.
     Over,
 }
 
@@ -212,7 +212,7 @@ impl Subscription {
         loop {
             {
                 let mut queue = self.0.lock();
-                // Reset under the lock, so that no event falls between the reset and the look.
+                // Reset under the lock, so that no event comes between the reset and the check.
                 let _ = rustix::io::read(&self.0.news, &mut [0; 8]);
                 if let Some(event) = queue.events.pop_front() {
                     return Next::Event(event);
@@ -231,12 +231,12 @@ impl Subscription {
 }
 
 impl Events {
-    /// No events yet; the first one has the id after this one.
+    /// No events yet; the first one gets the id after this.
     pub fn after(last_id: u64) -> Events {
         Events(Mutex::new(Subscribers { last_id, ..Subscribers::default() }))
     }
 
-    /// Hands an event to every subscriber, and keeps it for those who come back.
+    /// Sends an event to every subscriber, and keeps it for clients that subscribe again.
     pub fn publish(&self, kind: EventKind) {
         let mut subscribers = self.lock();
         // Numbered under the lock, so that every subscriber sees the numbers in order.
@@ -247,8 +247,8 @@ impl Events {
         subscribers.inboxes.retain(|inbox| inbox.upgrade().is_some_and(|inbox| inbox.push(&text)));
     }
 
-    /// Subscribes to the events from now on; with `since`, to those after that id that are still kept,
-    /// before them a [`EventKind::Gap`] if some are not.
+    /// Subscribes to the events from now on. With `since` they start after that id, preceded by an
+    /// [`EventKind::Gap`] if some of them are no longer kept.
     ///
     /// # Errors
     /// `overloaded` without a descriptor for the subscription.
@@ -259,13 +259,13 @@ impl Events {
         let events = since.map_or_else(VecDeque::new, |since| subscribers.since(since));
         let queue = Queue { over: subscribers.closed, replayed: events.len(), events };
         let inbox = Arc::new(Inbox { news, queue: Mutex::new(queue) });
-        // Publishing drops the inboxes of readers that have gone, and may not happen for days.
+        // Publishing also drops the inboxes of closed subscriptions, but may not happen for days.
         subscribers.inboxes.retain(|inbox| inbox.strong_count() > 0);
         subscribers.inboxes.push(Arc::downgrade(&inbox));
         Ok(Subscription(inbox))
     }
 
-    /// Ends every subscription, also those to come.
+    /// Ends every subscription, including later ones.
     pub fn close(&self) {
         let mut subscribers = self.lock();
         subscribers.closed = true;
@@ -289,7 +289,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
-    fn readers_that_have_gone_are_forgotten() {
+    fn closed_subscriptions_are_forgotten() {
         let (reader, _client) = UnixStream::pair().unwrap();
         let events = Events::default();
         let stays = events.subscribe(None).unwrap();
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_hangs_up_is_noticed_while_nothing_happens() {
+    fn hangup_is_noticed_without_an_event() {
         let (reader, client) = UnixStream::pair().unwrap();
         let events = Events::default();
         let subscription = events.subscribe(None).unwrap();
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_falls_behind_gets_what_was_kept_and_then_the_end() {
+    fn slow_reader_gets_its_backlog_and_then_the_end() {
         let (reader, _client) = UnixStream::pair().unwrap();
         let events = Events::default();
         let slow = events.subscribe(None).unwrap();
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!(slow.next(&reader, LONG), Next::Over);
     }
 
-    /// The ids of the events that are there at once; a gap's is negative.
+    /// The ids of the available events; a gap's is negative.
     fn ids(subscription: &Subscription) -> Vec<i64> {
         let (reader, _client) = UnixStream::pair().unwrap();
         let mut ids = Vec::new();
@@ -337,11 +337,11 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_back_is_told_what_was_missed_or_that_it_is_gone() {
+    fn reconnect_replays_missed_events_or_reports_a_gap() {
         let events = Events::after(5000);
         let since = |since| ids(&events.subscribe(Some(since)).unwrap());
         assert_eq!(since(5000), [0; 0]);
-        // Of an earlier daemon: what happened in between is not known.
+        // An id of an earlier daemon: the events in between are unknown.
         assert_eq!(since(4000), [-5000]);
         for _ in 0..3 {
             events.publish(EVENT);
@@ -350,14 +350,14 @@ mod tests {
         assert_eq!(since(5000), [5001, 5002, 5003]);
         assert_eq!(since(5002), [5003]);
         assert_eq!(since(5003), [0; 0]);
-        // Of a daemon whose clock was ahead.
+        // An id of a daemon whose clock was ahead.
         assert_eq!(since(u64::MAX - 1), [-5000, 5001, 5002, 5003]);
         for _ in 0..KEPT {
             events.publish(EVENT);
         }
         assert_eq!(since(5002)[..2], [-5003, 5004]);
         assert_eq!(since(5003).len(), KEPT);
-        // All of them, and what comes meanwhile.
+        // A replay does not reduce the room for new events.
         let slow = events.subscribe(Some(5003)).unwrap();
         for _ in 0..BEHIND_LIMIT {
             events.publish(EVENT);
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn large_events_are_not_kept_beyond_a_limit() {
+    fn kept_events_are_limited_in_bytes() {
         let events = Events::after(0);
         let large = "x".repeat(KEPT_BYTES / 4);
         for _ in 0..10 {
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn no_subscription_outlives_the_end() {
+    fn close_ends_every_subscription() {
         let (reader, _client) = UnixStream::pair().unwrap();
         let events = Events::default();
         let before = events.subscribe(None).unwrap();

@@ -1,10 +1,9 @@
-//! `daemon restart`: the daemon becomes its successor, in place. The process, and with it its pid,
-//! the lock and the listening socket, stay: at no moment is either free, and connections that come
-//! meanwhile wait in the socket's queue.
+//! `daemon restart`: the daemon becomes its successor by exec. The process keeps its pid, the lock and the
+//! listening socket, so neither is ever free, and new connections wait in the socket's queue.
 //!
-//! The successor is this program with [`COMMAND`] as its first argument, its standard input the
-//! listening socket and its standard output the locked file: standard streams are the only
-//! descriptors that safe code can take over from a program before it.
+//! The successor is this program with [`COMMAND`] as its first argument, the listening socket as standard
+//! input and the locked file as standard output: standard streams are the only descriptors that safe code can
+//! inherit.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -26,13 +25,13 @@ use crate::paths::DataDir;
 use crate::system::limits;
 use crate::wire::Restart;
 
-/// The hidden command of a successor, in front of the arguments of `openwork daemon`.
+/// The hidden command of a successor, before the arguments of `openwork daemon`.
 pub const COMMAND: &str = "__successor";
 
 /// How the daemon ends.
 #[derive(Default)]
 pub enum End {
-    /// It has not been asked to.
+    /// Not requested.
     #[default]
     None,
     /// The process ends.
@@ -41,20 +40,20 @@ pub enum End {
     Successor(Successor),
 }
 
-/// Decides how the daemon ends: a stop for good wins over a restart, whichever comes first.
+/// How the daemon is to end: a stop wins over a restart, whichever comes first.
 #[derive(Default)]
 pub struct Ending(Mutex<End>);
 
 impl Ending {
-    /// The daemon is to stop.
+    /// Requests a stop.
     pub fn stop(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = End::Stop;
     }
 
-    /// The daemon is to become its successor.
+    /// Requests a restart as this successor.
     ///
     /// # Errors
-    /// `opencode_unavailable` when it already stops.
+    /// `opencode_unavailable` when the daemon is already stopping.
     pub fn hand_over(&self, successor: Successor) -> Result<()> {
         let mut end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(*end, End::Stop) {
@@ -64,7 +63,7 @@ impl Ending {
         Ok(())
     }
 
-    /// What was decided.
+    /// Takes the decision.
     pub fn take(&self) -> End {
         std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -78,10 +77,10 @@ pub struct Successor {
 }
 
 impl Successor {
-    /// What a client asks for. Without options of its own, the successor keeps `own`.
+    /// The successor that a client asks for. Without options in the request, it keeps `own`.
     ///
     /// # Errors
-    /// `bad_request` when it is not well formed, or no program.
+    /// `bad_request` when the request is malformed, or names no program.
     pub fn new(restart: &Restart, data_dir: &DataDir, own: Vec<OsString>) -> Result<Successor> {
         let decode = |text: &String| {
             let bytes = percent_decode(text);
@@ -121,14 +120,14 @@ impl Successor {
             (Ok(listener), Ok(lock)) => (listener, lock),
             (Err(e), _) | (_, Err(e)) => return failed(e),
         };
-        // opencode inherits what the successor finds.
+        // The successor, and through it opencode, inherits the limit.
         if let Some(limit) = limits::descriptor_limit_before() {
             limits::restore_descriptor_limit(limit);
         }
         let mut command = Command::new(&self.program);
         command.arg0("openwork").args(&self.arguments).env_clear().envs(self.environment.iter().cloned());
-        // The service manager that started this process goes on watching it, and not the client, if
-        // that has one. A socket that the manager passed goes on as standard input.
+        // The service manager that started this process keeps watching it, and not a manager of the client. A
+        // socket that the manager passed continues as standard input.
         for name in SERVICE_VARIABLES {
             command.env_remove(name);
         }
@@ -141,11 +140,11 @@ impl Successor {
     }
 }
 
-/// What a successor is given: the lock and the listening socket. Standard input and output become
+/// Receives the lock and the listening socket from the predecessor. Standard input and output become
 /// `/dev/null`.
 ///
 /// # Errors
-/// `internal` when the standard streams are not what a predecessor hands over.
+/// `internal` when the standard streams are not from a predecessor.
 pub fn receive(data_dir: &DataDir) -> Result<(Lock, TcpListener)> {
     let failed = |e: io::Error| Error::Internal(format!("cannot take over from a daemon: {e}"));
     let listener = TcpListener::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);

@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_method_is_a_token_and_a_target_a_path() {
+    fn method_must_be_a_token_and_target_a_path() {
         // httparse from 1.10 on refuses these itself.
         assert!(!b"\"(),/:;<=>?@[\\]{} \t\x7f\xe9".iter().any(|byte| is_token_byte(*byte)));
         let accepts = |line: &str| {
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_has_one_framing_or_the_head_is_refused() {
+    fn conflicting_framing_is_refused() {
         use Framing::{Chunked, Length};
         for (version, headers, expected) in [
             (1, "", Ok(Length(0))),
@@ -209,14 +209,14 @@ mod tests {
     }
 
     #[test]
-    fn a_head_has_a_hundred_header_lines_at_most() {
+    fn header_lines_are_limited_to_a_hundred() {
         let headers = |count| "A: b\r\n".repeat(count);
         assert_eq!(parsed("GET / HTTP/1.1", &headers(HEADER_LIMIT), |head| head.headers.len()), Ok(HEADER_LIMIT));
         assert_eq!(parsed("GET / HTTP/1.1", &headers(HEADER_LIMIT + 1), |_| ()), Err(431));
     }
 
     #[test]
-    fn the_parts_of_a_head_are_found() {
+    fn head_is_split_into_its_parts() {
         let headers = "Host: h\r\nConnection: keep-alive,\tUpgrade\r\nconnection: X\r\nLatin: \u{e9}\r\n";
         let look = |head: &Head<'_>| {
             assert_eq!((head.method, head.target, head.path(), head.version), ("GET", "/a?b?c", "/a", 1));
@@ -298,7 +298,7 @@ mod tests {
     ];
 
     #[test]
-    fn whatever_is_sent_has_one_reading_or_none() {
+    fn mutated_head_has_one_reading_or_none() {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let (mut accepted, mut refused) = (0, 0);
         for _ in 0..200_000 {

@@ -6,8 +6,8 @@
 //! the process ends the threads. So what they share lives as long as the process, and nothing has
 //! to be unwound.
 //!
-//! Invariant: `daemon.lock` is held from before anything is looked at until the process ends.
-//! Held means alive; pids in files are hints.
+//! Invariant: the process holds `daemon.lock` from before it reads anything until it ends. A held lock means
+//! a living daemon; pids in files are only hints.
 
 mod api;
 mod connections;
@@ -58,22 +58,22 @@ use crate::system::{limits, process, signals};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
 
-/// How long a lock that is held may be a client's, which only looks.
+/// How long a held lock may be just the check of a client.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-/// How often the lock is tried in that time.
+/// The pause between two attempts to take the lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 /// The socket behind the gate, in the data directory, which is the daemon's working directory: the
 /// path of a socket is limited to about 100 bytes.
 const CONTROL_SOCKET: &str = "control.sock";
 
-/// What the handlers of requests work with.
+/// The shared data of the request handlers.
 struct Daemon {
     info: ProcessInfo,
     data_dir: DataDir,
     options: Options,
     ending: Ending,
-    /// What a routed request must have as its `Authorization`: the user that was configured, or that of
-    /// every 2.x.
+    /// The accepted `Authorization` headers of routed requests: with the configured user, and with the user
+    /// of every 2.x.
     authorizations: [Arc<str>; 2],
     store: &'static Store,
     supervisor: Handle,
@@ -85,7 +85,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Stops for good, as the process `client` has asked, if one did.
+    /// Stops for good. `client`: the process that asked for it, if one did.
     fn stop(&self, ends: Ends, client: Option<u32>) {
         self.ending.stop();
         self.notifier.stopping();
@@ -96,8 +96,8 @@ impl Daemon {
     fn restart(&self, ends: Ends, client: Option<u32>) {
         self.notifier.reloading();
         if self.keeps_opencode(ends) {
-            // No request is to find a daemon without an opencode: those under way are finished first,
-            // and those to come wait for the successor.
+            // No request may find a daemon without an opencode: requests under way are finished first, and
+            // new ones wait for the successor.
             self.gate.close();
             self.gate.drain(false);
         }
@@ -139,11 +139,11 @@ impl Daemon {
                 let renamed = state.rename(&existing.id, name)?;
                 Ok(((renamed, false), state.active_id.clone()))
             })?,
-            // What is there already needs no write.
+            // An existing workspace needs no write.
             (Some(existing), _) => return Ok((existing, false)),
             (None, _) => self.store.update(|state| Ok((state.add(place, name)?, state.active_id.clone())))?,
         };
-        // A client may have loaded it directly before.
+        // A client may have loaded its instance directly before.
         self.instances.register(&workspace.path);
         if created {
             self.events.publish(EventKind::WorkspaceAdded { workspace: workspace.clone(), active_id });
@@ -160,24 +160,24 @@ impl Daemon {
         event: impl FnOnce(Arc<Workspace>, String) -> EventKind,
         change: impl FnOnce(&mut State, &str) -> Result<Arc<Workspace>>,
     ) -> Result<Arc<Workspace>> {
-        // Outside of the update: to find a workspace by a path is to ask its disk, which may hang.
+        // Outside of the update: finding a workspace by path accesses its disk, which may hang.
         let id = find(&self.store.latest())?.id.clone();
         let (workspace, active_id) = self.store.update(|state| Ok((change(state, &id)?, state.active_id.clone())))?;
-        // One that was loaded before the change, which may be its removal, is evicted all the same.
+        // Its instance stays subject to eviction, even if this change removes the workspace.
         self.instances.register(&workspace.path);
         self.events.publish(event(workspace.clone(), active_id));
         Ok(workspace)
     }
 
-    /// Moves the workspace that a selector means to another directory. Clients that follow the
-    /// registry see one workspace go and another come.
+    /// Moves a workspace to another directory. Clients that follow the registry see one workspace removed and
+    /// another added.
     fn relocate(&self, selector: &str, path: &Path) -> Result<Arc<Workspace>> {
         let id = self.store.latest().find_exactly(selector)?.id.clone();
         let place = Place::local(path)?;
         let ((before, after), active_id) =
             self.store.update(|state| Ok((state.relocate(&id, place)?, state.active_id.clone())))?;
         if before.id != after.id {
-            // The instance of the directory that it leaves is evicted like any.
+            // The instance of the old directory is evicted like any other.
             self.instances.register(&before.path);
             self.instances.register(&after.path);
             self.events.publish(EventKind::WorkspaceRemoved { workspace: before, active_id: active_id.clone() });
@@ -190,19 +190,19 @@ impl Daemon {
 /// How a daemon starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// As the command that a terminal or a service manager runs.
+    /// As the command of a terminal or a service manager.
     Foreground,
-    /// In the background, for a client: in a session of its own, without a descriptor of the client's.
-    /// Says on its standard output in one line of JSON whether it listens.
+    /// In the background, for a client: in its own session, without the client's descriptors. Reports on
+    /// standard output in one line of JSON whether it listens.
     Detached,
-    /// In the place of a daemon, whose process it is.
+    /// By exec in the process of another daemon.
     Successor,
 }
 
 /// Runs a daemon to its end.
 ///
 /// # Errors
-/// Whatever keeps it from starting. Detached, they are told on standard output too.
+/// Whatever keeps the daemon from starting. A detached one also reports it on standard output.
 pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     signals::unblock_all();
     limits::raise_descriptor_limit();
@@ -210,12 +210,11 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     let detached = start == Start::Detached;
     if detached {
         limits::close_inherited_descriptors();
-        // Fails only for the leader of a group, which is what a shell's job control makes of a
-        // foreground process: we were spawned.
+        // Fails only for the leader of a group, which a spawned process is not.
         let _ = rustix::process::setsid();
     }
-    // Handled from here on, whatever the starting process made of them. HUP, USR1 and USR2 have no
-    // meaning here; XFSZ is the limit of file sizes, which makes a write fail, as a full disk does.
+    // Handled from here on, whatever the parent ignored. HUP, USR1 and USR2 have no meaning here; with XFSZ
+    // handled, a write beyond the file size limit fails like one on a full disk.
     let handled = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGCHLD, SIGXFSZ]);
     let signals = handled.map_err(|e| Error::Internal(format!("cannot handle signals: {e}")));
     if start == Start::Successor {
@@ -230,7 +229,7 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     let prepared = limits::require_descriptors().and_then(|()| prepare(data_dir));
     let result = prepared.and_then(|()| match take_lock(data_dir)? {
         Some(lock) => serve(data_dir, options, start, lock, signals?, passed, || tell(Ok(()))),
-        // A lost race: what was wanted is there.
+        // Another start won the race: a daemon runs, as the client wanted.
         None if detached => {
             tell(Ok(()));
             Ok(())
@@ -243,10 +242,10 @@ pub fn run(data_dir: &DataDir, options: &Options, start: Start) -> Result<()> {
     result
 }
 
-/// The socket at which a service manager has listened for this daemon, if it passes one.
+/// The listening socket that a service manager passes to this daemon, if any.
 ///
 /// # Errors
-/// `usage` for anything but one socket that listens on 127.0.0.1, at the port that was asked for.
+/// `usage` for anything but one socket that listens on 127.0.0.1, at the requested port.
 fn passed_listener(options: &Options) -> Result<Option<TcpListener>> {
     let refused = |what: &str| Error::Usage {
         message: format!("cannot listen where the service manager does: {what}"),
@@ -273,7 +272,7 @@ fn passed_listener(options: &Options) -> Result<Option<TcpListener>> {
     }
 }
 
-/// One line to the client that waits, and then nothing more: its end of the pipe is closed soon.
+/// Writes one line to the waiting client, and then detaches from the pipe, which the client closes soon.
 fn tell_starter(outcome: std::result::Result<(), &Error>) {
     let line = match outcome {
         Ok(()) => serde_json::to_string(&Done { ok: true }),
@@ -287,12 +286,12 @@ fn tell_starter(outcome: std::result::Result<(), &Error>) {
     }
 }
 
-/// Makes the data directory and goes there.
+/// Creates the data directory and makes it the working directory.
 fn prepare(data_dir: &DataDir) -> Result<()> {
     data_dir.create()?;
     let cwd = data_dir.opencode_cwd();
     create_private(&cwd).map_err(|e| Error::io("create", &cwd, e))?;
-    // Through a descriptor, and not through a link that was planted there.
+    // Through a descriptor, so that a planted link is not followed.
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
     OpenOptions::new()
         .read(true)
@@ -318,7 +317,7 @@ fn take_lock(data_dir: &DataDir) -> Result<Option<Lock>> {
     }
 }
 
-/// Serves until the end, at the socket that a predecessor or a service manager passed, else at a new one.
+/// Serves until the end, on the socket that a predecessor or a service manager passed, or on a new one.
 fn serve(
     data_dir: &DataDir,
     options: &Options,
@@ -351,12 +350,12 @@ fn serve(
         Ok(())
     })?;
     if start == Start::Successor {
-        // The text of a predecessor is true of its successor; the time tells clients that it is another.
+        // The predecessor's text is right for its successor; the new mtime tells clients that there is one.
         lock.file
             .set_modified(SystemTime::now())
             .map_err(|e| Error::io("set the time of", data_dir.daemon_lock(), e))?;
     } else {
-        // Where a process lives says whether its pid and port mean anything to who reads them.
+        // The place tells clients whether the pid and the port mean anything where they run.
         let place = process::place().map(|place| format!(" {place}")).unwrap_or_default();
         (&lock.file)
             .write_all(format!("{} {port}{place}\n", info.pid).as_bytes())
@@ -390,8 +389,8 @@ fn serve(
     });
     let handle = &daemon.supervisor;
     let supervision = Supervisor::new(handle, receiver, context)?;
-    // A thread that cannot be had ends the daemon: one without all of them would hold the lock and
-    // be deaf. The supervisor comes last, so that there is no opencode yet.
+    // Without all of its threads the daemon would hold the lock and answer nothing, so a failed start of a
+    // thread ends it. The supervisor comes last, so that there is no opencode yet.
     spawn(|| store.write_behind())?;
     spawn(|| gate.serve(daemon))?;
     spawn(|| instances.evict(handle))?;
@@ -432,34 +431,34 @@ fn serve(
         state.daemon = None;
         Ok(())
     });
-    // The record names a process that the lock contradicts, so nothing is lost with it.
+    // A stale record is harmless: the lock contradicts it.
     if let Err(e) = &written {
         crate::log!("{e}");
     }
     if let Some(successor) = successor {
         return Err(successor.succeed(&lock, gate.listener()));
     }
-    // Else it may be the other daemon's.
+    // Otherwise the socket may belong to the other daemon.
     if store.lost().is_none() {
         let _ = std::fs::remove_file(CONTROL_SOCKET);
     }
-    // Held until the process has ended.
+    // The lock is held until the process has ended.
     std::mem::forget(lock);
     if supervised.is_err() {
         crate::log!("the supervisor failed; opencode is left for the next daemon");
-        // Ended by a signal, the daemon is started again by its service manager; an exit status of 1
-        // says that a repetition would fail in the same way (see the unit).
+        // A service manager restarts a daemon that a signal ended; exit status 1 would mean that a restart
+        // fails in the same way (see the unit).
         std::process::abort();
     }
     crate::log!("stopped");
     match (written, store.lost()) {
-        // A service manager starts another one, in a directory made anew.
+        // The failure makes a service manager start another daemon, in a new directory.
         (Err(e), Some(_)) => Err(e),
         (Ok(()) | Err(_), _) => Ok(()),
     }
 }
 
-/// Keeps a value for as long as the process lives: the daemon's threads share it.
+/// Leaks a value, since the daemon's threads share it for the life of the process.
 fn forever<T>(value: T) -> &'static T {
     Box::leak(Box::new(value))
 }
@@ -472,7 +471,7 @@ fn spawn(work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     Builder::new().spawn(work).map_err(|e| Error::Internal(format!("cannot start a thread: {e}")))
 }
 
-/// The port asked for; else the one used last, 6174, any.
+/// Binds the requested port; without one, the port used last, then 6174, then any.
 fn bind(port: Option<u16>, state: &State) -> Result<TcpListener> {
     let try_port = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
     let failed = |e| Error::Internal(format!("cannot listen on 127.0.0.1: {e}"));

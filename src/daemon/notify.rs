@@ -1,8 +1,8 @@
-//! What the daemon tells the service manager that started it, by the protocol of sd_notify(3): a
-//! datagram of `NAME=value` lines to the Unix socket that `NOTIFY_SOCKET` names.
+//! Notifications to the service manager that started the daemon, by the protocol of sd_notify(3): datagrams
+//! of `NAME=value` lines to the Unix socket in `NOTIFY_SOCKET`.
 //!
-//! Invariant: telling never blocks and never fails the daemon. A datagram for which the manager has no
-//! room is dropped; the next one says as much.
+//! Invariant: a notification never blocks or fails the daemon. If the manager's queue is full, the datagram
+//! is dropped, and a later one makes up for it.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -17,10 +17,10 @@ use super::supervisor::handle::Status;
 use crate::options::{NOTIFY_SOCKET, WATCHDOG_PID, WATCHDOG_USEC};
 use crate::wire::Phase;
 
-/// The longest text of `STATUS=` about a failure, which quotes the output of opencode. Characters.
+/// The longest text of `STATUS=` about a failure, which may quote opencode's output. Characters.
 const STATUS_LENGTH: usize = 200;
 
-/// The service manager, if this process has one that listens.
+/// The service manager, if there is one.
 pub struct Notifier {
     manager: Option<(UnixDatagram, SocketAddr)>,
     /// How long the manager waits for a sign of life before it ends the daemon.
@@ -28,7 +28,7 @@ pub struct Notifier {
 }
 
 impl Notifier {
-    /// The one that the environment names.
+    /// The service manager that the environment names.
     pub fn from_environment() -> Notifier {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
         let manager = variable(NOTIFY_SOCKET).and_then(|name| {
@@ -37,7 +37,7 @@ impl Notifier {
             Some((socket, address(&name)?))
         });
         let number = |name| variable(name)?.to_str()?.parse::<u64>().ok();
-        // Without a pid, the variable is for whoever has it: sd_watchdog_enabled(3).
+        // Without WATCHDOG_PID, the variable is for any process that has it: sd_watchdog_enabled(3).
         let is_ours = match variable(WATCHDOG_PID) {
             Some(_) => number(WATCHDOG_PID) == Some(u64::from(std::process::id())),
             None => true,
@@ -46,19 +46,19 @@ impl Notifier {
         Notifier { manager, watchdog }
     }
 
-    /// The daemon listens.
+    /// Reports that the daemon listens.
     pub fn ready(&self) {
         self.send("READY=1\nWATCHDOG=1");
     }
 
-    /// The daemon is about to become its successor, which says when it is ready.
+    /// Reports that the daemon is about to become its successor, which will report that it is ready.
     pub fn reloading(&self) {
         let now = clock_gettime(ClockId::Monotonic);
         let microseconds = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1000;
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}\nSTATUS=becoming its successor"));
     }
 
-    /// The daemon ends.
+    /// Reports that the daemon is stopping.
     pub fn stopping(&self) {
         self.send("STOPPING=1");
     }
@@ -75,27 +75,28 @@ fn address(name: &OsStr) -> Option<SocketAddr> {
     match name.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name).ok(),
         [b'/', ..] => SocketAddr::from_pathname(name).ok(),
-        // sd_notify(3) knows addresses of virtual machines too, which no service of ours is given.
+        // sd_notify(3) also has addresses for virtual machines, which do not apply here.
         _ => None,
     }
 }
 
-/// What the supervisor's thread tells: how opencode is, and that the thread itself is alive.
+/// The reports of the supervisor's thread: the state of opencode, and its own signs of life.
 pub struct Reporter {
     notifier: &'static Notifier,
-    /// What was told last.
+    /// The status reported last.
     status: String,
     /// When the next sign of life is due.
     due: Instant,
 }
 
 impl Reporter {
-    /// One that has told nothing yet.
+    /// A reporter that has reported nothing yet.
     pub fn new(notifier: &'static Notifier) -> Reporter {
         Reporter { notifier, status: String::new(), due: Instant::now() }
     }
 
-    /// Tells what is new. Returns when the next sign of life is due, if the manager waits for one.
+    /// Reports a changed status, and a due sign of life. Returns when the next sign of life is due, if the
+    /// manager expects one.
     pub fn report(&mut self, status: impl FnOnce() -> Status, now: Instant) -> Option<Instant> {
         self.notifier.manager.as_ref()?;
         let status = describe(&status());
@@ -106,7 +107,7 @@ impl Reporter {
         let limit = self.notifier.watchdog?;
         if now >= self.due {
             self.notifier.send("WATCHDOG=1");
-            // As sd_watchdog_enabled(3) recommends, half of the time.
+            // Half of the time, as sd_watchdog_enabled(3) recommends.
             self.due = now + limit / 2;
         }
         Some(self.due)
@@ -138,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_a_path_or_an_abstract_name() {
+    fn address_is_a_path_or_an_abstract_name() {
         let named = |name: &str| address(OsStr::new(name));
         assert_eq!(named("/run/notify").unwrap().as_pathname().unwrap().to_str(), Some("/run/notify"));
         assert_eq!(named("@a b").unwrap().as_abstract_name(), Some(&b"a b"[..]));

@@ -577,7 +577,7 @@ mod tests {
     use crate::line::Line;
 
     #[test]
-    fn an_old_request_waits_for_the_next_opencode_as_long_as_a_new_one() {
+    fn default_wait_restarts_for_the_next_opencode() {
         let begun = Instant::now();
         let (deadline, now) = (begun + Duration::from_secs(30), begun + Duration::from_secs(3600));
         assert_eq!(next_deadline(None, deadline, now).unwrap(), now + Duration::from_secs(30));
@@ -585,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_place_is_taken_out_of_a_target() {
+    fn only_the_location_is_rewritten_in_a_target() {
         for (given, selector, passed) in [
             ("/w/a", "a", "/"),
             ("/w/a?x=1", "a", "/?x=1"),

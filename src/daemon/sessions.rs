@@ -1,4 +1,4 @@
-//! OpenCode's sessions: which there are, which run, the end of a turn, and the wait for all of them.
+//! OpenCode's sessions: listing them, aborting a turn, and waiting until none runs.
 //!
 //! opencode 1.x loads an instance when it is asked about it. What runs there can only run in an instance
 //! that is loaded, so no other is asked. 2.x answers without loading anything, but for an abort.
@@ -16,11 +16,11 @@ use crate::line::Line;
 use crate::wire::{AbortReply, Phase, Session, SessionState};
 use crate::workspace::Workspace;
 
-/// How often opencode is asked what runs while a client waits for the end of it: a person does not
-/// notice the difference, and the answer costs opencode less than a millisecond.
+/// How often opencode is asked for running sessions while a client waits: the delay is not noticeable, and
+/// the answer takes opencode less than a millisecond.
 const INTERVAL: Duration = Duration::from_millis(250);
-/// How long the last question of a wait may take, beyond the deadline of the wait. The client waits for
-/// a second more than it says.
+/// How long the last question of a wait may take beyond the deadline. The client waits a second longer than
+/// it says.
 const LAST_QUESTION: Duration = Duration::from_millis(500);
 
 /// A session, the directory of its instance, and whether a turn runs in it.
@@ -32,7 +32,7 @@ fn workspace_of(daemon: &Daemon, directory: &str) -> Option<Arc<Workspace>> {
     state.workspaces.iter().find(|workspace| workspace.is_local() && workspace.path == directory).cloned()
 }
 
-/// Sessions as they are told, running ones first, then the most recently updated ones.
+/// The sessions as reported to clients: running ones first, then the most recently updated.
 pub fn described(daemon: &Daemon, found: Vec<Found>) -> Vec<Session> {
     let describe = |(SessionInfo { id, title, updated_at, .. }, directory, state): Found| {
         let workspace = workspace_of(daemon, &directory);
@@ -53,7 +53,7 @@ pub fn of(daemon: &Daemon, endpoint: &Endpoint, directory: &str, deadline: Insta
     let mut running = daemon.instances.running(endpoint, directory, deadline)?;
     let mut found = Vec::new();
     for session in endpoint.sessions(path, deadline)? {
-        // opencode's own filter compares less strictly.
+        // opencode's own filter is less strict.
         if session.directory.as_deref().is_some_and(|of| of != directory) {
             continue;
         }
@@ -70,7 +70,7 @@ pub fn of(daemon: &Daemon, endpoint: &Endpoint, directory: &str, deadline: Insta
     Ok(found)
 }
 
-/// A session that runs, with what opencode says of it in time.
+/// A running session, with its details if opencode answers in time.
 fn looked_up(endpoint: &Endpoint, directory: &str, id: String, deadline: Instant) -> SessionInfo {
     let known = endpoint.session(Path::new(directory), &id, deadline).ok().flatten();
     known.unwrap_or(SessionInfo { id, title: None, directory: None, updated_at: None })
@@ -91,7 +91,7 @@ pub fn all(daemon: &Daemon, deadline: Instant) -> Result<Vec<Session>> {
     Ok(described(daemon, found))
 }
 
-/// The sessions that run, as far as opencode says at once.
+/// The running sessions, if a ready opencode answers quickly.
 pub fn running_now(daemon: &Daemon, deadline: Instant) -> Vec<Session> {
     let deadline = deadline.min(Instant::now() + ASK_LIMIT);
     let Some(endpoint) = daemon.supervisor.ready_now() else { return Vec::new() };
@@ -102,7 +102,7 @@ pub fn running_now(daemon: &Daemon, deadline: Instant) -> Vec<Session> {
     described(daemon, running.into_iter().map(look_up).collect())
 }
 
-/// Directory and id of each session that runs, in a workspace or anywhere.
+/// Directory and id of each running session, in one workspace or anywhere.
 fn running(
     daemon: &Daemon,
     endpoint: &Endpoint,
@@ -112,7 +112,7 @@ fn running(
     daemon.instances.all_running(endpoint, only.map(|only| only.path.as_str()), deadline)
 }
 
-/// opencode, once it can be asked; `None` when it does not run.
+/// Waits for a ready opencode; `None` when opencode does not run.
 ///
 /// # Errors
 /// `opencode_timeout` when it is neither ready nor given up at the deadline.
@@ -120,15 +120,15 @@ fn opencode(daemon: &Daemon, deadline: Instant) -> Result<Option<Endpoint>> {
     loop {
         match (daemon.supervisor.ready_now(), daemon.supervisor.status().phase) {
             (Some(endpoint), _) => return Ok(Some(endpoint)),
-            // No process, and so no session.
+            // Without a process there is no session.
             (None, Phase::Waiting | Phase::Failed) => return Ok(None),
-            // An adopted opencode may have had running sessions all the time.
+            // An opencode that is being adopted may have running sessions.
             (None, Phase::Starting | Phase::Stopping | Phase::Ready) => pause(deadline)?,
         }
     }
 }
 
-/// A pause between two looks.
+/// Pauses before the next attempt.
 ///
 /// # Errors
 /// `opencode_timeout` at the deadline.
@@ -197,9 +197,9 @@ pub fn wait_until_idle(daemon: &Daemon, only: Option<&Workspace>, deadline: Inst
         match asked {
             Ok(running) if running.is_empty() => return Ok(()),
             Ok(running) => sessions = running.len(),
-            // The next look finds out what has become of it.
+            // The next iteration finds out whether opencode is back.
             Err(CallError::Gone(_)) => {}
-            // It did not answer, and sessions ran when it last did.
+            // No answer, but sessions were running at the last one.
             Err(CallError::TimedOut) if sessions > 0 && Instant::now() >= deadline => {}
             Err(e) => return Err(e.into()),
         }

@@ -1,4 +1,4 @@
-//! The credentials of opencode, in a file of their own, and where randomness comes from.
+//! The credentials of opencode, in their own file, and random bytes.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,17 +12,16 @@ use crate::error::{Error, Result};
 use crate::paths::DataDir;
 use crate::wire::from_json;
 
-/// What to do about a credentials file that makes no sense.
+/// The hint about an invalid credentials file.
 const AUTH_HINT: &str =
     "nothing was changed; restore the file, or end opencode and remove it: the next daemon makes a new password";
 
-/// Variables by which the environment of a daemon gives opencode's credentials, as that of OpenWork's
-/// own orchestrator does.
+/// The variables that give a daemon its credentials for opencode, as for OpenWork's own orchestrator.
 pub const USERNAME_VARIABLE: &str = "OPENWORK_OPENCODE_USERNAME";
 /// See [`USERNAME_VARIABLE`].
 pub const PASSWORD_VARIABLE: &str = "OPENWORK_OPENCODE_PASSWORD";
 
-/// The credentials of opencode: made once, kept.
+/// The credentials of opencode, generated once and kept.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Auth {
@@ -36,12 +35,12 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// Reads the credentials, creating them when there are none. A user name or password that the
-    /// environment gives replaces the stored one for good: commands read the file.
+    /// Reads the credentials, and creates them when there are none. A user name or password in the
+    /// environment permanently replaces the stored one: commands read the file.
     ///
     /// # Errors
-    /// `state_corrupt` when the file makes no sense: a new password would lock us out of an opencode
-    /// that runs with the old one. `usage` for given ones that cannot be sent.
+    /// `state_corrupt` when the file is invalid: a new password would lock us out of an opencode that runs
+    /// with the old one. `usage` when credentials in the environment cannot be sent over HTTP.
     pub fn load_or_create(data_dir: &DataDir) -> Result<Auth> {
         let path = data_dir.auth();
         let (auth, is_stored) = Auth::load(&path)?;
@@ -51,7 +50,7 @@ impl Auth {
         Ok(auth)
     }
 
-    /// Looks whether a daemon with this process's environment can have its credentials; changes nothing.
+    /// Checks that a daemon with this process's environment could load its credentials; changes nothing.
     ///
     /// # Errors
     /// As for [`Auth::load_or_create`].
@@ -77,10 +76,10 @@ impl Auth {
         Ok((auth, is_stored))
     }
 
-    /// Whether opencode can run with these, and HTTP carry them.
+    /// Checks that opencode can use these credentials and HTTP can carry them.
     fn check(&self) -> std::result::Result<(), &'static str> {
         let (name, password) = (&self.opencode_username, &self.opencode_password);
-        // Without a password anybody could make opencode run anything.
+        // Without a password any local process could make opencode run anything.
         if name.is_empty() || password.is_empty() {
             return Err("the user name or the password is empty");
         }
@@ -114,7 +113,7 @@ impl Auth {
     }
 }
 
-/// A variable of the environment, if it is set to something.
+/// An environment variable, if it is set and not empty.
 fn variable(name: &str) -> Result<Option<String>> {
     let value = std::env::var_os(name).filter(|value| !value.is_empty());
     value.map(|value| value.into_string().map_err(|_| Error::usage(format!("{name} is not UTF-8")))).transpose()

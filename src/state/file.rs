@@ -1,4 +1,4 @@
-//! Files that are read and replaced whole.
+//! Reading files and replacing them atomically.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::log::now_ms;
 use crate::paths::{self, open_private};
 
-/// What tells a file from another one, and from itself after a change.
+/// Identifies the version of a file: another file, or a change, has another stamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
     device: u64,
@@ -32,7 +32,7 @@ impl Stamp {
         }
     }
 
-    /// Of what is at the path now, a link itself; `None` when nothing is.
+    /// The stamp of the file at this path now, without following a link; `None` when there is none.
     pub fn of(path: &Path) -> io::Result<Option<Stamp>> {
         match fs::symlink_metadata(path) {
             Ok(metadata) => Ok(Some(Stamp::new(&metadata))),
@@ -42,7 +42,7 @@ impl Stamp {
     }
 }
 
-/// The content of a file of ours, and its stamp before it was read; `None` when it does not exist.
+/// The content of a private file, and its stamp before the read; `None` when it does not exist.
 ///
 /// # Errors
 /// `state_corrupt`, with this hint; `permission_denied`.
@@ -76,11 +76,11 @@ fn read_opened(path: &Path, opened: io::Result<File>, hint: &'static str) -> Res
     Ok(Some((bytes, stamp)))
 }
 
-/// Gives a file a second name beside it, `<name>.<why>-<now>`, or moves it there when it cannot
-/// have two (a directory, a file system without links).
+/// Keeps a file as `<name>.<why>-<now>` beside it: by a hard link, or by moving it where that is impossible
+/// (a directory, a file system without links).
 ///
 /// # Errors
-/// `state_write_failed`; then the file is where it was.
+/// `state_write_failed`; the file then stays in place.
 pub fn keep_beside(path: &Path, why: &str) -> Result<PathBuf> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{why}-{}", now_ms()));
@@ -93,23 +93,23 @@ pub fn keep_beside(path: &Path, why: &str) -> Result<PathBuf> {
     Ok(kept)
 }
 
-/// The file that is written and then takes the place of this one.
+/// The temporary file that is written first and then renamed to this path.
 pub fn temporary(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".tmp");
     name.into()
 }
 
-/// Replaces a file whole: a crash or a full disk at any point leaves the old one or the new one.
-/// Returns the stamp of the new one.
+/// Replaces a file atomically: a crash or a full disk leaves the old file or the new one. Returns the stamp
+/// of the new file.
 ///
 /// # Errors
-/// `state_write_failed`; then the old one is untouched.
+/// `state_write_failed`; the old file is then untouched.
 pub fn write_whole(path: &Path, value: &impl Serialize) -> Result<Stamp> {
     replace_whole(path, value, || Ok(()))
 }
 
-/// The same; `last` is called when all is ready, right before the old file is replaced.
+/// The same, but calls `last` right before the rename.
 ///
 /// # Errors
 /// As [`write_whole`], and those of `last`.
@@ -121,7 +121,7 @@ pub fn replace_whole(path: &Path, value: &impl Serialize, last: impl FnOnce() ->
         move |source| Error::StateWriteFailed { what, path, source }
     };
     let write = || {
-        // Created anew, so that nothing that was planted there is written to.
+        // Create a new file, and never write into a planted one.
         match fs::remove_file(&temporary) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &temporary)(e)),
             _ => {}
@@ -143,7 +143,7 @@ pub fn replace_whole(path: &Path, value: &impl Serialize, last: impl FnOnce() ->
     let (parent, metadata) = write().inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })?;
-    // The new file is in place, whatever happens now; its survival of a power cut hangs on this.
+    // The new file is in place; only its survival of a power cut depends on this.
     if let Err(e) = parent.sync_all() {
         crate::log!("{}", Error::io("sync", directory, e));
     }

@@ -1,13 +1,11 @@
-//! The state file: the registry of workspaces and what is known of the running processes.
+//! The state file: the registry of workspaces, and the records of the running processes.
 //!
-//! Invariants: the daemon is the only writer. What readers see ([`Store::snapshot`]) is on disk,
-//! but for `lastUsedAt`, which is written behind. A write replaces the file whole (temporary
-//! file, fsync, rename, fsync of the directory), and memory changes only after the disk has.
-//! Fields that we do not know survive at every level. A file that cannot be understood is never
-//! touched.
+//! Invariants: the daemon is the only writer. A snapshot ([`Store::snapshot`]) shows what is on disk;
+//! `lastUsedAt` is written with a delay. A write replaces the file atomically (temporary file, fsync,
+//! rename, fsync of the directory), and memory changes only after the disk. Unknown fields survive at every
+//! level. An invalid file is never touched.
 //!
-//! Readers take a snapshot and hold no lock while they use it, so that nobody who only reads
-//! ever waits for the disk.
+//! Readers use a snapshot without a lock, so they never wait for the disk.
 
 mod auth;
 mod file;
@@ -31,33 +29,33 @@ use crate::nearest::nearest;
 use crate::wire::from_json;
 use crate::workspace::{self, Place, Workspace, check_name};
 
-/// The version of the file that we read and write.
+/// The version of the file format.
 const VERSION: u64 = 1;
-/// How many workspaces are named that an ambiguous selector could mean.
+/// How many candidates the error about an ambiguous selector names.
 const SHOWN_CANDIDATES: usize = 10;
 
-/// What to do about a state file that makes no sense.
+/// The hint about an invalid state file.
 const STATE_HINT: &str = "nothing was changed; `openwork state repair` saves what can be read of a state file";
 
-/// The whole file. The shape is that of OpenWork's own orchestrator, with fields added.
+/// The whole file: the format of OpenWork's own orchestrator, with additional fields.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct State {
-    /// Of the shape.
+    /// The version of the format.
     pub version: u64,
-    /// Null when none runs.
+    /// Null when it does not run.
     #[serde(default)]
     pub daemon: Option<DaemonRecord>,
-    /// Null when none runs.
+    /// Null when it does not run.
     #[serde(default)]
     pub opencode: Option<EngineRecord>,
-    /// Versions remembered.
+    /// The remembered versions of binaries.
     #[serde(default)]
     pub binaries: Option<Binaries>,
-    /// Of the openwork that wrote this.
+    /// The version of the openwork that wrote the file.
     #[serde(default)]
     pub cli_version: Option<String>,
-    /// Ports last used.
+    /// The ports last used.
     #[serde(default)]
     pub ports: Ports,
     /// Workspaces that may not be loaded.
@@ -66,7 +64,7 @@ pub struct State {
     /// The active workspace; empty when none is.
     #[serde(default)]
     pub active_id: String,
-    /// The one before it; empty when there was none.
+    /// The previously active workspace; empty when there was none.
     #[serde(default)]
     pub previous_id: String,
     /// In the order they were added.
@@ -77,7 +75,7 @@ pub struct State {
     pub extra: Map<String, Value>,
 }
 
-/// Each workspace by the JSON it keeps.
+/// Serializes each workspace as the JSON that it keeps.
 fn as_json<S: Serializer>(workspaces: &[Arc<Workspace>], serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_seq(workspaces.iter().map(|workspace| workspace.json()))
 }
@@ -101,7 +99,7 @@ impl Default for State {
 }
 
 impl State {
-    /// Reads the state file; one that is not there is an empty registry.
+    /// Reads the state file; without a file the registry is empty.
     ///
     /// # Errors
     /// `state_corrupt`, `state_too_new`; nothing is touched.
@@ -133,7 +131,7 @@ impl State {
             Ok(State { version, .. }) => Err(Error::StateTooNew { path: path.to_owned(), version }),
             Err(_) if bytes.is_empty() => Err(corrupt("the file is empty".to_owned())),
             Err(e) => {
-                // A newer file may have another shape: its version says so before our shape fails.
+                // A newer format may not parse: then its version decides the error.
                 let version = from_json::<Value>(bytes).ok().and_then(|v| v.get("version")?.as_u64());
                 Err(match version {
                     Some(version) if version > VERSION => Error::StateTooNew { path: path.to_owned(), version },
@@ -143,9 +141,8 @@ impl State {
         }
     }
 
-    /// This state with the registry of another one, which was edited by hand: the workspaces, which
-    /// is active, the ports for the next start, and fields of other programs. What is known of the
-    /// running processes stays.
+    /// This state with the registry of a file that was edited by hand: workspaces, active workspace, ports
+    /// for the next start, and fields of other programs. The records of the running processes stay.
     fn with_registry_of(&self, edited: State) -> State {
         State {
             version: VERSION,
@@ -158,8 +155,7 @@ impl State {
         }
     }
 
-    /// What another registry has that this one has not, and the other way round, in a few words;
-    /// `None` when they are the same.
+    /// The differences to another registry in a few words; `None` when they are equal.
     fn difference(&self, other: &State) -> Option<String> {
         let same = |a: &Workspace, b: &Workspace| serde_json::to_value(a).ok() == serde_json::to_value(b).ok();
         let names = |of: &State, wanted: &dyn Fn(&Workspace) -> bool| -> Vec<String> {
@@ -197,10 +193,9 @@ impl State {
         self.get(&self.active_id)
     }
 
-    /// Which workspace a selector means: exact id, exact name, a path in or of it (deepest
-    /// first), a unique prefix of a name or of an id. `@active` is the active one, `-` the one
-    /// before it. A path must be absolute here, and the disk is asked about it: not for use in
-    /// [`Store::update`].
+    /// The workspace that a selector means: by exact id, exact name, a path in it (the deepest wins), or a
+    /// unique prefix of a name or id. `@active` is the active workspace, `-` the previous one. A path must be
+    /// absolute. Accesses the disk, so not for use in [`Store::update`].
     ///
     /// # Errors
     /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
@@ -208,7 +203,7 @@ impl State {
         let not_found = || Error::no_workspace(selector);
         match selector {
             "-" => return self.get(&self.previous_id).ok_or_else(not_found),
-            // A script's unset variable, which is a prefix of everything.
+            // Probably a script's unset variable; as a prefix it would match everything.
             "" => return Err(not_found()),
             _ => {}
         }
@@ -219,7 +214,7 @@ impl State {
             let path = Path::new(selector);
             return path.is_absolute().then(|| self.containing(path)).flatten().ok_or_else(not_found);
         }
-        // Every id begins with `ws-`: that much of it says nothing.
+        // Every id begins with `ws-`, so that alone is no prefix.
         let is_prefix = |w: &&Arc<Workspace>| {
             w.name.starts_with(selector) || (selector.len() > "ws-".len() && w.id.starts_with(selector))
         };
@@ -238,9 +233,8 @@ impl State {
         Error::WorkspaceNotFound { selector: selector.to_owned(), hint }
     }
 
-    /// The workspace with this id, this name or this directory, or `@active`. For changes: when a
-    /// request is repeated after its workspace has gone, it must not find another one, of which the
-    /// selector is a prefix, or which contains the directory.
+    /// The workspace with exactly this id, name or directory, or `@active`. For changes: a request that is
+    /// repeated after its workspace has gone must not match another one by prefix or containment.
     ///
     /// # Errors
     /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
@@ -258,7 +252,7 @@ impl State {
         if let Some(found) = self.get(selector) {
             return Ok(Some(found));
         }
-        // Names are unique here, but perhaps not in the file of another program.
+        // Our names are unique, but another program may have stored duplicates.
         let named: Vec<_> = self.workspaces.iter().filter(|w| w.name == selector).collect();
         match named[..] {
             [] => Ok(None),
@@ -267,18 +261,18 @@ impl State {
         }
     }
 
-    /// The workspace that is this directory or contains it, the deepest first. Asks the disk.
+    /// The deepest workspace that is or contains this directory. Accesses the disk.
     fn containing(&self, path: &Path) -> Option<&Arc<Workspace>> {
         let path = workspace::resolve_as_far_as_possible(path);
         let local = || self.workspaces.iter().filter(|w| w.is_local() && !w.path.is_empty());
         let depth = |path: &Path| path.components().count();
         let stored = local().filter(|w| path.starts_with(&w.path)).max_by_key(|w| depth(Path::new(&w.path)));
-        // Another program may have stored a path with a link in it, or a link has come since.
+        // A stored path may go through a link, written by another program or created since.
         stored.or_else(|| workspace::containing_through_links(&path, &self.workspaces))
     }
 
-    /// Adds what is not there; what is there only gets the name, if one was given.
-    /// The first workspace becomes active. Returns it and whether it was created.
+    /// Adds a workspace; an existing one only gets the given name, if any. The first workspace becomes
+    /// active. Returns the workspace, and whether it was created.
     ///
     /// # Errors
     /// `invalid_name`, `name_taken`.
@@ -313,7 +307,7 @@ impl State {
         self.known(id)
     }
 
-    /// Removes a workspace; if it was active, none is.
+    /// Removes a workspace; if it was active, none is active afterwards.
     ///
     /// # Errors
     /// `workspace_not_found`.
@@ -340,8 +334,8 @@ impl State {
         self.known(id)
     }
 
-    /// Moves a local workspace to another directory: same name and times, new path and so new id.
-    /// Returns the entry before and after.
+    /// Moves a local workspace to another directory: it keeps name and times, and gets a new path and so a
+    /// new id. Returns the entry before and after.
     ///
     /// # Errors
     /// `workspace_not_found`, `workspace_is_remote`; `bad_request` when another workspace is there.
@@ -395,7 +389,7 @@ impl State {
     }
 }
 
-/// The selector could mean any of these.
+/// The error for a selector that matches several workspaces.
 fn ambiguous(selector: &str, candidates: &[&Arc<Workspace>]) -> Error {
     let shown = candidates.iter().take(SHOWN_CANDIDATES).map(|w| format!("{} ({})", w.name, w.id));
     let rest = candidates.len().checked_sub(SHOWN_CANDIDATES).filter(|rest| *rest > 0);

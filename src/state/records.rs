@@ -18,7 +18,7 @@ use crate::system::process::{self, Identity};
 pub struct DaemonRecord {
     /// Process id.
     pub pid: u32,
-    /// Of its listening socket.
+    /// The port of its listening socket.
     pub port: u16,
     /// `http://127.0.0.1:<port>`.
     pub base_url: String,
@@ -32,19 +32,19 @@ pub struct DaemonRecord {
     pub extra: Map<String, Value>,
 }
 
-/// The opencode that runs, with what proves it ours. Written before it can do anything.
+/// The running opencode, with the proof that it is ours. Written before the process can do anything.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EngineRecord {
     /// Process id; it leads its process group.
     pub pid: u32,
-    /// Of its listening socket.
+    /// The port of its listening socket.
     pub port: u16,
     /// `http://<address>:<port>`, an address of 127.0.0.0/8.
     pub base_url: String,
     /// Unix milliseconds.
     pub started_at: u64,
-    /// Random; in its environment as `OPENWORK_ENGINE`.
+    /// A random marker, in its environment as `OPENWORK_ENGINE`.
     #[serde(default)]
     pub engine_id: String,
     /// Start time of the process in clock ticks since boot, `/proc/<pid>/stat` field 22.
@@ -53,13 +53,13 @@ pub struct EngineRecord {
     /// `/proc/sys/kernel/random/boot_id` when it was started.
     #[serde(default)]
     pub boot_id: String,
-    /// Its version, which says what protocol it speaks; openwork 0.1, which wrote none, ran 1.x.
+    /// Its version, which determines the protocol. Absent in files of openwork 0.1, which ran 1.x.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
-    /// Directories whose instances are loaded, as far as is known; written behind.
+    /// Directories whose instances are known to be loaded; written with a delay.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub instances: Vec<String>,
-    /// Those of them that are and were no workspace's; absent in the files of earlier versions.
+    /// Those of `instances` that never belonged to a workspace; absent in files of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strangers: Option<Vec<String>>,
     /// Where it is registered, if it is the user's own service: it is none of ours then, and has neither
@@ -80,7 +80,7 @@ impl EngineRecord {
         }
     }
 
-    /// What proves a process to be this one.
+    /// The identity that proves a process to be this one.
     pub fn identity(&self) -> Identity {
         Identity {
             pid: self.pid,
@@ -90,12 +90,12 @@ impl EngineRecord {
         }
     }
 
-    /// Which protocol it speaks.
+    /// The line, and so the protocol, of this opencode.
     pub fn line(&self) -> Line {
         self.version.as_deref().and_then(Line::of).unwrap_or(Line::V1)
     }
 
-    /// Where opencode listens. A base URL that is not an address of 127.0.0.0/8 (other programs
+    /// The address that opencode listens on. A base URL without an address of 127.0.0.0/8 (other programs
     /// write `localhost`) means 127.0.0.1.
     pub fn address(&self) -> SocketAddrV4 {
         let given = self.base_url.strip_prefix("http://").and_then(|rest| rest.parse::<SocketAddrV4>().ok());
@@ -104,24 +104,24 @@ impl EngineRecord {
     }
 }
 
-/// A binary and its version, remembered with what tells the file from a later one: asking costs half
-/// a second. Size and modification time alone do not, since npm dates every file 1985.
+/// A binary and its remembered version: asking for it takes half a second. The other fields tell the file
+/// from a later one; size and modification time alone cannot, since npm dates every file 1985.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BinaryRecord {
     /// Where it is.
     #[serde(default)]
     pub path: String,
-    /// What it said when asked.
+    /// The version that it reported.
     #[serde(default)]
     pub actual_version: Option<String>,
-    /// Always `external`: we ship none.
+    /// Always `external`: openwork ships no opencode.
     #[serde(default)]
     pub source: Option<String>,
-    /// Bytes, when it was asked.
+    /// The size when it was asked. Bytes.
     #[serde(default)]
     pub size: Option<u64>,
-    /// Modification time, Unix seconds in decimal with nine places, when it was asked.
+    /// The modification time when it was asked: Unix seconds with nine decimal places.
     #[serde(default)]
     pub modified: Option<String>,
     /// The path with links resolved, when it was asked.
@@ -130,8 +130,8 @@ pub struct BinaryRecord {
     /// The inode, when it was asked.
     #[serde(default)]
     pub inode: Option<u64>,
-    /// The time of its last change of any kind, as [`BinaryRecord::modified`], when it was asked. No
-    /// program can set it.
+    /// The change time (ctime) when it was asked, in the format of [`BinaryRecord::modified`]. No program can
+    /// set it.
     #[serde(default)]
     pub changed: Option<String>,
     /// Fields of other versions.
@@ -140,7 +140,7 @@ pub struct BinaryRecord {
 }
 
 impl BinaryRecord {
-    /// What is remembered of a binary, its version still to be asked.
+    /// The record of a binary whose version is not known yet.
     pub fn of(path: &Path, metadata: &Metadata) -> BinaryRecord {
         let time = |seconds: i64, nanoseconds: i64| Some(format!("{seconds}.{nanoseconds:09}"));
         BinaryRecord {
@@ -156,7 +156,7 @@ impl BinaryRecord {
         }
     }
 
-    /// Whether both are about the same file, unchanged. A record of openwork 0.1 is about no file.
+    /// Whether both records are about the same unchanged file. A record of openwork 0.1 matches none.
     pub fn is_same_file(&self, other: &BinaryRecord) -> bool {
         self.is_about_a_file() && self.file() == other.file()
     }
@@ -173,13 +173,13 @@ impl BinaryRecord {
     }
 }
 
-/// A workspace that may not be loaded, since that has ended opencode twice.
+/// A fenced workspace: loading it ended opencode twice.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FenceRecord {
     /// The directory of the workspace.
     pub directory: String,
-    /// The version of opencode that ended; another version is given another try.
+    /// The version of opencode that ended; another version lifts the fence.
     #[serde(default)]
     pub version: String,
     /// The last output of opencode before its end.
@@ -193,7 +193,7 @@ pub struct FenceRecord {
     pub extra: Map<String, Value>,
 }
 
-/// The binaries we know.
+/// The known binaries.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Binaries {
     /// The opencode last started.
@@ -204,7 +204,7 @@ pub struct Binaries {
     pub extra: Map<String, Value>,
 }
 
-/// The ports last used, so that addresses stay the same; 0 is none yet.
+/// The ports last used, so that addresses stay stable; 0 when there is none yet.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ports {
@@ -214,7 +214,7 @@ pub struct Ports {
     /// opencode's.
     #[serde(default)]
     pub opencode: u16,
-    /// The address of 127.0.0.0/8 that opencode listened on; openwork 0.1 wrote none.
+    /// The address in 127.0.0.0/8 that opencode listened on; absent in files of openwork 0.1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub opencode_host: Option<String>,
     /// Fields of other versions.
@@ -223,8 +223,8 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Where opencode listened last. `None` for openwork 0.1, which used 127.0.0.1:6175, where any
-    /// web page can find it.
+    /// The address that opencode last listened on. `None` in files of openwork 0.1, which used
+    /// 127.0.0.1:6175, where any web page can find it.
     pub fn opencode_address(&self) -> Option<SocketAddrV4> {
         let ip = self.opencode_host.as_ref()?.parse::<Ipv4Addr>().ok().filter(Ipv4Addr::is_loopback)?;
         (self.opencode != 0).then(|| SocketAddrV4::new(ip, self.opencode))

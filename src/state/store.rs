@@ -1,7 +1,7 @@
 //! The state in memory and on disk.
 //!
-//! Invariant: no disk but that of the data directory is asked under a lock of the store, and the
-//! lock that readers take is never held over any.
+//! Invariant: under a lock of the store only the disk of the data directory is accessed, and under the lock
+//! that readers take none at all.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -19,18 +19,17 @@ use crate::log::now_ms;
 use crate::paths::DataDir;
 use crate::workspace::{Workspace, WorkspaceId};
 
-/// How long after a change of `lastUsedAt` it is written at the latest: it is worth no more than
-/// one write a second.
+/// The longest delay before a change of `lastUsedAt` is written: it is worth at most one write a second.
 const WRITE_BEHIND: Duration = Duration::from_secs(1);
 
-/// What is newer in memory than on disk.
+/// Changes in memory that are not on disk yet.
 #[derive(Clone, Default)]
 struct Pending {
     used: HashMap<WorkspaceId, u64>,
     instances: Option<Loaded>,
 }
 
-/// Which instances are loaded, and which of those are no workspace's.
+/// The loaded instances, and those of them that belong to no workspace.
 #[derive(Clone)]
 struct Loaded {
     instances: Vec<String>,
@@ -59,7 +58,7 @@ impl Pending {
         }
     }
 
-    /// Adds what could not be written, unless something newer has come.
+    /// Merges changes that could not be written; newer ones win.
     fn restore(&mut self, older: Pending) {
         for (id, at) in older.used {
             self.used.entry(id).or_insert(at);
@@ -68,24 +67,24 @@ impl Pending {
     }
 }
 
-/// What readers see.
+/// The part that readers see.
 struct Shared {
-    /// As on disk.
+    /// The state on disk.
     current: Arc<State>,
-    /// The stamp of the file that has it; `None` when there is no file yet.
+    /// The stamp of its file; `None` when there is no file yet.
     stamp: Option<Stamp>,
-    /// What is to be written behind.
+    /// Changes for the next write.
     behind: Pending,
-    /// What is being written.
+    /// Changes of the write under way.
     under_way: Pending,
-    /// What the next client is to be told.
+    /// A message for the next client.
     notice: Option<String>,
 }
 
-/// Another file has taken the place of the lock that the daemon holds.
+/// The lock file at the path is no longer the one that this daemon holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lost {
-    /// Another daemon holds the lock there, and has taken over our opencode.
+    /// Another daemon holds the lock there, and has adopted our opencode.
     pub is_taken_over: bool,
 }
 
@@ -95,22 +94,22 @@ pub struct Store {
     lock_path: PathBuf,
     /// Device and inode of the lock file that this daemon holds.
     lock_id: (u64, u64),
-    /// Never held over anything but memory.
+    /// Never held during I/O.
     shared: Mutex<Shared>,
-    /// Held while a change is made and written: changes happen one after the other.
+    /// Held while a change is made and written: it serialises changes.
     writing: Mutex<()>,
     changed: Condvar,
     lost: OnceLock<Lost>,
     on_loss: OnceLock<Box<dyn Fn(Lost) + Send + Sync>>,
 }
 
-/// A lock whose data no panic can have left half-changed: it is only ever replaced.
+/// Locks, also after a panic of another thread: the data is only ever replaced as a whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Store {
-    /// Reads the file. The caller holds `daemon.lock`, which is this file.
+    /// Reads the state file. The caller holds `daemon.lock`, whose open file is `held`.
     ///
     /// # Errors
     /// As [`State::read`].
@@ -118,7 +117,7 @@ impl Store {
         let (path, lock_path) = (data_dir.state(), data_dir.daemon_lock());
         let held = held.metadata().map_err(|e| Error::io("look at", &lock_path, e))?;
         let (state, stamp) = State::read_stamped(&path)?.map_or_else(Default::default, |(s, stamp)| (s, Some(stamp)));
-        // What a crash in the middle of a write has left.
+        // A crash during a write may have left it.
         let _ = fs::remove_file(temporary(&path));
         let (behind, under_way) = (Pending::default(), Pending::default());
         Ok(Store {
@@ -133,14 +132,13 @@ impl Store {
         })
     }
 
-    /// Says what is to be done, once, when the lock file turns out to be another one: the daemon
-    /// must end, since a second one may run over the same files.
+    /// Sets the function that is called once when the lock file turns out to be another one: the daemon must
+    /// end, since a second one may run on the same files.
     pub fn when_lost(&self, act: impl Fn(Lost) + Send + Sync + 'static) {
         let _ = self.on_loss.set(Box::new(act));
     }
 
-    /// Whether the lock file has turned out to be another one; then the files belong to another
-    /// daemon.
+    /// Whether the lock file turned out to be another one, so that the files belong to another daemon.
     pub fn lost(&self) -> Option<Lost> {
         self.lost.get().copied()
     }
@@ -150,7 +148,7 @@ impl Store {
         lock(&self.shared).current.clone()
     }
 
-    /// The state with what is still to be written in it, and with what was edited by hand.
+    /// The state with pending changes and edits by hand.
     pub fn latest(&self) -> Arc<State> {
         if self.was_edited() {
             let writing = lock(&self.writing);
@@ -174,8 +172,8 @@ impl Store {
         Arc::new(state)
     }
 
-    /// Makes a change: it is on disk when this returns, or nothing has changed. `change` must not
-    /// ask the disk.
+    /// Makes a change: it is on disk when this returns, or nothing has changed. `change` must not access the
+    /// disk.
     ///
     /// # Errors
     /// Those of `change`; `state_write_failed`.
@@ -201,7 +199,7 @@ impl Store {
         state.cli_version = Some(env!("CARGO_PKG_VERSION").to_owned());
         let mut notice = None;
         let written = replace_whole(&self.path, &state, || {
-            // Writing takes milliseconds: an edit may have come meanwhile.
+            // The write took milliseconds, in which the file may have been edited.
             let edit = if Stamp::of(&self.path).is_ok_and(|found| found != seen) { Edit::Late } else { edit };
             notice = self.keep_edit(edit)?;
             Ok(())
@@ -228,11 +226,11 @@ impl Store {
         }
     }
 
-    /// Makes sure that the lock file is still the one that this daemon holds: a data directory that
-    /// was removed and made anew, or a lock file that was removed, lets a second daemon start.
+    /// Checks that the lock file is still the one that this daemon holds: a second daemon can start after the
+    /// lock file was removed, or the data directory removed and created again.
     ///
     /// # Errors
-    /// `state_write_failed` when it is another one; then the daemon stops.
+    /// `state_write_failed` when it is another file; the daemon then stops.
     pub fn check_lock(&self) -> Result<()> {
         let is_ours = match fs::symlink_metadata(&self.lock_path) {
             Ok(found) => (found.dev(), found.ino()) == self.lock_id,
@@ -254,7 +252,7 @@ impl Store {
         Err(Error::StateWriteFailed { what: "use", path: self.path.clone(), source: io::Error::other(gone) })
     }
 
-    /// Whether a daemon holds the lock that is there now, and knows our opencode.
+    /// Whether another daemon holds the lock at the path now and has our opencode in its state file.
     fn is_taken_over(&self) -> bool {
         let Some(ours) = &self.snapshot().opencode else { return false };
         let is_held = lock::if_held(&self.lock_path).is_ok_and(|held| held.is_some());
@@ -263,14 +261,14 @@ impl Store {
                 .is_ok_and(|state| state.opencode.is_some_and(|theirs| theirs.engine_id == ours.engine_id))
     }
 
-    /// Whether the file is another one than was last read or written.
+    /// Whether the file has changed since the last read or write.
     fn was_edited(&self) -> bool {
-        // Taken first: a write between the two looks is no edit.
+        // Read first: a write of ours in between must not look like an edit.
         let known = lock(&self.shared).stamp;
         Stamp::of(&self.path).is_ok_and(|found| found != known)
     }
 
-    /// What was done to the file, and the stamp of what was looked at.
+    /// The edit of the file by hand, and the stamp of the version that was read.
     fn read_edit(&self, ours: &State) -> (Edit, Option<Stamp>) {
         let known = lock(&self.shared).stamp;
         if !self.was_edited() {
@@ -283,13 +281,13 @@ impl Store {
                 }
                 None => (Edit::None, Some(stamp)),
             },
-            // It was removed, and is written again.
+            // The file was removed: it is simply written again.
             Ok(None) => (Edit::None, None),
             Err(e) => (Edit::Invalid(e), Stamp::of(&self.path).ok().flatten()),
         }
     }
 
-    /// Keeps what is about to be overwritten and is not in what is written; what to tell of it.
+    /// Keeps a copy of an edit that is about to be lost. Returns the message about the edit.
     fn keep_edit(&self, edit: Edit) -> Result<Option<String>> {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         match edit {
@@ -319,20 +317,20 @@ impl Store {
         lock(&self.shared).notice = Some(notice);
     }
 
-    /// What a client is to be told, once.
+    /// Takes the message for the next client.
     pub fn take_notice(&self) -> Option<String> {
         lock(&self.shared).notice.take()
     }
 
-    /// Notes that a workspace was used; written within a second. Never waits for the disk.
+    /// Records that a workspace was used; written within a second. Never waits for the disk.
     pub fn touch(&self, id: &str) {
         self.note(|pending| {
             pending.used.insert(id.to_owned(), now_ms());
         });
     }
 
-    /// Notes which instances are loaded, and which of those are no workspace's; written within a
-    /// second. Never waits for the disk.
+    /// Records the loaded instances, and those of them that belong to no workspace; written within a second.
+    /// Never waits for the disk.
     pub fn note_instances(&self, instances: Vec<String>, strangers: Vec<String>) {
         self.note(|pending| pending.instances = Some(Loaded { instances, strangers }));
     }
@@ -342,14 +340,14 @@ impl Store {
         let is_first = shared.behind.is_empty();
         change(&mut shared.behind);
         drop(shared);
-        // For the others the writing thread waits already.
+        // If changes were pending before, the writing thread is already awake.
         if is_first {
             self.changed.notify_all();
         }
     }
 
-    /// Writes behind for as long as the daemon lives; for a thread of its own. The daemon's last
-    /// change writes what is left.
+    /// Writes pending changes for as long as the daemon lives, in its own thread. The last change of the
+    /// daemon writes the rest.
     pub fn write_behind(&self) {
         let mut last_write: Option<Instant> = None;
         while self.lost().is_none() {
@@ -373,15 +371,15 @@ impl Store {
     }
 }
 
-/// What was done to the state file by hand since the daemon last read or wrote it.
+/// An edit of the state file by hand since the daemon last read or wrote it.
 enum Edit {
-    /// Nothing, or nothing that changes the registry.
+    /// None, or none that changes the registry.
     None,
-    /// It can be read: the state with its registry, and what is different in it.
+    /// A valid edit: the state with its registry, and the differences.
     Valid { state: Box<State>, difference: String },
-    /// It cannot be read.
+    /// An invalid edit.
     Invalid(Error),
-    /// It came when the next state was being written, too late to be in it.
+    /// An edit during a write, too late to be merged.
     Late,
 }
 
@@ -423,13 +421,13 @@ mod tests {
     }
 
     #[test]
-    fn use_is_seen_at_every_moment_of_its_way_to_the_disk() {
+    fn pending_use_is_visible_until_written() {
         let (_scratch, store, id) = store("pending");
         let at = 1 << 50;
         lock(&store.shared).behind.used.insert(id.clone(), at);
         assert_ne!(last_used(&store.snapshot(), &id), Some(at));
         assert_eq!(last_used(&store.latest(), &id), Some(at));
-        // A write has begun, and is not over.
+        // A write is under way.
         let mut shared = lock(&store.shared);
         shared.under_way = std::mem::take(&mut shared.behind);
         drop(shared);
@@ -442,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_written_is_written_next_time() {
+    fn failed_write_is_retried_with_the_next() {
         let (_scratch, store, id) = store("failed");
         let at = 1 << 50;
         lock(&store.shared).behind.used.insert(id.clone(), at);
@@ -452,7 +450,7 @@ mod tests {
         assert!(matches!(failed, Error::StateWriteFailed { .. }), "{failed}");
         assert_eq!(store.snapshot().get(&id).unwrap().name, "nowhere");
         assert_eq!(last_used(&store.latest(), &id), Some(at));
-        // What has come since is newer.
+        // A newer use must win.
         lock(&store.shared).behind.used.insert(id.clone(), at + 1);
         store.update(|state| state.rename(&id, "other")).unwrap_err();
         fs::remove_dir(&in_the_way).unwrap();
@@ -461,10 +459,9 @@ mod tests {
         assert_eq!((last_used(&state, &id), state.get(&id).unwrap().name.as_str()), (Some(at + 1), "nowhere"));
     }
 
-    /// The registry is changed by strings alone: a link to a workspace is found before, by whoever
-    /// has no lock.
+    /// Changes compare strings only; callers resolve links before they take the lock.
     #[test]
-    fn no_change_asks_the_disk_of_a_workspace() {
+    fn changes_do_not_touch_the_disk_of_a_workspace() {
         let (scratch, store, id) = store("strings");
         let (directory, link) = (scratch.0.join("directory"), scratch.0.join("link"));
         fs::create_dir(&directory).unwrap();
@@ -487,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn an_edit_that_comes_during_a_write_is_kept() {
+    fn edit_during_a_write_is_kept() {
         let (scratch, store, id) = store("late");
         store
             .update(|state| {
@@ -504,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn another_lock_file_is_noticed_once_and_stops_every_write() {
+    fn replaced_lock_file_is_reported_once_and_stops_every_write() {
         let (scratch, store, id) = store("lost");
         let lost = Arc::new(Mutex::new(Vec::new()));
         let seen = lost.clone();
@@ -516,7 +513,7 @@ mod tests {
         for _ in 0..2 {
             store.update(|state| state.rename(&id, "other")).unwrap_err();
         }
-        // Nor does it help to put the old one back: another daemon may have run meanwhile.
+        // Restoring the old lock file does not help: another daemon may have run meanwhile.
         fs::rename(scratch.0.join("moved"), &lock_file).unwrap();
         store.update(|state| state.rename(&id, "other")).unwrap_err();
         assert_eq!(*lock(&lost), [Lost { is_taken_over: false }]);

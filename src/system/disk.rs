@@ -1,9 +1,8 @@
-//! Looks at directories of the user's, which may lie on a network mount that hangs.
+//! Accesses to the user's directories, which may be on a hung network mount.
 //!
-//! A look that hangs cannot be cancelled. So every look runs in a thread that its caller does not
-//! join, and the caller goes on without the answer after a limit. Invariant: at most
-//! [`HANGING_LIMIT`] threads hang; what hangs is remembered, and [`all`] skips it until the thread
-//! that hangs there comes back.
+//! A hung access (a "look") cannot be cancelled. So every look runs in a thread that its caller does not
+//! join, and the caller continues without the answer after a limit. Invariant: at most [`HANGING_LIMIT`]
+//! threads hang; hung directories are remembered, and [`all`] skips them until their thread returns.
 
 use std::collections::HashMap;
 use std::num::NonZero;
@@ -16,22 +15,22 @@ use std::time::{Duration, Instant};
 
 /// How many looks may hang at once. Each holds a thread until its mount is back.
 const HANGING_LIMIT: usize = 32;
-/// A look that takes this long holds up the others no longer: [`all`] gives them another thread. A
-/// disk at work answers within milliseconds.
+/// A look that takes this long stops blocking the others: [`all`] gives them another thread. A working disk
+/// answers within milliseconds.
 const STALL: Duration = Duration::from_millis(100);
-/// How many directories make a second thread worth its start: a look takes about a microsecond, the
-/// start of a thread some tens.
+/// The number of directories that justifies a second thread: a look takes about a microsecond, the start of a
+/// thread some tens.
 const PER_THREAD: usize = 2000;
 
-/// How many looks hang; and the directories above those that hung in [`all`], each with how often.
-/// Directories beside one that hangs are taken to lie on the same mount.
+/// The number of hung looks, and the parents of the directories that hung in [`all`], with their counts.
+/// Siblings of a hung directory are assumed to be on the same mount.
 struct Hanging {
     looks: usize,
     above: Option<HashMap<PathBuf, usize>>,
 }
 
 static HANGING: Mutex<Hanging> = Mutex::new(Hanging { looks: 0, above: None });
-/// [`Hanging::looks`], to be read without the lock.
+/// [`Hanging::looks`], readable without the lock.
 static LOOKS: AtomicUsize = AtomicUsize::new(0);
 
 impl Hanging {
@@ -60,7 +59,7 @@ impl Hanging {
     }
 }
 
-/// Whether a directory beside this one hangs.
+/// Whether a sibling of this directory hangs.
 fn hangs(path: &Path) -> bool {
     if LOOKS.load(Ordering::Relaxed) == 0 {
         return false;
@@ -69,15 +68,14 @@ fn hangs(path: &Path) -> bool {
     path.parent().is_some_and(|above| hanging.above.as_ref().is_some_and(|all| all.contains_key(above)))
 }
 
-/// How far a look has come.
+/// The states of a look.
 const NOT_BEGUN: u8 = 0;
 const UNDER_WAY: u8 = 1;
-/// Its caller has given up, and has counted it as hanging.
+/// Its caller has given up and counted it as hung.
 const GIVEN_UP: u8 = 2;
 const OVER: u8 = 3;
 
-/// Runs a look in a thread of its own; `None` when it takes longer than the limit, or when there is
-/// no thread for it.
+/// Runs a look in its own thread; `None` when it exceeds the limit, or when no thread can be started.
 pub fn within<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     if LOOKS.load(Ordering::Relaxed) >= HANGING_LIMIT {
         return None;
@@ -97,7 +95,7 @@ pub fn within<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Sen
         Ok(found) => Some(found),
         Err(RecvTimeoutError::Disconnected) => None, // the look panicked
         Err(RecvTimeoutError::Timeout) => {
-            // The lock is held across the exchange: the thread must not end the look before it is
+            // Holding the lock across the exchange keeps the thread from ending the look before it is
             // counted.
             let mut hanging = Hanging::lock();
             if ours.compare_exchange(UNDER_WAY, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok() {
@@ -114,21 +112,21 @@ struct Look<A> {
     answer: OnceLock<A>,
 }
 
-/// What the threads of [`all`] share.
+/// The data shared by the threads of [`all`].
 struct Looks<T, A, P, L> {
     items: Vec<T>,
     path: P,
     look: L,
     next: AtomicUsize,
     looks: Vec<Look<A>>,
-    /// How many items are left.
+    /// The number of unfinished items.
     left: AtomicUsize,
 }
 
 impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
-    /// Looks at one item after the other, until there are no more or a look was given up.
+    /// Processes one item after the other, until none is left or a look was given up.
     fn work(&self, done: &Sender<()>) {
-        // Another thread has taken over from one that was given up.
+        // A thread whose look was given up has been replaced by another.
         let mut was_given_up = false;
         while !was_given_up {
             let at = self.next.fetch_add(1, Ordering::Relaxed);
@@ -153,7 +151,7 @@ impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
         (0..self.looks.len()).filter(|at| self.looks[*at].state.load(Ordering::Acquire) == UNDER_WAY).collect()
     }
 
-    /// Counts a look as hanging, unless it has just come back.
+    /// Counts a look as hung, unless it has just returned.
     fn give_up(&self, at: usize) -> bool {
         let mut hanging = Hanging::lock();
         let state = &self.looks[at].state;
@@ -165,8 +163,8 @@ impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
     }
 }
 
-/// Looks at the path of each item; `None` for those that did not answer within the limit, or lie
-/// beside one that does not.
+/// Looks at the path of each item; `None` for those without an answer within the limit, and for siblings of
+/// hung directories.
 pub fn all<T: Send + Sync + 'static, A: Clone + Send + Sync + 'static>(
     limit: Duration,
     items: Vec<T>,
@@ -187,8 +185,8 @@ pub fn all<T: Send + Sync + 'static, A: Clone + Send + Sync + 'static>(
     let mut under_way = Vec::new();
     let mut threads = if count == 0 { 0 } else { (0..threads).filter(|_| start()).count() };
     while threads > 0 && finished.recv_timeout(STALL).is_err() {
-        // What was under way at the last glance and still is hangs, as far as can be seen; its answer
-        // counts if it comes before the deadline.
+        // A look that was already under way in the last round counts as hung; its answer is still used if it
+        // comes before the deadline.
         let now = looks.under_way();
         for at in now.iter().filter(|at| under_way.contains(*at)) {
             if looks.give_up(*at) && !start() {
@@ -233,9 +231,9 @@ mod tests {
         }
     }
 
-    /// One test, since what hangs is known to the whole process.
+    /// A single test, since hung mounts are remembered for the whole process.
     #[test]
-    fn what_hangs_holds_up_nobody() {
+    fn hung_mount_blocks_nobody() {
         let mount = Mount::default();
         let look = |mount: &Mount| {
             let mount = mount.clone();
@@ -256,14 +254,14 @@ mod tests {
         };
         let ask = |seconds| all(Duration::from_secs(seconds), paths(), |path| path, look(&mount));
         let expected = [Some(true), None, Some(false), None, Some(true)];
-        // One thread hangs, and what lies beside the hung directory is not looked at.
+        // One thread hangs, and siblings of the hung directory are skipped.
         until("the other answers", || {
             let answers = ask(1);
             assert_eq!((answers[1], answers[3], &answers[5..]), (None, None, &[None; 50][..]));
             answers[..5] == expected
         });
         until("one look to hang", || LOOKS.load(Ordering::Relaxed) == 1);
-        // From then on nobody waits, and no further thread hangs.
+        // From then on no call waits, and no further thread hangs.
         assert_eq!(ask(60)[..5], expected);
         assert_eq!(LOOKS.load(Ordering::Relaxed), 1);
 
@@ -271,7 +269,7 @@ mod tests {
         assert_eq!(within(Duration::from_millis(10), move || hung.wait()), None);
         assert_eq!(within(Duration::from_secs(60), || 7), Some(7));
         assert_eq!(LOOKS.load(Ordering::Relaxed), 2);
-        // The threads that hang are limited.
+        // The number of hung threads is limited.
         for _ in 2..HANGING_LIMIT {
             let hung = mount.clone();
             within(Duration::ZERO, move || hung.wait());
@@ -289,10 +287,10 @@ mod tests {
     }
 
     #[test]
-    fn many_are_looked_at_by_several() {
+    fn many_directories_are_checked_in_parallel() {
         let paths: Vec<PathBuf> = (0..3 * PER_THREAD).map(|n| PathBuf::from(format!("/p/{n}"))).collect();
         let is_even = |path: &Path| path.to_str().unwrap().ends_with(['0', '2', '4', '6', '8']);
-        // The other test of this process may have all threads hang for a while.
+        // The other test of this process may use up all threads for a while.
         until("an answer for each", || {
             let answers = all(Duration::from_secs(60), paths.clone(), |path| path, is_even);
             answers.iter().zip(&paths).all(|(answer, path)| *answer == Some(is_even(path)))

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_network_file_system_is_named_and_a_local_one_is_not() {
+    fn only_network_file_systems_are_named() {
         // NFS; SMB as a number that was negative; ext4, btrfs, tmpfs, overlay.
         assert_eq!(remote(0x6969), Some("NFS"));
         assert_eq!(remote(0xff53_4d42u32 as i32 as i64 as u64), Some("SMB"));
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_system_of_a_directory_has_room() {
+    fn free_space_of_a_directory_is_measured() {
         let here = Filesystem::of(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
         assert!(here.available > 0 && here.has_inodes);
         may_change(&std::env::temp_dir()).unwrap();

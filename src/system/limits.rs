@@ -19,14 +19,14 @@ pub fn is_exhausted(e: &io::Error) -> bool {
     exhausted.iter().any(|errno| e.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-/// As many descriptors as the daemon can use: four for each connection, and those of its own.
+/// The descriptors that the daemon can use: four for each connection, and its own.
 const DESCRIPTORS: u64 = 4096 + 64;
 
 /// The limit before [`raise_descriptor_limit`].
 static DESCRIPTORS_BEFORE: OnceLock<Rlimit> = OnceLock::new();
 
-/// Raises the soft limit of descriptors as far as is useful and allowed. What is started later
-/// inherits it: see [`restore_descriptor_limit`].
+/// Raises the soft limit of descriptors as far as is useful and allowed. Children inherit it: see
+/// [`restore_descriptor_limit`].
 pub fn raise_descriptor_limit() {
     let before = getrlimit(Resource::Nofile);
     let wanted = before.maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
@@ -52,25 +52,25 @@ pub fn require_descriptors() -> Result<()> {
     }
 }
 
-/// The soft limit that somebody else is to have, if ours was raised.
+/// The soft limit before it was raised, for other programs; `None` if it was not.
 pub fn descriptor_limit_before() -> Option<u64> {
     DESCRIPTORS_BEFORE.get().and_then(|before| before.current)
 }
 
-/// Lowers the soft limit of this process to that of [`descriptor_limit_before`].
+/// Restores the soft limit of this process, as given by [`descriptor_limit_before`].
 pub fn restore_descriptor_limit(current: u64) {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(current), ..limit });
 }
 
-/// Closes every descriptor above standard error. A daemon inherits whatever the shell had open:
-/// with `exec 9>lock; openwork …` it would hold that lock for weeks.
+/// Closes every descriptor above standard error. Otherwise a daemon would keep whatever the shell had open:
+/// after `exec 9>lock; openwork …` it would hold that lock for weeks.
 pub fn close_inherited_descriptors() {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
     let listed: Vec<i32> =
         entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|fd| *fd > 2).collect();
     for fd in listed {
-        // The descriptor of the listing itself is closed by now.
+        // The descriptor of the directory listing is already closed.
         if fs::symlink_metadata(format!("/proc/self/fd/{fd}")).is_err() {
             continue;
         }
@@ -86,12 +86,12 @@ pub fn close_inherited_descriptors() {
 /// The first descriptor that a service manager passes: `SD_LISTEN_FDS_START` of sd_listen_fds(3).
 const FIRST_PASSED: RawFd = 3;
 
-/// Takes the one socket that a service manager has passed to this process (socket activation, by the
-/// protocol of sd_listen_fds(3)); `None` when it passed none, or when it was taken before.
+/// Takes the socket that a service manager passed to this process (socket activation, by the protocol of
+/// sd_listen_fds(3)); `None` when it passed none, or when the socket was already taken.
 ///
 /// # Errors
-/// `InvalidInput` when there are several: nobody would answer at the others. `NotFound` when the
-/// environment promises one and the descriptor is not open.
+/// `InvalidInput` when there are several: the daemon would not answer on the others. `NotFound` when the
+/// environment announces one and the descriptor is not open.
 pub fn take_passed_socket() -> io::Result<Option<OwnedFd>> {
     static IS_TAKEN: AtomicBool = AtomicBool::new(false);
     let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();

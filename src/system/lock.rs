@@ -23,8 +23,8 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Ends the process with TERM, or with KILL if it is still there at the deadline (a frozen process
-    /// gets a TERM only when it is woken). Its group is not signalled: what it has started goes on.
+    /// Ends the process with TERM, or with KILL if it still runs at the deadline (a stopped process handles
+    /// TERM only when it is continued). Its group is not signalled, so its children keep running.
     pub fn end(&self, deadline: Instant) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
         if !wait_until_readable(&self.pidfd, deadline) {
@@ -33,8 +33,8 @@ impl Holder {
     }
 }
 
-/// The process of our own user that holds the flock(2) lock on this file, which lies at `path`;
-/// `None` when none is proven to, as when the holder lives in another container.
+/// The process of our own user that holds the flock(2) lock on this file at `path`; `None` when no process is
+/// proven to, for example because the holder is in another container.
 ///
 /// # Errors
 /// When `/proc` cannot be read.
@@ -65,7 +65,7 @@ pub fn has_locked(pid: u32, file: &fs::Metadata, path: &Path) -> bool {
 fn locker(pid: u32, file: &fs::Metadata, path: &Path) -> Option<u32> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     entries.flatten().find_map(|entry| {
-        // By its name first: a look at a file on a network mount that hangs would never return.
+        // Compare names first: stat on a file on a hung network mount would never return.
         let is_named_so = fs::read_link(entry.path()).is_ok_and(|target| target.file_name() == path.file_name());
         let is_file = || fs::metadata(entry.path()).is_ok_and(|at| (at.dev(), at.ino()) == (file.dev(), file.ino()));
         let info = Path::new("/proc").join(pid.to_string()).join("fdinfo").join(entry.file_name());
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_holder_of_a_lock_has_locked_the_file_and_not_only_opened_it() {
+    fn opening_a_file_is_not_holding_its_lock() {
         let path = std::env::temp_dir().join(format!("openwork-holder-{}", std::process::id()));
         let ours = File::create(&path).unwrap();
         assert!(holder(&ours, &path).unwrap().is_none());
@@ -98,7 +98,7 @@ mod tests {
         let us = std::process::id();
         assert_eq!(holder(&ours, &path).unwrap().map(|holder| (holder.pid, holder.taken_by)), Some((us, us)));
         drop(guard);
-        // A process that has only opened it holds nothing.
+        // A process that only has the file open does not hold the lock.
         let mut other = Command::new("sleep").arg("60").stdin(File::open(&path).unwrap()).spawn().unwrap();
         assert!(holder(&ours, &path).unwrap().is_none());
         other.kill().unwrap();

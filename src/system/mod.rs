@@ -1,12 +1,12 @@
-//! All that knows Linux: another operating system is another such folder.
+//! Everything specific to Linux: a port to another operating system replaces this folder.
 //!
 //! - `process`: processes by pidfd, their identity, the marker in their environment, the sweep
-//! - `socket`: who listens on a port, and whose connection one is
+//! - `socket`: the process behind a listener, the user behind a connection
 //! - `lock`: which process holds a file lock
 //! - `wait`: poll(2) on flags, pipes, sockets and pidfds
-//! - `disk`: directories that may lie on a mount that hangs
+//! - `disk`: directories that may be on a hung mount
 //! - `filesystem`: what a directory lies on, and what is free there
-//! - `signals`: what this process and those it starts do about signals
+//! - `signals`: signal masks and dispositions of this process and its children
 //! - `limits`: resource limits, and inherited descriptors
 
 pub mod disk;

@@ -1,8 +1,8 @@
-//! Processes as Linux sees them: which one it is, ending it and all it started.
+//! Processes: their identity, and ending a process with everything that it started.
 //!
-//! Invariant: nothing is ever signalled by a bare process id that could meanwhile be another's.
-//! A process is held by a pidfd, opened first and identified after; a group is signalled only
-//! while its leader is alive or not yet reaped.
+//! Invariant: no process is signalled by a bare pid, which may have been reused. A process is held by a
+//! pidfd, which is opened first and identified afterwards; a group is signalled only while its leader is
+//! alive or not yet reaped.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -25,45 +25,45 @@ use rustix::process::{
 use super::wait::{Flag, has_ended, wait_readable, wait_until_readable};
 use crate::options::MARKER;
 
-/// How long a process may take to end, once its memory is gone: files and sockets follow.
+/// How long a process may take to end once its memory is freed: its files and sockets follow.
 const ENDING_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long the sweep waits for what it has killed: mostly gone within 0.1 s.
+/// How long the sweep waits for killed processes: they are mostly gone within 0.1 s.
 const KILLED_LIMIT: Duration = Duration::from_secs(2);
 
-/// How many rounds a sweep takes: swept processes may be forking. A few rounds catch up with anything
-/// that is not made to outrun the sweep, and the bound keeps such a thing from holding up the daemon.
+/// The rounds of a sweep: swept processes may be forking. A few rounds catch everything that does not outrun
+/// the sweep on purpose, and the bound keeps such a program from blocking the daemon.
 const SWEEP_ROUNDS: usize = 20;
 
 /// The unit of times in `/proc/<pid>/stat`: `USER_HZ`, 100 on every architecture that Rust knows.
 const TICKS_PER_SECOND: u64 = 100;
 
-/// Children that somebody waits for. The reaper of a first process ([`reap_orphans`]) leaves them alone.
+/// Children that another thread waits for; [`reap_orphans`] leaves them alone.
 static AWAITED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 fn awaited() -> MutexGuard<'static, BTreeSet<u32>> {
     AWAITED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What proves that a process is the one that was written down.
+/// The proof that a process is the one in a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Process id.
     pub pid: u32,
     /// Clock ticks since boot at which it started.
     pub start_ticks: u64,
-    /// Of the boot in which it started.
+    /// The id of the boot in which it started.
     pub boot_id: String,
     /// The value of [`MARKER`] in its environment.
     pub engine_id: String,
 }
 
-/// A process that we hold: started by us, or by a daemon before us.
+/// A process that we hold: started by this daemon or an earlier one.
 pub struct Process {
     identity: Identity,
     pidfd: Arc<OwnedFd>,
-    /// It is a child of this process, which reaps it; else init does. A daemon that has replaced its
-    /// program image has the children of the program before.
+    /// Whether it is a child of this process, which then has to reap it; otherwise init does. A successor has
+    /// the children of the daemon that it replaced by exec.
     is_child: bool,
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
@@ -73,19 +73,19 @@ impl Process {
     /// Starts a command in a process group of its own, with the marker in its environment.
     ///
     /// # Errors
-    /// Those of fork and exec; `Other` when the process cannot be identified: it is ended again.
+    /// Those of fork and exec; `Other` when the process cannot be identified, and is ended again.
     pub fn spawn(command: &mut Command, engine_id: &str) -> io::Result<Process> {
         command.process_group(0);
         Process::spawn_leader(command, engine_id)
     }
 
-    /// Starts a command that makes a session, and so a group, of its own, with the marker in its
+    /// Starts a command that creates its own session, and so its own group, with the marker in its
     /// environment.
     ///
     /// # Errors
     /// As for [`Process::spawn`].
     pub fn spawn_leader(command: &mut Command, engine_id: &str) -> io::Result<Process> {
-        // Held over the start: the child may end before it is entered.
+        // Locked during the start: the child may end before it is registered.
         let mut awaited = awaited();
         let mut child = command.env(MARKER, engine_id).spawn()?;
         let pid = child.id();
@@ -112,18 +112,18 @@ impl Process {
         }
     }
 
-    /// Takes over the process with this identity, if it lives and all of it is proved.
+    /// Adopts the process with this identity, if it lives and every part of the identity is proved.
     pub fn adopt(identity: &Identity) -> Option<Process> {
         if identity.engine_id.is_empty() || identity.boot_id != boot_id().ok()? {
             return None;
         }
-        // Held first, identified after: what is proved below is true of what is held.
+        // Open the pidfd first: then the checks below apply to the process behind it.
         let pidfd = open(identity.pid).ok()??;
         if start_ticks(identity.pid).ok()? != identity.start_ticks {
             return None;
         }
-        // One that is just ending has lost its environment, and may hold its port for a moment
-        // more. To wait for its end harms nobody.
+        // A process that is just ending has lost its environment, but may hold its port a moment longer.
+        // Waiting for its end is harmless.
         let environ = fs::read(format!("/proc/{}/environ", identity.pid)).unwrap_or_default();
         let is_child = parent(identity.pid) == Some(std::process::id());
         if environ.is_empty() {
@@ -143,7 +143,7 @@ impl Process {
         Some(Process { identity, pidfd: Arc::new(pidfd), is_child, stdin: None, stdout: None })
     }
 
-    /// What proves it.
+    /// The identity of the process.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
@@ -153,18 +153,18 @@ impl Process {
         self.pidfd.clone()
     }
 
-    /// The standard input we gave it.
+    /// Its piped standard input.
     pub fn take_stdin(&mut self) -> Option<ChildStdin> {
         self.stdin.take()
     }
 
-    /// The standard output we piped.
+    /// Its piped standard output.
     pub fn take_stdout(&mut self) -> Option<ChildStdout> {
         self.stdout.take()
     }
 
-    /// Signals it and its group. One that has ended is not signalled, unless it is a child
-    /// that has not been reaped: then its group is still its own.
+    /// Signals the process and its group. After its end only an unreaped child is signalled: its group id
+    /// cannot have been reused.
     pub fn signal(&self, signal: Signal) {
         if !self.is_child && has_ended(&self.pidfd) {
             return;
@@ -175,10 +175,10 @@ impl Process {
         }
     }
 
-    /// Waits for its end, then ends what is left of its group and of everything that carries its
-    /// marker, as [`sweep`] does, and reaps it. Its exit status, if it was a child of ours.
+    /// Waits for its end, ends the rest of its group and every process with its marker, as [`sweep`] does,
+    /// and reaps it. Returns its exit status, if it was our child.
     pub fn bury(self, grace: Duration, spared: &[u32]) -> Option<ExitStatus> {
-        // Not reaped yet, so that the id of its group cannot have become another's.
+        // Reap it only at the end, so that its group id cannot be reused before.
         wait_until_readable(&self.pidfd, Instant::now() + ENDING_LIMIT);
         let Identity { pid, engine_id, .. } = &self.identity;
         let group = self.is_child.then_some(*pid);
@@ -204,7 +204,7 @@ pub fn run(
     flag: &Flag,
     deadline: Instant,
 ) -> io::Result<ExitStatus> {
-    // Held over the start: the child may end before it is entered.
+    // Locked during the start: the child may end before it is registered.
     let mut children = awaited();
     let mut child = command.spawn()?;
     let pid = child.id();
@@ -232,27 +232,27 @@ pub fn run(
     result
 }
 
-/// Reaps a child that has ended, also one that this process started as another program, before it
-/// became its own successor. How the child ended.
+/// Reaps an ended child, also one that this process started before an exec into its successor. Returns its
+/// exit status.
 fn reap(pidfd: &OwnedFd) -> Option<ExitStatus> {
     let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG).ok()??;
-    // As wait(2) codes it.
+    // Encoded as by wait(2).
     let code = status.exit_status().map(|code| code << 8).or_else(|| status.terminating_signal())?;
     Some(ExitStatus::from_raw(code))
 }
 
-/// Holds the process with this id; `None` when there is none.
+/// Opens a pidfd for the process with this id; `None` when there is none.
 ///
 /// # Errors
-/// `Unsupported` when `/proc` is of another PID namespace: what it says of an id is about another
-/// process. Those of pidfd_open(2), a lack of descriptors among them.
+/// `Unsupported` when `/proc` belongs to another PID namespace, where the id is another process. Those of
+/// pidfd_open(2), such as a lack of descriptors.
 pub fn open(pid: u32) -> io::Result<Option<OwnedFd>> {
     let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
     let pidfd = match pidfd_open(id, PidfdFlags::empty()) {
         Err(Errno::SRCH) => return Ok(None),
         other => other?,
     };
-    // `Pid:` is the id as this /proc counts; -1 once the process has been reaped (fs/pidfs.c).
+    // `Pid:` is the id in the namespace of this /proc; -1 once the process has been reaped (fs/pidfs.c).
     let elsewhere = || io::Error::new(io::ErrorKind::Unsupported, "/proc is that of another container");
     let info = match fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(elsewhere()),
@@ -265,9 +265,9 @@ pub fn open(pid: u32) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Ends everything of our user that carries the marker of this engine, whatever group, session
-/// or parent it has by now, but for these processes: TERM first, and KILL after the grace. What has
-/// emptied its own environment is not found.
+/// Ends every process of our user with the marker of this engine, whatever its group, session or parent,
+/// except the spared ones: TERM first, and KILL after the grace. A process that emptied its own environment
+/// is not found.
 pub fn sweep(engine_id: &str, grace: Duration, spared: &[u32]) {
     sweep_all(engine_id, None, grace, spared);
 }
@@ -281,7 +281,7 @@ fn sweep_all(engine_id: &str, group: Option<u32>, grace: Duration, spared: &[u32
         let found: Vec<_> = family(engine_id, group).into_iter().filter(|(pid, _)| !spared.contains(pid)).collect();
         let kills = Instant::now() >= term_until;
         for (pid, pidfd) in &found {
-            // Each gets one TERM: a second one aborts the cleaning up of some programs.
+            // Each gets only one TERM: a second one aborts the cleanup of some programs.
             if kills || asked.insert(*pid) {
                 let _ = pidfd_send_signal(pidfd, if kills { Signal::KILL } else { Signal::TERM });
             }
@@ -289,19 +289,19 @@ fn sweep_all(engine_id: &str, group: Option<u32>, grace: Duration, spared: &[u32
         if found.is_empty() {
             return;
         }
-        // Gone, with its sockets, before another opencode is started.
+        // Their sockets have to be gone before another opencode starts.
         for (_, pidfd) in &found {
             wait_until_readable(pidfd, if kills { kill_until } else { term_until });
         }
     }
 }
 
-/// Everything that lives and carries the marker of an engine, or is in this group. Each is held, and
-/// was looked at while held.
+/// Every living process with the marker of an engine, or in this group. Each was checked while its pidfd was
+/// open.
 fn family(engine_id: &str, group: Option<u32>) -> Vec<(u32, OwnedFd)> {
     let ourselves = std::process::id();
-    // The environment of another user's process cannot be read, but by root: then it is one that has
-    // changed its user, and as much ours.
+    // Only root can read the environment of another user's process. Such a process has changed its user, and
+    // still is ours.
     let belongs = |pid: u32| {
         let in_group = || group.is_some_and(|group| stat_field(pid, 5).is_ok_and(|of| of == u64::from(group)));
         carries_marker(pid, engine_id) || in_group()
@@ -313,10 +313,10 @@ fn family(engine_id: &str, group: Option<u32>) -> Vec<(u32, OwnedFd)> {
         .collect()
 }
 
-/// A process and those above it, up to one that does not carry the marker of an engine: with a command
-/// that the agent has started, the shells and scripts that wait for the command.
+/// A process and its ancestors with the marker of an engine: for a command that the agent started, the shells
+/// and scripts that wait for the command.
 pub fn ancestors(pid: u32, engine_id: &str) -> Vec<u32> {
-    // A command that changes into a session of its own gives up the marker, and its parent has it.
+    // The process itself may have dropped the marker, while its parent has it.
     let mut line = vec![pid];
     let mut next = parent(pid);
     while let Some(pid) = next.filter(|pid| carries_marker(*pid, engine_id) && !line.contains(pid)) {
@@ -326,8 +326,8 @@ pub fn ancestors(pid: u32, engine_id: &str) -> Vec<u32> {
     line
 }
 
-/// Reaps what was orphaned and came to this process, if it is the first of its PID namespace: in a
-/// container nobody else does. Children that somebody waits for are left to them.
+/// Reaps orphans that were reparented to this process, if it is pid 1 of its namespace: in a container
+/// nothing else does. Children that another thread waits for are left alone.
 pub fn reap_orphans() {
     if std::process::id() != 1 {
         return;
@@ -340,7 +340,7 @@ pub fn reap_orphans() {
     }
 }
 
-/// The ids of all processes there are.
+/// The ids of all processes.
 fn pids() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -438,18 +438,18 @@ fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
-/// Where this process lives, as one word: the boot, the pid namespace and the network namespace.
-/// Elsewhere, its process id and its ports mean something else.
+/// The place of this process as one word: the boot, the pid namespace and the network namespace. In another
+/// place its pid and ports mean nothing.
 ///
 /// # Errors
-/// When `/proc` is not there, or is another namespace's.
+/// When `/proc` is missing, or belongs to another namespace.
 pub fn place() -> io::Result<String> {
     let namespace =
         |kind: &str| Ok::<_, io::Error>(fs::read_link(format!("/proc/self/ns/{kind}"))?.display().to_string());
     Ok(format!("{}/{}/{}", boot_id()?, namespace("pid")?, namespace("net")?))
 }
 
-/// Whether a process runs under this process's own user.
+/// Whether a process runs under our user.
 pub fn is_ours(pid: u32) -> bool {
     fs::metadata(format!("/proc/{pid}")).is_ok_and(|process| process.uid() == rustix::process::geteuid().as_raw())
 }

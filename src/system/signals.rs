@@ -1,8 +1,7 @@
-//! What this process does about signals, and what the programs it becomes or starts inherit of that.
+//! Signal masks and dispositions, of this process and of the programs that it starts or becomes.
 //!
-//! A signal that is ignored stays ignored across exec, and a blocked one stays blocked: a daemon started
-//! by `nohup`, from a script in the background or by a careless service manager would pass that on to
-//! opencode and all its tools.
+//! Ignored and blocked signals stay so across exec: a daemon started by `nohup`, by a background job of a
+//! script or by a careless service manager would pass them on to opencode and all its tools.
 
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -11,14 +10,14 @@ use std::sync::atomic::AtomicBool;
 
 use signal_hook::consts::FORBIDDEN;
 
-/// One more than the highest signal of Linux.
+/// One above the highest signal of Linux.
 const SIGNALS_END: i32 = 65;
 
-/// Unblocks every signal for this thread, and for the threads and processes that it starts: to be
-/// called before there are others.
+/// Unblocks every signal for this thread, and for the threads and processes that it starts. Call it before
+/// other threads exist.
 ///
-/// No safe call does this: std hands the mask on as it is, and neither signal-hook nor the safe part of
-/// rustix touches it.
+/// No safe call does this: std passes the mask on unchanged, and neither signal-hook nor the safe part of
+/// rustix can change it.
 pub fn unblock_all() {
     let mut none = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: `sigemptyset` initialises the set that it is given, which lives on this stack;
@@ -32,12 +31,12 @@ pub fn unblock_all() {
     }
 }
 
-/// Has every signal at its default in the program that this process becomes: handlers do not outlive
-/// exec, ignored signals do.
+/// Makes every signal default in the program that this process becomes: handlers do not survive exec, ignored
+/// signals do.
 pub fn reset_at_exec() {
     let nobody = Arc::new(AtomicBool::new(false));
     for signal in (1..SIGNALS_END).filter(|signal| !FORBIDDEN.contains(signal)) {
-        // Fails for the two that the C library keeps for itself.
+        // Fails for the two signals that the C library reserves.
         let _ = signal_hook::flag::register(signal, nobody.clone());
     }
 }

@@ -1,4 +1,4 @@
-//! Whose a TCP socket is: the process that listens on an address, the user behind a connection.
+//! The owner of a TCP socket: the process that listens on an address, the user behind a connection.
 //!
 //! Invariants: a connection is identified by both of its addresses and counts only while it is
 //! established; a listener never answers for a connection, nor a connection for a listener.
@@ -23,14 +23,13 @@ const FIN_WAIT2: u8 = 5;
 const CLOSE_WAIT: u8 = 8;
 const LISTEN: u8 = 10;
 
-/// A connection whose handshake is over and whose ends both know it. A side that has sent its last
-/// byte still waits for the reply.
+/// The states of an established connection. A half-closed one still waits for the reply.
 const CONNECTED: [u8; 4] = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT];
 
-/// The remote address of a listening socket.
+/// The remote address of a listening socket in the kernel's tables.
 const NOBODY: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
 
-/// A socket that listens.
+/// A listening socket.
 #[derive(Clone, Copy, Debug)]
 pub struct Listening {
     /// Its inode.
@@ -39,11 +38,11 @@ pub struct Listening {
     pub pid: u32,
 }
 
-/// The socket that listens on this address, if it belongs to the process or to a member of the group
-/// that the process leads (a wrapper may start the real opencode and stay).
+/// The socket that listens on this address, if it belongs to the process or to a member of its process group
+/// (a wrapper may start the real opencode as a child).
 ///
 /// # Errors
-/// When this process lacks a resource for the look, such as descriptors: no reason to end anything.
+/// When this process lacks a resource, such as descriptors, for the check: no reason to end anything.
 pub fn listening(leader: u32, address: SocketAddrV4) -> io::Result<Option<Listening>> {
     let Some(inode) = listening_inode(address)? else { return Ok(None) };
     let wanted = format!("socket:[{inode}]");
@@ -62,14 +61,14 @@ pub fn listening(leader: u32, address: SocketAddrV4) -> io::Result<Option<Listen
 /// The inode of the socket that listens on this address, if the process itself holds it.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When this process lacks a resource for the check.
 pub fn listening_itself(pid: u32, address: SocketAddrV4) -> io::Result<Option<u32>> {
     let Some(inode) = listening_inode(address)? else { return Ok(None) };
     Ok(holds(pid, &format!("socket:[{inode}]"))?.then_some(inode))
 }
 
-/// The descriptors of a process, as links in `/proc/<pid>/fd`; none when the process has ended or
-/// belongs to another user.
+/// The descriptors of a process, as links in `/proc/<pid>/fd`; `None` when it has ended or belongs to another
+/// user.
 fn open_files(pid: u32) -> io::Result<Option<ReadDir>> {
     match fs::read_dir(format!("/proc/{pid}/fd")) {
         Ok(entries) => Ok(Some(entries)),
@@ -84,11 +83,11 @@ fn holds(pid: u32, socket: &str) -> io::Result<bool> {
     Ok(entries.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(socket))))
 }
 
-/// Whether a service manager of our user listens on this address, to start a daemon for whoever connects
-/// (socket activation). A manager whose descriptors cannot be seen may be the one.
+/// Whether a service manager of our user listens on this address, to start a daemon on a connection (socket
+/// activation). A manager whose descriptors cannot be read counts as listening.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When this process lacks a resource for the check.
 pub fn is_held_by_service_manager(address: SocketAddrV4) -> io::Result<bool> {
     let found = tcp_socket(address, NOBODY)?.filter(|socket| socket.state == LISTEN);
     let Some(socket) = found.filter(|socket| socket.user == geteuid().as_raw()) else { return Ok(false) };
@@ -106,7 +105,7 @@ pub fn is_held_by_service_manager(address: SocketAddrV4) -> io::Result<bool> {
 /// The inode of the socket that listens on exactly this address.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When this process lacks a resource for the check.
 pub fn listening_inode(address: SocketAddrV4) -> io::Result<Option<u32>> {
     let found = tcp_socket(address, NOBODY)?;
     Ok(found.filter(|socket| socket.state == LISTEN).map(|socket| socket.inode))
@@ -115,21 +114,21 @@ pub fn listening_inode(address: SocketAddrV4) -> io::Result<Option<u32>> {
 /// The user at the other end of an accepted loopback connection; `None` when either end is closed.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When this process lacks a resource for the check.
 pub fn peer_user(stream: &TcpStream, peer: SocketAddr) -> io::Result<Option<u32>> {
     let (SocketAddr::V4(ours), SocketAddr::V4(theirs)) = (stream.local_addr()?, peer) else { return Ok(None) };
     let connected = |local, remote| -> io::Result<Option<TcpSocket>> {
         Ok(tcp_socket(local, remote)?.filter(|socket| CONNECTED.contains(&socket.state)))
     };
     let Some(peer) = connected(theirs, ours)? else { return Ok(None) };
-    // A client that resets its connection frees its port, and another user's connection could take
-    // the same two addresses. That needs a new socket on our side too: as long as ours is still
-    // the one between these addresses, the peer found above is its own.
+    // After a client resets its connection, another user's connection could get the same two addresses.
+    // That needs a new socket on our side too; so while our socket is still the one between these
+    // addresses, the peer found above is its peer.
     let inode = u32::try_from(fstat(stream)?.st_ino).ok();
     Ok(connected(ours, theirs)?.filter(|own| Some(own.inode) == inode).map(|_| peer.user))
 }
 
-/// What the kernel says of a TCP socket.
+/// A TCP socket as the kernel reports it.
 struct TcpSocket {
     state: u8,
     user: u32,
@@ -139,19 +138,18 @@ struct TcpSocket {
 /// Asks the kernel for the IPv4 socket between exactly these two addresses; an IPv6 socket that is
 /// connected to a mapped address counts as one.
 ///
-/// The look goes through sock_diag(7): reading `/proc/net/tcp` walks the kernel's whole table,
-/// which takes 100 times as long (2 ms), and every control request needs the look. Without the
-/// sock_diag module the table is read after all.
+/// This uses sock_diag(7): reading `/proc/net/tcp` walks the kernel's whole table and takes 100 times as long
+/// (2 ms), and every control request needs the check. Without the sock_diag module the table is read.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When this process lacks a resource for the check.
 fn tcp_socket(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<TcpSocket>> {
     let found = match diagnosed(local, remote) {
         Err(e) if is_exhausted(&e) => return Err(e),
         Err(_) => listed(local, remote),
         Ok(found) => found,
     };
-    // A socket that its owner has closed has no inode and counts as root's.
+    // A socket that its owner has closed has no inode and is reported as root's.
     Ok(found.filter(|socket| socket.inode != 0))
 }
 
@@ -168,7 +166,7 @@ fn diagnosed(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<Tcp
     request.extend_from_slice(&NLM_F_REQUEST.to_ne_bytes());
     request.extend_from_slice(&[0; 8]); // sequence, sender
     request.extend_from_slice(&[AF_INET, IPPROTO_TCP, 0, 0]);
-    request.extend_from_slice(&u32::MAX.to_ne_bytes()); // the kernel ignores states in an exact look
+    request.extend_from_slice(&u32::MAX.to_ne_bytes()); // the kernel ignores states in an exact lookup
     request.extend_from_slice(&local.port().to_be_bytes());
     request.extend_from_slice(&remote.port().to_be_bytes());
     for address in [local.ip(), remote.ip()] {
@@ -185,8 +183,8 @@ fn diagnosed(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<Tcp
     understand(&reply[..length], local, remote)
 }
 
-/// Reads the kernel's answer. The kernel looks for a connection first and then for any listener
-/// that would accept one, so the answer counts only if it is about exactly these two addresses.
+/// Parses the kernel's reply. The kernel looks for a connection first and then for any listener that would
+/// accept one, so the reply counts only if it is about exactly these two addresses.
 fn understand(reply: &[u8], local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<TcpSocket>> {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const NLMSG_ERROR: u16 = 2;
@@ -216,7 +214,7 @@ fn understand(reply: &[u8], local: SocketAddrV4, remote: SocketAddrV4) -> io::Re
 
 /// The same from `/proc/net/tcp` (proc_net(5)).
 fn listed(local: SocketAddrV4, remote: SocketAddrV4) -> Option<TcpSocket> {
-    // The table spells an address in the machine's byte order, `0100007F:1F90`.
+    // The table prints an address in the machine's byte order, `0100007F:1F90`.
     let spelled = |a: SocketAddrV4| format!("{:08X}:{:04X}", u32::from_ne_bytes(a.ip().octets()), a.port());
     let find = |file: &str, prefix: &str| {
         let table = fs::read_to_string(file).ok()?;
@@ -243,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_knows_whose_a_connection_is() {
+    fn kernel_reports_the_user_of_a_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ours = listener.local_addr().unwrap();
         let me = rustix::process::geteuid().as_raw();
@@ -267,8 +265,8 @@ mod tests {
         eventually("no longer listening", || listening_inode(v4(ours)).unwrap().is_none());
     }
 
-    /// Waits until this holds of a socket that was closed: a process that another test has just
-    /// forked holds the socket as well, until it runs its program.
+    /// Waits until the condition holds after a close: a process that another test has just forked keeps the
+    /// socket open until its exec.
     fn eventually(what: &str, holds: impl Fn() -> bool) {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
         while !holds() {
@@ -278,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_is_its_own_process_s() {
+    fn listener_belongs_to_its_process() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = v4(listener.local_addr().unwrap());
         let me = std::process::id();
@@ -294,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_does_not_answer_for_a_connection() {
+    fn listener_is_not_taken_for_a_connection() {
         let ours = TcpListener::bind("127.0.0.1:0").unwrap();
         let (mut gone, theirs) = {
             let client = TcpStream::connect(ours.local_addr().unwrap()).unwrap();
@@ -302,14 +300,14 @@ mod tests {
             drop(client);
             (accepted, theirs)
         };
-        // The end of the client has arrived here, so its port is free.
+        // The client's FIN has arrived, so its port is free.
         assert_eq!(io::Read::read(&mut gone, &mut [0; 1]).unwrap(), 0);
         drop(gone);
         let again = TcpListener::bind("127.0.0.1:0").unwrap();
         let ours = v4(ours.local_addr().unwrap());
         for address in [v4(again.local_addr().unwrap()), v4(theirs)] {
-            // Both tables: what listens on the client's address is no connection of the client's,
-            // nor is one that its owner has closed.
+            // In both tables: neither a listener on the client's address nor a closed connection is the
+            // client's connection.
             for found in [diagnosed(address, ours).unwrap_or_default(), listed(address, ours)] {
                 assert!(found.is_none_or(|socket| socket.inode == 0 && !CONNECTED.contains(&socket.state)));
             }
@@ -317,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_about_the_addresses_asked_for() {
+    fn reply_must_match_both_addresses() {
         let (local, remote): (SocketAddrV4, SocketAddrV4) =
             ("127.0.0.1:1000".parse().unwrap(), "127.0.0.2:2000".parse().unwrap());
         let mut reply = vec![0; 88];
@@ -339,7 +337,7 @@ mod tests {
         for cut in 0..reply.len() {
             assert!(understand(&reply[..cut], local, remote).is_err(), "cut at {cut}");
         }
-        // An error other than "no such socket" is no answer.
+        // Only "no such socket" is a valid error reply.
         reply[4..6].copy_from_slice(&2u16.to_ne_bytes());
         reply[16..20].copy_from_slice(&(-Errno::NOENT.raw_os_error()).to_ne_bytes());
         assert!(understand(&reply, local, remote).unwrap().is_none());

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 /// Whether the process behind a pidfd has ended.
 pub fn has_ended(pidfd: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    // Not to know is not to have seen the end.
+    // If poll fails, the end has not been seen.
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
@@ -23,7 +23,7 @@ pub fn are_silent(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
     poll(&mut [watched(a), watched(b)], Some(&now)).is_ok_and(|ready| ready == 0)
 }
 
-/// A file descriptor that becomes readable for everyone, until it is lowered.
+/// A descriptor that is readable for every waiter while the flag is up.
 pub struct Flag(OwnedFd);
 
 impl Flag {
@@ -32,19 +32,19 @@ impl Flag {
         Ok(Flag(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 
-    /// Raises it.
+    /// Raises the flag.
     pub fn raise(&self) {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
-    /// Lowers it.
+    /// Lowers the flag.
     pub fn lower(&self) {
         let _ = rustix::io::read(&self.0, &mut [0; 8][..]);
     }
 
-    /// Whether it is up.
+    /// Whether the flag is up.
     pub fn is_raised(&self) -> bool {
-        has_ended(&self.0) // readable, all the same
+        has_ended(&self.0) // which only checks whether it is readable
     }
 }
 
@@ -101,8 +101,8 @@ impl Watch {
     }
 }
 
-/// Reads what a process prints until it ends, closes its output, or has printed `limit` bytes. A
-/// process that it started may hold the pipe open for longer and is not waited for.
+/// Reads the output of a process until it ends, closes its output, or has printed `limit` bytes. A child of
+/// it that keeps the pipe open is not waited for.
 ///
 /// # Errors
 /// `TimedOut` at the deadline; `Interrupted` when the flag is raised; those of reading.
@@ -144,7 +144,7 @@ pub fn read_output(
     }
 }
 
-/// Waits until a descriptor is readable, or a flag is raised: then false.
+/// Waits until a descriptor is readable (true) or a flag is raised (false).
 ///
 /// # Errors
 /// `TimedOut` at the deadline, if there is one; those of poll(2).
@@ -166,14 +166,14 @@ pub fn wait_readable(fd: impl AsFd, flag: &Flag, deadline: Option<Instant>) -> i
 pub enum Woken {
     /// The descriptor is readable.
     Readable,
-    /// The peer has closed its side of the connection, or broken it off.
+    /// The peer has closed its side of the connection, or reset it.
     HungUp,
     /// Neither, before the deadline.
     TimedOut,
 }
 
-/// Waits until a descriptor is readable or the peer of a socket hangs up. What the peer sends is not
-/// read and wakes nobody.
+/// Waits until a descriptor is readable or the peer of a socket hangs up. Data from the peer is not read and
+/// does not end the wait.
 ///
 /// # Errors
 /// Those of poll(2).
@@ -191,11 +191,11 @@ pub fn wait_with_peer(fd: impl AsFd, peer: impl AsFd, deadline: Instant) -> io::
     }
 }
 
-/// Waits for the deadline, unless a flag is raised or the connection ends in both directions before.
+/// Waits until the deadline, a raised flag, or the end of the connection in both directions.
 pub fn pause(flag: &Flag, connection: impl AsFd, deadline: Instant) {
     loop {
         let rest = timespec(deadline.saturating_duration_since(Instant::now()));
-        // The kernel reports an end in both directions without being asked to.
+        // The kernel reports POLLHUP without being asked.
         let mut fds = [PollFd::new(flag, PollFlags::IN), PollFd::new(&connection, PollFlags::empty())];
         if !matches!(poll(&mut fds, Some(&rest)), Err(Errno::INTR)) {
             return;
@@ -203,7 +203,7 @@ pub fn pause(flag: &Flag, connection: impl AsFd, deadline: Instant) {
     }
 }
 
-/// Waits until a descriptor is readable; a pidfd is when its process has ended. False at the
+/// Waits until a descriptor is readable; a pidfd is readable once its process has ended. False at the
 /// deadline.
 pub fn wait_until_readable(fd: impl AsFd, deadline: Instant) -> bool {
     loop {
@@ -228,7 +228,7 @@ mod tests {
 
     #[test]
     fn output_ends_with_the_process() {
-        // What it leaves behind holds the pipe open.
+        // The background sleep keeps the pipe open.
         let mut command = Command::new("sh");
         command.args(["-c", "echo 1.2.3; sleep 60 &"]).process_group(0);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();

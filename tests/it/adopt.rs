@@ -1,4 +1,4 @@
-//! opencode outlives its daemon, and the next one takes it over, if it can be proved ours.
+//! opencode outlives its daemon, and the next daemon adopts it if it is proved ours.
 
 use std::fs;
 use std::thread;
@@ -17,17 +17,17 @@ fn kill_daemon(host: &Host) {
     wait_gone(daemon);
 }
 
-/// Changes the state file while no daemon is there to mind.
+/// Changes the state file while no daemon runs.
 fn edit_state(host: &Host, change: impl FnOnce(&mut Value)) {
     let mut state = host.state();
     change(&mut state);
     fs::write(host.file(STATE), state.to_string()).unwrap();
 }
 
-// --- Taken over ---
+// --- Adopted ---
 
 #[test]
-fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
+fn next_daemon_adopts_opencode_of_a_killed_daemon() {
     let host = Host::new();
     let project = host.project("p");
     host.add(&project);
@@ -43,7 +43,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
     assert_eq!(host.starts().len(), 1);
     assert_eq!(host.instance(&project), ["load"]);
 
-    // The stream of a direct client has stayed open, and goes on.
+    // The stream of a direct client stayed open and goes on.
     host.dispose_directly(&project);
     let (kind, directory) = match IS_V2 {
         true => ("/type", "/location/directory"),
@@ -55,7 +55,7 @@ fn the_next_daemon_adopts_the_opencode_of_a_dead_one() {
 }
 
 #[test]
-fn a_stop_ends_what_a_killed_daemon_has_left() {
+fn stop_ends_opencode_left_by_a_killed_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
@@ -63,12 +63,12 @@ fn a_stop_ends_what_a_killed_daemon_has_left() {
     assert!(is_alive(opencode));
     assert_eq!(host.openwork(["daemon", "stop"]).json()["stopped"], true);
     wait_gone(opencode);
-    assert_eq!(host.starts().len(), 1, "none was started to be stopped");
+    assert_eq!(host.starts().len(), 1, "no opencode was started just to be stopped");
     assert_eq!(host.openwork(["daemon", "stop"]).json()["stopped"], false);
 }
 
 #[test]
-fn no_second_opencode_starts_beside_one_that_the_state_file_has_lost() {
+fn opencode_missing_from_the_state_file_gets_no_second_beside_it() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
@@ -87,7 +87,7 @@ fn no_second_opencode_starts_beside_one_that_the_state_file_has_lost() {
 }
 
 #[test]
-fn an_adopted_one_is_watched_like_one_of_its_own() {
+fn adopted_opencode_is_restarted_when_it_dies() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
@@ -101,7 +101,7 @@ fn an_adopted_one_is_watched_like_one_of_its_own() {
 }
 
 #[test]
-fn an_adopted_one_is_stopped_with_all_it_has_started() {
+fn stop_ends_adopted_opencode_and_its_children() {
     let host = Host::new();
     host.exercises(["command daemon start", "command daemon stop"]);
     host.behave("FAKE_GRANDCHILD=1\nFAKE_SWALLOW_TERM=1");
@@ -116,8 +116,8 @@ fn an_adopted_one_is_stopped_with_all_it_has_started() {
 }
 
 #[test]
-fn one_that_is_just_dying_is_no_daemon() {
-    // For some milliseconds it holds its lock and its port, and answers nobody.
+fn commands_succeed_while_a_killed_daemon_is_dying() {
+    // For some milliseconds a killed daemon still holds its lock and port, and answers nothing.
     let host = Host::new();
     host.add(host.project("p"));
     for command in
@@ -132,7 +132,7 @@ fn one_that_is_just_dying_is_no_daemon() {
 }
 
 #[test]
-fn a_restart_of_the_daemon_keeps_opencode() {
+fn restart_keeps_opencode() {
     let host = Host::new();
     host.exercises(["command daemon restart", "option --all"]);
     host.add(host.project("p"));
@@ -150,7 +150,7 @@ fn a_restart_of_the_daemon_keeps_opencode() {
 }
 
 #[test]
-fn a_stop_that_keeps_opencode_leaves_it_to_the_next() {
+fn next_daemon_adopts_opencode_kept_by_a_stop() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
@@ -169,7 +169,7 @@ fn a_stop_that_keeps_opencode_leaves_it_to_the_next() {
 }
 
 #[test]
-fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
+fn stop_keeping_opencode_does_not_wait_for_replies() {
     let host = Host::new();
     host.exercises(["code opencode_unavailable"]);
     host.add(host.project("p"));
@@ -178,7 +178,7 @@ fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
     thread::scope(|scope| {
         let path = host.http("GET", "/workspaces/p/path").header("X-Openwork-Timeout", "60");
         let waiting = scope.spawn(|| path.send());
-        wait_for("opencode to be asked", || {
+        wait_for("opencode to get the request", || {
             host.recorded("hangs").iter().any(|target| target.starts_with(LOADING_CALL))
         });
         let start = Instant::now();
@@ -190,7 +190,7 @@ fn a_stop_that_keeps_opencode_does_not_wait_for_its_answers() {
 }
 
 #[test]
-fn a_stop_that_keeps_opencode_takes_no_other_stop_back() {
+fn stop_keeping_opencode_does_not_revoke_another_stop() {
     let host = Host::new();
     host.behave("FAKE_SWALLOW_TERM=1");
     host.openwork(["daemon", "start"]).ok();
@@ -204,14 +204,14 @@ fn a_stop_that_keeps_opencode_takes_no_other_stop_back() {
 }
 
 #[test]
-fn one_that_was_killed_while_opencode_started_has_a_successor() {
+fn daemon_killed_during_a_start_leaves_one_opencode() {
     let host = Host::new();
     host.behave("FAKE_START_MS=1500");
     host.add(host.project("p"));
     wait_for("opencode to be started", || host.starts().len() == 1);
     kill_daemon(&host);
     host.openwork(["workspace", "path", "p"]).ok();
-    // Either it has been waited for or another was started: there is one.
+    // Whether the daemon waited for the first opencode or started another: only one is left.
     let opencode = host.opencode_pid();
     let others =
         host.starts().into_iter().map(|start| start["pid"].as_u64().unwrap() as u32).filter(|pid| *pid != opencode);
@@ -220,16 +220,16 @@ fn one_that_was_killed_while_opencode_started_has_a_successor() {
     }
 }
 
-// --- Not taken over ---
+// --- Not adopted ---
 
 #[test]
-fn one_of_ours_that_is_not_well_is_ended_first() {
+fn opencode_rejecting_the_password_is_ended_before_a_new_start() {
     let host = Host::new();
     host.behave("FAKE_GRANDCHILD=1");
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     kill_daemon(&host);
-    // It is there and ours, and does not take our password any more.
+    // The process is ours and alive, but no longer takes our password.
     let auth = json!({"opencodeUsername": "opencode", "opencodePassword": "5".repeat(64)});
     fs::write(host.file(AUTH), auth.to_string()).unwrap();
     host.behave("");
@@ -241,7 +241,7 @@ fn one_of_ours_that_is_not_well_is_ended_first() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn one_of_ours_that_hangs_is_ended_first() {
+fn hung_opencode_is_ended_before_a_new_start() {
     let mut host = Host::new();
     host.set("OPENWORK_TEST_PACE", "30");
     host.openwork(["daemon", "start"]).ok();
@@ -254,7 +254,7 @@ fn one_of_ours_that_hangs_is_ended_first() {
 }
 
 #[test]
-fn one_that_died_with_its_daemon_is_started_anew() {
+fn opencode_that_died_with_its_daemon_is_replaced() {
     let host = Host::new();
     host.behave("FAKE_GRANDCHILD=1");
     host.openwork(["daemon", "start"]).ok();
@@ -265,12 +265,12 @@ fn one_that_died_with_its_daemon_is_started_anew() {
     host.behave("");
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(host.starts().len(), 2);
-    // What it had started went after it.
+    // The child that it had started is gone as well.
     assert_eq!(host.processes().len(), 2);
 }
 
-/// The state file says of `opencode` what this makes of it, and a process is there that is not
-/// ours: it is left alone.
+/// Points the `opencode` record of the state file at an unrelated process, and checks that no daemon
+/// touches that process.
 fn check_left_alone(change: impl FnOnce(&mut Value, u32)) {
     let host = Host::new();
     let stranger = Stranger::idle();
@@ -288,12 +288,12 @@ fn check_left_alone(change: impl FnOnce(&mut Value, u32)) {
 }
 
 #[test]
-fn a_process_that_got_its_pid_is_not_signalled() {
+fn process_that_reused_the_pid_is_not_signalled() {
     check_left_alone(|opencode, stranger| opencode["pid"] = stranger.into());
 }
 
 #[test]
-fn a_process_without_its_engine_id_is_not_signalled() {
+fn process_without_the_engine_id_is_not_signalled() {
     check_left_alone(|opencode, stranger| {
         opencode["pid"] = stranger.into();
         opencode["startTicks"] = stat_field(stranger, START_TIME).into();
@@ -301,7 +301,7 @@ fn a_process_without_its_engine_id_is_not_signalled() {
 }
 
 #[test]
-fn an_empty_engine_id_proves_nothing() {
+fn empty_engine_id_proves_nothing() {
     check_left_alone(|opencode, stranger| {
         opencode["pid"] = stranger.into();
         opencode["startTicks"] = stat_field(stranger, START_TIME).into();
@@ -324,12 +324,12 @@ fn check_replaced(change: impl FnOnce(&mut Value)) {
 }
 
 #[test]
-fn one_of_before_the_last_boot_is_not_adopted() {
+fn opencode_from_before_a_reboot_is_not_adopted() {
     check_replaced(|opencode| opencode["bootId"] = "00000000-0000-0000-0000-000000000000".into());
 }
 
 #[test]
-fn one_that_started_at_another_time_is_not_adopted() {
+fn process_with_another_start_time_is_not_adopted() {
     // A process of the agent's has our mark too, and can get the pid of an opencode that has ended.
     check_replaced(|opencode| opencode["startTicks"] = (opencode["startTicks"].as_u64().unwrap() + 1).into());
 }

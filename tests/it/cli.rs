@@ -1,4 +1,4 @@
-//! The command line: what it takes, what it refuses, and how it prints.
+//! The command line: what it accepts, what it refuses, and how it prints.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ fn column(table: &Value, field: &str) -> Vec<String> {
 // --- Help ---
 
 #[test]
-fn the_version_is_that_of_the_package() {
+fn version_matches_the_package() {
     let host = Host::new();
     host.exercises(["option --version", "option -V"]);
     let version = concat!("openwork ", env!("CARGO_PKG_VERSION"), "\n");
@@ -66,7 +66,7 @@ fn help_for_a_command_shows_its_options() {
 }
 
 #[test]
-fn an_alias_is_the_command() {
+fn aliases_show_the_help_of_their_command() {
     let host = Host::new();
     host.exercises(["option --help"]);
     let help = |command: &str| host.openwork(command.split(' ').chain(["--help"])).ok().stdout;
@@ -78,7 +78,7 @@ fn an_alias_is_the_command() {
 }
 
 #[test]
-fn the_tables_are_sound() {
+fn help_tables_are_consistent() {
     let host = Host::new();
     let tables = host.openwork(["help"]).json();
     assert_eq!(tables["version"], env!("CARGO_PKG_VERSION"));
@@ -98,8 +98,8 @@ fn the_tables_are_sound() {
 }
 
 #[test]
-fn error_codes_are_as_promised() {
-    // Code, exit status, HTTP statuses. Scripts go by them: none may change its meaning.
+fn error_codes_keep_their_meaning() {
+    // Code, exit status, HTTP statuses. Scripts rely on them: none may change its meaning.
     let promised = "
 usage 2
 bad_request 1 400
@@ -159,9 +159,9 @@ workspace_fenced 5 503
     assert_eq!(found, promised[1..]);
 }
 
-// --- What is refused ---
+// --- Mistakes ---
 
-/// A mistake on the command line, which the nearest known word would mend.
+/// Checks that the error for a mistyped word suggests the right one.
 fn check_suggests(host: &Host, args: &[&str], suggestion: &str) {
     let error = host.openwork(args).fails(2, "usage");
     assert!(error.to_string().contains(suggestion), "{suggestion} in {error}");
@@ -170,7 +170,7 @@ fn check_suggests(host: &Host, args: &[&str], suggestion: &str) {
 }
 
 #[test]
-fn an_unknown_command_or_option_is_refused_with_the_nearest() {
+fn unknown_commands_and_options_suggest_the_nearest() {
     let host = Host::new();
     for (args, suggestion) in [
         (&["workspce", "list"][..], "workspace"),
@@ -192,14 +192,14 @@ fn an_unknown_command_or_option_is_refused_with_the_nearest() {
 }
 
 #[test]
-fn a_word_that_was_only_begun_or_stands_alone_is_understood() {
+fn partial_and_bare_words_get_suggestions() {
     let host = Host::new();
     check_suggests(&host, &["statu"], "`status`");
     check_suggests(&host, &["swich", "p"], "`switch`");
 }
 
 #[test]
-fn the_word_workspace_can_be_left_out() {
+fn workspace_prefix_is_optional() {
     let host = Host::new();
     host.exercises(["command version"]);
     host.project("web");
@@ -215,19 +215,19 @@ fn the_word_workspace_can_be_left_out() {
     assert_eq!(host.names(), [""; 0]);
     assert_eq!(host.openwork(["version"]).ok().stdout, host.openwork(["--version"]).ok().stdout);
     assert_eq!(host.openwork(["completion", "bash"]).ok().stdout, host.openwork(["completions", "bash"]).ok().stdout);
-    // Where another command has the name, that one is meant.
+    // `status` is also a command of its own, and that one wins.
     assert_eq!(host.openwork(["status"]).json()["workspaceCount"], 0);
 }
 
 #[test]
-fn several_workspaces_are_removed_or_none() {
+fn removing_several_workspaces_is_all_or_nothing() {
     let host = Host::new();
     for name in ["a", "b", "c"] {
         host.add(host.project(name));
     }
     host.openwork(["workspace", "remove", "a", "nope"]).fails(4, "workspace_not_found");
     assert_eq!(host.names(), ["a", "b", "c"]);
-    // Named twice, it is removed once.
+    // A workspace named twice is removed once.
     let removed = host.openwork(["workspace", "remove", "a", "c", "./projects/a"]).json();
     let names = removed["workspaces"].as_array().unwrap().iter().map(|workspace| &workspace["name"]);
     assert_eq!(names.collect::<Vec<_>>(), ["a", "c"]);
@@ -236,7 +236,7 @@ fn several_workspaces_are_removed_or_none() {
 }
 
 #[test]
-fn an_option_names_the_workspace_of_any_command() {
+fn workspace_option_selects_the_workspace() {
     let host = Host::new();
     host.exercises(["option --workspace", "option -w"]);
     let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
@@ -252,7 +252,7 @@ fn an_option_names_the_workspace_of_any_command() {
 }
 
 #[test]
-fn what_a_command_does_not_take_is_refused() {
+fn unexpected_arguments_and_options_are_refused() {
     let host = Host::new();
     for args in [
         &["workspace", "list", "extra"][..],
@@ -268,13 +268,13 @@ fn what_a_command_does_not_take_is_refused() {
     ] {
         host.openwork(args).fails(2, "usage");
     }
-    // An empty directory name is none, whatever it was meant to be.
+    // An empty path is no directory.
     host.openwork(["workspace", "add", ""]).output();
     assert_eq!(host.names(), [""; 0]);
 }
 
 #[test]
-fn a_value_is_needed_and_has_to_make_sense() {
+fn missing_and_invalid_values_are_refused() {
     let host = Host::new();
     host.exercises(["code invalid_name", "option --name"]);
     let project = host.project("p");
@@ -301,14 +301,14 @@ fn a_value_is_needed_and_has_to_make_sense() {
         assert!(error["message"].as_str().unwrap().contains(value), "{error}");
     }
     assert_eq!(host.processes(), [0; 0]);
-    // With = it is meant; that it is no name is another matter.
+    // With `=` the value is taken as given, and is then an invalid name.
     host.openwork(["workspace", "add", project, "--name=--x"]).fails(1, "invalid_name");
 }
 
-// --- What is taken ---
+// --- Options ---
 
 #[test]
-fn options_stand_anywhere() {
+fn options_can_stand_anywhere() {
     let host = Host::new();
     host.exercises(["option --quiet"]);
     let data = host.data();
@@ -334,7 +334,7 @@ fn options_stand_anywhere() {
 }
 
 #[test]
-fn after_two_dashes_nothing_is_an_option() {
+fn arguments_after_double_dash_are_not_options() {
     let host = Host::new();
     let parent = host.path("projects");
     host.project("--json");
@@ -345,10 +345,10 @@ fn after_two_dashes_nothing_is_an_option() {
     host.openwork(["workspace", "info", "--", "./--json"]).cwd(&parent).ok();
 }
 
-// --- How it prints ---
+// --- Output ---
 
 #[test]
-fn results_go_to_stdout_and_the_rest_to_stderr() {
+fn results_go_to_stdout_and_errors_to_stderr() {
     let host = Host::new();
     let project = host.project("p");
     let output = host.openwork(["workspace", "add", project.to_str().unwrap()]).ok();
@@ -357,7 +357,7 @@ fn results_go_to_stdout_and_the_rest_to_stderr() {
     assert!(output.stdout.is_empty() && output.stderr.contains("nope"), "{output:?}");
     let output = host.openwork(["--json", "workspace", "info", "nope"]).exits(4);
     assert!(output.stderr.is_empty(), "{output:?}");
-    // Nothing that only a terminal is to see: a slow start is waited for in silence.
+    // Without a terminal, a slow start prints no progress.
     host.openwork(["daemon", "stop"]).ok();
     host.behave("FAKE_START_MS=1500");
     let output = host.openwork(["daemon", "start"]).ok();
@@ -365,7 +365,7 @@ fn results_go_to_stdout_and_the_rest_to_stderr() {
 }
 
 #[test]
-fn a_closed_pipe_ends_it_quietly() {
+fn closed_pipe_ends_the_command_quietly() {
     let host = Host::new();
     host.add(host.project("p"));
     for command in [
@@ -384,7 +384,7 @@ fn a_closed_pipe_ends_it_quietly() {
 }
 
 #[test]
-fn a_full_disk_is_an_error() {
+fn full_disk_fails_the_command() {
     let host = Host::new();
     host.add(host.project("p"));
     let full = || File::options().write(true).open("/dev/full").unwrap();
@@ -400,7 +400,7 @@ fn a_full_disk_is_an_error() {
         let output = host.openwork(command).stdout(full()).exits(1);
         assert!(!output.stderr.is_empty(), "{output:?}");
     }
-    // One that has failed already has no more to say than its exit status.
+    // A command that fails anyway can only report its exit status.
     host.openwork(["--json", "workspace", "info", "nope"]).stdout(full()).output();
     let nowhere = "exec 2>/dev/full";
     host.openwork(["workspace", "info", "nope"]).after(nowhere).exits(4);
@@ -408,7 +408,7 @@ fn a_full_disk_is_an_error() {
 }
 
 #[test]
-fn what_people_see_is_inert() {
+fn output_for_people_has_no_control_characters() {
     let host = Host::new();
     let evil = "evil\u{1b}[31m\u{7}\nname\r\u{202e}\u{9b}2J";
     let id = host.add(host.project(evil));
@@ -430,16 +430,16 @@ fn what_people_see_is_inert() {
             assert!(!text.contains(bad), "{output:?}");
         }
     }
-    // A line each, the header apart.
+    // One line for each workspace, without the header.
     let list = host.openwork(["workspace", "list"]).ok().stdout;
     assert_eq!(list.lines().filter(|line| line.contains("evil") || line.contains("http://h")).count(), 2, "{list}");
-    // A script gets what is there.
+    // JSON has the names unchanged.
     let list = host.openwork(["workspace", "list"]).json();
     assert_eq!(list["workspaces"][0]["path"], host.project(evil).to_str().unwrap());
 }
 
 #[test]
-fn log_lines_are_inert() {
+fn log_output_has_no_control_characters() {
     let host = Host::new();
     host.exercises(["command logs", "option -n"]);
     host.behave("FAKE_CRASH_ON_START=1");
@@ -454,8 +454,8 @@ fn log_lines_are_inert() {
 }
 
 #[test]
-fn json_is_one_object_for_every_command() {
-    // That it is one object, and that an error is one, is checked wherever `json` and `fails` are.
+fn every_command_prints_one_json_object() {
+    // `json` and `fails` check everywhere that the output is one object.
     let host = Host::new();
     host.add(host.project("p"));
     host.opencode_pid();
@@ -470,7 +470,7 @@ fn json_is_one_object_for_every_command() {
         let value = host.openwork(command).json();
         assert_eq!(value["ok"], true, "{value}");
     }
-    // `status` is `/health` as it is, but for what moves.
+    // `status --json` is the body of `/health`; only the memory figures may differ.
     let mut status = [host.openwork(["status"]).json(), host.health()];
     for side in &mut status {
         side["daemon"]["memory"] = Value::Null;
@@ -479,13 +479,13 @@ fn json_is_one_object_for_every_command() {
     assert_eq!(status[0], status[1]);
 }
 
-/// What takes a terminal. Every test looks that there is no colour without one.
+/// Tests that need a terminal. The harness checks in every test that there is no colour without one.
 mod with_script {
     use super::*;
 
     #[test]
     #[ignore = "needs script(1), for a terminal"]
-    fn a_terminal_that_wants_no_colour_gets_none() {
+    fn no_color_and_dumb_terminals_get_no_escapes() {
         let host = Host::new();
         host.add(host.project("p"));
         let typescript = host.path("typescript");
@@ -503,13 +503,13 @@ mod with_script {
 }
 
 #[test]
-fn an_empty_program_is_no_program() {
+fn empty_opencode_bin_is_refused() {
     let host = Host::new();
     host.openwork(["daemon", "start", "--opencode-bin="]).fails(2, "usage");
 }
 
 #[test]
-fn short_options_can_stand_together() {
+fn short_options_can_be_combined() {
     let host = Host::new();
     host.exercises(["option --lines"]);
     fs::create_dir_all(host.data()).unwrap();
@@ -526,14 +526,14 @@ fn short_options_can_stand_together() {
 }
 
 #[test]
-fn a_line_break_in_a_path_makes_no_line_of_its_own() {
+fn line_break_in_a_path_does_not_break_the_message() {
     let host = Host::new();
     let output = host.openwork(["workspace", "add", "/none\nhint: do as I say"]).exits(1);
     assert_eq!(output.stderr, "error: no such directory: /none\u{fffd}hint: do as I say\n");
 }
 
 #[test]
-fn a_path_wider_than_any_screen_does_not_widen_the_others() {
+fn one_long_name_does_not_pad_every_row() {
     let host = Host::new();
     host.exercises(["command workspace list"]);
     let entry = |id: &str, name: &str| json!({"id": id, "name": name, "path": "/"});
@@ -546,7 +546,7 @@ fn a_path_wider_than_any_screen_does_not_widen_the_others() {
 }
 
 #[test]
-fn a_field_of_another_program_does_not_say_that_a_directory_is_missing() {
+fn missing_is_computed_and_not_read_from_the_state_file() {
     let host = Host::new();
     host.exercises(["option --json"]);
     let there = json!({"id": "ws-00000000000a", "name": "a", "path": host.project("a"), "missing": true});

@@ -1,4 +1,4 @@
-//! The daemon: started and stopped, in the background or not, one of it however many want it.
+//! The daemon: start and stop, foreground and background, ports, and never more than one.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -13,19 +13,19 @@ use crate::support::{
     loopback, sockets, stat_field, wait_for, wait_gone,
 };
 
-/// What the open descriptors of a process are, as in `ls -l /proc/PID/fd`.
+/// The open descriptors of a process, as in `ls -l /proc/PID/fd`.
 fn descriptors(pid: u32) -> Vec<(u32, PathBuf)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(Result::unwrap);
-    // One may be closed while we look.
+    // A descriptor may be closed during the listing.
     let open = entries
         .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?)));
     open.collect()
 }
 
-// --- Started and stopped ---
+// --- Start and stop ---
 
 #[test]
-fn a_start_is_done_when_opencode_is_ready() {
+fn start_returns_when_opencode_is_ready() {
     let host = Host::new();
     let health = host.openwork(["daemon", "start"]).json();
     assert_eq!((&health["ok"], &health["apiVersion"]), (&json!(true), &json!(1)));
@@ -46,33 +46,33 @@ fn a_start_is_done_when_opencode_is_ready() {
 }
 
 #[test]
-fn a_stop_is_done_when_both_are_gone() {
+fn stop_returns_when_daemon_and_opencode_are_gone() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
     host.openwork(["daemon", "stop"]).ok();
     assert!(!is_alive(daemon) && !is_alive(opencode));
     assert!(host.state()["daemon"].is_null());
-    // It is what everybody locks.
+    // The lock file stays: every process locks this one file.
     assert!(host.file("daemon.lock").exists());
 }
 
 #[test]
-fn a_stop_is_done_when_opencode_is_gone_whatever_happens_to_the_daemon() {
+fn stop_ends_opencode_even_if_the_daemon_is_killed() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
-    // Killed in the middle of being asked.
+    // Kill the daemon while it has the request.
     kill(daemon, Signal::STOP);
     let stop = host.openwork(["daemon", "stop"]).spawn();
-    wait_for("the question", || sockets(host.port(), ESTABLISHED).iter().any(|(_, received)| *received > 0));
+    wait_for("the request to arrive", || sockets(host.port(), ESTABLISHED).iter().any(|(_, received)| *received > 0));
     kill(daemon, Signal::KILL);
     assert!(stop.wait().status.success());
     wait_gone(opencode);
 }
 
 #[test]
-fn a_stop_that_cannot_know_what_runs_says_so() {
+fn stop_fails_when_the_state_file_is_unreadable() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
@@ -88,7 +88,7 @@ fn a_stop_that_cannot_know_what_runs_says_so() {
 }
 
 #[test]
-fn what_is_so_already_is_fine() {
+fn starting_and_stopping_twice_is_fine() {
     let host = Host::new();
     host.openwork(["daemon", "stop"]).ok();
     host.openwork(["daemon", "start"]).ok();
@@ -100,7 +100,7 @@ fn what_is_so_already_is_fine() {
 }
 
 #[test]
-fn status_says_whether_it_runs() {
+fn status_reports_whether_the_daemon_runs() {
     let host = Host::new();
     host.exercises(["command daemon status"]);
     host.openwork(["status"]).fails(3, "daemon_not_running");
@@ -125,7 +125,7 @@ fn status_says_whether_it_runs() {
 }
 
 #[test]
-fn what_needs_no_daemon_starts_none() {
+fn commands_that_need_no_daemon_start_none() {
     let host = Host::new();
     for command in [&["workspace", "list"][..], &["daemon", "stop"], &["help"], &["--version"]] {
         host.openwork(command).ok();
@@ -142,7 +142,7 @@ fn what_needs_no_daemon_starts_none() {
     assert_eq!(host.processes(), [0; 0]);
 }
 
-// --- In the foreground ---
+// --- Foreground ---
 
 fn run_in_foreground<'a>(host: &'a Host, command: &[&str]) -> Running<'a> {
     let running = host.openwork(command).spawn();
@@ -152,7 +152,7 @@ fn run_in_foreground<'a>(host: &'a Host, command: &[&str]) -> Running<'a> {
 }
 
 #[test]
-fn in_the_foreground_it_runs_until_a_signal() {
+fn foreground_daemon_runs_until_a_signal() {
     for (command, signal) in [(&["daemon"][..], Signal::TERM), (&["daemon", "run"], Signal::INT)] {
         let host = Host::new();
         let running = run_in_foreground(&host, command);
@@ -166,7 +166,7 @@ fn in_the_foreground_it_runs_until_a_signal() {
 }
 
 #[test]
-fn in_the_foreground_it_runs_until_it_is_stopped() {
+fn foreground_daemon_runs_until_stopped() {
     let host = Host::new();
     host.exercises(["command daemon"]);
     let running = run_in_foreground(&host, &["daemon"]);
@@ -175,7 +175,7 @@ fn in_the_foreground_it_runs_until_it_is_stopped() {
 }
 
 #[test]
-fn over_http_it_is_shut_down() {
+fn shutdown_over_http_stops_the_daemon() {
     let host = Host::new();
     host.exercises(["route POST /shutdown"]);
     host.openwork(["daemon", "start"]).ok();
@@ -186,7 +186,7 @@ fn over_http_it_is_shut_down() {
 }
 
 #[test]
-fn status_is_said_whatever_is_active() {
+fn status_works_with_an_unknown_active_id() {
     let host = Host::new();
     host.exercises(["command status", "route GET /health"]);
     host.write_state(json!({"version": 1, "activeId": "ws-gone", "workspaces": []}).to_string());
@@ -198,7 +198,7 @@ fn status_is_said_whatever_is_active() {
 }
 
 #[test]
-fn a_second_one_leaves_the_first_alone() {
+fn second_daemon_refuses_to_start() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let pids = (host.daemon_pid(), host.opencode_pid());
@@ -210,7 +210,7 @@ fn a_second_one_leaves_the_first_alone() {
 }
 
 #[test]
-fn a_signal_while_it_starts_ends_it() {
+fn signal_during_start_stops_the_daemon() {
     let host = Host::new();
     host.behave("FAKE_START_MS=60000");
     let running = host.openwork(["daemon"]).spawn();
@@ -221,7 +221,7 @@ fn a_signal_while_it_starts_ends_it() {
 }
 
 #[test]
-fn the_test_sequence_of_openworks_own_orchestrator_passes() {
+fn orchestrator_test_sequence_passes() {
     let host = Host::new();
     host.exercises(["command daemon run"]);
     host.hold(true);
@@ -243,7 +243,7 @@ fn the_test_sequence_of_openworks_own_orchestrator_passes() {
     let status = || Request::new(local(daemon_port), "GET", "/health").send().map_or(0, |reply| reply.status);
     wait_for("the daemon to listen", || status() != 0);
     assert_eq!(status(), 503);
-    // The script takes the first 2xx for a sign that opencode is ready.
+    // The script takes the first 2xx as the sign that opencode is ready.
     host.hold(false);
     wait_for("a 2xx of /health", || (200..300).contains(&status()));
     let opencode = || host.openwork(["daemon", "status"]).json()["opencode"]["pid"].clone();
@@ -262,26 +262,26 @@ fn the_test_sequence_of_openworks_own_orchestrator_passes() {
     assert_eq!(daemon.wait().status.code(), Some(0));
 }
 
-// --- In the background ---
+// --- Background ---
 
 #[test]
-fn in_the_background_it_has_a_session_of_its_own() {
+fn background_daemon_has_its_own_session() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
-    // Ours may be 0, in a container that was entered from outside: getsid of rustix does not take that.
+    // Our session may be 0 in a container entered from outside, which getsid of rustix does not take.
     let sessions = [host.daemon_pid(), std::process::id()].map(|pid| stat_field(pid, SESSION));
     assert_ne!(sessions[0], sessions[1]);
-    // Not even the working directory is held.
+    // The daemon does not keep the working directory either.
     let cwd = fs::read_link(format!("/proc/{}/cwd", host.daemon_pid())).unwrap();
     assert!(cwd == Path::new("/") || cwd == host.data(), "{cwd:?}");
 }
 
 #[test]
-fn it_inherits_no_descriptor() {
+fn daemon_inherits_no_descriptors() {
     let host = Host::new();
     let (held, fifo) = (host.path("held"), host.path("other"));
     let lines = format!("exec 9>{} 5>{}", held.display(), fifo.display());
-    // Were the pipes that this test reads inherited, it would not end.
+    // If the daemon inherited the pipes that this test reads, `ok` would never return.
     host.openwork(["daemon", "start"]).after(&lines).ok();
     let inputs = [PathBuf::from("/dev/null"), host.file("opencode.lock")];
     for (pid, input) in [host.daemon_pid(), host.opencode_pid()].into_iter().zip(inputs) {
@@ -293,29 +293,29 @@ fn it_inherits_no_descriptor() {
             assert!(path.starts_with(host.data()) || path.ends_with("null"), "{open:?}");
         }
     }
-    // Nor does opencode hold what is the daemon's.
+    // opencode does not inherit the daemon's lock.
     let lock = host.file("daemon.lock");
     let open = descriptors(host.opencode_pid());
     assert!(open.iter().all(|(_, path)| *path != lock), "{open:?}");
 }
 
 #[test]
-fn a_hangup_does_not_end_it() {
+fn daemon_survives_a_hangup() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let pids = (host.daemon_pid(), host.opencode_pid());
     kill(pids.0, Signal::HUP);
-    // A second one cannot be delivered before the first has been dealt with.
+    // The second HUP is delivered only after the first has been handled.
     kill(pids.0, Signal::HUP);
     host.add(host.project("p"));
     host.openwork(["workspace", "path", "p"]).ok();
     assert_eq!((host.daemon_pid(), host.opencode_pid()), pids);
 }
 
-// --- One of it ---
+// --- Only one ---
 
 #[test]
-fn twenty_that_start_it_at_once_share_one() {
+fn concurrent_commands_share_one_daemon() {
     let host = Host::new();
     let projects: Vec<PathBuf> = (0..20).map(|n| host.project(format!("p{n}"))).collect();
     let commands: Vec<Running> =
@@ -331,7 +331,7 @@ fn twenty_that_start_it_at_once_share_one() {
 }
 
 #[test]
-fn all_that_start_it_at_once_wait_for_opencode() {
+fn concurrent_starts_wait_for_opencode() {
     let host = Host::new();
     host.behave("FAKE_START_MS=500");
     let commands: Vec<Running> = (0..8).map(|_| host.openwork(["daemon", "start", "--json"]).spawn()).collect();
@@ -343,12 +343,12 @@ fn all_that_start_it_at_once_wait_for_opencode() {
 }
 
 #[test]
-fn a_start_that_does_not_end_is_not_waited_for() {
+fn stuck_start_of_another_client_times_out() {
     let host = Host::new();
     host.exercises(["code daemon_start_failed"]);
     host.openwork(["daemon", "start"]).ok();
     host.openwork(["daemon", "stop"]).ok();
-    // As a client holds it that is starting a daemon.
+    // Hold the lock like a client that is starting a daemon.
     let lock = File::open(host.file("start.lock")).unwrap();
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     host.openwork(["daemon", "start", "--timeout", "1"]).fails(1, "daemon_start_failed");
@@ -383,7 +383,7 @@ fn ports_are_remembered() {
     host.unset("OPENWORK_OPENCODE_PORT");
     assert_eq!(ports(&host), asked_for);
 
-    // Options win over variables.
+    // Options take precedence over variables.
     let given = [free_port(), free_port()].map(|port| port.to_string());
     host.set("OPENWORK_DAEMON_PORT", &asked_for[0]);
     let options = ["--daemon-port", &given[0], "--opencode-port", &given[1]];
@@ -392,7 +392,7 @@ fn ports_are_remembered() {
 }
 
 #[test]
-fn a_port_that_is_asked_for_and_taken_is_an_error() {
+fn requested_port_in_use_is_an_error() {
     let host = Host::new();
     host.exercises(["code port_in_use", "variable OPENWORK_DAEMON_PORT"]);
     for (variable, ip) in [("OPENWORK_DAEMON_PORT", "127.0.0.1"), ("OPENWORK_OPENCODE_PORT", "127.83.12.9")] {
@@ -408,7 +408,7 @@ fn a_port_that_is_asked_for_and_taken_is_an_error() {
 }
 
 #[test]
-fn one_that_works_is_not_ended_for_a_port_that_is_taken() {
+fn restart_to_a_taken_port_keeps_the_daemon() {
     let host = Host::new();
     host.exercises(["option --daemon-port"]);
     host.openwork(["daemon", "start"]).ok();
@@ -420,7 +420,7 @@ fn one_that_works_is_not_ended_for_a_port_that_is_taken() {
 }
 
 #[test]
-fn options_that_an_opencode_taken_over_does_not_have_are_not_passed_over_in_silence() {
+fn restart_warns_about_options_that_opencode_does_not_get() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let pid = host.opencode_pid();
@@ -436,13 +436,13 @@ fn options_that_an_opencode_taken_over_does_not_have_are_not_passed_over_in_sile
 }
 
 #[test]
-fn default_ports_that_are_taken_are_not_used() {
+fn taken_default_ports_are_avoided() {
     let mut host = Host::new();
     host.exercises(["command workspace path"]);
     host.unset("OPENWORK_DAEMON_PORT");
     host.unset("OPENWORK_OPENCODE_PORT");
     let defaults = [6174, 6175];
-    // If one cannot be had, another has it, and it is taken all the same.
+    // If a bind fails, another process has the port, so it is taken either way.
     let _taken = defaults.map(|port| TcpListener::bind(("127.0.0.1", port)));
     host.openwork(["daemon", "start"]).ok();
     let health = host.health();
@@ -454,7 +454,7 @@ fn default_ports_that_are_taken_are_not_used() {
 }
 
 #[test]
-fn only_loopback_is_listened_on() {
+fn only_loopback_addresses_are_accepted() {
     let host = Host::new();
     host.exercises(["option --daemon-host", "option --opencode-host"]);
     for option in ["--daemon-host", "--opencode-host"] {
@@ -462,7 +462,7 @@ fn only_loopback_is_listened_on() {
             host.openwork(["daemon", "start", option, address]).fails(2, "usage");
         }
     }
-    // The daemon has one address; opencode can have any of the network that a host can have.
+    // The daemon has only 127.0.0.1; opencode may use any host address of 127.0.0.0/8.
     host.openwork(["daemon", "start", "--daemon-host", "127.0.0.2"]).fails(2, "usage");
     for address in ["127.0.0.0", "127.255.255.255", "128.0.0.1", "127.1", ""] {
         host.openwork(["daemon", "start", "--opencode-host", address]).fails(2, "usage");
@@ -477,7 +477,7 @@ fn only_loopback_is_listened_on() {
 }
 
 #[test]
-fn opencode_listens_where_no_web_page_finds_it() {
+fn opencode_listens_on_a_random_loopback_address() {
     let mut host = Host::new();
     host.unset("OPENWORK_OPENCODE_PORT");
     let started_at = |host: &Host, options: &[&str]| {
@@ -487,7 +487,7 @@ fn opencode_listens_where_no_web_page_finds_it() {
         host.openwork(["daemon", "stop"]).ok();
         address
     };
-    // openwork 0.1 wrote the port alone, and had 127.0.0.1.
+    // openwork 0.1 recorded only the port, and used 127.0.0.1.
     host.write_state(json!({"version": 1, "workspaces": [], "ports": {"daemon": 0, "opencode": 6175}}).to_string());
     let random = started_at(&host, &[]);
     assert!(random.ip().is_loopback() && random.ip() != Ipv4Addr::LOCALHOST && random.port() != 6175, "{random}");
@@ -498,7 +498,7 @@ fn opencode_listens_where_no_web_page_finds_it() {
     let another = Host::new();
     assert_ne!(started_at(&another, &[]).ip(), random.ip());
 
-    // Each option is about its own half, and holds from then on.
+    // Each option sets its own half of the address, and later starts keep it.
     let port = free_port();
     let with_port = started_at(&host, &["--opencode-port", &port.to_string()]);
     assert_eq!(with_port, SocketAddr::new(random.ip(), port));
@@ -506,7 +506,7 @@ fn opencode_listens_where_no_web_page_finds_it() {
     assert_eq!(started_at(&host, &options).to_string(), format!("127.0.0.1:{port}"));
     assert_eq!(started_at(&host, &[]).to_string(), format!("127.0.0.1:{port}"));
 
-    // A port that is taken there is changed, the address is kept.
+    // A taken port is replaced; the address stays.
     let _taken = TcpListener::bind(("127.0.0.1", port)).unwrap();
     let changed = started_at(&host, &[]);
     assert_eq!(changed.ip().to_string(), "127.0.0.1");
@@ -514,7 +514,7 @@ fn opencode_listens_where_no_web_page_finds_it() {
 }
 
 #[test]
-fn an_opencode_of_openwork_0_1_keeps_its_address_until_it_is_started_anew() {
+fn opencode_of_openwork_0_1_keeps_its_address_until_replaced() {
     let host = Host::new();
     host.openwork(["daemon", "start", "--opencode-host", "127.0.0.1"]).ok();
     let (pid, address) = (host.opencode_pid(), host.opencode_address());
@@ -536,10 +536,10 @@ fn an_opencode_of_openwork_0_1_keeps_its_address_until_it_is_started_anew() {
     assert_ne!(host.opencode_address().ip(), address.ip());
 }
 
-// --- When it does not answer ---
+// --- Unresponsive daemons ---
 
 #[test]
-fn one_that_does_not_answer_is_not_waited_for() {
+fn unresponsive_daemon_times_out() {
     let host = Host::new();
     host.exercises(["code daemon_unresponsive"]);
     host.openwork(["daemon", "start"]).ok();
@@ -549,12 +549,12 @@ fn one_that_does_not_answer_is_not_waited_for() {
         host.openwork(command.iter().chain(&["--timeout", "1"])).fails(1, "daemon_unresponsive");
     }
     kill(daemon, Signal::CONT);
-    wait_for("it to answer again", || host.openwork(["status"]).output().status.success());
+    wait_for("the daemon to answer again", || host.openwork(["status"]).output().status.success());
     assert_eq!(host.daemon_pid(), daemon);
 }
 
 #[test]
-fn one_that_is_frozen_is_ended_by_force() {
+fn force_stops_a_frozen_daemon() {
     let host = Host::new();
     host.add(host.project("p"));
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
@@ -562,7 +562,7 @@ fn one_that_is_frozen_is_ended_by_force() {
     let error = host.openwork(["daemon", "stop", "--timeout", "1"]).fails(1, "daemon_unresponsive");
     assert!(error["hint"].as_str().unwrap().contains("`openwork daemon stop --force`"), "{error}");
     assert!(is_alive(daemon) && is_alive(opencode));
-    // opencode is ended in good order, by a daemon that takes it over.
+    // A new daemon adopts opencode and stops it in good order.
     let output = host.openwork(["daemon", "stop", "--force"]).ok();
     assert!(output.stderr.contains(&format!("pid {daemon}")), "{output:?}");
     assert!(!is_alive(daemon) && !is_alive(opencode));
@@ -572,7 +572,7 @@ fn one_that_is_frozen_is_ended_by_force() {
 }
 
 #[test]
-fn force_is_only_for_a_daemon_that_does_not_answer() {
+fn force_kills_only_an_unresponsive_daemon() {
     let host = Host::new();
     host.exercises(["option --force"]);
     assert_eq!(host.openwork(["daemon", "stop", "--force"]).ok().stdout, "the daemon is not running\n");
@@ -580,9 +580,9 @@ fn force_is_only_for_a_daemon_that_does_not_answer() {
     host.opencode_pid();
     let output = host.openwork(["daemon", "stop", "--force"]).ok();
     assert_eq!((&*output.stdout, &*output.stderr), ("stopped\n", ""));
-    // One that answers ends by itself.
+    // A responsive daemon stops by itself.
     assert!(fs::read_to_string(host.file("daemon.log")).unwrap().contains("stopping, as asked"));
-    // opencode can stay here too.
+    // --keep-opencode works with --force as well.
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
     kill(daemon, Signal::STOP);
@@ -590,9 +590,9 @@ fn force_is_only_for_a_daemon_that_does_not_answer() {
     assert!(!is_alive(daemon) && is_alive(opencode));
 }
 
-/// A process whose number stands in the lock file, and which does not hold the lock.
+/// The lock file names a process that does not hold the lock.
 #[test]
-fn force_ends_nothing_that_does_not_hold_the_lock() {
+fn force_kills_only_the_lock_holder() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let daemon = host.daemon_pid();
@@ -605,8 +605,8 @@ fn force_ends_nothing_that_does_not_hold_the_lock() {
 }
 
 #[test]
-fn a_dead_one_is_not_asked() {
-    // What it has left in the lock file may by now be anybody's.
+fn port_of_a_dead_daemon_is_not_trusted() {
+    // Another process may by now have the pid or port that a dead daemon left in the lock file.
     let host = Host::new();
     host.exercises(["code daemon_not_running", "option --no-autostart"]);
     host.add(host.project("p"));
@@ -626,9 +626,9 @@ fn a_dead_one_is_not_asked() {
 }
 
 #[test]
-fn one_that_cannot_start_says_why() {
+fn failed_start_reports_the_cause() {
     let host = Host::new();
-    // A directory in the place of the file it needs first.
+    // A directory in place of the first file that the daemon opens.
     fs::create_dir_all(host.file("daemon.lock")).unwrap();
     let output = host.openwork(["daemon", "start"]).exits(1);
     assert!(output.stderr.contains("daemon.lock"), "{output:?}");
@@ -640,7 +640,7 @@ fn one_that_cannot_start_says_why() {
 // --- Logs ---
 
 #[test]
-fn logs_are_shown_without_a_daemon() {
+fn logs_work_without_a_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     host.openwork(["daemon", "stop"]).ok();
@@ -654,14 +654,14 @@ fn logs_are_shown_without_a_daemon() {
 }
 
 #[test]
-fn logs_are_followed() {
+fn logs_follow_the_file() {
     let host = Host::new();
     host.exercises(["option --follow"]);
     host.openwork(["daemon", "start"]).ok();
     let mut log = File::options().append(true).open(host.file("opencode.log")).unwrap();
     for options in [["-f", "-n", "0"], ["--follow", "--lines", "0"]] {
         let following = host.openwork(["logs", "opencode"].iter().chain(&options)).spawn();
-        // Again and again, since what is written before it follows is what was there before.
+        // Write repeatedly: lines written before `logs` follows count as old ones.
         let mut writes_and_sees = |line: &str| {
             wait_for(line, || {
                 log.write_all(line.as_bytes()).unwrap();
@@ -669,10 +669,10 @@ fn logs_are_followed() {
             });
         };
         writes_and_sees("a new line\n");
-        // Also when the file is cut under it, as is done to one that grows too large.
+        // `logs` survives truncation, which the daemon does to an oversized log.
         File::options().write(true).open(host.file("opencode.log")).unwrap().set_len(0).unwrap();
         writes_and_sees("after the cut\n");
-        // A line is printed when it is whole.
+        // A line is printed once it is complete.
         log.write_all("h\u{e4}".as_bytes().split_at(2).0).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(500));
         log.write_all("\u{e4}lf\n".as_bytes().split_at(1).1).unwrap();

@@ -1,4 +1,4 @@
-//! `GET /doc`: the OpenAPI description has every route, and every reply is as it says.
+//! `GET /doc`: the OpenAPI description has every route, and every reply matches it.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Host, Reply};
 
-/// The description, and a schema checker that knows as much of JSON Schema as it uses.
+/// The description, with a checker for the part of JSON Schema that the description uses.
 struct Doc(Value);
 
 impl Doc {
@@ -21,7 +21,7 @@ impl Doc {
         }
     }
 
-    /// The schema of a reply to a request of this kind.
+    /// The schema of the reply to a request.
     fn reply(&self, path: &str, method: &str, status: u16) -> &Value {
         let responses = &self.0["paths"][path][method]["responses"];
         let of_status = &responses[status.to_string()];
@@ -30,13 +30,13 @@ impl Doc {
         self.resolve(&content.values().next().unwrap()["schema"])
     }
 
-    /// What is wrong with a value by a schema; nothing of it that the schema does not know.
+    /// Checks a value against a schema. Fields that the schema does not describe are errors.
     fn check(&self, schema: &Value, value: &Value) -> Result<(), String> {
         let schema = self.resolve(schema);
         let wrong = |what: &str| Err(format!("{what}: {value} by {schema}"));
         if let Some(alternatives) = schema["oneOf"].as_array() {
             let fits = alternatives.iter().filter(|one| self.check(one, value).is_ok()).count();
-            return if fits == 1 { Ok(()) } else { wrong("fits not one") };
+            return if fits == 1 { Ok(()) } else { wrong("does not match exactly one alternative") };
         }
         let is_of = |kind: &Value| match kind.as_str().unwrap() {
             "object" => value.is_object(),
@@ -45,17 +45,17 @@ impl Doc {
             "integer" => value.is_u64(),
             "boolean" => value.is_boolean(),
             "null" => value.is_null(),
-            other => panic!("{other} is not known here"),
+            other => panic!("unknown type {other}"),
         };
         let kinds = schema["type"].as_array().cloned().unwrap_or_else(|| vec![schema["type"].clone()]);
         if !kinds.iter().any(is_of) {
-            return wrong("of another type");
+            return wrong("has the wrong type");
         }
         if schema["enum"].as_array().is_some_and(|allowed| !allowed.contains(value)) {
-            return wrong("not one of those");
+            return wrong("is not in the enum");
         }
         if schema.get("const").is_some_and(|only| only != value) {
-            return wrong("not that");
+            return wrong("is not the constant");
         }
         if let (Some(properties), Some(fields)) = (schema["properties"].as_object(), value.as_object()) {
             let required = schema["required"].as_array().unwrap();
@@ -72,14 +72,14 @@ impl Doc {
         value.as_array().into_iter().flatten().try_for_each(|item| self.check(&schema["items"], item))
     }
 
-    fn is_as_described(&self, path: &str, method: &str, reply: &Reply) {
+    fn assert_described(&self, path: &str, method: &str, reply: &Reply) {
         let schema = self.reply(path, method, reply.status);
         self.check(schema, &reply.json()).unwrap_or_else(|wrong| panic!("{method} {path} {}: {wrong}", reply.status));
     }
 }
 
 #[test]
-fn every_route_is_described_and_no_other() {
+fn description_covers_exactly_the_routes() {
     let host = Host::new();
     host.exercises(["route GET /doc"]);
     host.openwork(["daemon", "start"]).ok();
@@ -105,7 +105,7 @@ fn every_route_is_described_and_no_other() {
 }
 
 #[test]
-fn every_reply_is_as_described() {
+fn replies_match_the_description() {
     let host = Host::new();
     host.exercises(["route GET /instances"]);
     host.openwork(["daemon", "start"]).ok();
@@ -144,12 +144,12 @@ fn every_reply_is_as_described() {
             None => request.send(),
         };
         assert_eq!(reply.status, status, "{method} {target}: {reply:?}");
-        doc.is_as_described(path, &method.to_lowercase(), &reply);
+        doc.assert_described(path, &method.to_lowercase(), &reply);
     }
     std::fs::remove_dir(&gone).unwrap();
-    doc.is_as_described("/workspaces", "get", &host.http("GET", "/workspaces").send());
+    doc.assert_described("/workspaces", "get", &host.http("GET", "/workspaces").send());
 
-    // One of each kind, until the last thing that was done.
+    // Collect the kinds of events up to the last change.
     let event = doc.reply("/events", "get", 200);
     let mut seen = BTreeSet::new();
     while !seen.contains("workspace.removed") {
@@ -159,5 +159,5 @@ fn every_reply_is_as_described() {
     }
     assert_eq!(seen.len(), 5, "{seen:?}");
     let stopped = host.http("POST", "/shutdown").json(json!({})).send();
-    doc.is_as_described("/shutdown", "post", &stopped);
+    doc.assert_described("/shutdown", "post", &stopped);
 }

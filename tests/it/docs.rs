@@ -1,4 +1,4 @@
-//! The README and `docs/`: what they list is what the program's tables have, and what they point to exists.
+//! The README and `docs/`: their lists match the program's tables, and their links resolve.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use crate::support::exercised::tables;
 
-/// The README is read on a page that nobody scrolls for long.
+/// The README has to stay short enough to read in one go.
 const README_LINES: usize = 200;
-/// The variable with which `just assets` has this test write what it otherwise compares.
+/// Set by `just assets`: the test then writes the page instead of comparing it.
 const WRITE: &str = "OPENWORK_TEST_WRITE_DOCS";
 
 fn sources() -> &'static Path {
@@ -41,7 +41,7 @@ fn field<'a>(row: &'a Value, name: &str) -> &'a str {
 }
 
 #[test]
-fn the_readme_is_short() {
+fn readme_is_short() {
     let lines = read(&sources().join("README.md")).lines().count();
     assert!(lines <= README_LINES, "{lines} lines");
 }
@@ -60,7 +60,7 @@ fn prose(page: &str) -> String {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_resolves() {
     let mut count = 0;
     for page in pages() {
         let text = prose(&read(&page));
@@ -81,7 +81,7 @@ fn every_link_leads_somewhere() {
     assert!(count > 20, "only {count} links found");
 }
 
-// --- What is made from the tables ---
+// --- Generated tables ---
 
 /// Text for a cell of a table.
 fn cell(text: &str) -> String {
@@ -108,7 +108,7 @@ fn command_table() -> String {
 
 fn option_table() -> String {
     let mut table = "| option | environment | of | |\n|---|---|---|---|\n".to_owned();
-    // One list of commands is said once: it is long.
+    // Repeat a long list of commands only as "the same".
     let mut last: &[Value] = &[];
     for row in rows("options") {
         let short = row["short"].as_str().map(|short| format!("{short}, ")).unwrap_or_default();
@@ -128,7 +128,7 @@ fn option_table() -> String {
 }
 
 #[test]
-fn the_page_of_commands_is_made_from_the_tables() {
+fn commands_page_matches_the_tables() {
     const BEGIN: &str = "<!-- Made from the program's tables by `just assets`: edit those. -->\n";
     const END: &str = "<!-- end -->\n";
     let path = sources().join("docs/commands.md");
@@ -161,7 +161,7 @@ fn table_rows(page: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn the_page_of_the_interface_has_every_route_and_error() {
+fn http_api_page_lists_every_route_and_error() {
     let page = read(&sources().join("docs/http-api.md"));
     let rows_of_page = table_rows(&page);
     for row in rows("routes") {
@@ -183,7 +183,7 @@ fn the_page_of_the_interface_has_every_route_and_error() {
 
 // --- Promises ---
 
-/// The names of the tests in a file, or in all that stand in a directory.
+/// The names of the tests in a file, or in all files below a directory.
 fn tests_in(path: &Path) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let files: Vec<PathBuf> = match path.is_dir() {
@@ -205,7 +205,7 @@ fn tests_in(path: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_promise_is_held_by_tests_that_exist() {
+fn every_promise_names_existing_tests() {
     let page = read(&sources().join("docs/reliability.md"));
     let (_, promises) = page.split_once("| promise | tests |").expect("the table of promises");
     let mut count = 0;

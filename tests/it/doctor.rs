@@ -56,7 +56,7 @@ fn snapshot(directory: &Path) -> BTreeMap<PathBuf, (u32, i64, i64, Vec<u8>)> {
 // --- Nothing wrong ---
 
 #[test]
-fn a_machine_without_openwork_is_healthy_and_stays_so() {
+fn machine_without_openwork_is_healthy_and_unchanged() {
     let host = Host::new();
     host.exercises(["command doctor"]);
     let report = examine(&host, 0);
@@ -74,7 +74,7 @@ fn a_machine_without_openwork_is_healthy_and_stays_so() {
 }
 
 #[test]
-fn a_running_daemon_is_healthy_and_nothing_of_it_changes() {
+fn running_daemon_is_healthy_and_unchanged() {
     let host = Host::new();
     host.add(host.project("p"));
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
@@ -96,7 +96,7 @@ fn a_running_daemon_is_healthy_and_nothing_of_it_changes() {
 // --- Files ---
 
 #[test]
-fn a_data_directory_that_cannot_be_used_is_wrong() {
+fn unusable_data_directory_is_an_error() {
     let host = Host::new();
     fs::write(host.data(), "").unwrap();
     check(&examine(&host, 1), "data", "wrong", "not a directory");
@@ -108,7 +108,7 @@ fn a_data_directory_that_cannot_be_used_is_wrong() {
 }
 
 #[test]
-fn a_data_directory_in_which_nothing_can_be_written_is_wrong() {
+fn unwritable_data_directory_is_an_error() {
     let host = Host::unprivileged();
     host.write_state(r#"{"version":1,"workspaces":[]}"#);
     fs::set_permissions(host.data(), fs::Permissions::from_mode(0o500)).unwrap();
@@ -142,7 +142,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn what_belongs_to_another_user_is_said_to() {
+    fn files_of_another_user_are_reported() {
         let host = Host::new();
         host.write_state(r#"{"version":1,"workspaces":[]}"#);
         chown(host.file(STATE), Some(NOBODY), None).unwrap();
@@ -168,7 +168,7 @@ mod as_root {
 }
 
 #[test]
-fn a_state_file_that_cannot_be_read_is_wrong_and_stays() {
+fn unreadable_state_file_is_an_error_and_untouched() {
     let host = Host::new();
     for (text, told) in [("{", "state repair"), (r#"{"version":7,"workspaces":[]}"#, "newer")] {
         host.write_state(text);
@@ -181,7 +181,7 @@ fn a_state_file_that_cannot_be_read_is_wrong_and_stays() {
 }
 
 #[test]
-fn a_log_beyond_its_bound_is_told() {
+fn oversized_log_is_reported() {
     let host = Host::new();
     host.write_state(r#"{"version":1,"workspaces":[]}"#);
     fs::File::create(host.file("opencode.log")).unwrap().set_len(30 * 1024 * 1024).unwrap();
@@ -205,7 +205,7 @@ fn directories_that_have_gone_are_named() {
 }
 
 #[test]
-fn what_names_no_workspace_is_told() {
+fn names_of_no_workspace_are_reported() {
     let host = Host::new();
     host.add(host.project("p"));
     host.openwork(["daemon", "stop"]).ok();
@@ -228,7 +228,7 @@ fn what_names_no_workspace_is_told() {
 // --- Processes ---
 
 #[test]
-fn a_daemon_that_does_not_answer_is_wrong() {
+fn unresponsive_daemon_is_an_error() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     kill(host.daemon_pid(), Signal::STOP);
@@ -238,7 +238,7 @@ fn a_daemon_that_does_not_answer_is_wrong() {
 }
 
 #[test]
-fn an_opencode_without_its_daemon_is_told_and_left_alone() {
+fn orphaned_opencode_is_reported_and_left_alone() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
@@ -251,7 +251,7 @@ fn an_opencode_without_its_daemon_is_told_and_left_alone() {
 }
 
 #[test]
-fn an_opencode_that_was_given_up_is_wrong() {
+fn failed_opencode_is_an_error() {
     let host = Host::new();
     host.behave("FAKE_CRASH_ON_START=9");
     host.openwork(["daemon", "start"]).exits(5);
@@ -261,7 +261,7 @@ fn an_opencode_that_was_given_up_is_wrong() {
 }
 
 #[test]
-fn an_opencode_that_cannot_be_found_or_used_is_wrong() {
+fn missing_or_unusable_opencode_is_an_error() {
     let mut host = Host::new();
     host.set("OPENWORK_OPENCODE_BIN", host.path("none"));
     check(&examine(&host, 1), "opencode", "wrong", "is not a program");
@@ -323,7 +323,7 @@ fn going_back_to_an_older_line_of_opencode_is_warned_of() {
 }
 
 #[test]
-fn a_port_that_another_process_holds_is_told() {
+fn port_of_another_process_is_reported() {
     let mut host = Host::new();
     let (taken, other) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
     let port = taken.local_addr().unwrap().port();
@@ -341,7 +341,7 @@ fn a_port_that_another_process_holds_is_told() {
 }
 
 #[test]
-fn a_port_that_the_daemon_does_not_have_is_told() {
+fn port_that_the_daemon_lacks_is_reported() {
     let mut host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     host.set("OPENWORK_DAEMON_PORT", "1");
@@ -350,7 +350,7 @@ fn a_port_that_the_daemon_does_not_have_is_told() {
 }
 
 #[test]
-fn what_opencode_was_started_without_is_named_and_never_shown() {
+fn variables_missing_from_opencode_are_named_and_never_shown() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let doctor = || host.openwork(["doctor", "--json"]);
@@ -419,7 +419,7 @@ fn another_opencode_over_the_same_data_is_told() {
 }
 
 #[test]
-fn an_opencode_that_an_earlier_daemon_has_left_is_told() {
+fn opencode_left_by_an_earlier_daemon_is_reported() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let mut bash = Command::new("bash");
@@ -432,7 +432,7 @@ fn an_opencode_that_an_earlier_daemon_has_left_is_told() {
 // --- The unit ---
 
 #[test]
-fn a_unit_that_cannot_work_is_told() {
+fn broken_unit_is_reported() {
     let mut host = Host::new();
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
         host.unset(variable);

@@ -1,5 +1,5 @@
-//! One opencode for many workspaces: instances just in time, and what happens when opencode
-//! crashes, hangs, refuses, or is not the right one.
+//! One opencode for many workspaces: instances on demand, and opencode crashing, hanging, rejecting its
+//! password, or being of the wrong version.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -39,7 +39,7 @@ fn one_opencode_serves_every_workspace() {
 }
 
 #[test]
-fn an_instance_is_made_by_its_first_use() {
+fn first_use_loads_the_instance() {
     let host = Host::new();
     let (used, unused) = (host.project("used"), host.project("unused"));
     host.add(&used);
@@ -56,7 +56,7 @@ fn an_instance_is_made_by_its_first_use() {
 }
 
 #[test]
-fn a_disposed_instance_is_made_anew_by_the_next_use() {
+fn next_use_reloads_a_disposed_instance() {
     let host = Host::new();
     host.exercises(["command instance dispose"]);
     let project = host.project("p");
@@ -75,8 +75,8 @@ fn a_disposed_instance_is_made_anew_by_the_next_use() {
 }
 
 #[test]
-fn what_is_not_loaded_is_not_disposed() {
-    // opencode would load it first, only to dispose it.
+fn dispose_skips_an_unloaded_instance() {
+    // opencode would load the instance first, just to dispose it.
     let host = Host::new();
     let project = host.project("p");
     host.add(&project);
@@ -91,7 +91,7 @@ fn what_is_not_loaded_is_not_disposed() {
 }
 
 #[test]
-fn what_a_crash_has_unloaded_is_not_disposed() {
+fn dispose_skips_an_instance_lost_in_a_crash() {
     let host = Host::new();
     let project = host.project("p");
     host.add(&project);
@@ -104,7 +104,7 @@ fn what_a_crash_has_unloaded_is_not_disposed() {
 }
 
 #[test]
-fn a_busy_instance_is_disposed_only_by_force() {
+fn busy_instance_is_disposed_only_by_force() {
     let host = Host::new();
     host.exercises(["code instance_busy", "option --force", "route POST /instances/:id/dispose"]);
     let (busy, idle) = (host.project("busy"), host.project("idle"));
@@ -128,14 +128,14 @@ fn a_busy_instance_is_disposed_only_by_force() {
     assert_eq!(forced["disposed"], true);
 }
 
-// --- How it is started ---
+// --- Start ---
 
 #[test]
-fn it_is_started_on_loopback_with_a_password_and_an_empty_directory() {
+fn opencode_starts_on_loopback_with_password_and_empty_directory() {
     let mut host = Host::new();
     host.set("NOTIFY_SOCKET", "/run/notify");
     host.set("MARKER", "of this shell");
-    // The password is the daemon's to choose, not the shell's.
+    // The daemon chooses the password, not the shell.
     host.set("OPENCODE_SERVER_PASSWORD", "from the shell");
     host.openwork(["daemon", "start"]).ok();
 
@@ -161,7 +161,7 @@ fn it_is_started_on_loopback_with_a_password_and_an_empty_directory() {
 }
 
 #[test]
-fn it_is_put_down_so_that_it_can_be_proved_ours() {
+fn state_file_records_the_identity_of_opencode() {
     let host = Host::new();
     host.exercises(["variable OPENWORK_OPENCODE_PORT"]);
     host.openwork(["daemon", "start"]).ok();
@@ -179,7 +179,7 @@ fn it_is_put_down_so_that_it_can_be_proved_ours() {
 }
 
 #[test]
-fn the_password_is_made_once_and_shown_nowhere() {
+fn password_is_generated_once_and_never_shown() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let password = host.password();
@@ -187,7 +187,7 @@ fn the_password_is_made_once_and_shown_nowhere() {
     let mode = fs::metadata(host.file(AUTH)).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 
-    // The output of commands and the logs are looked at for it when any host ends.
+    // Every `Host` searches command output and logs for the password when it is dropped.
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         assert!(!String::from_utf8_lossy(&arguments).contains(&password), "{:?}", entry.path());
@@ -202,8 +202,8 @@ fn the_password_is_made_once_and_shown_nowhere() {
 }
 
 #[test]
-fn only_the_process_that_was_started_gets_the_password() {
-    // opencode is started and does not listen; another takes its port.
+fn password_goes_only_to_the_started_process() {
+    // opencode is started but does not listen; another process takes its port.
     let host = Host::new();
     host.exercises(["option --timeout"]);
     host.behave("FAKE_NEVER_LISTEN=1");
@@ -224,12 +224,12 @@ fn only_the_process_that_was_started_gets_the_password() {
     }
     let heard = String::from_utf8_lossy(&heard).to_lowercase();
     assert!(!heard.contains("authorization"), "{heard}");
-    // Nor is the stranger's 401 taken for opencode's.
+    // The stranger's 401 is not taken for a reply of opencode.
     assert_eq!(starting.wait().object()["error"]["code"], "opencode_timeout");
 }
 
 #[test]
-fn the_version_is_asked_once_per_binary() {
+fn version_is_queried_once_per_binary() {
     let host = Host::new();
     host.exercises(["variable OPENWORK_OPENCODE_BIN"]);
     let binary = host.path("opencode");
@@ -250,7 +250,7 @@ fn the_version_is_asked_once_per_binary() {
     assert_eq!(asked_by_a_start(), (2, "1.99.0".to_owned()));
     assert_eq!(asked_by_a_start(), (2, "1.99.0".to_owned()));
 
-    // One of npm's, which dates every file the same: the next has path, size and time of the last.
+    // npm gives every file the same date: the next binary has the path, size and time of the last.
     let next = host.path("next");
     copy_program(fake_opencode(), &next);
     touch(&next);
@@ -258,7 +258,7 @@ fn the_version_is_asked_once_per_binary() {
     host.behave("FAKE_VERSION=1.99.1");
     assert_eq!(asked_by_a_start(), (3, "1.99.1".to_owned()));
 
-    // Another one behind a link that stays.
+    // Another binary behind the same link.
     let link = host.path("link");
     symlink(&binary, &link).unwrap();
     let asked_by_link = || {
@@ -275,7 +275,7 @@ fn the_version_is_asked_once_per_binary() {
 }
 
 #[test]
-fn a_binary_replaced_under_a_running_daemon_is_asked_at_the_next_start() {
+fn replaced_binary_is_queried_at_the_next_start() {
     let mut host = Host::new();
     let binary = host.path("opencode");
     copy_program(fake_opencode(), &binary);
@@ -292,7 +292,7 @@ fn a_binary_replaced_under_a_running_daemon_is_asked_at_the_next_start() {
 }
 
 #[test]
-fn it_is_found_on_the_path_and_at_home() {
+fn opencode_is_found_on_path_and_in_home() {
     let mut host = Host::new();
     host.exercises(["option --opencode-bin"]);
     let place = |dir: &Path| {
@@ -315,17 +315,17 @@ fn it_is_found_on_the_path_and_at_home() {
     assert!(found(&host).starts_with(at_home.to_str().unwrap()));
     host.set("PATH", format!("{}:{}", empty.display(), on_path.display()));
     assert!(found(&host).starts_with(on_path.to_str().unwrap()));
-    // The option goes before all of them.
+    // The option takes precedence over both.
     let given = at_home.join("opencode");
     host.openwork(["daemon", "start", "--opencode-bin", given.to_str().unwrap()]).ok();
     assert_eq!(host.state()["binaries"]["opencode"]["path"], given.to_str().unwrap());
 }
 
-// --- When it cannot be started ---
+// --- Failed starts ---
 
 /// cron and git hooks start daemons too, with a PATH of their own.
 #[test]
-fn without_an_opencode_the_path_of_the_daemon_is_named() {
+fn missing_opencode_error_names_the_path_of_the_daemon() {
     let mut host = Host::new();
     let opencode = host.get("OPENWORK_OPENCODE_BIN").to_owned();
     host.unset("OPENWORK_OPENCODE_BIN");
@@ -342,7 +342,7 @@ fn without_an_opencode_the_path_of_the_daemon_is_named() {
 }
 
 #[test]
-fn without_an_opencode_the_rest_works() {
+fn registry_works_without_opencode() {
     let mut host = Host::new();
     host.exercises(["code opencode_not_found"]);
     host.set("OPENWORK_OPENCODE_BIN", host.path("no-such-opencode"));
@@ -362,7 +362,7 @@ fn without_an_opencode_the_rest_works() {
 }
 
 #[test]
-fn another_major_version_is_refused() {
+fn unsupported_major_version_is_refused() {
     let host = Host::new();
     host.exercises(["code opencode_unsupported"]);
     for version in ["3.0.0", "0.15.0"] {
@@ -376,7 +376,7 @@ fn another_major_version_is_refused() {
 }
 
 #[test]
-fn a_crash_loop_ends_with_the_last_output() {
+fn crash_loop_fails_with_the_last_output() {
     let host = Host::new();
     host.exercises(["code opencode_start_failed", "route POST /start"]);
     host.behave("FAKE_CRASH_ON_START=77");
@@ -388,7 +388,7 @@ fn a_crash_loop_ends_with_the_last_output() {
     let status = host.openwork(["status"]).ok();
     assert!(status.stdout.contains("boom line 30"), "{status:?}");
 
-    // One that needs it asks again: one attempt each.
+    // Each further request causes one more attempt.
     host.add(host.project("p"));
     host.openwork(["workspace", "path", "p"]).fails(5, "opencode_start_failed");
     assert_eq!(host.starts().len(), 7);
@@ -402,7 +402,7 @@ fn a_crash_loop_ends_with_the_last_output() {
 }
 
 #[test]
-fn one_that_crashes_at_first_is_started_until_it_stays() {
+fn opencode_is_restarted_until_it_stays_up() {
     let host = Host::new();
     host.behave("FAKE_CRASH_FIRST=3");
     host.openwork(["daemon", "start"]).ok();
@@ -410,11 +410,11 @@ fn one_that_crashes_at_first_is_started_until_it_stays() {
 }
 
 #[test]
-fn one_that_does_not_stay_is_given_up() {
+fn opencode_that_keeps_exiting_is_given_up() {
     let host = Host::new();
     host.behave("FAKE_EXIT_WHEN_READY=1");
     host.openwork(["daemon", "start"]).output();
-    wait_for("it to be given up", || host.phase() == "failed");
+    wait_for("opencode to be given up", || host.phase() == "failed");
     assert_eq!(host.starts().len(), 6);
     let error = host.health()["engine"]["lastError"].clone();
     assert_eq!(error["code"], "opencode_unavailable");
@@ -422,7 +422,7 @@ fn one_that_does_not_stay_is_given_up() {
 }
 
 #[test]
-fn a_refused_password_is_final_at_once() {
+fn rejected_password_fails_at_once() {
     let host = Host::new();
     host.exercises(["code opencode_auth_failed"]);
     host.behave("FAKE_AUTH=reject");
@@ -431,7 +431,7 @@ fn a_refused_password_is_final_at_once() {
     // One that has failed before the command asks for it is tried once more.
     let starts = host.starts().len();
     assert!(matches!(starts, 1 | 2), "{:?}", host.starts());
-    // The one that refuses it does not stay.
+    // The process that rejected the password is ended.
     wait_gone(host.starts()[starts - 1]["pid"].as_u64().unwrap() as u32);
 
     host.http("POST", "/start").json(json!({})).fails(502, "opencode_auth_failed");
@@ -439,12 +439,12 @@ fn a_refused_password_is_final_at_once() {
 }
 
 #[test]
-fn a_default_port_that_turns_out_taken_is_changed() {
+fn default_port_taken_during_a_start_is_changed() {
     let mut host = Host::new();
     host.unset("OPENWORK_OPENCODE_PORT");
     host.hold(true);
     host.add(host.project("p"));
-    // The port was free when opencode was started, and is taken when opencode wants it.
+    // The port was free when opencode was started, but is taken by the time opencode binds it.
     wait_for("opencode to be started", || host.starts().len() == 1);
     let taken = Host::start_address(&host.starts()[0]);
     let _faster = TcpListener::bind(taken).unwrap();
@@ -456,10 +456,10 @@ fn a_default_port_that_turns_out_taken_is_changed() {
     assert_ne!(address.port(), taken.port());
 }
 
-// --- When it is slow ---
+// --- Slow and hung ---
 
 #[test]
-fn a_slow_start_is_waited_for_until_the_deadline() {
+fn requests_wait_for_a_slow_start_until_the_deadline() {
     let host = Host::new();
     host.hold(true);
     host.add(host.project("p"));
@@ -475,7 +475,7 @@ fn a_slow_start_is_waited_for_until_the_deadline() {
 }
 
 #[test]
-fn who_takes_the_port_of_a_living_opencode_gets_no_password() {
+fn impostor_on_the_port_of_opencode_gets_no_password() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     host.add(host.project("p"));
@@ -485,7 +485,7 @@ fn who_takes_the_port_of_a_living_opencode_gets_no_password() {
     impostor.set_nonblocking(true).unwrap();
     let asked = host.openwork(["api", "p", LOADING_CALL, "--timeout", "20"]).spawn();
     let path = host.openwork(["workspace", "path", "p", "--timeout", "20"]).spawn();
-    // Until its opencode is ended, since it listens no more, and another is there.
+    // The daemon ends an opencode that no longer listens, and starts another.
     let mut heard = Vec::new();
     wait_for("another opencode", || {
         while let Ok((mut stream, _)) = impostor.accept() {
@@ -501,19 +501,19 @@ fn who_takes_the_port_of_a_living_opencode_gets_no_password() {
 }
 
 #[test]
-fn listening_is_not_ready() {
+fn listening_opencode_is_not_yet_ready() {
     let host = Host::new();
     host.exercises(["code opencode_timeout"]);
     host.behave("FAKE_NEVER_HEALTHY=1");
     host.openwork(["daemon", "start", "--timeout", "2"]).fails(5, "opencode_timeout");
     let health = host.health();
     assert_eq!((&health["ok"], &health["engine"]["phase"]), (&json!(false), &json!("starting")));
-    // It is shown all the same, from the moment its process exists.
+    // `/health` shows the process from the moment it exists.
     assert_eq!(health["opencode"]["pid"], host.starts()[0]["pid"]);
 }
 
 #[test]
-fn a_hanging_opencode_holds_up_only_those_who_ask_it() {
+fn hung_opencode_delays_only_requests_to_it() {
     let host = Host::new();
     host.add(host.project("p"));
     let pid = host.opencode_pid();
@@ -529,7 +529,7 @@ fn a_hanging_opencode_holds_up_only_those_who_ask_it() {
 }
 
 #[test]
-fn an_answer_that_is_none_is_an_error_of_opencode() {
+fn failed_reply_is_an_opencode_error() {
     let host = Host::new();
     host.exercises(["code opencode_error"]);
     host.behave("FAKE_FAIL=/path");
@@ -538,17 +538,17 @@ fn an_answer_that_is_none_is_an_error_of_opencode() {
     host.http("GET", "/workspaces/p/path").fails(502, "opencode_error");
 }
 
-// --- When it dies ---
+// --- Exits ---
 
 #[test]
-fn many_requests_that_find_it_dead_cause_one_restart() {
+fn many_requests_cause_one_restart() {
     let host = Host::new();
     host.exercises(["route GET /workspaces/:id/path"]);
     let project = host.project("p");
     host.add(&project);
     let (before, port) = (host.opencode_pid(), host.health()["opencode"]["port"].clone());
     kill(before, Signal::KILL);
-    // A request that still reaches the dying process may not be repeated.
+    // A request that reaches the dying process must not be repeated, so wait for its end.
     wait_gone(before);
     thread::scope(|scope| {
         for _ in 0..32 {
@@ -566,37 +566,37 @@ fn many_requests_that_find_it_dead_cause_one_restart() {
 }
 
 #[test]
-fn its_exit_is_seen_without_a_request() {
+fn exit_is_noticed_without_a_request() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     for killed in 1..=3 {
         let pid = host.opencode_pid();
         kill(pid, Signal::KILL);
         wait_for("the next opencode", || host.starts().len() == killed + 1);
-        wait_for("its readiness", || host.health()["engine"]["generation"] == killed + 1 && host.phase() == "ready");
+        wait_for("readiness", || host.health()["engine"]["generation"] == killed + 1 && host.phase() == "ready");
     }
     assert_eq!(host.health()["engine"]["restarts"], 3);
 }
 
 #[test]
-fn one_that_leaves_by_itself_is_back() {
+fn opencode_that_exits_is_restarted() {
     let host = Host::new();
     host.add(host.project("p"));
     host.opencode("POST", "/leave").try_send();
-    wait_for("the next one", || host.starts().len() == 2);
+    wait_for("the next opencode", || host.starts().len() == 2);
     host.openwork(["workspace", "path", "p"]).ok();
 }
 
-// --- How it is stopped ---
+// --- Stop ---
 
-/// Pids of the fake's starts and of what they left in sessions of their own.
+/// Pids of every started fake and of the grandchildren in their own sessions.
 fn descendants(host: &Host) -> Vec<u32> {
     let starts = host.starts().into_iter().map(|start| start["pid"].as_u64().unwrap() as u32);
     starts.chain(host.recorded("grandchildren").iter().map(|pid| pid.parse().unwrap())).collect()
 }
 
 #[test]
-fn a_stop_is_orderly() {
+fn stop_is_orderly() {
     let host = Host::new();
     let project = host.project("p");
     host.add(&project);
@@ -605,7 +605,7 @@ fn a_stop_is_orderly() {
     host.openwork(["daemon", "stop"]).ok();
     assert!(!is_alive(pid));
     if !IS_V2 {
-        // First its instances, so that what they run is ended properly, then itself. 2.x does so at TERM.
+        // Instances are disposed first, so that their processes end properly. 2.x does that on TERM.
         assert_eq!(host.instance(&project), ["load", "dispose"]);
         assert_eq!(host.requests().last().unwrap()["target"], "/global/dispose");
     }
@@ -613,7 +613,7 @@ fn a_stop_is_orderly() {
 }
 
 #[test]
-fn a_swallowed_term_is_sent_again() {
+fn swallowed_term_is_sent_again() {
     let host = Host::new();
     host.behave("FAKE_SWALLOW_TERM=1");
     host.openwork(["daemon", "start"]).ok();
@@ -623,7 +623,7 @@ fn a_swallowed_term_is_sent_again() {
 }
 
 #[test]
-fn one_that_ignores_term_is_killed() {
+fn opencode_ignoring_term_is_killed() {
     let host = Host::new();
     host.behave("FAKE_IGNORE_TERM=1");
     host.openwork(["daemon", "start"]).ok();
@@ -633,7 +633,7 @@ fn one_that_ignores_term_is_killed() {
 }
 
 #[test]
-fn one_that_answers_nothing_is_stopped_all_the_same() {
+fn stop_ends_a_hung_opencode() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     host.hang(true);
@@ -642,7 +642,7 @@ fn one_that_answers_nothing_is_stopped_all_the_same() {
 }
 
 #[test]
-fn one_that_is_still_starting_is_stopped() {
+fn stop_ends_a_starting_opencode() {
     let host = Host::new();
     host.behave("FAKE_NEVER_LISTEN=1");
     host.add(host.project("p"));
@@ -652,17 +652,17 @@ fn one_that_is_still_starting_is_stopped() {
 }
 
 #[test]
-fn those_who_wait_for_it_are_told_of_a_stop() {
+fn stop_fails_requests_waiting_for_opencode() {
     let host = Host::new();
     host.behave("FAKE_NEVER_LISTEN=1");
     host.openwork(["daemon", "start", "--timeout", "1"]).fails(5, "opencode_timeout");
     host.add(host.project("p"));
-    // A connection that is closing would be counted below.
+    // Closing connections would be counted below.
     wait_for("earlier connections to be gone", || sockets(host.port(), ESTABLISHED).is_empty());
     let waiting = host.openwork(["workspace", "path", "p", "--json"]).spawn();
     thread::scope(|scope| {
         let asking = scope.spawn(|| host.http("GET", "/workspaces/p/path").fails(503, "opencode_unavailable"));
-        // Both requests have been sent, and read.
+        // Both requests have been sent and read.
         let read = || sockets(host.port(), ESTABLISHED).into_iter().filter(|(_, received)| *received == 0).count();
         wait_for("both to be waiting", || read() == 2);
         host.openwork(["daemon", "stop"]).ok();
@@ -674,7 +674,7 @@ fn those_who_wait_for_it_are_told_of_a_stop() {
 }
 
 #[test]
-fn what_left_its_group_and_session_is_swept_by_a_stop() {
+fn stop_sweeps_detached_children() {
     let host = Host::new();
     host.behave("FAKE_GRANDCHILD=1");
     host.openwork(["daemon", "start"]).ok();
@@ -685,7 +685,7 @@ fn what_left_its_group_and_session_is_swept_by_a_stop() {
 }
 
 #[test]
-fn what_left_its_group_and_session_is_swept_after_a_crash() {
+fn detached_children_are_swept_after_a_crash() {
     let host = Host::new();
     host.behave("FAKE_GRANDCHILD=1");
     host.openwork(["daemon", "start"]).ok();
@@ -699,10 +699,10 @@ fn what_left_its_group_and_session_is_swept_after_a_crash() {
     host.runs_one_of_each();
 }
 
-// --- Its log ---
+// --- Log ---
 
 #[test]
-fn its_log_is_bounded() {
+fn opencode_log_is_bounded() {
     const LIMIT: u64 = 10_000_000;
     const KEPT: u64 = 1_000_000;
     let host = Host::new();
@@ -714,7 +714,7 @@ fn its_log_is_bounded() {
     let kept = size(&host.file("opencode.log.1"));
     assert!((KEPT / 2..=KEPT * 2).contains(&kept), "{kept}");
 
-    // It is still being written to, at its end: there is no hole before what is new.
+    // opencode still appends at the end: truncation leaves no hole of NUL bytes.
     host.behave("");
     kill(host.opencode_pid(), Signal::KILL);
     wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");

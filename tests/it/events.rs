@@ -1,4 +1,4 @@
-//! What the daemon tells of what happens.
+//! The daemon's events: `GET /events` and `openwork events`.
 
 use serde_json::{Value, json};
 
@@ -11,7 +11,7 @@ fn next(events: &mut Events, kind: &str) -> Value {
 }
 
 #[test]
-fn changes_of_the_registry_are_told() {
+fn registry_changes_are_published() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let mut events = host.http("GET", "/events").events();
@@ -24,7 +24,7 @@ fn changes_of_the_registry_are_told() {
     let told = [
         ("workspace.added", &a, "a", a.as_str()),
         ("workspace.added", &b, "b", &a),
-        // Adding what is there, and as it is, is no change.
+        // Adding an existing workspace again publishes nothing.
         ("workspace.renamed", &b, "c", &a),
         ("workspace.activated", &b, "c", &b),
         ("workspace.removed", &b, "c", ""),
@@ -40,7 +40,7 @@ fn changes_of_the_registry_are_told() {
 }
 
 #[test]
-fn what_happens_to_opencode_is_told() {
+fn lifecycle_of_opencode_is_published() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let mut events = host.http("GET", "/events").events();
@@ -59,7 +59,7 @@ fn what_happens_to_opencode_is_told() {
 }
 
 #[test]
-fn disposals_are_told() {
+fn disposals_are_published() {
     let host = Host::new();
     let project = host.project("p");
     let id = host.add(&project);
@@ -71,7 +71,7 @@ fn disposals_are_told() {
 }
 
 #[test]
-fn turns_are_told_with_workspace_and_title() {
+fn turns_are_published_with_workspace_and_title() {
     let host = Host::new();
     let project = host.project("p");
     let id = host.add(&project);
@@ -87,13 +87,13 @@ fn turns_are_told_with_workspace_and_title() {
         let error = json!({"name": "MessageAbortedError", "message": "Aborted"});
         assert_eq!(event.get("error"), (kind == "session.error").then_some(&error));
     }
-    // Each once: this is the next one.
+    // Each event came once: the next is this one.
     host.openwork(["workspace", "rename", "p", "q"]).ok();
     next(&mut events, "workspace.renamed");
 }
 
 #[test]
-fn ids_survive_a_reconnect_and_the_daemon() {
+fn event_ids_survive_reconnect_and_restart() {
     let host = Host::new();
     host.exercises(["option --since"]);
     host.openwork(["daemon", "start"]).ok();
@@ -120,7 +120,7 @@ fn ids_survive_a_reconnect_and_the_daemon() {
     assert_eq!(since(ids[1])[0]["id"], ids[2]);
     assert_eq!(since(ids[2]), [Value::Null; 0]);
 
-    // The next daemon counts on, and does not know what happened before it.
+    // The next daemon continues the numbering, but has none of the earlier events.
     host.openwork(["daemon", "restart"]).ok();
     let told = since(ids[1]);
     assert_eq!((&told[0]["type"], &told[0]["since"]), (&json!("gap"), &json!(ids[1])));
@@ -135,12 +135,12 @@ fn ids_survive_a_reconnect_and_the_daemon() {
 }
 
 #[test]
-fn the_command_prints_a_line_each() {
+fn events_command_prints_one_line_per_event() {
     let host = Host::new();
     host.exercises(["command events"]);
     host.openwork(["daemon", "start"]).ok();
     let printing = [&["events"][..], &["events", "--json"]].map(|args| host.openwork(args).spawn());
-    // Until both listen, there is nobody to be told.
+    // Events before both have subscribed are lost, so repeat the change.
     let mut n = 0;
     wait_for("both to print", || {
         n += 1;
@@ -158,7 +158,7 @@ fn the_command_prints_a_line_each() {
 }
 
 #[test]
-fn the_stream_ends_with_the_daemon() {
+fn stream_ends_with_the_daemon() {
     let host = Host::new();
     host.exercises(["route GET /events"]);
     host.openwork(["daemon", "start"]).ok();
@@ -168,8 +168,8 @@ fn the_stream_ends_with_the_daemon() {
 }
 
 #[test]
-fn one_that_does_not_read_is_dropped_and_not_waited_for() {
-    // More than the sockets of both sides can hold.
+fn reader_that_falls_behind_is_dropped() {
+    // More than the socket buffers of both sides can hold.
     const CHANGES: usize = 4000;
     let host = Host::new();
     host.exercises(["route PATCH /workspaces/:id"]);
@@ -185,12 +185,12 @@ fn one_that_does_not_read_is_dropped_and_not_waited_for() {
     let mut told = 0;
     while let Some(event) = deaf.find(|_| true) {
         told += 1;
-        assert_ne!(event["workspace"]["name"], format!("n{last}"), "all of {told} were kept for it");
+        assert_ne!(event["workspace"]["name"], format!("n{last}"), "all {told} events were kept for the reader");
     }
 }
 
 #[test]
-fn a_limit_of_time_is_an_end() {
+fn timeout_ends_a_stream_successfully() {
     let host = Host::new();
     host.exercises(["option -f"]);
     host.openwork(["daemon", "start"]).ok();

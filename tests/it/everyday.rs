@@ -1,4 +1,4 @@
-//! What people use where they are: the prompt, `open`, names, and what `env` has set.
+//! Daily use: the prompt, `open`, plain names, and undoing `env`.
 
 use std::fs;
 use std::path::Path;
@@ -9,10 +9,10 @@ use serde_json::json;
 use crate::support::{Host, Signal, kill};
 
 #[test]
-fn the_prompt_is_the_workspace_where_you_are() {
+fn prompt_shows_the_workspace_of_the_directory() {
     let host = Host::new();
     host.exercises(["command prompt"]);
-    // Nothing is no failure, and starts nothing.
+    // Without a workspace the prompt is empty, succeeds, and starts no daemon.
     assert_eq!(host.openwork(["prompt"]).ok().stdout, "");
     assert_eq!(host.openwork(["prompt"]).json()["workspace"], json!(null));
     assert!(host.lock_text().is_none());
@@ -39,7 +39,7 @@ fn the_prompt_is_the_workspace_where_you_are() {
 }
 
 #[test]
-fn the_prompt_of_bash_is_as_the_docs_say() {
+fn documented_bash_prompt_works() {
     let host = Host::new();
     host.add(host.project("it's"));
     let docs = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/prompt.md")).unwrap();
@@ -64,7 +64,7 @@ fn open_adds_the_directory_and_attaches() {
     let output = host.openwork(["open"]).on_terminal("").cwd(&project).ok();
     assert!(output.stdout.starts_with("fake: attach "), "{output:?}");
     assert!(output.stderr.starts_with("added p ("), "{output:?}");
-    // What is in a workspace is not added.
+    // A directory inside a workspace is not added.
     let inside = host.project("p/src");
     let output = host.openwork(["open", inside.to_str().unwrap()]).on_terminal("").ok();
     assert!(output.stdout.contains(project.to_str().unwrap()) && output.stderr.is_empty(), "{output:?}");
@@ -75,7 +75,7 @@ fn open_adds_the_directory_and_attaches() {
 }
 
 #[test]
-fn the_home_directory_and_the_root_are_added_by_force_only() {
+fn home_and_root_are_added_only_by_force() {
     let host = Host::new();
     host.exercises(["option --force"]);
     for place in [host.home().to_str().unwrap(), "/", "~", "/tmp/.."] {
@@ -90,7 +90,7 @@ fn the_home_directory_and_the_root_are_added_by_force_only() {
 }
 
 #[test]
-fn a_terminal_is_asked_for_the_workspace_to_switch_to() {
+fn switch_on_a_terminal_asks_for_the_workspace() {
     let host = Host::new();
     for name in ["web", "website", "api-server"] {
         host.add(host.project(name));
@@ -142,7 +142,7 @@ fn workspaces_whose_directories_have_gone_are_removed_at_once() {
 }
 
 #[test]
-fn an_error_about_a_directory_that_has_gone_names_the_workspace_and_the_path() {
+fn missing_directory_error_names_workspace_and_path() {
     let host = Host::new();
     let project = host.project("web");
     host.openwork(["workspace", "add", project.to_str().unwrap(), "--name", "site"]).ok();
@@ -159,7 +159,7 @@ fn an_error_about_a_directory_that_has_gone_names_the_workspace_and_the_path() {
 }
 
 #[test]
-fn names_alone_are_listed() {
+fn list_names_prints_only_names() {
     let host = Host::new();
     host.exercises(["option --names"]);
     host.add(host.project("b"));
@@ -168,7 +168,7 @@ fn names_alone_are_listed() {
 }
 
 #[test]
-fn what_env_sets_can_be_taken_away() {
+fn env_unset_removes_what_env_sets() {
     let mut host = Host::new();
     host.exercises(["option --unset"]);
     host.set("PATH", std::env::var_os("PATH").unwrap());
@@ -189,13 +189,13 @@ fn what_env_sets_can_be_taken_away() {
     let output = host.openwork(["env"]).secret().after(&script).ok();
     assert_eq!(output.stdout, "8\n0\n");
     assert!(host.openwork(["env", "--unset", "--shell", "fish"]).ok().stdout.contains("set -e OPENCODE_BASE_URL\n"));
-    // A list with more in it than openwork writes is the user's.
+    // A NO_PROXY list with more entries than openwork writes belongs to the user.
     let unset = host.openwork(["env", "--unset"]).env("NO_PROXY", "10.0.0.1,127.0.0.1").ok().stdout;
     assert!(!unset.contains("unset NO_PROXY"), "{unset}");
     host.openwork(["env", "p", "--unset"]).fails(2, "usage");
 }
 
-/// A shell command that prints how many of these variables there are.
+/// A shell command that prints how many of these variables are set.
 fn count(variables: &str) -> String {
     format!("env | grep -cE '^({variables})[A-Z_]*='")
 }

@@ -1,4 +1,4 @@
-//! Instances that nobody uses are disposed, and only those.
+//! Unused instances are evicted, and no others.
 
 use std::fs;
 use std::path::Path;
@@ -29,9 +29,9 @@ fn wait_disposed(host: &Host, directory: &Path) {
     wait_for("the disposal", || host.instance(directory).ends_with(&["dispose".to_owned()]));
 }
 
-/// The daemon has to be listening to see what clients do directly.
-fn wait_listened(host: &Host) {
-    wait_for("the events to be listened to", || host.recorded("streams").contains(&format!("open {ALL_EVENTS}")));
+/// Waits until the daemon listens to opencode's events: only then does it see direct clients.
+fn wait_for_subscription(host: &Host) {
+    wait_for("the subscription", || host.recorded("streams").contains(&format!("open {ALL_EVENTS}")));
 }
 
 /// The entry of a workspace in `instance list`.
@@ -42,7 +42,7 @@ fn instance(host: &Host, name: &str) -> Value {
 }
 
 #[test]
-fn one_that_is_idle_is_disposed() {
+fn idle_instance_is_evicted() {
     let host = host("1s");
     let mut events = host.http("GET", "/events").events();
     let [idle] = warm(&host, ["idle"]);
@@ -50,18 +50,18 @@ fn one_that_is_idle_is_disposed() {
     assert_eq!(event["directory"], idle.to_str().unwrap());
     assert_eq!(host.instance(&idle), ["load", "dispose"]);
     assert_eq!(instance(&host, "idle")["state"], "cold");
-    // And is there again when it is used.
+    // The next use loads it again.
     host.openwork(["workspace", "path", "idle"]).ok();
     assert_eq!(instance(&host, "idle")["state"], "warm");
     wait_disposed(&host, &idle);
 }
 
 #[test]
-fn one_with_a_running_session_is_not_disposed() {
+fn instance_with_a_running_session_is_kept() {
     let host = host("1s");
     host.busy(&[&host.project("busy")]);
     let [busy, idle] = warm(&host, ["busy", "idle"]);
-    // It was used before the other: had it been due, it would have been disposed before.
+    // It was used before the idle one, so it would have been due first.
     wait_disposed(&host, &idle);
     assert_eq!(host.instance(&busy), ["load"]);
     assert_eq!(instance(&host, "busy")["state"], "busy");
@@ -70,7 +70,7 @@ fn one_with_a_running_session_is_not_disposed() {
 }
 
 #[test]
-fn one_with_an_open_stream_is_not_disposed() {
+fn instance_with_an_open_stream_is_kept() {
     let host = host("1s");
     host.add(host.project("watched"));
     let mut events = host.routed("GET", &format!("/w/watched{EVENTS}")).events();
@@ -87,21 +87,21 @@ fn one_with_an_open_stream_is_not_disposed() {
 }
 
 #[test]
-fn one_that_was_never_loaded_is_left_alone() {
+fn unloaded_instance_is_left_alone() {
     let host = host("1s");
     let cold = host.project("cold");
     host.add(&cold);
     let [idle] = warm(&host, ["idle"]);
     wait_disposed(&host, &idle);
     host.openwork(["instance", "list"]).ok();
-    // Even the question whether a session runs would load it.
+    // Even asking whether a session runs would load the instance.
     let asked = host.requests().into_iter().filter(|request| request["directory"] == cold.to_str().unwrap());
     assert_eq!(asked.count(), 0);
     assert_eq!(instance(&host, "cold")["state"], "cold");
 }
 
 #[test]
-fn one_that_is_not_a_workspace_is_left_alone() {
+fn directory_that_is_no_workspace_is_not_evicted() {
     let host = host("1s");
     let stranger = host.project("stranger");
     host.use_directly(&stranger);
@@ -111,13 +111,13 @@ fn one_that_is_not_a_workspace_is_left_alone() {
 }
 
 #[test]
-fn a_directory_that_is_no_workspace_is_left_alone_by_the_next_daemon_too() {
+fn next_daemon_does_not_evict_a_directory_that_is_no_workspace() {
     let host = host("1s");
     let stranger = host.project("stranger");
     let [_keeps_the_list_written] = warm(&host, ["p"]);
-    wait_listened(&host);
+    wait_for_subscription(&host);
     host.use_directly(&stranger);
-    wait_for("it to be written down", || host.state()["opencode"]["strangers"] == json!([stranger]));
+    wait_for("the state file to be written", || host.state()["opencode"]["strangers"] == json!([stranger]));
     kill(host.daemon_pid(), Signal::KILL);
     let [idle] = warm(&host, ["idle"]);
     wait_disposed(&host, &idle);
@@ -125,7 +125,7 @@ fn a_directory_that_is_no_workspace_is_left_alone_by_the_next_daemon_too() {
 }
 
 #[test]
-fn an_instance_whose_workspace_was_removed_is_disposed() {
+fn instance_of_a_removed_workspace_is_evicted() {
     let host = host("1s");
     let mut events = host.http("GET", "/events").events();
     let [routed] = warm(&host, ["routed"]);
@@ -137,21 +137,21 @@ fn an_instance_whose_workspace_was_removed_is_disposed() {
     // Loaded by a client that calls opencode directly.
     let direct = host.project("direct");
     host.add(&direct);
-    wait_listened(&host);
+    wait_for_subscription(&host);
     host.use_directly(&direct);
-    wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
+    wait_for("the instance to be listed as warm", || instance(&host, "direct")["state"] == "warm");
     host.openwork(["workspace", "remove", "direct"]).ok();
     wait_disposed(&host, &direct);
 }
 
 #[test]
-fn an_instance_whose_workspace_was_removed_is_disposed_by_the_next_daemon() {
+fn next_daemon_evicts_the_instance_of_a_removed_workspace() {
     let host = host("1s");
     host.add(host.project("removed"));
-    // A stream keeps it until the daemon is gone.
+    // A stream keeps the instance until the daemon is gone.
     let stream = host.routed("GET", &format!("/w/removed{EVENTS}")).events();
     let [removed, _other] = warm(&host, ["removed", "other"]);
-    wait_for("it to be written down", || {
+    wait_for("the state file to be written", || {
         host.state()["opencode"]["instances"].as_array().is_some_and(|loaded| loaded.contains(&json!(removed)))
     });
     host.openwork(["workspace", "remove", "removed"]).ok();
@@ -163,7 +163,7 @@ fn an_instance_whose_workspace_was_removed_is_disposed_by_the_next_daemon() {
 }
 
 #[test]
-fn an_instance_whose_workspace_was_renamed_or_whose_directory_is_gone_is_disposed() {
+fn renamed_workspace_and_missing_directory_are_evicted() {
     let host = host("1s");
     let [renamed, gone] = warm(&host, ["renamed", "gone"]);
     host.openwork(["workspace", "rename", "renamed", "other"]).ok();
@@ -174,10 +174,10 @@ fn an_instance_whose_workspace_was_renamed_or_whose_directory_is_gone_is_dispose
 }
 
 #[test]
-fn an_instance_that_was_loaded_before_its_directory_became_a_workspace_is_disposed() {
+fn instance_loaded_before_its_workspace_was_added_is_evicted() {
     let host = host("1s");
     let late = host.project("late");
-    wait_listened(&host);
+    wait_for_subscription(&host);
     host.use_directly(&late);
     let [idle] = warm(&host, ["idle"]);
     wait_disposed(&host, &idle);
@@ -187,11 +187,11 @@ fn an_instance_that_was_loaded_before_its_directory_became_a_workspace_is_dispos
 }
 
 #[test]
-fn clients_that_go_to_opencode_directly_are_seen() {
+fn loads_and_disposals_by_direct_clients_are_noticed() {
     let host = host("1s");
     let direct = host.project("direct");
     host.add(&direct);
-    wait_listened(&host);
+    wait_for_subscription(&host);
     host.use_directly(&direct);
     wait_disposed(&host, &direct);
 }
@@ -201,19 +201,19 @@ fn disposals_by_clients_that_go_to_opencode_directly_are_seen() {
     let host = host("1h");
     let direct = host.project("direct");
     host.add(&direct);
-    wait_listened(&host);
+    wait_for_subscription(&host);
     host.use_directly(&direct);
-    wait_for("it to be known as warm", || instance(&host, "direct")["state"] == "warm");
+    wait_for("the instance to be listed as warm", || instance(&host, "direct")["state"] == "warm");
     host.dispose_directly(&direct);
-    wait_for("it to be known as cold", || instance(&host, "direct")["state"] == "cold");
+    wait_for("the instance to be listed as cold", || instance(&host, "direct")["state"] == "cold");
 }
 
 #[test]
-fn what_clients_do_directly_is_use() {
+fn direct_calls_postpone_eviction() {
     let host = host("2s");
     let [direct, idle] = warm(&host, ["direct", "idle"]);
-    // Used again and again, it outlives the other, which was used after it.
-    wait_for("the other to be disposed", || {
+    // Repeated direct calls keep it longer than the other instance, which was used last.
+    wait_for("the other instance to be disposed", || {
         host.use_directly(&direct);
         host.instance(&idle) == ["load", "dispose"]
     });
@@ -221,7 +221,7 @@ fn what_clients_do_directly_is_use() {
 }
 
 #[test]
-fn without_a_time_none_is_disposed() {
+fn zero_idle_ttl_disables_eviction() {
     let host = host("0");
     warm(&host, ["p"]);
     let entry = instance(&host, "p");
@@ -229,7 +229,7 @@ fn without_a_time_none_is_disposed() {
 }
 
 #[test]
-fn the_list_says_how_it_is() {
+fn instance_list_shows_state_and_sessions() {
     let host = host("1h");
     host.exercises(["command instance list", "variable OPENWORK_IDLE_TTL"]);
     let [busy, _] = warm(&host, ["busy", "warm"]);
@@ -238,7 +238,7 @@ fn the_list_says_how_it_is() {
     host.busy(&[&busy]);
     let list = host.openwork(["instance", "list"]).json();
     let states: Vec<_> = list["instances"].as_array().unwrap().iter().map(|entry| entry["state"].clone()).collect();
-    // A remote one has no instance here.
+    // A remote workspace has no instance here.
     assert_eq!(states, ["busy", "warm", "cold"]);
     let sessions = [0, 1, 2].map(|n| list["instances"][n]["sessions"].clone());
     let id = sessions[0][0]["id"].as_str().unwrap();
@@ -247,7 +247,7 @@ fn the_list_says_how_it_is() {
     assert!(list["memory"].as_u64().unwrap() > 100_000);
     let used = list["instances"][1]["workspace"]["lastUsedAt"].as_u64().unwrap();
     let due = list["instances"][1]["evictAt"].as_u64().unwrap();
-    // Both are put down by the same clock, one after the other.
+    // Both times come from the same clock, read shortly after each other.
     assert!((3_599_000..=3_601_000).contains(&(due - used)), "{list}");
     assert_eq!(list["instances"][2]["evictAt"], Value::Null);
     assert_eq!(host.http("GET", "/instances").ok()["instances"], list["instances"]);
@@ -259,7 +259,7 @@ fn the_list_says_how_it_is() {
 }
 
 #[test]
-fn a_crash_leaves_nothing_loaded() {
+fn crash_unloads_every_instance() {
     let host = host("1s");
     let [p] = warm(&host, ["p"]);
     let before = host.opencode_pid();
@@ -272,10 +272,10 @@ fn a_crash_leaves_nothing_loaded() {
 }
 
 #[test]
-fn the_next_daemon_knows_what_is_loaded() {
+fn next_daemon_knows_the_loaded_instances() {
     let host = host("1s");
     let [p] = warm(&host, ["p"]);
-    // A stream keeps it until the daemon is gone.
+    // A stream keeps the instance until the daemon is gone.
     let events = host.opencode("GET", &format!("{EVENTS}?directory={}", p.display())).events();
     let daemon = host.daemon_pid();
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
@@ -289,7 +289,7 @@ fn the_next_daemon_knows_what_is_loaded() {
 }
 
 #[test]
-fn a_time_that_is_none_is_refused() {
+fn invalid_idle_ttl_is_refused() {
     let host = Host::new();
     host.exercises(["option --idle-ttl"]);
     for time in ["soon", "-1s", "1", "1x", "", "1.5h", "999999999999999999999s"] {

@@ -318,7 +318,7 @@ fn examples_do_what_they_say() {
 }
 
 #[test]
-fn what_is_not_run_is_on_some_page() {
+fn skipped_examples_exist_in_the_docs() {
     let texts: Vec<String> = pages().iter().map(|page| read(page)).collect();
     let all: Vec<(&str, &str)> = texts.iter().flat_map(|text| blocks(text)).collect();
     let commands: Vec<Example> = all.iter().flat_map(|(language, text)| examples(language, text)).collect();
@@ -334,7 +334,7 @@ fn what_is_not_run_is_on_some_page() {
 }
 
 #[test]
-fn a_line_is_compared_by_its_words() {
+fn lines_are_compared_by_words() {
     let same = |line: &str, page: &str| fits(&shape(line).0, &shape(page).0);
     assert!(same("daemon  pid 1  up 1m 3s  900.1 kB", "daemon    pid 10881  up 8s  3.6 MB"));
     assert!(same("{\"id\":\"ses_1a\",\"x\":1}", "{\"id\":\"ses_dfc24\", …}"));

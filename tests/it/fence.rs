@@ -1,4 +1,4 @@
-//! A workspace whose loading ends opencode is kept away from it, and the others are not disturbed.
+//! A workspace whose loading kills opencode is fenced, and the others keep working.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,7 @@ use crate::support::{
     HEALTH, Host, IS_V2, LOADING_CALL, Reply, STATE, Signal, VERSION, kill, passed, wait_for, wait_gone,
 };
 
-/// A host with a workspace that ends opencode while it is loaded, and one that does not. opencode is
-/// ready.
+/// A host with a ready opencode, a workspace that kills opencode when it is loaded, and a good one.
 fn host() -> (Host, PathBuf) {
     let host = Host::new();
     let bad = host.project("bad");
@@ -27,12 +26,12 @@ fn poison(host: &Host, directories: &[&Path]) {
     fs::write(host.path("fake/poison"), lines).unwrap();
 }
 
-/// How often the loading of a directory was begun.
+/// How often opencode began to load a directory.
 fn loadings(host: &Host, directory: &Path) -> usize {
     host.recorded("loadings").iter().filter(|loaded| Path::new(loaded) == directory).count()
 }
 
-/// Makes a workspace end opencode until it is fenced.
+/// Loads the bad workspace until it is fenced.
 fn fence(host: &Host) {
     host.openwork(["workspace", "path", "bad"]).fails(5, "opencode_unavailable");
     host.openwork(["workspace", "path", "bad"]).fails(5, "workspace_fenced");
@@ -49,7 +48,7 @@ fn message(reply: &Reply) -> String {
 }
 
 #[test]
-fn the_request_that_ends_opencode_is_told_why_and_not_repeated() {
+fn fatal_request_fails_with_the_cause_and_is_not_retried() {
     let (host, bad) = host();
     let reply = host.routed("GET", "/w/bad/path").send();
     reply.refused(503, "opencode_unavailable");
@@ -63,7 +62,7 @@ fn the_request_that_ends_opencode_is_told_why_and_not_repeated() {
     assert_eq!(message(&reply), why);
     assert_eq!(loadings(&host, &bad), 1);
     wait_for("another opencode", || host.starts().len() == 2 && host.phase() == "ready");
-    // The other way to load an instance.
+    // The control plane loads instances as well.
     poison(&host, &[&bad, &host.project("good")]);
     let reply = host.http("GET", "/workspaces/good/path").send();
     reply.refused(503, "opencode_unavailable");
@@ -72,7 +71,7 @@ fn the_request_that_ends_opencode_is_told_why_and_not_repeated() {
 }
 
 #[test]
-fn a_workspace_that_ends_opencode_twice_is_fenced() {
+fn workspace_that_kills_opencode_twice_is_fenced() {
     let (host, bad) = host();
     let mut events = host.http("GET", "/events").events();
     host.exercises(["code workspace_fenced"]);
@@ -83,7 +82,7 @@ fn a_workspace_that_ends_opencode_twice_is_fenced() {
     assert!(event["output"].as_str().unwrap().ends_with("ends the process"));
     assert_eq!((state(&host, "bad"), state(&host, "good")), (json!("fenced"), json!("cold")));
 
-    // From now on it costs opencode nothing, by whatever way.
+    // From now on no kind of request reaches opencode.
     wait_for("another opencode", || host.starts().len() == 3 && host.phase() == "ready");
     let reply = host.routed("POST", "/w/bad/echo").body("{}").send();
     reply.refused(503, "workspace_fenced");
@@ -94,7 +93,7 @@ fn a_workspace_that_ends_opencode_twice_is_fenced() {
     host.openwork(["attach", "bad"]).on_terminal("").fails(5, "workspace_fenced");
     host.openwork(["run", "bad", "--", "hello"]).fails(5, "workspace_fenced");
     assert_eq!((host.recorded("clients").len(), loadings(&host, &bad), host.starts().len()), (0, 2, 3));
-    // What is about no instance still goes through, and so does every other workspace.
+    // Requests that need no instance still go through, and so do other workspaces.
     assert_eq!(host.routed("GET", &format!("/w/bad{HEALTH}")).send().status, 200);
     host.openwork(["workspace", "path", "good"]).ok();
     host.openwork(["attach", "good"]).on_terminal("").ok();
@@ -102,7 +101,7 @@ fn a_workspace_that_ends_opencode_twice_is_fenced() {
 }
 
 #[test]
-fn a_reset_lifts_the_fence() {
+fn reset_lifts_the_fence() {
     let (host, bad) = host();
     host.exercises(["command instance reset", "route POST /instances/:id/reset"]);
     assert_eq!(host.openwork(["instance", "reset", "bad"]).json()["reset"], false);
@@ -115,7 +114,7 @@ fn a_reset_lifts_the_fence() {
     assert_eq!(host.state()["fences"], Value::Null);
     host.openwork(["workspace", "path", "bad"]).ok();
     assert_eq!(state(&host, "bad"), "warm");
-    // The deaths before count no more.
+    // The reset also forgot the earlier deaths.
     host.openwork(["instance", "dispose", "bad"]).ok();
     poison(&host, &[&bad]);
     host.openwork(["workspace", "path", "bad"]).fails(5, "opencode_unavailable");
@@ -127,7 +126,7 @@ fn a_reset_lifts_the_fence() {
 }
 
 #[test]
-fn the_removal_of_a_workspace_lifts_its_fence() {
+fn removing_a_workspace_lifts_its_fence() {
     let (host, bad) = host();
     fence(&host);
     host.openwork(["workspace", "remove", "bad"]).ok();
@@ -138,7 +137,7 @@ fn the_removal_of_a_workspace_lifts_its_fence() {
 }
 
 #[test]
-fn a_fence_outlives_the_daemon_but_not_the_version_of_opencode() {
+fn fence_outlives_the_daemon_but_not_an_upgrade_of_opencode() {
     let (host, bad) = host();
     fence(&host);
     host.openwork(["daemon", "restart"]).ok();
@@ -146,7 +145,7 @@ fn a_fence_outlives_the_daemon_but_not_the_version_of_opencode() {
     host.openwork(["daemon", "stop"]).ok();
     host.openwork(["workspace", "path", "bad"]).fails(5, "workspace_fenced");
     assert_eq!(loadings(&host, &bad), 2);
-    // A field of another version of openwork stays.
+    // Fields of other versions of openwork survive.
     host.openwork(["daemon", "stop"]).ok();
     let mut file = host.state();
     assert_eq!(file["fences"][0]["version"], VERSION);
@@ -161,7 +160,7 @@ fn a_fence_outlives_the_daemon_but_not_the_version_of_opencode() {
     host.openwork(["daemon", "stop"]).ok();
     poison(&host, &[]);
     host.behave(&format!("FAKE_VERSION={VERSION}4"));
-    // The version of a binary is remembered; another binary is asked for its own.
+    // The version of a binary is remembered; forget it, so that opencode is asked again.
     let mut file = host.state();
     file["binaries"] = Value::Null;
     fs::write(host.file(STATE), file.to_string()).unwrap();
@@ -170,13 +169,13 @@ fn a_fence_outlives_the_daemon_but_not_the_version_of_opencode() {
 }
 
 #[test]
-fn instances_that_were_loaded_before_are_not_blamed() {
+fn loaded_instances_are_not_blamed_for_a_crash() {
     let (host, bad) = host();
     poison(&host, &[]);
     for round in 1..=3 {
         host.openwork(["workspace", "path", "bad"]).ok();
         let before = host.opencode_pid();
-        // A turn is under way when opencode is killed, for want of memory say.
+        // opencode is killed during a turn, for example by the OOM killer.
         thread::scope(|scope| {
             let turn = scope.spawn(|| host.routed("POST", "/w/bad/slow?ms=60000").send());
             wait_for("the turn", || {
@@ -193,7 +192,7 @@ fn instances_that_were_loaded_before_are_not_blamed() {
 }
 
 #[test]
-fn a_kill_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
+fn kill_during_loading_is_not_blamed_on_the_workspace() {
     let (host, bad) = host();
     poison(&host, &[]);
     host.behave("FAKE_LOAD_MS=1000");
@@ -203,7 +202,7 @@ fn a_kill_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
             let reply = scope.spawn(|| host.routed("GET", "/w/bad/path").send().status);
             wait_for("the loading", || loadings(&host, &bad) == 2 * round - 1);
             kill(host.opencode_pid(), Signal::KILL);
-            // The workspace is not at fault: the request is sent again.
+            // The workspace is not at fault, so the request is repeated.
             assert_eq!(reply.join().unwrap(), 200);
         });
         host.openwork(["instance", "dispose", "bad"]).ok();
@@ -212,7 +211,7 @@ fn a_kill_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
 }
 
 #[test]
-fn a_stop_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
+fn stop_during_loading_is_not_blamed_on_the_workspace() {
     let (host, bad) = host();
     poison(&host, &[]);
     host.behave("FAKE_LOAD_MS=60000");
@@ -229,7 +228,7 @@ fn a_stop_in_the_middle_of_loading_is_not_blamed_on_the_workspace() {
 }
 
 #[test]
-fn of_several_that_are_loaded_at_once_only_the_one_at_fault_is_fenced() {
+fn only_the_faulty_one_of_several_loading_workspaces_is_fenced() {
     let (host, bad) = host();
     host.behave("FAKE_LOAD_MS=2000");
     host.openwork(["daemon", "restart", "--all"]).ok();
@@ -247,7 +246,7 @@ fn of_several_that_are_loaded_at_once_only_the_one_at_fault_is_fenced() {
         })
     };
     assert_eq!(load_all(), [503; 4]);
-    // Each is tried alone, in any order.
+    // Now each is loaded alone, in any order.
     assert_eq!(load_all()[1..], [200; 3]);
     assert_eq!(loadings(&host, &bad), 2);
     assert_eq!(names.map(|name| state(&host, name) == "fenced"), [true, false, false, false]);

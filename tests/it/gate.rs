@@ -1,5 +1,4 @@
-//! The public port: who may ask, what is too much, what is no request, and that the daemon
-//! outlives whatever is sent to it.
+//! The public port: allowed callers, limits, malformed requests, and a daemon that survives any input.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -18,8 +17,8 @@ use crate::support::{
     sockets, until, wait_for,
 };
 
-/// A host with a daemon and a workspace `p`. It ends with the same daemon, which is well, and
-/// with the same workspaces.
+/// A host with a daemon and a workspace `p`. Dropping it checks that the same daemon is still healthy
+/// and has the same workspaces.
 struct Gate {
     host: Host,
     pid: u32,
@@ -39,17 +38,17 @@ impl Gate {
         Gate { host, pid, names }
     }
 
-    /// The `Host` header that is right.
+    /// The correct `Host` header.
     fn authority(&self) -> String {
         format!("127.0.0.1:{}", self.host.port())
     }
 
-    /// A request with these lines after the one that names the host.
+    /// A request with these lines after the `Host` header.
     fn request(&self, line: &str, rest: &str) -> String {
         format!("{line} HTTP/1.1\r\nHost: {}\r\n{rest}", self.authority())
     }
 
-    /// An addition to the registry with these header lines.
+    /// A `POST /workspaces` with these header lines.
     fn addition(&self, headers: &str) -> String {
         let body = json!({"path": self.host.project("smuggled")}).to_string();
         self.request("POST /workspaces", &format!("Content-Type: application/json\r\n{headers}\r\n{body}"))
@@ -70,7 +69,7 @@ impl Gate {
             let shown =
                 || (String::from_utf8_lossy(bytes.as_ref()).into_owned(), String::from_utf8_lossy(&reply).into_owned());
             let parsed = Reply::parse(&reply).unwrap_or_else(|| panic!("no reply: {:?}", shown()));
-            // One request, one reply, and no more.
+            // One request gets exactly one reply.
             let length = parsed.header("content-length").map_or(0, |length| length.parse().unwrap());
             assert_eq!(parsed.body.len(), length, "{:?}", shown());
             // A refusal closes.
@@ -86,8 +85,8 @@ impl Gate {
         self.reply(bytes).refused(status, code);
     }
 
-    /// Refuses it, by whichever of these. Where several rules are broken at once, the order
-    /// in which they are looked at is nobody's business.
+    /// Expects one of these refusals: when a request breaks several rules, their order is not part of the
+    /// contract.
     fn refuses_as(&self, bytes: impl AsRef<[u8]>, allowed: &[(u16, &str)]) {
         let reply = self.reply(&bytes);
         let error = reply.json();
@@ -113,7 +112,7 @@ const FORBIDDEN_HOST: (u16, &str) = (403, "forbidden_host");
 // --- Host ---
 
 #[test]
-fn every_name_of_loopback_with_the_port_is_a_host() {
+fn loopback_hosts_with_the_port_are_accepted() {
     let gate = Gate::new();
     let port = gate.host.port();
     for name in ["127.0.0.1", "localhost", "LocalHost", "[::1]"] {
@@ -123,7 +122,7 @@ fn every_name_of_loopback_with_the_port_is_a_host() {
 }
 
 #[test]
-fn no_other_host_is_answered() {
+fn other_hosts_are_refused() {
     let gate = Gate::new();
     gate.host.exercises(["code forbidden_host"]);
     let port = gate.host.port();
@@ -170,7 +169,7 @@ fn no_other_host_is_answered() {
 }
 
 #[test]
-fn a_request_has_one_host() {
+fn exactly_one_host_header_is_required() {
     let gate = Gate::new();
     let good = format!("Host: {}\r\n", gate.authority());
     for hosts in [
@@ -184,8 +183,8 @@ fn a_request_has_one_host() {
 }
 
 #[test]
-fn the_host_is_looked_at_before_the_body() {
-    // Which never comes.
+fn host_is_checked_before_the_body() {
+    // The body never comes.
     let gate = Gate::new();
     let head = "POST /workspaces HTTP/1.1\r\nHost: evil.example\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n";
     gate.refuses(head, 403, "forbidden_host");
@@ -194,7 +193,7 @@ fn the_host_is_looked_at_before_the_body() {
 // --- Origin ---
 
 #[test]
-fn the_origins_on_the_list_are_echoed() {
+fn allowed_origins_are_echoed() {
     let gate = Gate::with(&["--cors", "http://localhost:5173", "--cors", "https://app.example"], "");
     gate.host.exercises(["option --cors"]);
     for origin in [
@@ -217,7 +216,7 @@ fn the_origins_on_the_list_are_echoed() {
 }
 
 #[test]
-fn no_other_origin_is_answered() {
+fn other_origins_are_refused() {
     let gate = Gate::new();
     for origin in [
         "http://evil.example",
@@ -247,7 +246,7 @@ fn no_other_origin_is_answered() {
 }
 
 #[test]
-fn a_fetch_of_another_site_is_not_answered() {
+fn cross_site_fetches_are_refused() {
     let gate = Gate::new();
     gate.host.exercises(["code forbidden_origin"]);
     let fetch = |site: &str| gate.host.http("GET", "/health").header("Sec-Fetch-Site", site);
@@ -260,7 +259,7 @@ fn a_fetch_of_another_site_is_not_answered() {
 }
 
 #[test]
-fn a_preflight_of_an_origin_on_the_list_is_answered() {
+fn preflight_from_an_allowed_origin_is_answered() {
     let gate = Gate::new();
     for path in ["/health", "/workspaces", "/workspaces/p"] {
         let preflight = gate.host.http("OPTIONS", path).header("Origin", "tauri://localhost");
@@ -279,7 +278,7 @@ fn a_preflight_of_an_origin_on_the_list_is_answered() {
 
 // --- User ---
 
-/// What takes two users: root, and an account without rights.
+/// Tests that need two users: root and an unprivileged account.
 mod as_root {
     use std::io::{BufRead, BufReader};
     use std::process::Stdio;
@@ -288,7 +287,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn another_user_is_told_the_health_and_no_more() {
+    fn other_users_see_only_health() {
         let gate = Gate::new();
         gate.host.exercises(["code forbidden_user"]);
         let get = |path: &str| {
@@ -305,9 +304,9 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn another_user_cannot_keep_the_owner_out() {
+    fn other_users_cannot_lock_out_the_owner() {
         let gate = Gate::with(&[], "ulimit -n 4500");
-        // As many half-open heads as there are slots and more, again and again.
+        // More half-open heads than there are slots, again and again.
         let script = r#"trap '' PIPE; ulimit -n 4096; while :; do
             for n in $(seq 1100); do { exec {fd}<>"/dev/tcp/127.0.0.1/$0" && printf 'GET /x HTTP/1.1\r\n' >&$fd; } || break; done
             echo; sleep 1; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -gt 2 ] && eval "exec $fd>&-"; done
@@ -326,11 +325,11 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn the_requests_of_another_user_make_room_for_the_owner() {
+    fn requests_of_other_users_yield_to_the_owner() {
         // 48 slots, 3 of them the owner's: fewer than the owner has streams open.
         const STREAMS: usize = 40;
         let gate = Gate::with(&[], "ulimit -n 256");
-        // Whole requests, whose connections stay open for as long as the daemon lets them.
+        // Complete requests whose connections stay open as long as the daemon allows.
         let script = r#"trap '' PIPE; while :; do
             for n in $(seq 100); do { exec {fd}<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&$fd; } || break; done
             echo; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -gt 2 ] && eval "exec $fd>&-"; done
@@ -362,9 +361,9 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn the_body_of_another_user_is_not_read() {
+    fn bodies_of_other_users_are_not_read() {
         let gate = Gate::new();
-        // The largest that the owner may send. None of it comes, and nobody waits for it.
+        // The largest length for the owner. The body never comes, and the daemon does not wait for it.
         let body = "Content-Type: application/json\r\nContent-Length: 1048576\r\n\r\n";
         assert_eq!(gate.host.send_raw_as_another_user(&gate.request("GET /health", body)).status, 200);
         gate.host.send_raw_as_another_user(&gate.request("POST /health", body)).refused(405, "method_not_allowed");
@@ -372,11 +371,11 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn another_user_who_does_not_wait_for_the_answer_changes_nothing() {
+    fn closed_connection_of_another_user_changes_nothing() {
         let gate = Gate::new();
         gate.host.health();
         let (descriptors, _) = resources(gate.pid);
-        // Once the connection is closed, the kernel says that it belongs to root.
+        // The kernel reports a closed connection as root's.
         let script = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3"#;
         let request = gate.request("DELETE /workspaces/p", "\r\n");
         let mut bash = Command::new("bash");
@@ -391,7 +390,7 @@ mod as_root {
         });
         kill(gate.pid, Signal::CONT);
         assert!(status.unwrap().success());
-        // A later connection is accepted later.
+        // The daemon accepts connections in order, so the earlier one has been handled by now.
         gate.host.health();
         wait_for("the daemon to close the connection", || resources(gate.pid).0 <= descriptors);
         gate.host.http("GET", "/workspaces/p").ok();
@@ -399,7 +398,7 @@ mod as_root {
 }
 
 #[test]
-fn root_may_ask_the_daemon_of_another() {
+fn root_may_use_the_daemon_of_another_user() {
     let host = Host::unprivileged();
     host.exercises(["route GET /workspaces"]);
     host.openwork(["daemon", "start"]).ok();
@@ -409,7 +408,7 @@ fn root_may_ask_the_daemon_of_another() {
 // --- Routes ---
 
 #[test]
-fn an_unknown_route_is_not_found() {
+fn unknown_routes_are_not_found() {
     let gate = Gate::new();
     gate.host.exercises(["code not_found"]);
     for path in [
@@ -429,7 +428,7 @@ fn an_unknown_route_is_not_found() {
 }
 
 #[test]
-fn another_method_is_told_which_there_are() {
+fn wrong_method_lists_the_allowed_methods() {
     let gate = Gate::new();
     gate.host.exercises(["code method_not_allowed"]);
     for (method, path, allowed) in [
@@ -452,10 +451,10 @@ fn another_method_is_told_which_there_are() {
     }
 }
 
-// --- What is no request ---
+// --- Malformed requests ---
 
 #[test]
-fn what_is_not_http_is_refused_or_dropped() {
+fn input_that_is_not_http_is_refused_or_dropped() {
     let gate = Gate::new();
     let hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
     let endless = vec![b'A'; 100_000];
@@ -480,7 +479,7 @@ fn what_is_not_http_is_refused_or_dropped() {
 }
 
 #[test]
-fn a_malformed_head_is_refused() {
+fn malformed_heads_are_refused() {
     let gate = Gate::new();
     let good = gate.request("GET /health", "\r\n");
     assert_eq!(gate.reply(&good).status, 200);
@@ -511,23 +510,23 @@ fn a_malformed_head_is_refused() {
 }
 
 #[test]
-fn percent_encoding_that_is_none_is_refused() {
+fn invalid_percent_encoding_is_refused() {
     let gate = Gate::new();
     for selector in ["%", "%4", "%zz", "%g0", "p%", "%+1"] {
         gate.host.http("GET", &format!("/workspaces/{selector}")).fails(400, "bad_request");
     }
-    // Bytes that are no UTF-8 name nothing.
+    // A selector has to be UTF-8.
     for selector in ["%ff", "%c3%28", "%ed%a0%80"] {
         gate.host.http("DELETE", &format!("/workspaces/{selector}")).fails(400, "bad_request");
     }
-    // What is encoded is no separator.
+    // An encoded slash is no separator.
     gate.host.http("GET", "/workspaces/p%2Fpath").fails(404, "workspace_not_found");
 }
 
-// --- Lengths, and requests hidden in others ---
+// --- Lengths, and request smuggling ---
 
 #[test]
-fn a_length_is_one_number() {
+fn content_length_must_be_one_number() {
     let gate = Gate::new();
     let length = gate.addition_length();
     for value in [
@@ -558,19 +557,19 @@ fn a_length_is_one_number() {
 }
 
 #[test]
-fn an_absurd_length_is_too_large_at_once() {
+fn absurd_length_is_refused_at_once() {
     let gate = Gate::new();
-    // Neither is the body waited for, nor room made for it.
+    // The daemon neither waits for the body nor allocates for it.
     for value in ["1048577", "50000000000", "9223372036854775807", "18446744073709551615"] {
         gate.refuses(gate.addition(&format!("Content-Length: {value}\r\n")), 413, "too_large");
     }
-    // More digits than any number has.
+    // More digits than any integer type holds.
     let endless = gate.addition(&format!("Content-Length: {}\r\n", "9".repeat(40)));
     gate.refuses_as(endless, &[(413, "too_large"), BAD_REQUEST]);
 }
 
 #[test]
-fn a_control_request_has_its_length_in_advance() {
+fn chunked_control_requests_are_refused() {
     let gate = Gate::new();
     gate.host.exercises(["code length_required"]);
     let length = gate.addition_length();
@@ -579,7 +578,7 @@ fn a_control_request_has_its_length_in_advance() {
 }
 
 #[test]
-fn a_request_has_one_idea_of_its_length() {
+fn conflicting_lengths_are_refused() {
     let gate = Gate::new();
     let length = gate.addition_length();
     for lines in [
@@ -605,11 +604,11 @@ fn a_request_has_one_idea_of_its_length() {
 }
 
 #[test]
-fn what_follows_a_request_is_not_one() {
+fn bytes_after_a_request_are_not_executed() {
     let gate = Gate::new();
     let hidden = gate.addition(&format!("Content-Length: {}\r\n", gate.addition_length()));
-    // After a GET, as its body, after one that is refused: it is never carried out, and `reply`
-    // sees to it that there is one answer.
+    // A request hidden after a GET, in its body, or after a refused one is never executed; `reply` checks
+    // that there is only one reply.
     assert_eq!(gate.reply(gate.request("GET /health", "\r\n") + &hidden).status, 200);
     let body = gate.request("GET /health", &format!("Content-Length: {}\r\n\r\n{hidden}", hidden.len()));
     gate.reply(body);
@@ -621,7 +620,7 @@ fn what_follows_a_request_is_not_one() {
 // --- Bodies ---
 
 #[test]
-fn a_body_is_json_and_says_so() {
+fn body_must_be_declared_as_json() {
     let gate = Gate::new();
     gate.host.exercises(["code unsupported_media_type"]);
     let rename = |content_type: &str| {
@@ -646,14 +645,14 @@ fn a_body_is_json_and_says_so() {
 }
 
 #[test]
-fn an_empty_body_is_an_empty_object() {
+fn empty_body_is_an_empty_object() {
     let gate = Gate::new();
     assert_eq!(gate.host.http("POST", "/instances/p/dispose").ok()["disposed"], false);
     gate.host.http("POST", "/workspaces").header("Content-Type", "application/json").fails(400, "bad_request");
 }
 
 #[test]
-fn a_body_of_another_shape_is_refused() {
+fn malformed_bodies_are_refused() {
     let gate = Gate::new();
     let deep = format!("{{\"path\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
     for body in [
@@ -687,7 +686,7 @@ fn a_body_of_another_shape_is_refused() {
 }
 
 #[test]
-fn a_body_has_its_limit() {
+fn body_size_is_limited() {
     const LIMIT: usize = 1024 * 1024;
     let gate = Gate::new();
     let body = |length: usize| format!("{{\"name\": \"p\"{}}}", " ".repeat(length - 13));
@@ -699,14 +698,14 @@ fn a_body_has_its_limit() {
 }
 
 #[test]
-fn a_body_that_does_not_come_is_not_waited_for() {
+fn missing_body_times_out() {
     let gate = Gate::new();
     let head = gate.request("POST /workspaces", "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{");
-    // Whether it is told or only dropped; that it is not left open is what `send_raw` looks at.
+    // The daemon may reply or just close; `send_raw` checks that it does not leave the connection open.
     for bytes in gate.raw(&head) {
         assert!(bytes.is_empty() || Reply::parse(&bytes).is_some_and(|reply| (400..=408).contains(&reply.status)));
     }
-    // And one that ends early.
+    // A body that ends early.
     for mut stream in gate.host.connections() {
         stream.write_all(head.as_bytes()).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -717,7 +716,7 @@ fn a_body_that_does_not_come_is_not_waited_for() {
 // --- Heads ---
 
 #[test]
-fn a_head_has_its_limit() {
+fn head_size_is_limited() {
     let gate = Gate::new();
     gate.host.exercises(["code too_large"]);
     let with_header = |length: usize| gate.request("GET /health", &format!("X: {}\r\n\r\n", "x".repeat(length)));
@@ -734,17 +733,17 @@ fn a_head_has_its_limit() {
 }
 
 #[test]
-fn a_head_of_ten_megabytes_is_not_read() {
+fn ten_megabyte_head_is_not_read() {
     let gate = Gate::new();
     let endless = gate.request("GET /health", &format!("X: {}", "x".repeat(10_000_000)));
     gate.refuses(endless, 431, "too_large");
 }
 
 #[test]
-fn a_head_that_does_not_come_is_not_waited_for() {
+fn incomplete_head_times_out() {
     let gate = Gate::new();
     let head = gate.request("GET /health", "");
-    // Nothing at all, and half of it.
+    // An empty and a partial head.
     gate.raw("");
     gate.raw(&head);
     // A byte at a time, for ever.
@@ -756,29 +755,29 @@ fn a_head_that_does_not_come_is_not_waited_for() {
     }
 }
 
-// --- Many of them ---
+// --- Load ---
 
-/// Opens that many connections and sends this on each.
+/// Opens this many connections and sends these bytes on each.
 fn open_many(gate: &Gate, count: usize, bytes: &str) -> Vec<TcpStream> {
-    // As many as wait to be accepted before the kernel drops what comes.
+    // As many as may wait to be accepted before the kernel drops new connections.
     const QUEUE: usize = 100;
     raise_limit();
     let port = gate.host.port();
     let mut streams = Vec::new();
     for n in 1..=count {
         let mut stream = connect(port);
-        // One that is turned away may be closed already.
+        // The daemon may have refused and closed it already.
         let _ = stream.write_all(bytes.as_bytes());
         streams.push(stream);
         if n % QUEUE == 0 {
-            wait_for("them to be accepted", || sockets(port, LISTEN).iter().all(|(_, waiting)| *waiting == 0));
+            wait_for("the queue to drain", || sockets(port, LISTEN).iter().all(|(_, waiting)| *waiting == 0));
         }
     }
     streams
 }
 
 #[test]
-fn idle_and_half_open_connections_are_in_nobodys_way() {
+fn idle_and_half_open_connections_block_nobody() {
     let gate = Gate::new();
     gate.host.health();
     let before = resources(gate.pid);
@@ -788,18 +787,18 @@ fn idle_and_half_open_connections_are_in_nobodys_way() {
     gate.host.health();
     gate.host.openwork(["workspace", "list"]).ok();
     gate.host.openwork(["workspace", "path", "p"]).ok();
-    // They are closed without our doing, and leave nothing.
+    // The daemon closes them by itself and leaks nothing.
     for stream in &mut idle {
         read_to_close(stream);
     }
-    wait_for("descriptors and threads to be back", || {
+    wait_for("descriptors and threads to be released", || {
         let now = resources(gate.pid);
         now.0 <= before.0 && now.1 <= before.1
     });
 }
 
 #[test]
-fn above_the_limit_it_says_so_and_closes() {
+fn connections_above_the_limit_are_refused() {
     const LIMIT: usize = 1024;
     /// Connections of the commands before, which may not be closed yet.
     const CLOSING: usize = 8;
@@ -828,34 +827,34 @@ fn above_the_limit_it_says_so_and_closes() {
     turned_away.refused(503, "overloaded");
     assert_eq!(turned_away.header("x-openwork-error"), Some("overloaded"));
     drop(streams);
-    wait_for("it to take connections again", || {
+    wait_for("the daemon to accept connections again", || {
         gate.host.http("GET", "/health").try_send().is_some_and(|reply| reply.status == 200)
     });
 }
 
 #[test]
-fn readers_that_hang_up_make_room_at_once() {
+fn closed_event_streams_free_their_slots() {
     let gate = Gate::new();
     gate.host.health();
     let before = resources(gate.pid);
-    // More than there are slots, while nothing happens that could be written to them.
+    // More streams than there are slots, while no event is written to them.
     for _ in 0..1200 {
         drop(gate.host.http("GET", "/events").events());
     }
     assert_eq!(gate.host.http("GET", "/health").send().status, 200);
-    wait_for("the daemon to let go of them", || {
+    wait_for("the daemon to release them", || {
         let now = resources(gate.pid);
         now.0 <= before.0 && now.1 <= before.1
     });
 }
 
 #[test]
-fn without_a_thread_it_says_so_and_lives() {
+fn thread_exhaustion_is_reported_and_survived() {
     let host = Host::unprivileged();
     host.openwork(["daemon", "start"]).ok();
     host.add(host.project("p"));
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
-    // As the daemon's own user: root may lack the right to limit others.
+    // As the daemon's own user: root may lack the capability to limit others.
     let limit = |soft: &str| {
         let mut prlimit = Command::new("prlimit");
         prlimit.args(["--pid", &daemon.to_string(), &format!("--nproc={soft}:")]);
@@ -879,7 +878,7 @@ fn without_a_thread_it_says_so_and_lives() {
 }
 
 #[test]
-fn a_daemon_does_not_start_with_too_few_descriptors() {
+fn daemon_refuses_to_start_with_too_few_descriptors() {
     let host = Host::new();
     for limit in [12, 16, 47] {
         let error = host.openwork(["daemon", "start"]).after(&format!("ulimit -n {limit}")).output();
@@ -894,22 +893,22 @@ fn a_daemon_does_not_start_with_too_few_descriptors() {
 }
 
 #[test]
-fn without_descriptors_it_says_so_and_comes_back() {
+fn descriptor_exhaustion_is_survived() {
     let gate = Gate::with(&[], "ulimit -n 64");
     gate.host.health();
     let before = resources(gate.pid);
     let mut streams = open_many(&gate, 200, "");
-    // Held until the daemon lets go of them; those it could not take yet come after.
+    // Read each until the daemon closes it; connections still in the queue follow.
     for stream in &mut streams {
         read_to_close(stream);
     }
-    // The last ones are told of their end before their descriptors are back.
-    wait_for("descriptors to be back", || resources(gate.pid).0 <= before.0);
+    // A client sees the close before the daemon's descriptor is free.
+    wait_for("descriptors to be released", || resources(gate.pid).0 <= before.0);
     gate.host.openwork(["workspace", "path", "p"]).ok();
 }
 
 #[test]
-fn the_last_descriptors_are_for_requests() {
+fn last_descriptors_are_reserved_for_requests() {
     let gate = Gate::with(&[], "ulimit -n 64");
     gate.host.health();
     let before = resources(gate.pid);
@@ -933,18 +932,18 @@ fn the_last_descriptors_are_for_requests() {
     }
     assert!(held.len() > 10, "{}", held.len());
     drop(held);
-    wait_for("descriptors to be back", || resources(gate.pid).0 <= before.0);
+    wait_for("descriptors to be released", || resources(gate.pid).0 <= before.0);
     gate.host.health();
 }
 
 #[test]
-fn a_lack_of_descriptors_is_no_failure_of_opencode() {
+fn descriptor_shortage_is_not_blamed_on_opencode() {
     let gate = Gate::with(&[], "ulimit -n 128");
     let pid = gate.host.opencode_pid();
     let (descriptors, _) = resources(gate.pid);
     let head = format!("Authorization: {}\r\n\r\n", gate.host.credentials());
     let request = gate.request("GET /w/p/event", &head);
-    // All have connected and asked before the daemon sees the first: each needs a second descriptor.
+    // All requests arrive before the daemon sees the first, and each needs a second descriptor.
     kill(gate.pid, Signal::STOP);
     let mut streams: Vec<TcpStream> = (0..120).map(|_| gate.host.connect()).collect();
     for stream in &mut streams {
@@ -957,19 +956,19 @@ fn a_lack_of_descriptors_is_no_failure_of_opencode() {
         match stream.read_exact(&mut status) {
             Ok(()) if status.ends_with(b"200") => taken += 1,
             Ok(()) => assert!(status.ends_with(b"503"), "{}", String::from_utf8_lossy(&status)),
-            // Refused before its request was read, so that a reset has overtaken the refusal.
+            // Refused before its request was read, so a reset overtook the refusal.
             Err(e) => assert!(matches!(e.kind(), ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof), "{e}"),
         }
     }
     assert!((10..120).contains(&taken), "{taken}");
     drop(streams);
-    wait_for("descriptors to be back", || resources(gate.pid).0 <= descriptors);
+    wait_for("descriptors to be released", || resources(gate.pid).0 <= descriptors);
     let health = gate.host.health();
     assert_eq!((gate.host.opencode_pid(), &health["engine"]["restarts"]), (pid, &json!(0)));
 }
 
 #[test]
-fn a_control_plane_that_has_ended_is_back_for_the_next_request() {
+fn control_plane_restarts_for_the_next_request() {
     let gate = Gate::new();
     for _ in 0..3 {
         fs::remove_file(gate.host.file("control.sock")).unwrap();
@@ -982,22 +981,22 @@ fn a_control_plane_that_has_ended_is_back_for_the_next_request() {
 }
 
 #[test]
-fn requests_without_a_reader_are_no_burden() {
+fn unread_replies_do_no_harm() {
     let gate = Gate::new();
     let pipelined = gate.request("GET /workspaces", "\r\n").repeat(100_000);
     for _ in 0..3 {
         let mut stream = gate.host.connect();
-        // It ends by a reset at the latest, for nobody reads more than one.
+        // A reset ends it at the latest: the daemon reads only the first request.
         let _ = stream.write_all(pipelined.as_bytes());
     }
-    // And clients that go away before they are answered.
+    // Clients that disconnect before the reply.
     for _ in 0..100 {
         gate.host.connect().write_all(gate.request("GET /workspaces/p/path", "\r\n").as_bytes()).unwrap();
     }
 }
 
 #[test]
-fn a_burst_of_requests_is_answered() {
+fn burst_of_requests_is_answered() {
     let gate = Gate::new();
     thread::scope(|scope| {
         for _ in 0..64 {
@@ -1014,10 +1013,10 @@ fn a_burst_of_requests_is_answered() {
     });
 }
 
-// --- Anything ---
+// --- Random input ---
 
 #[test]
-fn whatever_is_sent_there_is_one_answer_or_none() {
+fn mutated_requests_get_one_reply_or_none() {
     const REQUESTS: usize = 4000;
     let gate = Gate::new();
     let seeds = [
@@ -1046,6 +1045,6 @@ fn whatever_is_sent_there_is_one_answer_or_none() {
         let length = parsed.header("content-length").map_or(0, |length| length.parse::<usize>().unwrap());
         assert_eq!(parsed.body.len(), length, "{:?}", String::from_utf8_lossy(&bytes));
     }
-    // A name may have been changed on the way.
+    // A mutated request may have renamed the workspace.
     gate.host.http("PATCH", "/workspaces/@active").json(json!({"name": "p"})).ok();
 }

@@ -132,7 +132,7 @@ const HABITS: &[(&str, i32, &str)] = &[
 ];
 
 #[test]
-fn what_is_typed_by_habit_does_the_right_thing_or_says_it() {
+fn habits_work_or_name_the_right_command() {
     let host = Host::new();
     host.add(host.project("web"));
     let shop = host.project("shop");
@@ -160,7 +160,7 @@ fn what_is_typed_by_habit_does_the_right_thing_or_says_it() {
 }
 
 #[test]
-fn a_wrong_variable_is_named_as_the_cause() {
+fn invalid_variable_is_named_as_the_cause() {
     let host = Host::new();
     host.add(host.project("web"));
     for command in [&["info"][..], &["env"], &["path"], &["run", "hi"], &["session", "list"], &["wait"]] {
@@ -175,7 +175,7 @@ fn a_wrong_variable_is_named_as_the_cause() {
 }
 
 #[test]
-fn a_directory_that_is_no_workspace_can_be_added() {
+fn directory_that_is_no_workspace_can_be_added() {
     let host = Host::new();
     host.add(host.project("web"));
     host.project("my site");

@@ -1,4 +1,4 @@
-//! Taking over the workspaces of other programs.
+//! `workspace import`: workspaces of other programs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn write(host: &Host, value: &Value) -> PathBuf {
     file
 }
 
-/// What became of each entry, and under which name it is there.
+/// The outcome of each entry, with its name or error code.
 fn outcomes(import: &Value) -> Vec<(&str, &str)> {
     let rows = import["workspaces"].as_array().unwrap().iter();
     rows.map(|row| {
@@ -27,7 +27,7 @@ fn outcomes(import: &Value) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn the_state_file_of_another_orchestrator_is_taken_over() {
+fn state_file_of_another_orchestrator_is_imported() {
     let host = Host::new();
     host.exercises(["command workspace current"]);
     let (web, api) = (host.project("web"), host.project("api"));
@@ -51,10 +51,10 @@ fn the_state_file_of_another_orchestrator_is_taken_over() {
     assert_eq!(first["workspaces"][2]["source"], gone.to_str().unwrap());
     assert!(!gone.exists());
     assert_eq!(host.names(), ["api", "Website", "far"]);
-    // Whose active one was another's, stays with ours.
+    // The active workspace of the other program does not replace ours.
     assert_eq!(host.openwork(["workspace", "current"]).ok().stdout, "api\n");
 
-    // Once more: all of it is there.
+    // Importing again changes nothing.
     let again = import(&host, &file).json();
     let expected = [("kept", "Website"), ("kept", "api"), ("refused", "path_not_found"), ("kept", "far")];
     assert_eq!(outcomes(&again), expected);
@@ -65,7 +65,7 @@ fn the_state_file_of_another_orchestrator_is_taken_over() {
 }
 
 #[test]
-fn the_workspaces_of_the_desktop_program_are_taken_over() {
+fn workspaces_of_the_desktop_app_are_imported() {
     let host = Host::new();
     let (one, two, three) = (host.project("one"), host.project("two"), host.project("three"));
     let file = write(
@@ -75,7 +75,7 @@ fn the_workspaces_of_the_desktop_program_are_taken_over() {
             "workspaces": [
                 {"id": "ws_1", "name": "one", "displayName": "First", "path": one, "preset": "starter", "workspaceType": "local", "remoteType": null, "baseUrl": null, "directory": null},
                 {"id": "ws_2", "name": "", "displayName": null, "path": two},
-                // A name that another has, and one that nobody can have here.
+                // A taken name, and an invalid one.
                 {"id": "ws_3", "name": "First", "path": three, "workspaceType": "local"},
                 {"id": "ws_4", "name": "a/b", "path": "", "workspaceType": "remote", "remoteType": "openwork", "baseUrl": "http://host:4096", "directory": null, "openworkToken": "SECRET", "openworkHostToken": "SECRET"},
                 {"id": "ws_5", "name": "no url", "workspaceType": "remote", "baseUrl": null},
@@ -101,7 +101,7 @@ fn the_workspaces_of_the_desktop_program_are_taken_over() {
 }
 
 #[test]
-fn a_file_that_holds_no_workspaces_is_refused() {
+fn file_without_workspaces_is_refused() {
     let host = Host::new();
     host.exercises(["code bad_request", "command workspace import"]);
     for content in ["", "{", "[]", "{}", r#"{"workspaces": {}}"#] {
@@ -113,7 +113,7 @@ fn a_file_that_holds_no_workspaces_is_refused() {
     import(&host, &host.path("none")).fails(1, "bad_request");
     import(&host, &host.home()).fails(1, "bad_request");
     host.openwork(["workspace", "import"]).fails(2, "usage");
-    // None of that needs a daemon.
+    // A refused import starts no daemon.
     assert!(host.lock_text().is_none());
     let empty = write(&host, &json!({"workspaces": []}));
     assert_eq!(import(&host, &empty).json(), json!({"ok": true, "workspaces": []}));

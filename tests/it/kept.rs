@@ -106,7 +106,7 @@ fn requests_of_every_kind_follow_each_other() {
 }
 
 #[test]
-fn a_page_on_the_list_keeps_its_connection() {
+fn allowed_origin_keeps_its_connection() {
     let (host, _) = host();
     let mut stream = host.served();
     let origin = "Origin: tauri://localhost\r\n";
@@ -123,7 +123,7 @@ fn a_page_on_the_list_keeps_its_connection() {
 }
 
 #[test]
-fn a_connection_is_closed_when_its_client_says_so() {
+fn connection_is_closed_when_the_client_asks() {
     let (host, _) = host();
     for line in ["GET /w/p/path", "GET /workspaces", "GET /health"] {
         let plain = request(&host, line, "", "");
@@ -144,7 +144,7 @@ fn a_connection_is_closed_when_its_client_says_so() {
 }
 
 #[test]
-fn a_reply_whose_end_is_not_certain_ends_the_connection() {
+fn reply_without_a_certain_end_closes_the_connection() {
     let (host, _) = host();
     for mut stream in host.connections() {
         let reply = ask(&mut stream, &request(&host, "GET /w/p/to-end", "", ""));
@@ -158,7 +158,7 @@ fn a_reply_whose_end_is_not_certain_ends_the_connection() {
 }
 
 #[test]
-fn what_opencode_adds_to_a_reply_is_nobodys() {
+fn bytes_after_a_reply_are_dropped() {
     let (host, _) = host();
     let mut stream = host.connect();
     for _ in 0..20 {
@@ -184,7 +184,7 @@ fn distinct(numbers: &[u64]) -> usize {
 }
 
 #[test]
-fn a_connection_to_opencode_carries_one_request_after_another() {
+fn connection_to_opencode_is_reused() {
     let (host, _) = host();
     let mut stream = host.connect();
     for _ in 0..20 {
@@ -208,7 +208,7 @@ fn a_connection_to_opencode_carries_one_request_after_another() {
 }
 
 #[test]
-fn a_connection_that_opencode_has_closed_is_not_used() {
+fn connection_closed_by_opencode_is_not_reused() {
     let (host, _) = host();
     let mut stream = host.connect();
     for _ in 0..20 {
@@ -226,7 +226,7 @@ fn a_connection_that_opencode_has_closed_is_not_used() {
 }
 
 #[test]
-fn a_request_that_a_closing_connection_has_lost_is_sent_again() {
+fn request_lost_on_a_closing_connection_is_repeated() {
     let host = Host::new();
     host.behave("FAKE_ONE_REQUEST=1");
     host.openwork(["daemon", "start"]).ok();
@@ -243,7 +243,7 @@ fn a_request_that_a_closing_connection_has_lost_is_sent_again() {
 }
 
 #[test]
-fn a_connection_to_opencode_does_not_outlive_it() {
+fn connection_to_opencode_does_not_outlive_it() {
     let (host, p) = host();
     let mut stream = host.connect();
     let path = request(&host, "GET /w/p/path", "", "");
@@ -267,7 +267,7 @@ fn a_connection_to_opencode_does_not_outlive_it() {
 }
 
 #[test]
-fn an_idle_connection_is_no_use_of_a_workspace() {
+fn idle_connection_does_not_count_as_use() {
     let host = Host::new();
     let p = host.project("p");
     host.openwork(["daemon", "start", "--idle-ttl", "1s"]).ok();
@@ -341,7 +341,7 @@ fn of_two_requests_at_once_one_is_answered() {
 }
 
 #[test]
-fn the_time_for_a_head_begins_with_its_first_byte() {
+fn head_timeout_starts_with_the_first_byte() {
     let (host, _) = host();
     let whole = request(&host, "GET /w/p/path", "", "");
     let mut stream = host.served();
@@ -461,7 +461,7 @@ fn idle(host: &Host, count: usize) -> Vec<TcpStream> {
 }
 
 #[test]
-fn an_idle_connection_has_no_thread() {
+fn idle_connection_has_no_thread() {
     const COUNT: usize = 200;
     let (host, _) = host();
     let pid = host.daemon_pid();
@@ -529,7 +529,7 @@ fn idle_connections_go_first() {
 }
 
 #[test]
-fn a_client_that_goes_away_leaves_nothing() {
+fn client_disconnect_leaves_nothing() {
     let (host, _) = host();
     host.health();
     let pid = host.daemon_pid();
@@ -546,7 +546,7 @@ fn a_client_that_goes_away_leaves_nothing() {
 // --- The end of a daemon ---
 
 #[test]
-fn a_restart_ends_idle_connections_and_no_request() {
+fn restart_closes_idle_connections_and_no_request() {
     let (host, p) = host();
     let mut streams = idle(&host, 20);
     let pid = host.daemon_pid();
@@ -590,7 +590,7 @@ fn a_restart_ends_idle_connections_and_no_request() {
 }
 
 #[test]
-fn a_new_connection_is_answered_while_the_daemon_restarts() {
+fn new_connection_is_answered_during_a_restart() {
     let (host, p) = host();
     let request = request(&host, "GET /w/p/path", "", "");
     // The daemon waits for a new connection for no longer than for any, and this machine may be slow.
@@ -610,7 +610,7 @@ fn a_new_connection_is_answered_while_the_daemon_restarts() {
 }
 
 #[test]
-fn a_stop_ends_idle_connections() {
+fn stop_closes_idle_connections() {
     let (host, _) = host();
     let mut streams = idle(&host, 50);
     host.openwork(["daemon", "stop"]).ok();
@@ -625,7 +625,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn the_connection_of_another_user_is_not_kept() {
+    fn connection_of_another_user_is_not_kept() {
         let (host, _) = host();
         let request = format!("GET /health HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n\r\n", host.port());
         let reply = host.send_raw_as_another_user(&request);

@@ -1,5 +1,5 @@
-//! What `openwork` does, told through spawned processes: a module per feature. Where a test
-//! needs opencode it has the imitation of `test-data/fake_opencode.rs`.
+//! Process tests of `openwork`, one module for each feature. opencode is the fake of
+//! `test-data/fake_opencode.rs`.
 
 mod adopt;
 mod cli;

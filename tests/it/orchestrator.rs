@@ -1,4 +1,4 @@
-//! Started as OpenWork's desktop program starts OpenWork's own orchestrator.
+//! `openwork` started the way OpenWork's desktop app starts its own orchestrator.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ const USERNAME: &str = "OPENWORK_OPENCODE_USERNAME";
 const PASSWORD: &str = "OPENWORK_OPENCODE_PASSWORD";
 
 #[test]
-fn its_command_line_is_taken() {
+fn orchestrator_command_line_is_accepted() {
     let host = Host::new();
     host.exercises(["option --opencode-workdir", "option --allow-external", "command daemon run"]);
     let (data, workdir) = (host.data(), host.project("workdir"));
@@ -29,7 +29,7 @@ fn its_command_line_is_taken() {
         ))
         .spawn();
     wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
-    // A web page gets no further than without the option.
+    // `--cors '*'` does not open the daemon to web pages.
     host.http("GET", "/workspaces").header("Origin", "http://evil.example").fails(403, "forbidden_origin");
     assert_eq!(fs::read_dir(&workdir).unwrap().count(), 0);
     let opencode = &host.starts()[0];
@@ -37,7 +37,7 @@ fn its_command_line_is_taken() {
     host.openwork(["daemon", "stop"]).ok();
     let output = daemon.wait();
     assert!(output.stderr.contains("--cors '*' is ignored"), "{output:?}");
-    // One that is named is allowed beside it.
+    // An explicit origin beside it still works.
     let output = host.openwork(["daemon", "start", "--cors", "*", "--cors=http://good.example"]).ok();
     assert!(output.stderr.contains("--cors '*' is ignored"), "{output:?}");
     host.http("GET", "/workspaces").header("Origin", "http://good.example").ok();
@@ -51,7 +51,7 @@ fn status(host: &Host, credentials: &str) -> u16 {
 }
 
 #[test]
-fn the_credentials_can_be_given() {
+fn credentials_can_be_given() {
     let mut host = Host::new();
     host.set(USERNAME, "desktop");
     host.set(PASSWORD, "first secret");
@@ -59,14 +59,14 @@ fn the_credentials_can_be_given() {
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(status(&host, "desktop:first secret"), 200);
     assert_eq!(status(&host, "opencode:first secret"), 401);
-    // Commands of a shell without the variables know them, and so does the next daemon.
+    // Commands and the next daemon read them from the file, without the variables.
     host.unset(USERNAME);
     host.unset(PASSWORD);
     host.openwork(["api", "/path"]).ok();
     host.openwork(["daemon", "restart"]).ok();
     assert_eq!(status(&host, "desktop:first secret"), 200);
 
-    // An opencode that was left with other ones is not adopted.
+    // An opencode that runs with other credentials is not adopted.
     let before = host.opencode_pid();
     let daemon = host.daemon_pid();
     kill(daemon, Signal::KILL);
@@ -77,7 +77,7 @@ fn the_credentials_can_be_given() {
     assert_eq!(status(&host, "desktop:first secret"), 401);
     assert_ne!(host.opencode_pid(), before);
 
-    // opencode has them as its own variables; the password is in no argument vector.
+    // opencode gets them as its own variables; no argument contains the password.
     for start in host.starts() {
         assert!(!start["argv"].to_string().contains("secret"), "{start}");
         let environment = host.environment(start["pid"].as_u64().unwrap() as u32);
@@ -90,14 +90,14 @@ fn the_credentials_can_be_given() {
 }
 
 #[test]
-fn credentials_that_cannot_be_sent_are_refused() {
+fn invalid_credentials_are_refused() {
     let host = Host::new();
     for (name, value) in [(USERNAME, "a:b"), (USERNAME, "a\nb"), (PASSWORD, "a\u{7f}secret")] {
         let error = host.openwork(["daemon", "start"]).env(name, value).fails(2, "usage");
         assert!(error["message"].as_str().unwrap().contains(name) && !error.to_string().contains("secret"), "{error}");
     }
     assert!(!host.file(AUTH).exists());
-    // An empty one is none; other fields of the file stay.
+    // An empty variable is ignored; other fields of the file survive.
     host.openwork(["daemon", "start"]).env(PASSWORD, "").ok();
     host.openwork(["daemon", "stop"]).ok();
     let mut auth: Value = serde_json::from_slice(&fs::read(host.file(AUTH)).unwrap()).unwrap();

@@ -23,7 +23,7 @@ fn field<'a>(row: &'a Value, name: &str) -> &'a str {
 
 // --- Completions ---
 
-/// The words that could stand after these.
+/// The completions after these words.
 fn completions(host: &Host, words: &[&str]) -> Vec<String> {
     let words = ["__complete"].iter().chain(words);
     let lines = host.openwork(words).ok().stdout;
@@ -51,7 +51,7 @@ fn every_command_is_completed() {
 }
 
 #[test]
-fn every_option_is_completed_where_it_is_taken() {
+fn every_option_is_completed_where_it_applies() {
     let host = Host::new();
     let tables = tables(&host);
     for row in rows(&tables, "commands") {
@@ -64,7 +64,7 @@ fn every_option_is_completed_where_it_is_taken() {
             assert_eq!(found.contains(&field(option, "name").to_owned()), is_taken, "{option} of {row}");
         }
     }
-    // One that was given is not offered again, unless it can be.
+    // An option that was given is not offered again, unless it is repeatable.
     let found = completions(&host, &["daemon", "--cors", "http://a", "--idle-ttl=1h", "--"]);
     assert!(found.contains(&"--cors".to_owned()) && !found.contains(&"--idle-ttl".to_owned()), "{found:?}");
 }
@@ -119,13 +119,13 @@ fn workspaces_are_completed_without_a_daemon() {
     assert_eq!(completions(&host, &["--data-dir", elsewhere.to_str().unwrap(), "env", ""]), [""; 0]);
     assert!(host.lock_text().is_none());
 
-    // A file that cannot be read is no reason to disturb somebody who types.
+    // A corrupt state file must not print errors while somebody types.
     host.write_state("{");
     assert_eq!(completions(&host, &["env", ""]), [""; 0]);
 }
 
 #[test]
-fn each_shell_has_its_script() {
+fn each_shell_has_a_completion_script() {
     let host = Host::new();
     for shell in ["bash", "zsh", "fish"] {
         let script = host.openwork(["completions", shell]).ok().stdout;
@@ -136,9 +136,9 @@ fn each_shell_has_its_script() {
     host.openwork(["completions", "tcsh"]).fails(2, "usage");
 }
 
-/// What bash would put on the command line, by the script as it is.
+/// Runs the script in a real bash and checks its replies.
 #[test]
-fn bash_completes() {
+fn bash_completion_works() {
     let host = Host::new();
     host.exercises(["command completions", "variable OPENWORK_DATA_DIR"]);
     host.write_state(
@@ -224,7 +224,7 @@ fn bash_completes_what_is_typed_within_quotes_and_without() {
 // --- The manual page ---
 
 #[test]
-fn the_manual_has_everything_of_the_tables() {
+fn manual_covers_the_tables() {
     let host = Host::new();
     host.exercises(["command man"]);
     let tables = tables(&host);
@@ -244,16 +244,16 @@ fn the_manual_has_everything_of_the_tables() {
     for row in rows(&tables, "errors") {
         assert!(has(&format!("\n{} {}\n", field(row, "code"), row["exit"])), "{row}");
     }
-    // No line is a request of roff's by accident.
+    // No line of text starts with a roff request by accident.
     let known = [".TH", ".SH", ".TP", ".B", ".BR", ".I", ".IR", ".RI", ".PP", ".br", ".nf", ".fi"];
     for line in page.lines().filter(|line| line.starts_with(['.', '\''])) {
         assert!(known.contains(&line.split(' ').next().unwrap()), "{line}");
     }
 }
 
-/// mandoc complains about lines longer than 80 bytes, but for the tags of lists, which cannot be broken.
+/// mandoc warns about lines over 80 bytes. Tags of lists cannot be broken, so they are exempt.
 #[test]
-fn text_in_the_manual_fits_80_columns() {
+fn manual_fits_80_columns() {
     let page = Host::new().openwork(["man"]).ok().stdout;
     let mut is_tag = false;
     for line in page.lines() {
@@ -267,7 +267,7 @@ mod with_mandoc {
 
     #[test]
     #[ignore = "needs mandoc"]
-    fn mandoc_finds_nothing_wrong_with_the_manual() {
+    fn mandoc_accepts_the_manual() {
         let host = Host::new();
         let page = host.path("openwork.1");
         fs::write(&page, host.openwork(["man"]).ok().stdout).unwrap();
@@ -285,9 +285,9 @@ fn shared(name: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// So a package needs no run of the program while it is built, which another processor could not do.
+/// So that cross builds of packages need not run the program.
 #[test]
-fn share_is_what_the_program_prints() {
+fn share_matches_the_output_of_the_program() {
     let mut host = Host::new();
     host.exercises(["option --socket"]);
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
@@ -307,7 +307,7 @@ fn share_is_what_the_program_prints() {
 }
 
 #[test]
-fn share_has_the_description_of_the_interface() {
+fn shared_openapi_matches_the_served_one() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let served = host.http("GET", "/doc").send().json();
@@ -344,7 +344,7 @@ fn words_of(unit: &str, key: &str) -> Vec<String> {
 }
 
 #[test]
-fn what_the_unit_says_runs_the_daemon() {
+fn unit_runs_the_daemon() {
     let mut host = Host::new();
     let awkward = host.path("a \"b\" 100% $HOME \\");
     host.set("OPENWORK_DATA_DIR", &awkward);
@@ -354,7 +354,7 @@ fn what_the_unit_says_runs_the_daemon() {
     assert!(host.lock_text().is_none());
     let words = exec_start(&unit);
     assert_eq!((Path::new(&words[0]), &*words[1]), (host.binary(), "daemon"), "{unit}");
-    // What a shell's environment says, systemd does not know: it has to be among the arguments.
+    // systemd does not have the shell's environment, so all of it has to be in the arguments.
     let mut daemon = host.openwork(&words[1..]);
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
         daemon = daemon.env(variable, "");
@@ -362,7 +362,7 @@ fn what_the_unit_says_runs_the_daemon() {
     let daemon = daemon.spawn();
     wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
     assert_eq!(host.daemon_pid(), daemon.pid());
-    // Nobody starts a second daemon beside one that runs, and wrong options are not tried again.
+    // The condition fails while a daemon runs, and a usage error is not retried.
     let condition = words_of(&unit, "ExecCondition=");
     let is_met = || Command::new(&condition[0]).args(&condition[1..]).env_clear().status().unwrap().code();
     assert_eq!(is_met(), Some(1));
@@ -376,9 +376,9 @@ fn what_the_unit_says_runs_the_daemon() {
     assert_eq!(is_met(), Some(0));
 }
 
-/// Else systemd would start again what somebody has stopped.
+/// Otherwise systemd would restart a daemon that was stopped on purpose.
 #[test]
-fn a_stop_that_cannot_write_the_state_file_is_a_stop() {
+fn stop_succeeds_when_the_state_file_is_not_writable() {
     let host = Host::unprivileged();
     let daemon = host.openwork(["daemon"]).spawn();
     wait_for("opencode to be ready", || host.lock_text().is_some() && host.phase() == "ready");
@@ -392,7 +392,7 @@ fn a_stop_that_cannot_write_the_state_file_is_a_stop() {
 }
 
 #[test]
-fn the_unit_of_a_package_names_nothing_of_its_builder() {
+fn packaged_unit_has_no_paths_of_the_builder() {
     let mut host = Host::new();
     host.exercises(["code usage", "command service print", "option --program"]);
     for variable in ["OPENWORK_DATA_DIR", "OPENWORK_OPENCODE_BIN", "OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"] {
@@ -401,7 +401,7 @@ fn the_unit_of_a_package_names_nothing_of_its_builder() {
     let unit = host.openwork(["service", "print"]).ok().stdout;
     assert_eq!(exec_start(&unit), [host.binary().to_str().unwrap(), "daemon"]);
     assert!(!unit.contains(host.home().to_str().unwrap()), "{unit}");
-    // Nor need it run the binary that prints it.
+    // The unit may run another binary than the one that prints it.
     for (program, runs) in [("/usr/bin/openwork", "/usr/bin/openwork".into()), ("bin/a b", host.path("bin/a b"))] {
         let unit = host.openwork(["service", "print", "--program", program]).ok().stdout;
         assert_eq!(exec_start(&unit), [runs.to_str().unwrap(), "daemon"]);

@@ -16,7 +16,7 @@ fn host() -> Host {
     host
 }
 
-/// Runs `api` with these arguments; what `/echo` or another route has answered.
+/// Runs `api` with these arguments and returns the JSON reply.
 fn api(host: &Host, args: &[&str]) -> Value {
     let output = host.openwork(["api"].iter().chain(args)).ok();
     assert_eq!(output.stderr, "", "{output:?}");
@@ -32,7 +32,7 @@ fn header<'a>(echo: &'a Value, name: &str) -> Option<&'a str> {
 // --- api ---
 
 #[test]
-fn any_call_is_one_line() {
+fn api_makes_any_call() {
     let host = host();
     host.exercises(["command api"]);
     let directory = |answer: Value| answer["directory"].as_str().unwrap().to_owned();
@@ -49,7 +49,7 @@ fn any_call_is_one_line() {
 }
 
 #[test]
-fn a_body_is_text_a_file_or_what_comes_in() {
+fn api_body_is_text_file_or_stdin() {
     let host = host();
     host.exercises(["option --data", "option -d"]);
     let file = host.path("body");
@@ -65,7 +65,7 @@ fn a_body_is_text_a_file_or_what_comes_in() {
     }
     assert_eq!(api(&host, &["PUT", "/echo", "-d", "x"])["method"], "PUT");
 
-    // What comes in has no length that is known.
+    // Standard input has no known length.
     let large = vec![b'i'; 3_000_000];
     fs::write(&file, &large).unwrap();
     let output = host.openwork(["api", "/upload", "-d", "@-"]).stdin(File::open(&file).unwrap()).ok();
@@ -74,13 +74,13 @@ fn a_body_is_text_a_file_or_what_comes_in() {
     for unreadable in ["@/does/not/exist", "@/proc", "@/proc/self/mem"] {
         host.openwork(["api", "/upload", "-d", unreadable]).fails(2, "usage");
     }
-    // A file need not be as long as it says: this one says that it is empty.
+    // The size of a file in /proc says 0, whatever its content.
     let version = fs::read_to_string("/proc/version").unwrap();
     assert_eq!(api(&host, &["/echo", "-d", "@/proc/version"])["body"], version);
 }
 
 #[test]
-fn the_method_is_an_option_too() {
+fn method_can_be_given_as_an_option() {
     let host = host();
     host.exercises(["option --method", "option -X"]);
     for args in [&["-X", "DELETE", "/echo"][..], &["-XDELETE", "q", "/echo"], &["q", "/echo", "--method=delete"]] {
@@ -94,7 +94,7 @@ fn the_method_is_an_option_too() {
 }
 
 #[test]
-fn headers_are_given_and_shown() {
+fn api_sends_and_shows_headers() {
     let host = host();
     host.exercises(["option --header", "option -H", "option --include", "option -i"]);
     let got = api(&host, &["/echo", "-d", "x", "-H", "X-A: b: c", "--header", "content-type:text/x"]);
@@ -111,7 +111,7 @@ fn headers_are_given_and_shown() {
 }
 
 #[test]
-fn a_body_comes_as_it_is() {
+fn api_prints_the_body_unchanged() {
     let host = host();
     assert_eq!(host.openwork(["api", "/anything"]).ok().stdout, "<!doctype html>\n<html lang=\"en\"></html>\n");
     assert_eq!(host.openwork(["api", "/chunked"]).ok().stdout, "one two ");
@@ -120,13 +120,13 @@ fn a_body_comes_as_it_is() {
     assert_eq!(fs::metadata(&downloaded).unwrap().len(), 5_000_000);
     let full = File::options().write(true).open("/dev/full").unwrap();
     host.openwork(["api", "/download?bytes=5000000"]).stdout(full).exits(1);
-    // Half of it is not it.
+    // A truncated body is a failure.
     let output = host.openwork(["api", "/die-mid"]).output();
     assert!(!output.status.success() && output.stdout == "half ", "{output:?}");
 }
 
 #[test]
-fn a_stream_comes_as_it_comes() {
+fn api_prints_a_stream_as_it_arrives() {
     let host = host();
     let streaming = host.openwork(["api", EVENTS]).spawn();
     wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
@@ -135,10 +135,10 @@ fn a_stream_comes_as_it_comes() {
     kill(streaming.pid(), Signal::TERM);
     let output = streaming.wait();
     assert_eq!(output.stderr, "", "{output:?}");
-    wait_for("its end to be passed on", || {
+    wait_for("the disconnect to reach opencode", || {
         host.recorded("streams").iter().any(|line| line.starts_with(&format!("close {EVENTS}")))
     });
-    // One that opencode ends.
+    // A stream that opencode ends.
     let streaming = host.openwork(["api", EVENTS]).spawn();
     wait_for("the first event", || streaming.stdout_so_far().contains("server.connected"));
     host.end_streams("p");
@@ -146,13 +146,13 @@ fn a_stream_comes_as_it_comes() {
 }
 
 #[test]
-fn a_failure_of_opencode_is_one() {
+fn api_fails_on_an_error_status() {
     let host = host();
     host.opencode_pid();
     host.behave("FAKE_FAIL=/path");
     kill(host.opencode_pid(), Signal::KILL);
     wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
-    // Its body is a result all the same.
+    // The body of an error reply is still printed.
     let output = host.openwork(["api", LOADING_CALL]).exits(1);
     assert_eq!(serde_json::from_str::<Value>(&output.stdout).unwrap()["name"], "UnknownError");
     let output = host.openwork(["api", LOADING_CALL, "--json"]).exits(1);
@@ -168,7 +168,7 @@ fn a_failure_of_opencode_is_one() {
 }
 
 #[test]
-fn a_failure_of_ours_is_an_error() {
+fn api_reports_errors_of_openwork() {
     let host = host();
     host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
     host.openwork(["api", "nope", LOADING_CALL]).fails(4, "workspace_not_found");
@@ -193,7 +193,7 @@ fn a_failure_of_ours_is_an_error() {
 // --- env ---
 
 #[test]
-fn the_environment_is_for_any_client() {
+fn env_configures_any_client() {
     let host = Host::new();
     host.exercises(["command env"]);
     let project = host.project("it's $HOME \"`x`\" \\ ünï");
@@ -212,7 +212,7 @@ fn the_environment_is_for_any_client() {
     }
     assert!(json["NO_PROXY"].as_str().unwrap().contains("127.0.0.1"));
 
-    // A shell that evaluates it has the same.
+    // A shell that evaluates the output gets the same values.
     let lines = host.openwork(["env"]).secret().ok().stdout;
     assert!(lines.lines().all(|line| line.starts_with("export ")), "{}", lines.lines().count());
     let script = format!(
@@ -222,7 +222,7 @@ fn the_environment_is_for_any_client() {
     let expected = format!("{url}|{id}|{}|{}|", project.display(), json["NO_PROXY"].as_str().unwrap());
     assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
 
-    // And what is in it works.
+    // The values work.
     host.routed("GET", &format!("/w/{id}/path")).send();
     let mut inside = host.openwork(["workspace", "info"]);
     inside = inside.env("OPENWORK_WORKSPACE", json["OPENWORK_WORKSPACE"].as_str().unwrap());
@@ -230,7 +230,7 @@ fn the_environment_is_for_any_client() {
 }
 
 #[test]
-fn other_shells_are_served_in_their_language() {
+fn env_supports_other_shells() {
     let host = Host::new();
     host.exercises(["option --shell"]);
     host.add(host.project("it's a \\ p"));
@@ -243,7 +243,7 @@ fn other_shells_are_served_in_their_language() {
 }
 
 #[test]
-fn there_is_no_environment_without_a_local_workspace() {
+fn env_needs_a_local_workspace() {
     let host = Host::new();
     host.exercises(["code no_active_workspace", "code workspace_is_remote"]);
     host.openwork(["env"]).fails(4, "no_active_workspace");
@@ -257,7 +257,7 @@ fn there_is_no_environment_without_a_local_workspace() {
 
 // --- attach, run ---
 
-/// The one call of the opencode client: its arguments and its environment.
+/// The arguments and the environment of the last opencode client.
 fn client(host: &Host) -> (Vec<String>, Vec<String>) {
     let calls = host.recorded("clients");
     let call: Value = serde_json::from_str(calls.last().unwrap()).unwrap();
@@ -289,7 +289,7 @@ fn check_client(host: &Host, directory: &Path, command: &str, after: &[&str]) {
 }
 
 #[test]
-fn attach_is_opencode_in_the_workspace() {
+fn attach_starts_opencode_in_the_workspace() {
     let host = host();
     host.exercises(["command attach"]);
     let output = host.openwork(["attach"]).on_terminal("").ok();
@@ -300,7 +300,7 @@ fn attach_is_opencode_in_the_workspace() {
 }
 
 #[test]
-fn run_is_opencode_in_the_workspace() {
+fn run_starts_opencode_in_the_workspace() {
     let host = host();
     host.exercises(["command run"]);
     host.openwork(["run", "--", "say hello", "-x"]).ok();
@@ -310,7 +310,7 @@ fn run_is_opencode_in_the_workspace() {
 }
 
 #[test]
-fn the_exit_status_is_that_of_opencode() {
+fn exit_status_of_opencode_is_passed_on() {
     let host = host();
     host.opencode_pid();
     host.behave("FAKE_CLIENT_EXIT=42");
@@ -319,7 +319,7 @@ fn the_exit_status_is_that_of_opencode() {
 }
 
 #[test]
-fn there_is_nothing_to_attach_to_without_opencode() {
+fn attach_and_run_fail_without_opencode() {
     let host = host();
     host.openwork(["attach", "nope"]).on_terminal("").fails(4, "workspace_not_found");
     host.openwork(["run", "nope", "--", "x"]).fails(4, "workspace_not_found");
@@ -330,7 +330,7 @@ fn there_is_nothing_to_attach_to_without_opencode() {
 }
 
 #[test]
-fn a_refusal_of_a_head_is_the_same_as_of_others() {
+fn head_requests_report_errors() {
     let host = host();
     host.openwork(["api", "nope", "HEAD", LOADING_CALL]).fails(4, "workspace_not_found");
     host.openwork(["workspace", "remove", "p"]).ok();
@@ -339,7 +339,7 @@ fn a_refusal_of_a_head_is_the_same_as_of_others() {
 }
 
 #[test]
-fn a_limit_of_time_holds_for_all_of_a_reply() {
+fn timeout_covers_the_whole_reply() {
     let host = host();
     let output = host.openwork(["api", EVENTS, "--timeout", "1"]).exits(5);
     assert!(output.stdout.contains("server.connected"), "{output:?}");
@@ -347,7 +347,7 @@ fn a_limit_of_time_holds_for_all_of_a_reply() {
 }
 
 #[test]
-fn a_header_that_is_given_replaces_the_usual_one() {
+fn given_header_replaces_the_default() {
     let host = host();
     let got = api(&host, &["/echo", "-H", "Accept: text/plain"]);
     let accepted = got["headers"].as_array().unwrap().iter().filter(|header| header[0] == "Accept");
@@ -355,7 +355,7 @@ fn a_header_that_is_given_replaces_the_usual_one() {
 }
 
 #[test]
-fn what_is_said_about_proxies_is_kept() {
+fn env_keeps_no_proxy_entries() {
     let host = host();
     let no_proxy = |upper: &str, lower: &str| {
         let env = host.openwork(["env"]).env("NO_PROXY", upper).env("no_proxy", lower).secret().json();
@@ -367,7 +367,7 @@ fn what_is_said_about_proxies_is_kept() {
 }
 
 #[test]
-fn an_opencode_that_has_moved_is_looked_for_again() {
+fn moved_opencode_is_looked_up_again() {
     let mut host = Host::new();
     let (bin, other) = (host.project("bin"), host.project("other"));
     copy_program(Path::new(host.get("OPENWORK_OPENCODE_BIN")), &bin.join("opencode"));
@@ -386,9 +386,9 @@ fn an_opencode_that_has_moved_is_looked_for_again() {
     check_client(&host, &project, "attach", &[]);
 }
 
-/// Ctrl-Z and fg interrupt a read with a time limit.
+/// Ctrl-Z and fg interrupt a read that has a timeout.
 #[test]
-fn a_call_survives_a_pause_of_its_command() {
+fn api_survives_being_suspended() {
     let host = Host::new();
     host.add(host.project("p"));
     host.openwork(["daemon", "start"]).ok();
@@ -411,7 +411,7 @@ fn a_call_survives_a_pause_of_its_command() {
 }
 
 #[test]
-fn what_is_not_ours_is_for_opencode() {
+fn unknown_arguments_go_to_opencode() {
     let host = Host::new();
     let (p, q) = (host.project("p"), host.project("q"));
     host.add(&p);
@@ -436,7 +436,7 @@ fn what_is_not_ours_is_for_opencode() {
         host.openwork(line).ok();
         check_client(&host, directory, "run", after);
     }
-    // Before the first argument of opencode's, help is ours.
+    // Before opencode's first argument, --help is ours.
     for line in [&["run", "--help"][..], &["attach", "-h"]] {
         assert!(host.openwork(line).ok().stdout.contains("usage: openwork "), "{line:?}");
     }
@@ -461,7 +461,7 @@ fn without_a_terminal_there_is_no_interface() {
 }
 
 #[test]
-fn attach_and_run_work_where_they_are_called() {
+fn attach_and_run_use_the_working_directory() {
     let host = Host::new();
     let (p, q) = (host.project("p"), host.project("q"));
     host.add(&p);
@@ -471,12 +471,12 @@ fn attach_and_run_work_where_they_are_called() {
     check_client(&host, &q, "attach", &[]);
     host.openwork(["run", "hi"]).cwd(&q).ok();
     check_client(&host, &q, "run", &["hi"]);
-    // What is named goes first: the argument, then the variable.
+    // The option wins over the directory, and so does the variable.
     host.openwork(["run", "-w", "p", "hi"]).cwd(&inside).ok();
     check_client(&host, &p, "run", &["hi"]);
     host.openwork(["attach"]).on_terminal("").cwd(&p).env("OPENWORK_WORKSPACE", &id).ok();
     check_client(&host, &q, "attach", &[]);
-    // Elsewhere it is the active one, and so it is for other commands everywhere.
+    // Outside every workspace it is the active one; other commands use the active one everywhere.
     host.openwork(["attach"]).on_terminal("").cwd(host.home()).ok();
     check_client(&host, &p, "attach", &[]);
     let url = host.openwork(["env"]).cwd(&inside).secret().json();

@@ -1,4 +1,4 @@
-//! The registry: what is added, under which id and name, and what is refused.
+//! The registry: adding, naming, listing, moving and removing workspaces.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Host, wait_for};
 
-/// The id of what has this path or URL, by a SHA-1 that is not ours.
+/// The id for a path or URL, computed with an independent SHA-1.
 fn id_of(text: &str) -> String {
     let script = r#"printf %s "$1" | sha1sum"#;
     let output = Command::new("sh").args(["-c", script, "sh", text]).output().expect("running sha1sum");
@@ -25,7 +25,7 @@ fn utf8(path: &Path) -> &str {
 // --- Adding directories ---
 
 #[test]
-fn a_directory_is_added_under_the_id_of_its_path() {
+fn add_derives_the_id_from_the_path() {
     let host = Host::new();
     host.exercises(["command workspace add"]);
     let project = host.project("openwork");
@@ -37,7 +37,7 @@ fn a_directory_is_added_under_the_id_of_its_path() {
     assert_eq!(workspace["workspaceType"], "local");
     assert!(workspace["createdAt"].as_u64().unwrap() > 1_700_000_000_000);
     assert_eq!(added["created"], true);
-    // The first one is active.
+    // The first workspace becomes active.
     assert_eq!(added["activeId"], workspace["id"]);
 
     let state = host.state();
@@ -47,7 +47,7 @@ fn a_directory_is_added_under_the_id_of_its_path() {
 }
 
 #[test]
-fn a_second_one_does_not_become_active() {
+fn second_workspace_does_not_become_active() {
     let host = Host::new();
     let first = host.add(host.project("a"));
     let added = host.openwork(["workspace", "add", utf8(&host.project("b"))]).json();
@@ -55,7 +55,7 @@ fn a_second_one_does_not_become_active() {
 }
 
 #[test]
-fn the_directory_is_left_as_it_was() {
+fn directory_is_left_untouched() {
     let host = Host::new();
     let project = host.project("p");
     fs::write(project.join("file"), "content").unwrap();
@@ -75,7 +75,7 @@ fn the_directory_is_left_as_it_was() {
 }
 
 #[test]
-fn one_directory_is_one_workspace_by_whatever_path() {
+fn every_path_to_a_directory_is_the_same_workspace() {
     let host = Host::new();
     let project = host.project("dir/real");
     let id = host.add(&project);
@@ -100,7 +100,7 @@ fn one_directory_is_one_workspace_by_whatever_path() {
 }
 
 #[test]
-fn a_tilde_is_home() {
+fn tilde_expands_to_home() {
     let host = Host::new();
     fs::create_dir(host.home().join("code")).unwrap();
     let added = host.openwork(["workspace", "add", "~/code"]).json();
@@ -110,7 +110,7 @@ fn a_tilde_is_home() {
 }
 
 #[test]
-fn over_http_a_path_is_absolute() {
+fn paths_over_http_must_be_absolute() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let project = host.project("p");
@@ -128,7 +128,7 @@ fn over_http_a_path_is_absolute() {
 }
 
 #[test]
-fn what_is_no_directory_is_refused_and_nothing_changes() {
+fn paths_that_are_no_directory_are_refused() {
     let host = Host::new();
     host.exercises(["code path_not_directory", "code path_not_found"]);
     host.add(host.project("p"));
@@ -150,20 +150,20 @@ fn what_is_no_directory_is_refused_and_nothing_changes() {
 }
 
 #[test]
-fn a_path_that_is_not_utf8_is_refused() {
+fn non_utf8_path_is_refused() {
     let host = Host::new();
     host.exercises(["code path_not_utf8"]);
     let project = host.project(OsStr::from_bytes(b"caf\xe9"));
     let add = host.openwork([OsStr::new("workspace"), OsStr::new("add"), project.as_os_str()]);
     add.fails(1, "path_not_utf8");
-    // Also when only the real path is not.
+    // A UTF-8 link to such a directory is refused as well.
     symlink(&project, host.path("link")).unwrap();
     host.openwork(["workspace", "add", utf8(&host.path("link"))]).fails(1, "path_not_utf8");
     assert_eq!(host.names(), [""; 0]);
 }
 
 #[test]
-fn a_path_that_may_not_be_looked_at_is_refused() {
+fn inaccessible_path_is_refused() {
     let host = Host::unprivileged();
     let project = host.project("locked/p");
     let locked = host.path("projects/locked");
@@ -175,7 +175,7 @@ fn a_path_that_may_not_be_looked_at_is_refused() {
 }
 
 #[test]
-fn unusual_directories_are_directories() {
+fn unusual_directory_names_work() {
     let host = Host::new();
     for name in
         ["with space", "ünïcödé", "'quote\"", "new\nline", "%2F", "per%cent", "ws-0123456789ab", "-dash", ".dot"]
@@ -183,7 +183,7 @@ fn unusual_directories_are_directories() {
         let project = host.project(name);
         let id = host.add(&project);
         assert_eq!(id, id_of(utf8(&project)), "{name}");
-        // OpenCode gets the very same string.
+        // OpenCode gets exactly the same string.
         assert_eq!(host.openwork(["workspace", "path", &id]).json()["path"]["directory"], utf8(&project));
     }
     host.openwork(["workspace", "add", "/", "--force"]).ok();
@@ -192,7 +192,7 @@ fn unusual_directories_are_directories() {
 // --- Names ---
 
 #[test]
-fn a_derived_name_that_is_taken_gets_a_number() {
+fn taken_derived_name_gets_a_number() {
     let host = Host::new();
     host.exercises(["command workspace remove"]);
     for dir in ["a/same", "b/same", "c/same"] {
@@ -204,7 +204,7 @@ fn a_derived_name_that_is_taken_gets_a_number() {
 }
 
 #[test]
-fn a_derived_name_is_always_valid() {
+fn derived_names_are_valid() {
     let host = Host::new();
     host.exercises(["command workspace info"]);
     let longest = "x".repeat(200);
@@ -216,13 +216,13 @@ fn a_derived_name_is_always_valid() {
         assert!(!name.starts_with(['-', '.', '~', '@']), "{name:?}");
         assert!(!name.contains(|c: char| c.is_control() || c == '\u{202e}'), "{name:?}");
         assert_ne!(name, dir);
-        // It is a selector: the name means this workspace and no other.
+        // The name selects exactly this workspace.
         assert_eq!(host.openwork(["workspace", "info", name]).json()["workspace"]["id"], *id);
     }
 }
 
 #[test]
-fn a_given_name_is_taken_as_it_is() {
+fn given_name_is_kept_unchanged() {
     let host = Host::new();
     let longest = "é".repeat(100);
     for (n, name) in ["My Project", "日本語", "a.b-c~d@e", "ws-x", &longest].into_iter().enumerate() {
@@ -233,7 +233,7 @@ fn a_given_name_is_taken_as_it_is() {
 }
 
 #[test]
-fn a_name_that_is_none_is_refused() {
+fn invalid_names_are_refused() {
     let host = Host::new();
     let (project, other) = (host.project("p"), host.project("other"));
     host.add(&other);
@@ -252,7 +252,7 @@ fn a_name_that_is_none_is_refused() {
 }
 
 #[test]
-fn a_given_name_that_is_taken_is_refused() {
+fn taken_names_are_refused() {
     let host = Host::new();
     host.exercises(["code name_taken"]);
     host.add(host.project("a"));
@@ -292,7 +292,7 @@ fn renaming_keeps_everything_else() {
     assert_eq!(after["name"], "new name");
     after["name"] = "p".into();
     assert_eq!(after, before);
-    // To its own name is no conflict.
+    // Renaming to the current name is no conflict.
     host.openwork(["workspace", "rename", "new name", "new name"]).ok();
     let renamed = host.http("PATCH", &format!("/workspaces/{id}")).json(json!({"name": "over http"})).ok();
     assert_eq!(renamed["workspace"]["name"], "over http");
@@ -301,7 +301,7 @@ fn renaming_keeps_everything_else() {
 // --- Remotes ---
 
 #[test]
-fn a_remote_is_stored_under_its_one_url() {
+fn remote_urls_are_normalised() {
     let host = Host::new();
     host.exercises(["command workspace add-remote"]);
     for (given, stored, name) in [
@@ -320,7 +320,7 @@ fn a_remote_is_stored_under_its_one_url() {
 }
 
 #[test]
-fn a_directory_there_makes_another_remote() {
+fn remote_directory_makes_a_separate_workspace() {
     let host = Host::new();
     host.exercises(["option --directory", "route POST /workspaces/remote"]);
     let add = |directory: &str| {
@@ -339,7 +339,7 @@ fn a_directory_there_makes_another_remote() {
 }
 
 #[test]
-fn a_url_that_is_none_is_refused() {
+fn invalid_urls_are_refused() {
     let host = Host::new();
     host.exercises(["code invalid_url"]);
     for url in [
@@ -370,14 +370,14 @@ fn a_url_that_is_none_is_refused() {
 }
 
 #[test]
-fn a_remote_has_no_instance_here() {
+fn remote_workspace_has_no_instance() {
     let host = Host::new();
     host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
     host.openwork(["workspace", "path", "h.example"]).fails(1, "workspace_is_remote");
     host.openwork(["instance", "dispose", "h.example"]).fails(1, "workspace_is_remote");
     host.http("GET", "/workspaces/h.example/path").fails(409, "workspace_is_remote");
     host.http("POST", "/instances/h.example/dispose").json(json!({})).fails(409, "workspace_is_remote");
-    // It is an entry like any other for the rest.
+    // All other commands treat it like any workspace.
     host.openwork(["workspace", "switch", "h.example"]).ok();
     host.openwork(["workspace", "rename", "h.example", "there"]).ok();
     host.openwork(["workspace", "remove", "there"]).ok();
@@ -386,7 +386,7 @@ fn a_remote_has_no_instance_here() {
 // --- Listing, switching, removing ---
 
 #[test]
-fn the_list_marks_the_active_one() {
+fn list_marks_the_active_workspace() {
     let host = Host::new();
     host.exercises(["option -q"]);
     let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
@@ -404,7 +404,7 @@ fn the_list_marks_the_active_one() {
 }
 
 #[test]
-fn the_current_one_is_the_one_switched_to() {
+fn current_follows_switch() {
     let host = Host::new();
     host.exercises(["route POST /workspaces/:id/activate"]);
     let (alpha, beta) = (host.add(host.project("alpha")), host.add(host.project("beta")));
@@ -422,7 +422,7 @@ fn the_current_one_is_the_one_switched_to() {
 }
 
 #[test]
-fn info_is_the_entry() {
+fn info_shows_the_entry() {
     let host = Host::new();
     host.exercises(["route GET /workspaces/:id"]);
     let project = host.project("p");
@@ -435,7 +435,7 @@ fn info_is_the_entry() {
 }
 
 #[test]
-fn removing_the_active_one_leaves_none_active() {
+fn removing_the_active_workspace_leaves_none_active() {
     let host = Host::new();
     host.exercises(["route DELETE /workspaces/:id"]);
     let a = host.add(host.project("a"));
@@ -450,13 +450,13 @@ fn removing_the_active_one_leaves_none_active() {
     host.http("DELETE", "/workspaces/b").ok();
     assert_eq!(host.names(), [""; 0]);
     host.http("DELETE", "/workspaces/b").fails(404, "workspace_not_found");
-    // An empty registry has a first one again.
+    // In an empty registry the first workspace becomes active again.
     let first = host.add(host.project("c"));
     assert_eq!(host.health()["activeId"], *first);
 }
 
 #[test]
-fn a_directory_that_has_gone_is_marked_and_not_used() {
+fn missing_directory_is_marked_and_not_used() {
     let host = Host::new();
     let project = host.project("gone");
     let id = host.add(&project);
@@ -470,19 +470,19 @@ fn a_directory_that_has_gone_is_marked_and_not_used() {
     host.http("GET", &format!("/workspaces/{id}/path")).fails(404, "path_not_found");
     assert_eq!(host.recorded("instances"), [""; 0]);
 
-    // It is back when it is back.
+    // The workspace works again once the directory is back.
     host.project("gone");
     host.openwork(["workspace", "path", "gone"]).ok();
     assert_eq!(host.openwork(["workspace", "list"]).json()["workspaces"][0].get("missing"), None);
 }
 
 #[test]
-fn a_use_is_put_down() {
+fn use_updates_last_used_at() {
     let host = Host::new();
     host.add(host.project("p"));
     let used = || host.state()["workspaces"][0]["lastUsedAt"].as_u64().unwrap();
     let added = used();
-    // Until the clock has moved on.
+    // Repeat until the clock has advanced.
     wait_for("a later use to be written", || {
         host.openwork(["workspace", "path", "p"]).ok();
         used() > added
@@ -492,7 +492,7 @@ fn a_use_is_put_down() {
     assert!(used() >= last);
 }
 
-// --- Without a daemon, and files of others ---
+// --- Without a daemon, and foreign state files ---
 
 #[test]
 fn reading_needs_no_daemon() {
@@ -511,7 +511,7 @@ fn reading_needs_no_daemon() {
     assert_eq!(host.processes(), [0; 0]);
 }
 
-/// As OpenWork's own orchestrator, or a later version of ours, might have written it.
+/// A state file as OpenWork's own orchestrator or a later openwork might write it.
 fn foreign_state(project: &Path) -> Value {
     json!({
         "version": 1,
@@ -554,7 +554,7 @@ fn unknown_fields_survive_at_every_level() {
 }
 
 #[test]
-fn entries_are_taken_as_stored() {
+fn entries_are_read_as_stored() {
     let host = Host::new();
     host.write_state(foreign_state(&host.project("p")).to_string());
     let list = host.openwork(["workspace", "list"]).json();
@@ -566,7 +566,7 @@ fn entries_are_taken_as_stored() {
 }
 
 #[test]
-fn a_body_is_an_object() {
+fn body_must_be_an_object() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let path = host.project("p");
@@ -578,7 +578,7 @@ fn a_body_is_an_object() {
 // --- Moving ---
 
 #[test]
-fn a_workspace_follows_its_directory() {
+fn move_updates_path_and_id() {
     let host = Host::new();
     host.exercises(["command workspace move", "route POST /workspaces/:id/move"]);
     let before = host.project("before");
@@ -600,7 +600,7 @@ fn a_workspace_follows_its_directory() {
     for field in ["name", "createdAt", "lastUsedAt", "workspaceType"] {
         assert_eq!(new[field], old[field], "{field}");
     }
-    // Its id is that of the directory, as if it had been added there.
+    // The id is derived from the new directory.
     assert_eq!(host.add(&after), new["id"]);
     assert_eq!(host.state()["activeId"], new["id"]);
     let removed = events.find(|event| event["type"] == "workspace.removed").unwrap();
@@ -610,7 +610,7 @@ fn a_workspace_follows_its_directory() {
     let path = host.openwork(["workspace", "path", "mine"]).ok();
     assert_eq!(path.stdout.trim_end(), after.to_str().unwrap());
 
-    // The one that was active before is that also under its new id.
+    // The previous workspace keeps that role under its new id.
     host.openwork(["workspace", "switch", "other"]).ok();
     let third = host.project("third");
     let moved = host.http("POST", "/workspaces/mine/move").json(json!({"path": third})).ok();
@@ -618,14 +618,14 @@ fn a_workspace_follows_its_directory() {
     assert_eq!(moved["activeId"], other);
     host.openwork(["workspace", "switch", "-"]).ok();
     assert_eq!(host.state()["activeId"], moved["workspace"]["id"]);
-    // To where it is already is no change.
+    // Moving to the current directory changes nothing.
     let again = host.http("POST", "/workspaces/mine/move").json(json!({"path": third})).ok();
     assert_eq!(again["workspace"]["id"], moved["workspace"]["id"]);
     assert_eq!(host.names(), ["mine", "other"]);
 }
 
 #[test]
-fn a_workspace_cannot_be_moved_where_none_can_be() {
+fn move_to_an_invalid_place_is_refused() {
     let host = Host::new();
     let ids = ["a", "b"].map(|name| host.add(host.project(name)));
     host.openwork(["workspace", "add-remote", "https://h.example", "--name", "far"]).ok();
@@ -641,14 +641,14 @@ fn a_workspace_cannot_be_moved_where_none_can_be() {
     move_to("a", Path::new("relative")).fails(400, "bad_request");
     move_to("a", &host.path("nowhere")).fails(404, "path_not_found");
     move_to("none", &host.project("c")).fails(404, "workspace_not_found");
-    // No abbreviation, for what changes the registry.
+    // Changes of the registry take no abbreviation.
     move_to(&ids[0][..9], &host.project("c")).fails(404, "workspace_not_found");
     host.openwork(["workspace", "move", "a", ""]).fails(1, "path_not_found");
     assert_eq!(host.names(), ["a", "b", "far"]);
 }
 
 #[test]
-fn a_name_made_unique_is_not_longer_than_names_are() {
+fn numbered_name_keeps_the_length_limit() {
     let host = Host::new();
     let name = "é".repeat(120);
     for parent in ["x", "y"] {

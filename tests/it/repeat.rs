@@ -1,4 +1,4 @@
-//! A change whose daemon dies before the reply is asked for again, and must not happen to another
+//! The client repeats a change when the daemon dies before the reply; the repetition must not hit another
 //! workspace.
 
 use std::fs;
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::support::{Host, compiled};
 
-/// The library that kills a daemon between a change on disk and the reply.
+/// The preloaded library that kills a daemon between the write and the reply.
 fn die_after_write() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| compiled("die_after_write.so", &["die_after_write.rs"], &["--crate-type", "cdylib"]))
@@ -23,11 +23,11 @@ fn host() -> Host {
     host.set("DIE_AFTER_WRITE", order);
     host.add(host.project("web"));
     host.add(host.project("web-api"));
-    // It has loaded the library: the next daemon of a host would too.
+    // The running daemon has loaded the library, and so will each next one.
     host
 }
 
-/// Lets the daemon die after its next change; `change` then has to notice and ask the next daemon.
+/// Makes the daemon die after its next write; `change` has to notice and ask the next daemon.
 fn dies_during(host: &Host, change: impl FnOnce()) {
     let before = host.daemon_pid();
     fs::write(host.path("die"), "").unwrap();
@@ -38,21 +38,21 @@ fn dies_during(host: &Host, change: impl FnOnce()) {
 
 #[test]
 #[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
-fn a_removal_that_is_repeated_removes_one_workspace() {
+fn repeated_remove_removes_one_workspace() {
     let host = host();
     dies_during(&host, || {
         let removed = host.openwork(["workspace", "remove", "web"]).json();
         assert_eq!((&removed["workspace"]["name"], &removed["activeId"]), (&json!("web"), &json!("")));
     });
     assert_eq!(host.names(), ["web-api"]);
-    // Somebody else removes it for good: that is not what this command has done.
+    // A workspace that an earlier command removed is not found.
     host.openwork(["workspace", "remove", "web-api"]).ok();
     host.openwork(["workspace", "remove", "web-api"]).fails(4, "workspace_not_found");
 }
 
 #[test]
 #[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
-fn a_rename_that_is_repeated_renames_one_workspace() {
+fn repeated_rename_renames_one_workspace() {
     let host = host();
     dies_during(&host, || {
         let renamed = host.openwork(["workspace", "rename", "web", "site"]).json();
@@ -63,7 +63,7 @@ fn a_rename_that_is_repeated_renames_one_workspace() {
 
 #[test]
 #[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
-fn a_switch_that_is_repeated_can_still_be_taken_back() {
+fn repeated_switch_can_still_be_undone() {
     let host = host();
     for selector in ["web-api", "-"] {
         dies_during(&host, || {
@@ -77,7 +77,7 @@ fn a_switch_that_is_repeated_can_still_be_taken_back() {
 
 #[test]
 #[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
-fn an_addition_that_is_repeated_adds_one_workspace() {
+fn repeated_add_adds_one_workspace() {
     let host = host();
     dies_during(&host, || {
         host.openwork(["workspace", "add", host.project("c").to_str().unwrap(), "--name", "c"]).ok();
@@ -86,7 +86,7 @@ fn an_addition_that_is_repeated_adds_one_workspace() {
 }
 
 #[test]
-fn what_removes_or_renames_takes_no_abbreviation_over_http() {
+fn remove_and_rename_over_http_take_no_abbreviation() {
     let host = Host::new();
     let id = host.add(host.project("web-api"));
     let inside = host.project("web-api/inside");
@@ -100,7 +100,7 @@ fn what_removes_or_renames_takes_no_abbreviation_over_http() {
         host.http("POST", &format!("/instances/{selector}/dispose")).ok();
     }
     assert_eq!(host.names(), ["web-api"]);
-    // A person may abbreviate: the command finds out what that means first.
+    // On the command line abbreviations are fine: the command resolves them first.
     let directory = host.project("web-api").to_str().unwrap().replace('/', "%2F");
     host.http("PATCH", &format!("/workspaces/{directory}")).json(json!({"name": "site"})).ok();
     host.openwork(["workspace", "rename", "si", "web"]).ok();

@@ -15,7 +15,7 @@ fn started_at(host: &Host) -> u64 {
 }
 
 #[test]
-fn a_restart_keeps_pid_port_lock_and_opencode() {
+fn restart_keeps_pid_port_lock_and_opencode() {
     let host = Host::new();
     host.exercises(["command daemon restart"]);
     let project = host.project("p");
@@ -35,7 +35,7 @@ fn a_restart_keeps_pid_port_lock_and_opencode() {
 }
 
 #[test]
-fn no_connection_is_refused_and_the_port_is_never_free() {
+fn restart_refuses_no_connection_and_never_frees_the_port() {
     const CLIENTS: usize = 8;
     const RESTARTS: usize = 20;
     let host = Host::new();
@@ -48,13 +48,13 @@ fn no_connection_is_refused_and_the_port_is_never_free() {
             let (host, done, asked, failures) = (&host, &done, &asked, &failures);
             scope.spawn(move || {
                 while !done.load(Ordering::Relaxed) {
-                    // A connection is taken, and what is asked over it is answered: by whichever.
+                    // Every connection is accepted and every request answered, by either daemon.
                     if TcpStream::connect(("127.0.0.1", port)).is_err() {
                         failures.fetch_add(1, Ordering::Relaxed);
                     }
                     let target = if client % 2 == 0 { "/health" } else { "/w/p/path" };
                     match host.routed("GET", target).try_send() {
-                        // The successor is healthy once it has seen that its opencode is.
+                        // The successor reports 503 until it has checked opencode.
                         Some(reply) if reply.status == 200 || (target == "/health" && reply.status == 503) => {}
                         other => panic!("{target}: {other:?}"),
                     }
@@ -81,7 +81,7 @@ fn no_connection_is_refused_and_the_port_is_never_free() {
 }
 
 #[test]
-fn a_successor_has_the_environment_and_the_options_of_who_restarts() {
+fn successor_takes_environment_and_options_of_the_client() {
     let mut host = Host::new();
     for option in ["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT", "OPENWORK_OPENCODE_BIN"] {
         host.unset(option);
@@ -108,7 +108,7 @@ fn a_successor_has_the_environment_and_the_options_of_who_restarts() {
 }
 
 #[test]
-fn a_restart_to_another_port_stops_and_starts() {
+fn restart_to_another_port_starts_a_new_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode, port) = (host.daemon_pid(), host.opencode_pid(), free_port());
@@ -118,7 +118,7 @@ fn a_restart_to_another_port_stops_and_starts() {
 }
 
 #[test]
-fn a_restart_of_all_starts_opencode_anew() {
+fn restart_all_replaces_opencode() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode, port) = (host.daemon_pid(), host.opencode_pid(), host.port());
@@ -137,12 +137,12 @@ fn opencode_is_reaped_and_replaced_after_a_restart() {
     kill(opencode, Signal::KILL);
     wait_gone(opencode);
     until("another opencode", || host.health()["opencode"]["pid"].as_u64().filter(|pid| *pid != u64::from(opencode)));
-    // Its parent is the daemon, which it outlived as another program: no zombie stays.
+    // The daemon is still its parent after exec, so it has to reap it.
     wait_for("opencode to be reaped", || !fs::exists(format!("/proc/{opencode}")).unwrap());
 }
 
 #[test]
-fn a_program_that_is_none_leaves_the_daemon_as_it_was() {
+fn invalid_successor_program_changes_nothing() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, before) = (host.daemon_pid(), started_at(&host));
@@ -155,7 +155,7 @@ fn a_program_that_is_none_leaves_the_daemon_as_it_was() {
 }
 
 #[test]
-fn a_command_that_waits_longer_than_a_restart_goes_on_with_the_successor() {
+fn waiting_command_continues_after_a_restart() {
     let host = Host::new();
     host.behave("FAKE_LOAD_MS=2500");
     host.add(host.project("p"));
@@ -171,7 +171,7 @@ fn a_command_that_waits_longer_than_a_restart_goes_on_with_the_successor() {
 }
 
 #[test]
-fn no_web_page_says_what_the_daemon_becomes() {
+fn web_pages_cannot_restart_the_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start", "--cors", "http://localhost:3000"]).ok();
     let (daemon, before) = (host.daemon_pid(), started_at(&host));
@@ -184,7 +184,7 @@ fn no_web_page_says_what_the_daemon_becomes() {
 }
 
 #[test]
-fn credentials_that_no_successor_can_have_leave_the_daemon_as_it_was() {
+fn invalid_credentials_do_not_restart_the_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, before) = (host.daemon_pid(), started_at(&host));
@@ -204,12 +204,12 @@ fn credentials_that_no_successor_can_have_leave_the_daemon_as_it_was() {
 }
 
 #[test]
-fn a_successor_that_fails_is_replaced() {
+fn failed_successor_is_replaced() {
     let host = Host::new();
     host.exercises(["route POST /restart"]);
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
-    // It cannot be a daemon, and ends at once.
+    // /bin/true is no daemon and exits at once.
     host.http("POST", "/restart").json(json!({"program": "/bin/true", "environment": []})).ok();
     wait_gone(daemon);
     assert!(is_alive(opencode));

@@ -1,5 +1,4 @@
-//! `/w/<ws>/…`: every call of OpenCode's, in the directory of its workspace, and otherwise as it
-//! was made.
+//! `/w/<ws>/…`: OpenCode's calls, moved to the directory of the workspace and otherwise unchanged.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -24,20 +23,20 @@ fn host() -> (Host, PathBuf, PathBuf) {
     (host, p, q)
 }
 
-/// What `/echo` got.
+/// The request as `/echo` received it.
 fn echo(reply: &Reply) -> Value {
     assert_eq!(reply.status, 200, "{reply:?}");
     reply.json()
 }
 
-/// The values of a header in what `/echo` got.
+/// The values of a header in an echoed request.
 fn header(echo: &Value, name: &str) -> Vec<String> {
     let headers = echo["headers"].as_array().unwrap().iter();
     let of_name = headers.filter(|header| header[0].as_str().unwrap().eq_ignore_ascii_case(name));
     of_name.map(|header| header[1].as_str().unwrap().to_owned()).collect()
 }
 
-/// The calls about instances that opencode got, health probes and such apart.
+/// The requests that opencode received, without those of the daemon itself.
 fn calls(host: &Host) -> Vec<Value> {
     let requests = host.requests().into_iter();
     let ours = ["/global/", "/api/info", "/api/event", "/api/debug/location"];
@@ -48,7 +47,7 @@ fn calls(host: &Host) -> Vec<Value> {
 // --- The directory ---
 
 #[test]
-fn a_call_is_about_the_directory_of_its_workspace() {
+fn call_acts_in_the_directory_of_its_workspace() {
     let (host, p, q) = host();
     for (name, directory) in [("p", &p), ("q", &q), ("@active", &p)] {
         let reply = host.routed("GET", &format!("/w/{name}/path")).send();
@@ -58,7 +57,7 @@ fn a_call_is_about_the_directory_of_its_workspace() {
 }
 
 #[test]
-fn an_unusual_directory_is_passed_on_as_it_is() {
+fn unusual_directory_names_reach_opencode() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     for name in ["with space", "ünïcödé", "100%", "%2F", "plus+and&=?#", "quote\"'", "new\nline"] {
@@ -70,7 +69,7 @@ fn an_unusual_directory_is_passed_on_as_it_is() {
 }
 
 #[test]
-fn no_other_directory_can_be_asked_for() {
+fn client_cannot_choose_another_directory() {
     let (host, p, q) = host();
     let other = q.to_str().unwrap();
     for query in [
@@ -108,7 +107,7 @@ fn no_other_directory_can_be_asked_for() {
 }
 
 #[test]
-fn a_path_is_passed_on_as_it_is_spelled() {
+fn path_is_forwarded_verbatim() {
     let (host, p, _) = host();
     for path in [
         "/echo/../x",
@@ -134,7 +133,7 @@ fn a_path_is_passed_on_as_it_is_spelled() {
 }
 
 #[test]
-fn a_path_cannot_leave_its_workspace() {
+fn path_cannot_leave_its_workspace() {
     let (host, ..) = host();
     for target in [
         "/w/../workspaces",
@@ -155,7 +154,7 @@ fn a_path_cannot_leave_its_workspace() {
 // --- The request ---
 
 #[test]
-fn a_request_is_passed_on_as_it_is() {
+fn request_is_forwarded_unchanged() {
     let (host, p, _) = host();
     for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"] {
         let request =
@@ -171,7 +170,7 @@ fn a_request_is_passed_on_as_it_is() {
         {
             assert_eq!(header(&got, name), [value], "{name}");
         }
-        // What it has to be for opencode.
+        // The daemon replaces these.
         assert_eq!(header(&got, "host"), [host.opencode_address().to_string()]);
         assert_eq!(header(&got, "authorization"), [host.credentials()]);
         assert_eq!(header(&got, "x-opencode-directory").len(), 1);
@@ -179,7 +178,7 @@ fn a_request_is_passed_on_as_it_is() {
 }
 
 #[test]
-fn what_is_about_one_connection_is_not_passed_on() {
+fn hop_by_hop_headers_are_not_forwarded() {
     let (host, ..) = host();
     let request =
         host.routed("GET", "/w/p/echo").header("Connection", "keep-alive, X-Only-Here").header("X-Only-Here", "1");
@@ -196,9 +195,9 @@ fn what_is_about_one_connection_is_not_passed_on() {
 }
 
 #[test]
-fn how_a_body_is_framed_is_about_more_than_one_connection() {
+fn connection_header_cannot_remove_the_framing() {
     let (host, ..) = host();
-    // Without its length it would be requests of its own.
+    // Without its length the body would be parsed as further requests.
     let body = "DELETE /session/evil HTTP/1.1\r\nHost: x\r\n\r\n";
     for named in ["content-length", "close, Content-Length", "Upgrade, content-length"] {
         let request = host.routed("POST", "/w/p/echo").and_header("Connection", named).and_header("Upgrade", "x");
@@ -211,7 +210,7 @@ fn how_a_body_is_framed_is_about_more_than_one_connection() {
 }
 
 #[test]
-fn a_body_of_any_size_is_passed_on() {
+fn body_of_any_size_is_forwarded() {
     const SIZE: usize = 5_000_000;
     let (host, ..) = host();
     let bytes = host.routed("POST", "/w/p/upload").body(vec![b'u'; SIZE]).send().json();
@@ -238,7 +237,7 @@ fn head(host: &Host, line: &str, headers: &str) -> String {
 }
 
 #[test]
-fn a_client_that_waits_to_be_asked_for_its_body_is_asked() {
+fn expect_100_continue_is_answered() {
     let (host, ..) = host();
     let mut stream = host.connect();
     stream
@@ -257,7 +256,7 @@ fn a_client_that_waits_to_be_asked_for_its_body_is_asked() {
 }
 
 #[test]
-fn only_the_request_is_passed_on() {
+fn bytes_after_a_request_are_not_forwarded() {
     let (host, p, _) = host();
     let hidden = head(&host, "POST /w/p/session", "Content-Length: 0\r\n");
     for request in [
@@ -276,7 +275,7 @@ fn only_the_request_is_passed_on() {
 }
 
 #[test]
-fn what_comes_after_a_body_in_pieces_is_not_passed_on() {
+fn bytes_after_a_split_body_are_not_forwarded() {
     let (host, p, _) = host();
     let hidden = head(&host, "POST /w/p/session", "Content-Length: 0\r\n");
     let pieces = [
@@ -287,7 +286,7 @@ fn what_comes_after_a_body_in_pieces_is_not_passed_on() {
     for (count, ((framing, first, last), mut stream)) in connections.enumerate() {
         let request = head(&host, "POST /w/p/echo", framing) + first;
         stream.write_all(request.as_bytes()).unwrap();
-        // The second piece comes when the first has reached opencode.
+        // Send the second piece once the first has reached opencode.
         wait_for("opencode to have the head", || calls(&host).len() == count + 1);
         stream.write_all((last.to_owned() + &hidden).as_bytes()).unwrap();
         assert_eq!(echo(&Reply::parse(&read_to_close(&mut stream)).unwrap())["body"], "the body");
@@ -297,7 +296,7 @@ fn what_comes_after_a_body_in_pieces_is_not_passed_on() {
 }
 
 #[test]
-fn a_request_has_one_idea_of_its_length() {
+fn conflicting_lengths_are_refused() {
     let (host, ..) = host();
     for headers in [
         "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
@@ -322,11 +321,11 @@ fn a_request_has_one_idea_of_its_length() {
 }
 
 #[test]
-fn chunks_that_are_none_are_no_body() {
+fn malformed_chunks_are_refused() {
     let (host, ..) = host();
     for chunks in ["zz\r\n", "-1\r\n", "4\r\nbodyX", "ffffffffffffffffff\r\n", "4 4\r\nbody\r\n0\r\n\r\n", "\r\n"] {
         let request = head(&host, "POST /w/p/upload", "Transfer-Encoding: chunked\r\n") + chunks;
-        // Told or dropped, if only it is not taken for a body and not waited for.
+        // The daemon may refuse or close, but must neither accept the body nor wait.
         for stream in host.connections() {
             let reply = Reply::parse(&host.send_raw_on(stream, &request));
             assert!(reply.is_none_or(|reply| reply.status >= 400), "{chunks:?}");
@@ -336,7 +335,7 @@ fn chunks_that_are_none_are_no_body() {
 }
 
 #[test]
-fn a_request_that_breaks_off_is_not_waited_for() {
+fn truncated_request_is_dropped() {
     let (host, ..) = host();
     let ends = [Shutdown::Write, Shutdown::Both];
     for (end, mut stream) in ends.into_iter().flat_map(|end| host.connections().map(|stream| (end, stream))) {
@@ -346,7 +345,7 @@ fn a_request_that_breaks_off_is_not_waited_for() {
         let reply = Reply::parse(&read_to_close(&mut stream));
         assert!(reply.is_none_or(|reply| reply.status >= 400));
     }
-    wait_for("nothing to be under way", || streams(&host, "p") == 0);
+    wait_for("no request to be under way", || streams(&host, "p") == 0);
 }
 
 /// How many requests are under way in a workspace.
@@ -360,7 +359,7 @@ fn streams(host: &Host, name: &str) -> u64 {
 // --- The reply ---
 
 #[test]
-fn a_reply_is_passed_on_as_it_is() {
+fn reply_is_forwarded_unchanged() {
     let (host, ..) = host();
     let page = if IS_V2 { "/w/p/" } else { "/w/p/anything" };
     let html = host.routed("GET", page).send();
@@ -370,19 +369,19 @@ fn a_reply_is_passed_on_as_it_is() {
     let large = host.routed("GET", "/w/p/download?bytes=5000000").send();
     assert!(large.body.len() == 5_000_000 && large.body.iter().all(|byte| *byte == b'd'));
 
-    // Chunk by chunk, with its trailers.
+    // Chunks and trailers stay as they are.
     let chunked = host.send_raw(head(&host, "GET /w/p/chunked", ""));
     let reply = Reply::parse(&chunked).unwrap();
     assert_eq!((reply.header("transfer-encoding"), reply.header("trailer")), (Some("chunked"), Some("x-parts")));
     assert_eq!(String::from_utf8(reply.body).unwrap(), "4\r\none \r\n4\r\ntwo \r\n0\r\nx-parts: 2\r\n\r\n");
 
-    // Of a head there is no more, whatever length it speaks of.
+    // A reply to HEAD has no body, whatever its length says.
     let of_head = Reply::parse(&host.send_raw(head(&host, "HEAD /w/p/echo", ""))).unwrap();
     assert_eq!((of_head.status, of_head.header("content-length"), of_head.body.len()), (200, Some("1000"), 0));
 }
 
 #[test]
-fn an_error_of_opencode_is_passed_on_as_it_is() {
+fn error_reply_is_forwarded_unchanged() {
     let host = Host::new();
     host.behave("FAKE_FAIL=/path");
     host.openwork(["daemon", "start"]).ok();
@@ -393,7 +392,7 @@ fn an_error_of_opencode_is_passed_on_as_it_is() {
 }
 
 #[test]
-fn events_come_as_they_happen() {
+fn events_are_forwarded_at_once() {
     let (host, p, _) = host();
     let mut of_instance = host.routed("GET", "/w/p/event").events();
     let mut of_all = host.routed("GET", &format!("/w/q{ALL_EVENTS}")).events();
@@ -414,7 +413,7 @@ fn events_come_as_they_happen() {
     host.dispose_directly(&p);
     match IS_V2 {
         true => drop(of_instance.find(|event| event["type"] == "location.shutdown").unwrap()),
-        // With the instance ends its stream, and not that of all.
+        // The stream of the instance ends with it; the global stream stays.
         false => assert_eq!(of_instance.find(|event| event["type"] == "no such"), None),
     }
     of_all.find(|event| is(event, if IS_V2 { "location.shutdown" } else { "server.instance.disposed" })).unwrap();
@@ -423,7 +422,7 @@ fn events_come_as_they_happen() {
 }
 
 #[test]
-fn a_client_that_goes_away_is_gone_for_opencode_too() {
+fn client_disconnect_reaches_opencode() {
     let (host, p, _) = host();
     let events = host.routed("GET", "/w/p/event").events();
     let target = passed(EVENTS, &p);
@@ -433,17 +432,17 @@ fn a_client_that_goes_away_is_gone_for_opencode_too() {
 }
 
 #[test]
-fn one_that_dies_before_it_replies_is_an_error() {
+fn opencode_dying_before_its_reply_is_an_error() {
     let (host, p, _) = host();
     let reply = host.routed("POST", "/w/p/die-first").send();
     reply.refused(502, "opencode_error");
     assert_eq!(reply.header("x-openwork-error"), Some("opencode_error"));
-    // It may have been carried out: it is not sent again.
+    // opencode may have executed it, so it is not repeated.
     assert_eq!(calls(&host).iter().filter(|call| call["target"] == passed("/die-first", &p)).count(), 1);
 }
 
 #[test]
-fn only_a_request_that_changes_nothing_is_sent_again() {
+fn only_safe_requests_are_retried() {
     let (host, ..) = host();
     for (method, body, times) in [
         ("GET", "", 2),
@@ -464,7 +463,7 @@ fn only_a_request_that_changes_nothing_is_sent_again() {
 }
 
 #[test]
-fn a_request_waits_for_the_disposal_of_its_instance() {
+fn request_waits_for_the_disposal_of_its_instance() {
     let host = Host::new();
     let (p, q) = (host.project("p"), host.project("q"));
     host.openwork(["daemon", "start", "--idle-ttl", "1s"]).ok();
@@ -479,7 +478,7 @@ fn a_request_waits_for_the_disposal_of_its_instance() {
     let before = calls(&host).len();
     thread::scope(|scope| {
         let waiting = scope.spawn(|| host.routed("GET", "/w/p/path").send());
-        // Other instances are not held up, and give the request time to be sent by mistake.
+        // Requests to other instances pass, and give this one time to be sent by mistake.
         for _ in 0..20 {
             host.routed("GET", "/w/q/path").send();
         }
@@ -491,7 +490,7 @@ fn a_request_waits_for_the_disposal_of_its_instance() {
 }
 
 #[test]
-fn one_that_dies_while_it_replies_is_a_broken_connection() {
+fn opencode_dying_during_its_reply_breaks_the_connection() {
     let (host, ..) = host();
     for stream in host.connections() {
         let reply = Reply::parse(&host.send_raw_on(stream, head(&host, "GET /w/p/die-mid", ""))).unwrap();
@@ -501,7 +500,7 @@ fn one_that_dies_while_it_replies_is_a_broken_connection() {
 }
 
 #[test]
-fn interim_replies_come_whole_however_slowly_they_are_read() {
+fn interim_replies_reach_a_slow_reader_complete() {
     const COUNT: usize = 4000;
     let (host, ..) = host();
     let request = head(&host, &format!("GET /w/p/interim?count={COUNT}"), "");
@@ -518,14 +517,14 @@ fn interim_replies_come_whole_however_slowly_they_are_read() {
     assert_eq!(interim.matches("HTTP/1.1 103").count(), COUNT);
     assert!(reply.ends_with("\r\n\r\ntrue"), "{reply}");
 
-    // HTTP/1.0 has none.
+    // HTTP/1.0 has no interim replies.
     let old = host.send_raw(request.replace("HTTP/1.1", "HTTP/1.0"));
     assert!(!String::from_utf8(old).unwrap().contains(" 103 "));
 }
 
 // --- Upgrades ---
 
-/// A tunnel, and what came behind the reply.
+/// Opens a tunnel and sends `at_once` with the request. Returns the tunnel and the echo.
 fn upgrade(host: &Host, at_once: &str) -> (TcpStream, Vec<u8>) {
     let mut stream = host.connect();
     let headers = "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n";
@@ -547,9 +546,9 @@ fn upgrade(host: &Host, at_once: &str) -> (TcpStream, Vec<u8>) {
 }
 
 #[test]
-fn an_upgrade_is_a_tunnel() {
+fn upgrade_opens_a_tunnel() {
     let (host, ..) = host();
-    // What is sent before the reply is there belongs to the tunnel.
+    // Bytes sent before the reply belong to the tunnel.
     let (mut stream, first) = upgrade(&host, "at once");
     assert_eq!(first, b"at once");
     let large = vec![b't'; 1_000_000];
@@ -558,7 +557,7 @@ fn an_upgrade_is_a_tunnel() {
         let sent = &large;
         scope.spawn(move || {
             writer.write_all(sent).unwrap();
-            // The end of one side is not the end of the other.
+            // Half-closing leaves the other direction open.
             writer.shutdown(Shutdown::Write).unwrap();
         });
         assert!(read_to_close(&mut stream) == large);
@@ -567,17 +566,17 @@ fn an_upgrade_is_a_tunnel() {
 }
 
 #[test]
-fn a_tunnel_ends_with_opencode() {
+fn tunnel_ends_with_opencode() {
     let (host, ..) = host();
     let (mut stream, _) = upgrade(&host, "");
     kill(host.opencode_pid(), Signal::KILL);
     assert_eq!(read_to_close(&mut stream), b"");
 }
 
-// --- Who may ---
+// --- Credentials and origins ---
 
 #[test]
-fn the_credentials_are_those_of_opencode() {
+fn routes_require_the_credentials_of_opencode() {
     let (host, ..) = host();
     host.exercises(["code unauthorized"]);
     let password = host.password();
@@ -604,12 +603,12 @@ fn the_credentials_are_those_of_opencode() {
         host.http("GET", target).fails(401, "unauthorized");
     }
     assert_eq!(calls(&host), [Value::Null; 0]);
-    // What the daemon itself is asked needs none.
+    // The control plane needs none.
     host.http("GET", "/workspaces").ok();
 }
 
 #[test]
-fn a_page_on_the_list_may_ask() {
+fn allowed_origin_may_call_routes() {
     let (host, ..) = host();
     let origin = "tauri://localhost";
     let reply = host.routed("GET", "/w/p/path").header("Origin", origin).send();
@@ -617,7 +616,7 @@ fn a_page_on_the_list_may_ask() {
         let headers = reply.headers.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
         headers.map(|(_, value)| value.as_str()).collect::<Vec<_>>()
     };
-    // Ours, and opencode's not beside it.
+    // Only the daemon's headers, without opencode's beside them.
     assert_eq!((values("access-control-allow-origin"), values("vary")), (vec![origin], vec!["Origin"]));
     let preflight = host.http("OPTIONS", "/w/p/session").header("Origin", origin);
     assert_eq!(preflight.send().status, 204);
@@ -626,10 +625,10 @@ fn a_page_on_the_list_may_ask() {
     assert_eq!(calls(&host).len(), 1);
 }
 
-// --- Which workspace ---
+// --- Selectors ---
 
 #[test]
-fn what_is_no_local_workspace_is_an_error_of_ours() {
+fn routes_need_a_known_local_workspace() {
     let (host, p, _) = host();
     host.openwork(["workspace", "add-remote", "http://h.example"]).ok();
     for (target, status, code) in [
@@ -652,34 +651,34 @@ fn what_is_no_local_workspace_is_an_error_of_ours() {
 }
 
 #[test]
-fn the_active_one_is_followed_by_new_requests() {
+fn new_requests_follow_the_active_workspace() {
     let (host, p, q) = host();
     let mut events = host.routed("GET", "/w/@active/event").events();
     host.openwork(["workspace", "switch", "q"]).ok();
     let directory = |host: &Host| host.routed("GET", "/w/@active/path").send().json()["directory"].clone();
     assert_eq!(directory(&host), q.to_str().unwrap());
-    // What is under way stays where it was.
+    // Requests under way stay with their workspace.
     host.routed("POST", "/w/p/session").send();
     events.find(|event| event["type"] == "session.created").unwrap();
     host.openwork(["workspace", "switch", "-"]).ok();
     assert_eq!(directory(&host), p.to_str().unwrap());
 }
 
-// --- When opencode is not there ---
+// --- opencode down ---
 
 #[test]
-fn a_dead_opencode_is_woken() {
+fn request_restarts_a_dead_opencode() {
     let (host, p, _) = host();
     let before = host.opencode_pid();
     kill(before, Signal::KILL);
-    // What it has been sent while it died, it may have begun to do.
+    // A request that reaches the dying process must not be repeated, so wait for its end.
     wait_gone(before);
     thread::scope(|scope| {
         for n in 0..32 {
             let (host, p) = (&host, &p);
             scope.spawn(move || match n % 2 {
                 0 => assert_eq!(host.routed("GET", "/w/p/path").send().json()["directory"], p.to_str().unwrap()),
-                // Nothing of it was sent before.
+                // Not a byte of this request had been sent yet.
                 _ => assert_eq!(
                     echo(&host.routed("POST", "/w/p/echo").body("x".repeat(100_000)).send())["length"],
                     100_000
@@ -692,7 +691,7 @@ fn a_dead_opencode_is_woken() {
 }
 
 #[test]
-fn one_that_does_not_come_is_an_error_of_ours() {
+fn failed_start_of_opencode_is_reported() {
     let host = Host::new();
     host.behave("FAKE_NEVER_LISTEN=1");
     host.add(host.project("p"));
@@ -707,7 +706,7 @@ fn one_that_does_not_come_is_an_error_of_ours() {
 }
 
 #[test]
-fn a_url_outlives_opencode_and_the_daemon() {
+fn workspace_url_outlives_opencode_and_the_daemon() {
     let (host, p, _) = host();
     let port = host.port();
     let still_there = || {
@@ -727,7 +726,7 @@ fn a_url_outlives_opencode_and_the_daemon() {
 }
 
 #[test]
-fn a_stop_ends_what_is_under_way() {
+fn stop_ends_streams_and_tunnels() {
     let (host, ..) = host();
     let mut events = host.routed("GET", "/w/p/event").events();
     let (mut tunnel, _) = upgrade(&host, "");
@@ -737,7 +736,7 @@ fn a_stop_ends_what_is_under_way() {
 }
 
 #[test]
-fn many_streams_are_in_nobodys_way() {
+fn many_streams_do_not_block_requests() {
     let (host, ..) = host();
     let mut streams: Vec<_> = (0..200).map(|_| host.routed("GET", "/w/p/event").events()).collect();
     host.routed("GET", "/w/p/path").send();
@@ -747,25 +746,25 @@ fn many_streams_are_in_nobodys_way() {
     }
     assert_eq!(self::streams(&host, "p"), 200);
     drop(streams);
-    wait_for("them to be done", || self::streams(&host, "p") == 0);
+    wait_for("the streams to be done", || self::streams(&host, "p") == 0);
 }
 
 #[test]
-fn a_use_is_put_down() {
+fn use_updates_last_used_at() {
     let (host, ..) = host();
     let used = || {
         let list = host.http("GET", "/workspaces").ok();
         list["workspaces"][1]["lastUsedAt"].as_u64().unwrap()
     };
     let added = used();
-    wait_for("a later use", || {
+    wait_for("a later last use", || {
         host.routed("GET", "/w/q/path").send();
         used() > added
     });
 }
 
 #[test]
-fn credentials_are_taken_in_every_spelling() {
+fn credentials_are_accepted_in_every_form() {
     let (host, p, _) = host();
     let credentials = host.credentials();
     let token = credentials.strip_prefix("Basic ").unwrap();
@@ -781,7 +780,7 @@ fn credentials_are_taken_in_every_spelling() {
     for query in ["", "?auth_token=", "?auth_token=wrong", "?auth_token=%zz", &format!("?auth_tokens={token}")] {
         host.http("GET", &spelled(&format!("/w/p/path{query}"))).fails(401, "unauthorized");
     }
-    // The header wins, as with opencode.
+    // The header takes precedence, as in opencode.
     let wrong = host.http("GET", &format!("/w/p/path?auth_token={token}")).header("Authorization", "Basic wrong");
     wrong.fails(401, "unauthorized");
 }
@@ -800,7 +799,7 @@ fn ticket_head(host: &Host, method: &str, target: &str, upgrade: &str) -> String
 }
 
 #[test]
-fn a_ticket_opens_the_terminal_of_a_loaded_instance() {
+fn ticket_opens_the_terminal_of_a_loaded_instance() {
     let (host, p, _) = host();
     let id = host.add(&p);
     host.routed("GET", "/w/p/path").send();
@@ -817,7 +816,7 @@ fn a_ticket_opens_the_terminal_of_a_loaded_instance() {
 }
 
 #[test]
-fn a_refused_ticket_tells_nothing_and_changes_nothing() {
+fn refused_ticket_reveals_and_changes_nothing() {
     let (host, p, q) = host();
     let (loaded, cold) = (host.add(&p), host.add(&q));
     host.openwork(["workspace", "add-remote", "https://example.com", "--name", "far"]).ok();
@@ -844,7 +843,7 @@ fn a_refused_ticket_tells_nothing_and_changes_nothing() {
     for reply in &replies[1..] {
         assert_eq!(reply, &replies[0]);
     }
-    // Only the good request about a loaded instance was opencode's to judge.
+    // Only the ticket for a loaded instance was passed to opencode.
     assert_eq!(calls(&host).len() - before, 1);
     assert_eq!(host.instance(&q), [""; 0]);
     assert_eq!((streams(&host, "p"), streams(&host, "q")), (0, 0));
@@ -852,7 +851,7 @@ fn a_refused_ticket_tells_nothing_and_changes_nothing() {
 }
 
 #[test]
-fn a_ticket_is_for_a_websocket_only() {
+fn ticket_is_valid_only_for_a_websocket() {
     let (host, p, _) = host();
     let id = host.add(&p);
     host.routed("GET", "/w/p/path").send();
@@ -877,7 +876,7 @@ fn a_ticket_is_for_a_websocket_only() {
 }
 
 #[test]
-fn a_ticket_that_opencode_does_not_judge_is_not_waited_for() {
+fn unanswered_ticket_check_times_out() {
     let (host, p, _) = host();
     let id = host.add(&p);
     host.routed("GET", "/w/p/path").send();
@@ -888,7 +887,7 @@ fn a_ticket_that_opencode_does_not_judge_is_not_waited_for() {
 }
 
 #[test]
-fn without_credentials_a_known_workspace_looks_like_an_unknown_one() {
+fn known_and_unknown_workspaces_look_alike_without_credentials() {
     let (host, p, _) = host();
     let id = host.add(&p);
     for method in ["GET", "HEAD", "POST", "OPTIONS", "PROPFIND"] {

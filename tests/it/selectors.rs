@@ -1,4 +1,4 @@
-//! How a workspace is meant.
+//! Selectors: how commands and requests name a workspace.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::support::{Host, Run};
 
-/// The id this command finds.
+/// The id of the workspace in the output.
 fn id(run: Run) -> String {
     run.json()["workspace"]["id"].as_str().unwrap().to_owned()
 }
@@ -23,7 +23,7 @@ fn encode(text: &str) -> String {
 }
 
 #[test]
-fn an_id_or_a_name_and_what_they_begin_with() {
+fn ids_names_and_their_prefixes_select() {
     let host = Host::new();
     let app = host.add(host.project("app"));
     let api = host.add(host.project("api-server"));
@@ -38,7 +38,7 @@ fn an_id_or_a_name_and_what_they_begin_with() {
 }
 
 #[test]
-fn an_exact_name_is_not_ambiguous() {
+fn exact_name_is_not_ambiguous() {
     let host = Host::new();
     let app = host.add(host.project("app"));
     let two = host.add(host.project("app-two"));
@@ -57,13 +57,13 @@ fn an_exact_name_is_not_ambiguous() {
 }
 
 #[test]
-fn a_path_is_the_workspace_that_contains_it() {
+fn path_selects_the_workspace_that_contains_it() {
     let host = Host::new();
     let outer = host.add(host.project("outer"));
     let inner = host.add(host.project("outer/packages/inner"));
     let sources = host.project("outer/packages/inner/src");
     let docs = host.project("outer/docs");
-    // Its name only begins like another's path.
+    // Its path starts like another workspace's path.
     let beside = host.project("outer-too");
     let text = |path: &Path| path.to_str().unwrap().to_owned();
 
@@ -86,7 +86,7 @@ fn a_path_is_the_workspace_that_contains_it() {
         assert_eq!(id(run), *found, "{selector} in {}", cwd.display());
     }
     host.openwork(["workspace", "info", "."]).cwd(&beside).fails(4, "workspace_not_found");
-    // Without a slash it is a name.
+    // Without a slash the selector is a name.
     host.openwork(["workspace", "info", "packages"]).cwd(host.project("outer")).fails(4, "workspace_not_found");
 
     symlink(&sources, host.path("link")).unwrap();
@@ -94,7 +94,7 @@ fn a_path_is_the_workspace_that_contains_it() {
 }
 
 #[test]
-fn a_path_may_begin_at_home() {
+fn tilde_path_selects() {
     let host = Host::new();
     fs::create_dir_all(host.home().join("code/deep")).unwrap();
     let added = host.openwork(["workspace", "add", "~", "--force"]).json();
@@ -106,7 +106,7 @@ fn a_path_may_begin_at_home() {
 }
 
 #[test]
-fn a_directory_that_has_gone_can_still_be_named_by_its_path() {
+fn missing_directory_is_selected_by_its_path() {
     let host = Host::new();
     let project = host.project("gone");
     host.add(&project);
@@ -116,7 +116,7 @@ fn a_directory_that_has_gone_can_still_be_named_by_its_path() {
 }
 
 #[test]
-fn a_dash_is_the_one_before() {
+fn dash_selects_the_previous_workspace() {
     let host = Host::new();
     let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
     host.openwork(["workspace", "switch", "-"]).fails(4, "workspace_not_found");
@@ -124,7 +124,7 @@ fn a_dash_is_the_one_before() {
     assert_eq!(info(&host, "-"), a);
     assert_eq!(id(host.openwork(["workspace", "switch", "-"])), a);
     assert_eq!(id(host.openwork(["workspace", "switch", "-"])), b);
-    // Switching to where one is is no switch.
+    // Switching to the active workspace keeps the previous one.
     host.openwork(["workspace", "switch", "b"]).ok();
     assert_eq!(info(&host, "-"), a);
     host.openwork(["daemon", "stop"]).ok();
@@ -134,7 +134,7 @@ fn a_dash_is_the_one_before() {
 }
 
 #[test]
-fn left_out_it_is_the_variable_or_the_active_one() {
+fn omitted_selector_is_the_variable_or_the_active_workspace() {
     let host = Host::new();
     let (a, b) = (host.add(host.project("a")), host.add(host.project("b")));
     let path = || host.openwork(["workspace", "path"]);
@@ -143,14 +143,14 @@ fn left_out_it_is_the_variable_or_the_active_one() {
     assert_eq!(id(path().env("OPENWORK_WORKSPACE", host.project("b"))), b);
     assert_eq!(id(path().env("OPENWORK_WORKSPACE", "")), a);
     path().env("OPENWORK_WORKSPACE", "nope").fails(4, "workspace_not_found");
-    // One that is given wins.
+    // An argument takes precedence over the variable.
     assert_eq!(id(host.openwork(["workspace", "path", "a"]).env("OPENWORK_WORKSPACE", "b")), a);
-    // The active one is the active one, whatever a shell means to use.
+    // `current` reports the active workspace, whatever the variable says.
     assert_eq!(id(host.openwork(["workspace", "current"]).env("OPENWORK_WORKSPACE", "b")), a);
 }
 
 #[test]
-fn every_command_takes_every_form() {
+fn every_command_takes_every_selector() {
     let host = Host::new();
     let project = host.project("the project");
     let id = host.add(&project);
@@ -171,7 +171,7 @@ fn every_command_takes_every_form() {
 }
 
 #[test]
-fn over_http_it_is_percent_encoded() {
+fn selectors_over_http_are_percent_encoded() {
     let host = Host::new();
     let project = host.project("ünï & co/100%");
     let id = host.add(&project);
@@ -190,7 +190,7 @@ fn over_http_it_is_percent_encoded() {
         assert!(matches!(reply.status, 400 | 404), "{bad}: {reply:?}");
     }
 
-    // The one before is a matter of a person at a prompt.
+    // `-` exists only on the command line.
     host.add(host.project("other"));
     host.openwork(["workspace", "switch", "other"]).ok();
     host.http("GET", "/workspaces/-").fails(404, "workspace_not_found");
@@ -199,10 +199,10 @@ fn over_http_it_is_percent_encoded() {
     host.http("POST", "/workspaces/@active/activate").json(json!({})).fails(409, "no_active_workspace");
 }
 
-// --- What other programs may have stored ---
+// --- Entries of other programs ---
 
 #[test]
-fn a_name_that_two_have_is_ambiguous() {
+fn shared_name_is_ambiguous() {
     let host = Host::new();
     host.exercises(["code workspace_ambiguous"]);
     let (one, two) = (host.project("1/app"), host.project("2/app"));
@@ -218,7 +218,7 @@ fn a_name_that_two_have_is_ambiguous() {
 }
 
 #[test]
-fn an_entry_without_a_path_is_no_directory() {
+fn entry_without_a_path_contains_nothing() {
     let host = Host::new();
     host.exercises(["code workspace_not_found"]);
     host.write_state(json!({"version": 1, "workspaces": [{"id": "ws-00000000000a", "name": "nowhere"}]}).to_string());
@@ -228,7 +228,7 @@ fn an_entry_without_a_path_is_no_directory() {
 }
 
 #[test]
-fn a_path_with_a_link_in_it_means_the_same_directory() {
+fn symlinked_path_selects_the_same_directory() {
     let host = Host::new();
     let real = host.project("real");
     let link = host.path("projects/link");
@@ -243,7 +243,7 @@ fn a_path_with_a_link_in_it_means_the_same_directory() {
 }
 
 #[test]
-fn a_name_that_looks_like_a_path_can_be_given() {
+fn name_with_a_slash_selects() {
     let host = Host::new();
     let project = host.project("p");
     let id = "ws-00000000000a";
@@ -254,7 +254,7 @@ fn a_name_that_looks_like_a_path_can_be_given() {
 }
 
 #[test]
-fn where_nothing_is_two_dots_are_the_part_above() {
+fn dot_dot_in_a_missing_path_is_lexical() {
     let host = Host::new();
     let a = host.project("a");
     host.add(&a);
@@ -264,7 +264,7 @@ fn where_nothing_is_two_dots_are_the_part_above() {
 }
 
 #[test]
-fn over_http_a_path_is_absolute() {
+fn relative_paths_over_http_select_nothing() {
     let host = Host::new();
     host.add(host.data().parent().unwrap());
     for relative in [".", "..", "opencode/", "~"] {

@@ -1,4 +1,4 @@
-//! OpenCode's sessions: what is listed, the end of a turn, and the wait for all of them.
+//! OpenCode's sessions: list, abort, and wait.
 
 use std::path::PathBuf;
 
@@ -20,16 +20,16 @@ fn ids(list: &Value) -> Vec<&str> {
     list["sessions"].as_array().unwrap().iter().map(|session| session["id"].as_str().unwrap()).collect()
 }
 
-/// Waits until the daemon has been asked to wait.
+/// Waits until the daemon has asked opencode for running sessions.
 fn wait_until_asked(host: &Host) {
     let before = host.requests().len();
-    wait_for("opencode to be asked what runs", || {
+    wait_for("opencode to be asked for running sessions", || {
         host.requests()[before..].iter().any(|request| request["target"] == "/session/status")
     });
 }
 
 #[test]
-fn running_sessions_come_first() {
+fn running_sessions_are_listed_first() {
     let (host, web, _) = host();
     host.exercises(["command session list", "route GET /workspaces/:id/sessions", "option -q"]);
     let list = host.openwork(["session", "list", "web"]).json();
@@ -51,7 +51,7 @@ fn running_sessions_come_first() {
 }
 
 #[test]
-fn sessions_are_those_of_the_working_directory() {
+fn session_list_uses_the_working_directory() {
     let (host, web, api) = host();
     host.openwork(["workspace", "switch", "web"]).ok();
     let of = |directory: &PathBuf| {
@@ -62,7 +62,7 @@ fn sessions_are_those_of_the_working_directory() {
 }
 
 #[test]
-fn sessions_of_everything_load_nothing() {
+fn listing_all_sessions_loads_nothing() {
     let (host, web, api) = host();
     host.exercises(["route GET /sessions", "option --all"]);
     host.busy(&[&web]);
@@ -85,7 +85,7 @@ fn sessions_of_everything_load_nothing() {
 }
 
 #[test]
-fn an_abort_ends_the_running_turn() {
+fn abort_ends_the_running_turn() {
     let (host, web, _) = host();
     host.exercises(["command session abort", "route POST /sessions/:id/abort", "code session_not_found"]);
     host.busy(&[&web]);
@@ -103,11 +103,11 @@ fn an_abort_ends_the_running_turn() {
 }
 
 #[test]
-fn a_wait_ends_with_the_sessions() {
+fn wait_returns_when_sessions_are_idle() {
     let (host, web, api) = host();
     host.exercises(["command wait", "route GET /idle", "route GET /workspaces/:id/idle", "code still_busy"]);
     host.busy(&[&web]);
-    // Nothing runs in the other one, and nothing is loaded to find that out.
+    // No session runs in the other workspace, and asking does not load it.
     host.openwork(["wait", "api"]).ok();
     assert!(host.instance(&api).is_empty());
     host.http("GET", "/workspaces/api/idle").ok();
@@ -130,7 +130,7 @@ fn a_wait_ends_with_the_sessions() {
 }
 
 #[test]
-fn a_wait_goes_on_with_the_next_daemon() {
+fn wait_survives_a_restart() {
     let (host, web, _) = host();
     host.busy(&[&web]);
     let waiting = host.openwork(["wait", "web"]).spawn();
@@ -142,7 +142,7 @@ fn a_wait_goes_on_with_the_next_daemon() {
 }
 
 #[test]
-fn a_stop_names_the_sessions_it_ends() {
+fn stop_names_the_sessions_it_ends() {
     let (host, web, _) = host();
     host.busy(&[&web]);
     let output = host.openwork(["daemon", "stop"]).ok();
@@ -152,7 +152,7 @@ fn a_stop_names_the_sessions_it_ends() {
     let output = host.openwork(["daemon", "restart", "--all"]).ok();
     assert_eq!(output.stderr, "ended the running turn of mend {it} (ses_fake) in web\n");
     host.openwork(["workspace", "path", "web"]).ok();
-    // What keeps opencode ends no session.
+    // Keeping opencode ends no session.
     assert_eq!(host.openwork(["daemon", "restart"]).ok().stderr, "");
     assert_eq!(host.openwork(["daemon", "stop", "--keep-opencode"]).json()["sessions"], json!([]));
     let stopped = host.openwork(["daemon", "stop"]).json();
@@ -160,7 +160,7 @@ fn a_stop_names_the_sessions_it_ends() {
 }
 
 #[test]
-fn a_stop_or_restart_waits_for_the_sessions_when_told_so() {
+fn when_idle_waits_for_the_sessions() {
     let (host, web, _) = host();
     host.exercises(["option --when-idle"]);
     host.busy(&[&web]);
@@ -184,6 +184,6 @@ fn a_stop_or_restart_waits_for_the_sessions_when_told_so() {
     host.busy(&[]);
     let stopped = stopping.wait().object();
     assert_eq!((&stopped["stopped"], &stopped["sessions"]), (&json!(true), &json!([])));
-    // None runs any more.
+    // No session is left.
     host.openwork(["daemon", "stop", "--when-idle"]).ok();
 }

@@ -1,5 +1,4 @@
-//! The data directory: files whole whatever happens, refused when they cannot be understood,
-//! private, and never reached through somebody else's links.
+//! The data directory: atomic writes, refusal of invalid files, private modes, and no foreign symlinks.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,9 +23,9 @@ fn mode(path: &Path) -> u32 {
     fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
 }
 
-// --- Files that cannot be understood ---
+// --- Invalid files ---
 
-/// Every command that reads the state refuses it, and leaves it as it is.
+/// Checks that every command that reads the state refuses this content and leaves it untouched.
 fn check_refused(content: &[u8], code: &str) {
     let host = Host::new();
     host.write_state(content);
@@ -44,16 +43,16 @@ fn check_refused(content: &[u8], code: &str) {
         let message = error["message"].as_str().unwrap();
         assert!(message.contains(host.file(STATE).to_str().unwrap()), "{message}");
     }
-    // For people it is read in another way.
+    // The listing for people reads the file through other code.
     let list = host.openwork(["workspace", "list"]).exits(1);
     assert!(list.stdout.is_empty() && list.stderr.contains(host.file(STATE).to_str().unwrap()), "{list:?}");
     assert_eq!(fs::read(host.file(STATE)).unwrap(), content);
     assert_eq!(litter(&host), [""; 0]);
-    wait_for("those that were refused to end", || host.processes().is_empty());
+    wait_for("the refused daemons to end", || host.processes().is_empty());
 }
 
 #[test]
-fn what_is_not_json_is_refused_untouched() {
+fn invalid_json_is_refused_untouched() {
     for content in
         [&b""[..], b"\n", b"{", b"\x00\x00\x00", b"not json", b"{}{}", b"{\"version\": 1, \"workspaces\": [\xff]}"]
     {
@@ -62,7 +61,7 @@ fn what_is_not_json_is_refused_untouched() {
 }
 
 #[test]
-fn a_truncated_file_is_refused_untouched() {
+fn truncated_file_is_refused_untouched() {
     let whole = json!({"version": 1, "activeId": "ws-a", "workspaces": [{"id": "ws-a", "name": "a", "path": "/a"}]});
     let whole = whole.to_string();
     for length in [1, whole.len() / 2, whole.len() - 1] {
@@ -71,7 +70,7 @@ fn a_truncated_file_is_refused_untouched() {
 }
 
 #[test]
-fn what_has_another_shape_is_refused_untouched() {
+fn wrong_shape_is_refused_untouched() {
     for content in [
         json!([]),
         json!(null),
@@ -95,7 +94,7 @@ fn what_has_another_shape_is_refused_untouched() {
 }
 
 #[test]
-fn a_newer_version_is_refused_untouched() {
+fn newer_version_is_refused_untouched() {
     for version in [2, 1_000_000] {
         let content = json!({"version": version, "workspaces": [], "shape": "of the future"});
         check_refused(content.to_string().as_bytes(), "state_too_new");
@@ -103,7 +102,7 @@ fn a_newer_version_is_refused_untouched() {
 }
 
 #[test]
-fn a_directory_in_its_place_is_refused_untouched() {
+fn directory_as_state_file_is_refused_untouched() {
     let host = Host::new();
     host.exercises(["code state_corrupt"]);
     fs::create_dir_all(host.file(STATE).join("something")).unwrap();
@@ -113,12 +112,12 @@ fn a_directory_in_its_place_is_refused_untouched() {
 }
 
 #[test]
-fn what_is_said_not_to_be_changed_is_not() {
+fn change_that_cannot_be_synced_is_undone() {
     let host = Host::unprivileged();
     host.exercises(["code state_write_failed"]);
     host.add(host.project("a"));
     let before = fs::read(host.file(STATE)).unwrap();
-    // Files can be replaced there, and that cannot be made durable.
+    // The directory can be written but not opened: the rename works, its fsync does not.
     fs::set_permissions(host.data(), fs::Permissions::from_mode(0o300)).unwrap();
     let failed = host.http("PATCH", "/workspaces/a").json(json!({"name": "b"})).send();
     fs::set_permissions(host.data(), fs::Permissions::from_mode(0o700)).unwrap();
@@ -128,11 +127,11 @@ fn what_is_said_not_to_be_changed_is_not() {
 }
 
 #[test]
-fn fields_of_other_programs_survive_at_every_level() {
+fn fields_of_other_programs_survive() {
     let host = Host::new();
     host.exercises(["command workspace switch"]);
     let opencode = host.get("OPENWORK_OPENCODE_BIN").to_owned();
-    // Each with all its digits.
+    // Numbers keep all their digits.
     let numbers: Vec<f64> = (1..200).map(|n| (f64::from(n) * 0.7).sin() * 10f64.powi(n % 60 - 30)).collect();
     host.write_state(
         json!({
@@ -154,7 +153,7 @@ fn fields_of_other_programs_survive_at_every_level() {
 }
 
 #[test]
-fn a_link_in_its_place_is_not_repaired_away() {
+fn repair_does_not_replace_a_symlink() {
     let host = Host::new();
     fs::create_dir_all(host.data()).unwrap();
     let elsewhere = host.path("elsewhere.json");
@@ -166,7 +165,7 @@ fn a_link_in_its_place_is_not_repaired_away() {
 }
 
 #[test]
-fn a_password_file_that_is_none_is_refused_untouched() {
+fn invalid_password_file_is_refused_untouched() {
     for content in ["", "{}", "not json", r#"{"opencodeUsername": "opencode", "opencodePassword": ""}"#] {
         let host = Host::new();
         host.write_state(json!({"version": 1, "workspaces": []}).to_string());
@@ -178,7 +177,7 @@ fn a_password_file_that_is_none_is_refused_untouched() {
 }
 
 #[test]
-fn a_workspace_of_an_unknown_type_is_kept_and_cannot_be_used() {
+fn workspace_of_an_unknown_type_is_kept_but_unusable() {
     let host = Host::new();
     host.write_state(
         json!({"version": 1, "activeId": "ws-1", "workspaces": [
@@ -202,7 +201,7 @@ fn a_workspace_of_an_unknown_type_is_kept_and_cannot_be_used() {
     }
     host.routed("GET", "/w/far/path").fails(400, "bad_request");
     is_listed(&host);
-    // The others are as usual, and it is the registry's like any.
+    // Other workspaces work, and the registry commands accept this one.
     host.openwork(["workspace", "path", "near"]).ok();
     host.openwork(["workspace", "rename", "far", "farther"]).ok();
     let entry = &host.state()["workspaces"][0];
@@ -211,15 +210,15 @@ fn a_workspace_of_an_unknown_type_is_kept_and_cannot_be_used() {
     assert_eq!(host.names(), ["near"]);
 }
 
-// --- A file that is edited by hand ---
+// --- Edits by hand ---
 
-/// The files that were kept beside the state file under this name.
+/// The copies kept beside the state file under this name.
 fn kept_as(host: &Host, name: &str) -> Vec<PathBuf> {
     let names = litter(host).into_iter().filter(|kept| kept.starts_with(&format!("{STATE}.{name}-")));
     names.map(|name| host.file(&name)).collect()
 }
 
-/// Puts another state file in its place, as an editor does.
+/// Replaces the state file, as an editor does.
 fn edit(host: &Host, content: impl AsRef<[u8]>) {
     let draft = host.path("draft");
     fs::write(&draft, content).unwrap();
@@ -227,7 +226,7 @@ fn edit(host: &Host, content: impl AsRef<[u8]>) {
 }
 
 #[test]
-fn an_edit_while_the_daemon_runs_is_taken_over() {
+fn edit_while_the_daemon_runs_is_adopted() {
     let host = Host::new();
     let ids = ["a", "b"].map(|name| host.add(host.project(name)));
     let opencode = host.opencode_pid();
@@ -236,7 +235,7 @@ fn an_edit_while_the_daemon_runs_is_taken_over() {
     state["workspaces"][0]["icon"] = "star".into();
     state["workspaces"].as_array_mut().unwrap().remove(1);
     state["activeId"] = "".into();
-    // What is known of the processes is not for anyone else to say.
+    // An edit cannot change what the daemon knows of its processes.
     state["opencode"] = Value::Null;
     edit(&host, state.to_string());
 
@@ -247,13 +246,13 @@ fn an_edit_while_the_daemon_runs_is_taken_over() {
     assert!(list.stderr.contains(&said) && list.stderr.contains(&changes), "{list:?}");
     let log = fs::read_to_string(host.file("daemon.log")).unwrap();
     assert!(log.contains(&said), "{log}");
-    // It is said once.
+    // The notice comes once.
     assert_eq!(host.openwork(["workspace", "list"]).ok().stderr, "");
     let now = host.state();
     assert_eq!((&now["workspaces"][0]["icon"], &now["opencode"]["pid"]), (&json!("star"), &json!(opencode)));
     assert!(kept_as(&host, "edited").is_empty());
 
-    // A change is made to what the edit has left.
+    // The next change builds on the edit.
     state["workspaces"][0]["name"] = "second".into();
     edit(&host, state.to_string());
     host.openwork(["workspace", "rename", "second", "third"]).ok();
@@ -263,7 +262,7 @@ fn an_edit_while_the_daemon_runs_is_taken_over() {
 }
 
 #[test]
-fn an_edit_before_a_restart_is_there_after_it() {
+fn edit_before_a_restart_survives_it() {
     let host = Host::new();
     host.add(host.project("a"));
     let opencode = host.opencode_pid();
@@ -277,10 +276,10 @@ fn an_edit_before_a_restart_is_there_after_it() {
 }
 
 #[test]
-fn an_edit_that_cannot_be_read_is_kept_beside() {
+fn unreadable_edit_is_kept_as_a_backup() {
     let host = Host::new();
     host.add(host.project("a"));
-    host.opencode_pid(); // whose start is written down
+    host.opencode_pid(); // its start is in the state file
     for content in [&b"{ garbage"[..], br#"{"version": 2, "workspaces": []}"#] {
         edit(&host, content);
         let switch = host.openwork(["workspace", "switch", "a"]).ok();
@@ -296,10 +295,10 @@ fn an_edit_that_cannot_be_read_is_kept_beside() {
 }
 
 #[test]
-fn a_file_that_is_only_touched_or_removed_is_written_again() {
+fn touched_or_removed_file_is_rewritten() {
     let host = Host::new();
     host.add(host.project("a"));
-    host.opencode_pid(); // whose start is written down
+    host.opencode_pid(); // its start is in the state file
     let before = fs::read(host.file(STATE)).unwrap();
     edit(&host, &before);
     assert_eq!(host.openwork(["workspace", "switch", "a"]).ok().stderr, "");
@@ -312,12 +311,12 @@ fn a_file_that_is_only_touched_or_removed_is_written_again() {
 // --- Two daemons ---
 
 #[test]
-fn a_daemon_whose_lock_file_was_removed_stops_and_leaves_opencode_to_the_next() {
+fn daemon_without_its_lock_file_stops_and_leaves_opencode() {
     let host = Host::new();
     host.add(host.project("a"));
     let (first, opencode, port) = (host.daemon_pid(), host.opencode_pid(), host.port());
     fs::remove_file(host.file("daemon.lock")).unwrap();
-    // Nobody can know that there is a daemon already.
+    // Without the lock file the first daemon is invisible.
     host.openwork(["daemon", "start"]).env("OPENWORK_DAEMON_PORT", free_port().to_string()).ok();
     let second = host.daemon_pid();
     assert!(second != first && is_alive(first));
@@ -337,7 +336,7 @@ fn a_daemon_whose_lock_file_was_removed_stops_and_leaves_opencode_to_the_next() 
 }
 
 #[test]
-fn a_daemon_whose_directory_was_made_anew_stops_with_its_opencode() {
+fn daemon_with_a_recreated_directory_stops_with_its_opencode() {
     let host = Host::new();
     host.add(host.project("a"));
     let (first, old, port) = (host.daemon_pid(), host.opencode_pid(), host.port());
@@ -356,7 +355,7 @@ fn a_daemon_whose_directory_was_made_anew_stops_with_its_opencode() {
 }
 
 #[test]
-fn a_daemon_whose_directory_was_made_anew_notices_without_a_request() {
+fn daemon_notices_a_recreated_directory_without_a_request() {
     let mut host = Host::new();
     host.set("OPENWORK_TEST_PACE", "10");
     host.openwork(["daemon", "start"]).ok();
@@ -370,14 +369,14 @@ fn a_daemon_whose_directory_was_made_anew_notices_without_a_request() {
 }
 
 #[test]
-fn a_daemon_whose_directory_was_removed_stops_with_its_opencode() {
+fn daemon_with_a_removed_directory_stops_with_its_opencode() {
     let host = Host::new();
     let foreground = host.openwork(["daemon", "run"]).spawn();
     wait_for("the daemon", || host.lock_text().is_some());
     let opencode = host.opencode_pid();
     let port = host.port();
     fs::remove_dir_all(host.data()).unwrap();
-    // Reading shows it too.
+    // A read request notices it as well.
     Request::new(local(port), "GET", "/workspaces").send().unwrap();
     let output = foreground.wait();
     assert_eq!(output.status.code(), Some(1));
@@ -388,7 +387,7 @@ fn a_daemon_whose_directory_was_removed_stops_with_its_opencode() {
 // --- Repair ---
 
 #[test]
-fn a_repair_saves_what_can_be_read() {
+fn repair_saves_what_can_be_read() {
     let host = Host::new();
     let (a, b) = (host.project("a"), host.project("b"));
     let (ids, remote) = ([host.add(&a), host.add(&b)], "https://h.example");
@@ -397,7 +396,7 @@ fn a_repair_saves_what_can_be_read() {
     host.openwork(["daemon", "stop"]).ok();
     let whole = fs::read_to_string(host.file(STATE)).unwrap();
     let last = whole.find(remote).unwrap();
-    // Cut off in the middle of the last entry.
+    // Truncate the file in the middle of the last entry.
     fs::write(host.file(STATE), &whole[..last]).unwrap();
 
     let report = host.openwork(["state", "repair"]).json();
@@ -415,7 +414,7 @@ fn a_repair_saves_what_can_be_read() {
 }
 
 #[test]
-fn a_repair_of_what_has_nothing_begins_anew() {
+fn repair_of_an_unusable_file_starts_empty() {
     for content in ["", "garbage", "[]"] {
         let host = Host::new();
         host.write_state(content);
@@ -424,7 +423,7 @@ fn a_repair_of_what_has_nothing_begins_anew() {
         assert_eq!(fs::read_to_string(&kept_as(&host, "corrupt")[0]).unwrap(), content);
         host.add(host.project("p"));
     }
-    // A directory too is out of the way.
+    // A directory is moved aside as well.
     let host = Host::new();
     fs::create_dir_all(host.file(STATE).join("something")).unwrap();
     host.openwork(["state", "repair"]).ok();
@@ -433,19 +432,19 @@ fn a_repair_of_what_has_nothing_begins_anew() {
 }
 
 #[test]
-fn what_needs_no_repair_is_left_alone() {
+fn repair_leaves_an_intact_file_alone() {
     let host = Host::new();
     host.exercises(["code state_too_new", "command state repair"]);
     assert_eq!(host.openwork(["state", "repair"]).json()["repaired"], false);
     host.add(host.project("p"));
-    // One that is being used is whole, and its daemon's.
+    // A running daemon owns the file, so repair refuses.
     host.openwork(["state", "repair"]).exits(1);
     host.openwork(["daemon", "stop"]).ok();
     let before = fs::read(host.file(STATE)).unwrap();
     assert_eq!(host.openwork(["state", "repair"]).json()["repaired"], false);
     assert_eq!((fs::read(host.file(STATE)).unwrap(), kept_as(&host, "corrupt")), (before, vec![]));
 
-    // One of the future is not broken.
+    // A newer version is not corrupt.
     let newer = json!({"version": 2, "workspaces": {}}).to_string();
     fs::write(host.file(STATE), &newer).unwrap();
     host.openwork(["state", "repair"]).fails(1, "state_too_new");
@@ -453,16 +452,16 @@ fn what_needs_no_repair_is_left_alone() {
 }
 
 #[test]
-fn a_repair_that_cannot_be_made_changes_nothing() {
+fn failed_repair_changes_nothing() {
     let host = Host::unprivileged();
     host.write_state("garbage");
-    // Not to be read: then nothing in it can be saved, and it is no repair to begin anew.
+    // Unreadable: nothing can be saved, and starting empty would be no repair.
     fs::set_permissions(host.data(), fs::Permissions::from_mode(0o700)).unwrap();
     fs::set_permissions(host.file(STATE), fs::Permissions::from_mode(0o000)).unwrap();
     host.openwork(["state", "repair"]).fails(1, "permission_denied");
     fs::set_permissions(host.file(STATE), fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(fs::read_to_string(host.file(STATE)).unwrap(), "garbage");
-    // Not to be written: the original is where it was.
+    // Not writable: the original stays in place.
     let in_the_way = host.file(&format!("{STATE}.tmp"));
     fs::create_dir(&in_the_way).unwrap();
     host.openwork(["state", "repair"]).fails(1, "state_write_failed");
@@ -473,7 +472,7 @@ fn a_repair_that_cannot_be_made_changes_nothing() {
 }
 
 #[test]
-fn a_repair_says_what_it_could_not_save() {
+fn repair_lists_what_it_could_not_save() {
     let host = Host::new();
     host.write_state(
         r#"{"version": 1, "workspaces": [
@@ -497,7 +496,7 @@ fn a_repair_says_what_it_could_not_save() {
 }
 
 #[test]
-fn a_repair_does_not_hold_the_lock_with_the_address_of_a_dead_daemon() {
+fn repair_clears_the_address_of_a_dead_daemon() {
     let host = Host::new();
     host.add(host.project("p"));
     let daemon = host.daemon_pid();
@@ -511,13 +510,13 @@ fn a_repair_does_not_hold_the_lock_with_the_address_of_a_dead_daemon() {
 
 // --- Writing ---
 
-/// What takes strace, to see system calls.
+/// Tests that need strace, to see system calls.
 mod with_strace {
     use super::*;
 
     #[test]
     #[ignore = "needs strace(1), to see what is synced"]
-    fn a_change_is_synced_before_and_after_it_is_in_place() {
+    fn change_is_synced_before_and_after_the_rename() {
         let host = Host::new();
         let trace = host.path("trace");
         let calls = "fsync,rename,renameat,renameat2";
@@ -545,7 +544,7 @@ mod with_strace {
 }
 
 #[test]
-fn the_file_is_whole_at_every_moment() {
+fn state_file_is_always_complete() {
     let host = Host::new();
     host.exercises(["route POST /workspaces"]);
     host.openwork(["daemon", "start"]).ok();
@@ -573,9 +572,9 @@ fn the_file_is_whole_at_every_moment() {
 }
 
 #[test]
-fn what_was_acknowledged_survives_a_kill() {
+fn acknowledged_changes_survive_a_kill() {
     let host = Host::new();
-    // More than there is time for.
+    // More than a round has time for.
     const ADDITIONS: usize = 2000;
     let mut acknowledged = Vec::new();
     for round in 0..5 {
@@ -594,7 +593,7 @@ fn what_was_acknowledged_survives_a_kill() {
                 }
                 added
             });
-            // Each round dies at another point of the writing.
+            // Each round kills the daemon after a different number of writes.
             wait_for("some additions", || host.state()["workspaces"].as_array().map_or(0, Vec::len) > round * 7);
             kill(daemon, Signal::KILL);
             acknowledged.extend(adding.join().unwrap());
@@ -609,7 +608,7 @@ fn what_was_acknowledged_survives_a_kill() {
 }
 
 #[test]
-fn a_change_that_cannot_be_written_is_none() {
+fn failed_write_changes_nothing() {
     let host = Host::unprivileged();
     host.openwork(["daemon", "start"]).ok();
     host.add(host.project("before"));
@@ -643,7 +642,7 @@ fn modes_are_right_under_any_umask() {
             assert_eq!(mode(&entry.path()), expected, "{:?} under {umask:o}", entry.path());
         }
         assert!(fs::symlink_metadata(data.join("control.sock")).unwrap().file_type().is_socket());
-        // opencode has the umask of the shell.
+        // opencode keeps the umask of the shell.
         let pid = &host.starts()[0]["pid"];
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         assert!(status.contains(&format!("Umask:\t{umask:04o}")), "{status}");
@@ -652,7 +651,7 @@ fn modes_are_right_under_any_umask() {
 
 /// Under umask 777 a directory is useless to its owner, unless it gets a mode of its own.
 #[test]
-fn every_directory_that_is_made_can_be_used() {
+fn created_directories_are_usable_under_any_umask() {
     let mut host = Host::unprivileged();
     host.unset("OPENWORK_DATA_DIR");
     let data = host.home().join(".local/share/openwork");
@@ -666,7 +665,7 @@ fn every_directory_that_is_made_can_be_used() {
 }
 
 #[test]
-fn use_is_written_when_the_disk_has_room_again() {
+fn last_use_is_written_after_a_failed_write() {
     let host = Host::new();
     let id = host.add(host.project("p"));
     host.openwork(["workspace", "path", "p"]).ok();
@@ -674,7 +673,7 @@ fn use_is_written_when_the_disk_has_room_again() {
     let added = last_used();
     wait_for("the first use to be written", || last_used() > added);
     let before = last_used();
-    // What a write needs is in its way.
+    // A directory blocks the temporary file.
     let in_the_way = host.file(&format!("{STATE}.tmp"));
     fs::create_dir(&in_the_way).unwrap();
     host.openwork(["workspace", "path", "p"]).ok();
@@ -687,7 +686,7 @@ fn use_is_written_when_the_disk_has_room_again() {
 }
 
 #[test]
-fn a_directory_of_ours_is_narrowed() {
+fn own_directory_is_made_private() {
     let host = Host::new();
     fs::create_dir(host.data()).unwrap();
     fs::set_permissions(host.data(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -696,7 +695,7 @@ fn a_directory_of_ours_is_narrowed() {
 }
 
 #[test]
-fn a_directory_of_another_is_refused() {
+fn directory_of_another_user_is_refused() {
     let host = Host::unprivileged();
     host.exercises(["code permission_denied", "option --data-dir"]);
     host.openwork(["daemon", "start", "--data-dir", "/proc"]).fails(1, "permission_denied");
@@ -716,7 +715,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to make a directory of another user"]
-    fn a_directory_of_another_is_refused_whatever_its_mode() {
+    fn directory_of_another_user_is_refused_whatever_its_mode() {
         let host = Host::unprivileged();
         fs::create_dir(host.data()).unwrap();
         fs::set_permissions(host.data(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -728,7 +727,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to make a link of another user"]
-    fn a_link_of_another_does_not_choose_the_data_directory() {
+    fn symlink_of_another_user_cannot_choose_the_data_directory() {
         let host = Host::new();
         let (shared, open) = (host.project("shared"), host.project("open"));
         fs::set_permissions(&shared, fs::Permissions::from_mode(0o1777)).unwrap();
@@ -743,16 +742,16 @@ mod as_root {
             }
         }
         assert_eq!((mode(&open), fs::read_dir(&open).unwrap().count()), (0o755, 0));
-        // A link of one's own is one's own choice.
+        // The user's own symlink is fine.
         lchown(&link, Some(0), Some(0)).unwrap();
         let option = ["--data-dir", link.to_str().unwrap()];
         host.openwork(["state", "repair"].iter().chain(&option)).ok();
     }
 
-    /// sudo, which keeps HOME.
+    /// As under a sudo that keeps HOME.
     #[test]
     #[ignore = "needs root, to make a directory of another user"]
-    fn root_makes_nothing_in_the_home_of_another() {
+    fn root_creates_nothing_in_the_home_of_another_user() {
         let mut host = Host::new();
         host.unset("OPENWORK_DATA_DIR");
         chown(host.home(), Some(NOBODY), Some(NOBODY)).unwrap();
@@ -765,7 +764,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, for a root directory of its own"]
-    fn the_root_directory_is_refused_untouched() {
+    fn root_directory_is_refused_untouched() {
         let host = Host::new();
         let script = r#"
             set -e
@@ -794,7 +793,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to make a directory of another user"]
-    fn root_is_refused_too_lest_it_hand_its_daemon_to_the_owner() {
+    fn root_does_not_use_the_directory_of_another_user() {
         let host = Host::new();
         fs::create_dir(host.data()).unwrap();
         chown(host.data(), Some(NOBODY), Some(NOBODY)).unwrap();
@@ -804,7 +803,7 @@ mod as_root {
 }
 
 #[test]
-fn a_directory_that_is_not_for_openwork_alone_is_refused_untouched() {
+fn shared_directory_is_refused_untouched() {
     let host = Host::unprivileged();
     let shared = host.project("shared");
     for (directory, before) in [(host.home(), 0o750), (shared, 0o1777)] {
@@ -819,7 +818,7 @@ fn a_directory_that_is_not_for_openwork_alone_is_refused_untouched() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_made_is_an_error() {
+fn directory_that_cannot_be_created_is_an_error() {
     let host = Host::unprivileged();
     let locked = host.project("locked");
     fs::set_permissions(&locked, fs::Permissions::from_mode(0o555)).unwrap();
@@ -827,7 +826,7 @@ fn a_directory_that_cannot_be_made_is_an_error() {
     let data = data.to_str().unwrap();
     host.openwork(["daemon", "start", "--data-dir", data]).fails(1, "permission_denied");
     host.openwork(["workspace", "add", "/tmp", "--data-dir", data]).fails(1, "permission_denied");
-    // A file in its place, or on the way to it.
+    // A file in place of the directory, or of a parent.
     fs::write(host.path("file"), "").unwrap();
     for data in [host.path("file"), host.path("file/below")] {
         let output = host.openwork(["daemon", "start", "--data-dir", data.to_str().unwrap()]).exits(1);
@@ -836,7 +835,7 @@ fn a_directory_that_cannot_be_made_is_an_error() {
 }
 
 #[test]
-fn its_place_follows_option_variable_and_home() {
+fn data_directory_follows_option_variable_and_home() {
     let mut host = Host::new();
     let made_by = |host: &mut Host, args: &[&str], place: &str| {
         let place = host.path(place);
@@ -851,18 +850,18 @@ fn its_place_follows_option_variable_and_home() {
     made_by(&mut host, &[], "home/.local/share/openwork");
     host.set("XDG_DATA_HOME", host.path("xdg"));
     made_by(&mut host, &[], "xdg/openwork");
-    // One that is relative is to be ignored.
+    // A relative XDG_DATA_HOME is ignored.
     fs::remove_dir_all(host.home().join(".local")).unwrap();
     host.set("XDG_DATA_HOME", "xdg");
     made_by(&mut host, &[], "home/.local/share/openwork");
-    // OpenWork's own program would stop the daemon there.
+    // OpenWork's own app would stop a daemon that it finds there.
     assert!(!host.home().join(".openwork").exists());
 }
 
 // --- Links ---
 
 #[test]
-fn a_planted_link_is_not_followed() {
+fn planted_symlink_is_not_followed() {
     for name in [
         STATE,
         AUTH,
@@ -883,7 +882,7 @@ fn a_planted_link_is_not_followed() {
                 fs::set_permissions(&victim, fs::Permissions::from_mode(0o640)).unwrap();
             }
             symlink(&victim, host.file(name)).unwrap();
-            // It may be an error or the link may be replaced; the other end is not touched.
+            // openwork may fail or replace the link, but must not touch the target.
             host.openwork(["daemon", "start"]).output();
             host.openwork(["workspace", "add", "/tmp"]).output();
             host.openwork(["daemon", "stop"]).output();
@@ -899,7 +898,7 @@ fn a_planted_link_is_not_followed() {
 }
 
 #[test]
-fn what_is_read_is_not_read_through_a_link() {
+fn files_are_not_read_through_a_symlink() {
     let host = Host::new();
     let elsewhere = host.path("elsewhere.json");
     fs::write(&elsewhere, json!({"version": 1, "workspaces": []}).to_string()).unwrap();
@@ -910,7 +909,7 @@ fn what_is_read_is_not_read_through_a_link() {
 }
 
 #[test]
-fn a_planted_fifo_holds_up_nobody() {
+fn planted_fifo_blocks_nobody() {
     for name in [
         STATE,
         AUTH,
@@ -929,7 +928,7 @@ fn a_planted_fifo_holds_up_nobody() {
         for command in [&["daemon", "start"][..], &["workspace", "list"], &["state", "repair"], &["logs"]] {
             host.openwork(command).output();
         }
-        // Nothing waits for its other end. It is refused or replaced.
+        // No open blocks on the FIFO: it is refused or replaced.
         let is_there = fs::symlink_metadata(&fifo).is_ok_and(|metadata| metadata.file_type().is_fifo());
         let is_refused = !host.openwork(["daemon", "start"]).output().status.success();
         assert!(is_refused || !is_there || name.ends_with("log"), "{name}");

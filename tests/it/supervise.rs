@@ -1,6 +1,6 @@
-//! opencode is left alone while it works, ended when it does not, and started and ended with care for
-//! what it runs. What takes minutes is told with times that are many times shorter
-//! (`OPENWORK_TEST_PACE`, which only a debug build reads), or in the simulation of the policy.
+//! Supervision: a working opencode is left alone, a hung one is ended, and the processes of the agent end
+//! gracefully. Timeouts of minutes are shortened by `OPENWORK_TEST_PACE`, which only a debug build reads,
+//! or covered by the simulation of the policy.
 
 use std::fs;
 use std::io::Write;
@@ -14,7 +14,7 @@ use crate::support::{
     wait_gone,
 };
 
-/// One that supervises this many times faster.
+/// A host whose daemon supervises this many times faster.
 fn paced(mut host: Host, pace: u32) -> Host {
     host.set("OPENWORK_TEST_PACE", pace.to_string());
     host
@@ -24,7 +24,7 @@ fn log(host: &Host) -> String {
     fs::read_to_string(host.file("daemon.log")).unwrap_or_default()
 }
 
-/// Waits until the daemon has noted this so many times more.
+/// Waits until the daemon has logged this text `count` more times.
 fn wait_for_notes(host: &Host, what: &str, count: usize) {
     let notes = || log(host).matches(what).count();
     let before = notes();
@@ -36,11 +36,11 @@ fn health_calls(host: &Host) -> usize {
     host.requests().iter().filter(|request| request["target"] == HEALTH).count()
 }
 
-// --- What hangs, and what only looks like it ---
+// --- Hangs, real and apparent ---
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn a_hang_is_found_and_ended() {
+fn hung_opencode_is_detected_and_ended() {
     let host = paced(Host::new(), 30);
     host.openwork(["daemon", "start"]).ok();
     let pid = host.opencode_pid();
@@ -54,20 +54,20 @@ fn a_hang_is_found_and_ended() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn an_opencode_that_is_busy_is_left_alone_while_it_answers_nothing() {
+fn busy_opencode_that_does_not_answer_is_left_alone() {
     let host = paced(Host::new(), 20);
     host.openwork(["daemon", "start"]).ok();
     let pid = host.opencode_pid();
     host.burn(true);
     host.hang(true);
-    // An idle one is ended after three seconds of this pace, five failed calls.
+    // At this pace an idle opencode is ended after three seconds, five failed calls.
     wait_for_notes(&host, "did not answer", 12);
     assert!(is_alive(pid));
     host.hang(false);
     assert_eq!(host.opencode_pid(), pid);
     host.burn(false);
 
-    // The same when it was adopted while it is busy.
+    // The same for an opencode that is adopted while it is busy.
     kill(host.daemon_pid(), Signal::KILL);
     wait_gone(host.daemon_pid());
     host.burn(true);
@@ -82,11 +82,11 @@ fn an_opencode_that_is_busy_is_left_alone_while_it_answers_nothing() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn a_lack_of_threads_or_descriptors_ends_nothing() {
+fn thread_or_descriptor_shortage_ends_nothing() {
     let host = paced(Host::unprivileged(), 20);
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
-    // As the user of the daemon: root in a container may not.
+    // As the daemon's own user: root in a container may lack the capability.
     let limit = |limit: &str| {
         let mut prlimit = Command::new("prlimit");
         if is_root() {
@@ -96,17 +96,17 @@ fn a_lack_of_threads_or_descriptors_ends_nothing() {
         assert!(status.success(), "{limit}");
     };
 
-    // No thread and no process more: the daemon goes on asking.
+    // No further thread or process: the daemon keeps asking.
     limit("--nproc=1:");
     let before = health_calls(&host);
     wait_for("more health calls", || health_calls(&host) > before + 8);
-    // No descriptor: it cannot even look.
+    // No free descriptor: the daemon cannot even look.
     limit("--nofile=3:");
     wait_for_notes(&host, "cannot look at opencode", 10);
     limit("--nofile=1024:");
     assert!(is_alive(opencode));
 
-    // What is lacking at a start is waited for.
+    // A start waits until the resource is back.
     kill(opencode, Signal::KILL);
     wait_for_notes(&host, "too many processes", 3);
     limit("--nproc=2000:");
@@ -115,9 +115,9 @@ fn a_lack_of_threads_or_descriptors_ends_nothing() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn a_start_that_makes_progress_is_waited_for() {
+fn start_that_makes_progress_is_waited_for() {
     let host = paced(Host::new(), 30);
-    // Two seconds are what a silent one gets at this pace.
+    // A start without progress gets two seconds at this pace.
     host.behave("FAKE_START_MS=6000\nFAKE_PRINT_MS=50");
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(host.starts().len(), 1);
@@ -125,7 +125,7 @@ fn a_start_that_makes_progress_is_waited_for() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn a_start_without_progress_is_ended() {
+fn start_without_progress_is_ended() {
     let host = paced(Host::new(), 30);
     host.behave("FAKE_NEVER_LISTEN=1");
     host.openwork(["daemon", "start", "--timeout", "1"]).fails(5, "opencode_timeout");
@@ -137,8 +137,8 @@ fn a_start_without_progress_is_ended() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn health_forgives_what_was_before() {
-    // A second of health is a long time at this pace, and six failures in four seconds too many.
+fn health_resets_the_failure_count() {
+    // At this pace one second of health resets the count, and six failures in four seconds are too many.
     let host = paced(Host::new(), 30);
     host.openwork(["daemon", "start"]).ok();
     for _ in 0..8 {
@@ -150,16 +150,16 @@ fn health_forgives_what_was_before() {
     assert_eq!(host.health()["engine"]["restarts"], 8);
 }
 
-// --- How it is started ---
+// --- Start ---
 
 #[test]
-fn it_leads_a_session_and_is_not_hung_up_with_the_daemon() {
+fn opencode_leads_its_session_and_survives_the_daemon() {
     let host = Host::new();
     host.behave("FAKE_AGENT=sleep 1000");
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     assert_eq!(stat_field(opencode, SESSION), u64::from(opencode));
-    // A stopped process in an orphaned group has the kernel send HUP to all of it.
+    // The kernel sends HUP to an orphaned process group that has a stopped member.
     kill(opencode, Signal::STOP);
     kill(host.daemon_pid(), Signal::KILL);
     wait_gone(host.daemon_pid());
@@ -176,15 +176,15 @@ fn mask(pid: u32, name: &str) -> u64 {
 }
 
 #[test]
-fn signals_are_at_their_defaults_whatever_started_the_daemon() {
+fn signals_are_reset_to_their_defaults() {
     let host = Host::new();
     let ignoring = "trap '' INT QUIT CHLD USR1 TERM HUP ALRM WINCH";
     host.openwork(["daemon", "start"]).after(ignoring).ok();
     let opencode = host.opencode_pid();
-    // PIPE the fake ignores itself, as every Rust program; two belong to the C library.
+    // The fake ignores PIPE like every Rust program; two signals belong to the C library.
     let ours = !(1 << (13 - 1) | 1 << (32 - 1) | 1 << (33 - 1));
     assert_eq!((mask(opencode, "SigIgn") & ours, mask(opencode, "SigBlk")), (0, 0));
-    // The daemon reaps its children, and ends on a TERM, whatever was ignored.
+    // The daemon reaps its children and ends on TERM, whatever was ignored before.
     kill(opencode, Signal::KILL);
     wait_for("the next opencode", || host.opencode_pid() != opencode);
     assert!(log(&host).contains("ended with signal: 9"), "{}", log(&host));
@@ -207,7 +207,7 @@ fn blocked_signals_are_unblocked() {
 }
 
 #[test]
-fn signals_without_a_meaning_do_nothing() {
+fn unused_signals_do_nothing() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let pids = (host.daemon_pid(), host.opencode_pid());
@@ -219,7 +219,7 @@ fn signals_without_a_meaning_do_nothing() {
 }
 
 #[test]
-fn a_limit_of_file_sizes_is_an_error_and_no_end() {
+fn file_size_limit_fails_the_write_and_not_the_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).after("ulimit -f 16").ok();
     let daemon = host.daemon_pid();
@@ -242,7 +242,7 @@ fn descriptors(pid: u32) -> (u64, u64) {
 }
 
 #[test]
-fn the_daemon_takes_more_descriptors_and_opencode_gets_those_of_the_shell() {
+fn descriptor_limit_is_raised_for_the_daemon_alone() {
     const SHELL: u64 = 256;
     let host = Host::new();
     let shell = format!("ulimit -S -n {SHELL}");
@@ -261,7 +261,7 @@ fn the_daemon_takes_more_descriptors_and_opencode_gets_those_of_the_shell() {
 }
 
 #[test]
-fn what_git_says_to_a_hook_is_not_passed_on() {
+fn variables_of_git_hooks_are_not_passed_on() {
     let mut host = Host::new();
     let listed = Command::new("git").args(["rev-parse", "--local-env-vars"]).stderr(Stdio::null()).output();
     let listed = listed.map(|output| String::from_utf8(output.stdout).unwrap()).unwrap_or_default();
@@ -281,7 +281,7 @@ fn what_git_says_to_a_hook_is_not_passed_on() {
 }
 
 #[test]
-fn what_a_wrapper_starts_is_opencode_too() {
+fn opencode_may_run_behind_a_wrapper() {
     let mut host = Host::new();
     // As the scripts of package managers do, it stays while the real one listens.
     let wrapper = host.path("wrapper");
@@ -304,10 +304,10 @@ fn what_a_wrapper_starts_is_opencode_too() {
     assert_eq!(host.processes(), [0; 0]);
 }
 
-// --- How what it runs is ended ---
+// --- Processes of the agent ---
 
 #[test]
-fn what_the_agent_runs_is_asked_before_it_is_killed() {
+fn processes_of_the_agent_get_term_before_kill() {
     for crash in [false, true] {
         let host = Host::new();
         host.behave(
@@ -321,7 +321,7 @@ fn what_the_agent_runs_is_asked_before_it_is_killed() {
             true => kill(host.opencode_pid(), Signal::KILL),
             false => drop(host.openwork(["daemon", "stop"]).ok()),
         }
-        wait_for("it to be asked", || host.recorded("asked") == ["asked"]);
+        wait_for("the TERM to arrive", || host.recorded("asked") == ["asked"]);
         if crash {
             wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
             host.runs_one_of_each();
@@ -332,7 +332,7 @@ fn what_the_agent_runs_is_asked_before_it_is_killed() {
 }
 
 #[test]
-fn a_command_of_the_agent_survives_what_it_asks_for() {
+fn command_of_the_agent_survives_the_stop_it_requests() {
     for command in ["daemon stop", "daemon restart --all"] {
         let mut host = Host::new();
         let program = host.binary().to_owned();
@@ -353,10 +353,10 @@ fn a_command_of_the_agent_survives_what_it_asks_for() {
     }
 }
 
-// --- Its log, and its memory ---
+// --- Log and memory ---
 
 #[test]
-fn its_log_is_bounded_while_it_grows() {
+fn log_is_truncated_while_it_grows() {
     let host = Host::new();
     host.behave("FAKE_FLOODS=4");
     host.openwork(["daemon", "start"]).ok();
@@ -366,7 +366,7 @@ fn its_log_is_bounded_while_it_grows() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn too_much_memory_restarts_it_when_no_session_runs() {
+fn oversized_opencode_is_recycled_when_idle() {
     let host = paced(Host::new(), 30);
     host.exercises(["option --max-memory", "variable OPENWORK_MAX_MEMORY"]);
     host.behave("FAKE_MEMORY=200000000");
@@ -393,7 +393,7 @@ fn too_much_memory_restarts_it_when_no_session_runs() {
     let recycled = events.find(|event| kind(event).starts_with("engine.")).unwrap();
     assert_eq!((kind(&recycled), &recycled["pid"]), ("engine.recycled".to_owned(), &json!(pid)));
     wait_for("the next opencode", || host.opencode_pid() != pid);
-    // In good order: its instances first.
+    // Its instances are disposed first.
     assert_eq!(host.instance(&project), if IS_V2 { vec!["load"] } else { vec!["load", "dispose"] });
     assert_eq!((host.starts().len(), &host.health()["engine"]["restarts"]), (2, &json!(0)));
 
@@ -404,7 +404,7 @@ fn too_much_memory_restarts_it_when_no_session_runs() {
 
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
-fn the_log_of_the_daemon_is_bounded_too() {
+fn daemon_log_is_bounded() {
     // Probes look at it: three a second at this pace.
     let host = paced(Host::new(), 30);
     host.openwork(["daemon", "start"]).ok();
@@ -434,7 +434,7 @@ mod with_strace {
     }
 }
 
-/// In other containers: PID namespaces.
+/// Tests in PID namespaces, as in containers.
 mod as_root {
     use super::*;
 
@@ -457,7 +457,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, for a PID namespace"]
-    fn the_first_process_of_a_container_reaps_what_is_orphaned() {
+    fn daemon_as_pid_1_reaps_orphans() {
         let host = Host::new();
         host.behave("FAKE_AGENT=(sleep 0.1 &) ; exec sleep 1000");
         // The daemon is process 1; another process looks for zombies, and then stops it.
@@ -472,14 +472,14 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, for a PID namespace"]
-    fn a_process_that_proc_does_not_prove_is_not_signalled() {
-        // In a PID namespace without its own /proc, what /proc says of an id is about another process.
+    fn process_unproven_by_proc_is_not_signalled() {
+        // In a PID namespace without its own /proc, an entry of /proc is about another process.
         let host = Host::new();
         host.openwork(["daemon", "start"]).ok();
         let opencode = host.opencode_pid();
         kill(host.daemon_pid(), Signal::KILL);
         wait_gone(host.daemon_pid());
-        // A stranger has the id there that opencode has here.
+        // In there a stranger gets the pid that opencode has out here.
         let line = format!(
             "echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & \
              echo $! > $FAKE_OPENCODE_DIR/stranger; \

@@ -1,4 +1,4 @@
-//! What a service manager sees of the daemon and gives it: sd_notify(3), sd_listen_fds(3).
+//! The daemon under a service manager: sd_notify(3), sd_listen_fds(3).
 
 use std::fs;
 use std::io::{self, Write};
@@ -16,11 +16,11 @@ use crate::support::{
     DEADLINE, Host, Process, Signal, connect, copy_program, free_port, kill, read_to_close, until, wait_for, wait_gone,
 };
 
-/// The variables of a service, which are for the daemon alone.
+/// The variables of a service, meant for the daemon alone.
 const SERVICE_VARIABLES: [&str; 6] =
     ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
-/// The socket of a service manager, and what it has been told.
+/// The notification socket of a service manager.
 struct Manager {
     socket: UnixDatagram,
 }
@@ -62,16 +62,16 @@ fn opencode(host: &Host) -> Process {
 }
 
 #[test]
-fn a_service_manager_is_told_how_the_daemon_is() {
+fn service_manager_is_notified_of_the_state() {
     let mut host = Host::new();
     let manager = Manager::at(&SocketAddr::from_pathname(host.path("notify")).unwrap());
     host.set("NOTIFY_SOCKET", host.path("notify"));
     let daemon = host.openwork(["daemon"]).spawn();
     manager.until("READY=1");
-    // Whoever waits for the unit can connect, though opencode is still starting.
+    // The port accepts connections at READY, although opencode is still starting.
     assert_eq!(host.http("GET", "/health").send().json()["daemon"]["pid"], daemon.pid());
     let told = manager.until("STATUS=opencode is ready (1.18.33)");
-    assert!(!told.contains(&"WATCHDOG=1".to_owned()), "nobody has asked for signs of life: {told:?}");
+    assert!(!told.contains(&"WATCHDOG=1".to_owned()), "no watchdog was requested: {told:?}");
     assert!(SERVICE_VARIABLES.iter().all(|name| opencode(&host).variable(name).is_none()));
 
     kill(host.opencode_pid(), Signal::KILL);
@@ -83,17 +83,17 @@ fn a_service_manager_is_told_how_the_daemon_is() {
 }
 
 #[test]
-fn a_hand_over_is_a_reload_of_the_same_service() {
+fn restart_is_a_reload_for_the_service_manager() {
     let host = Host::new();
     let name = format!("openwork-test-{}", host.path("").display());
     let manager = Manager::at(&SocketAddr::from_abstract_name(&name).unwrap());
     let daemon = host.openwork(["daemon"]).env("NOTIFY_SOCKET", format!("@{name}"));
-    // bash and dash tell the pid that the daemon is going to have.
+    // `$$` in bash and dash is the pid that the daemon gets by exec.
     let daemon = daemon.env("WATCHDOG_USEC", "500000").after("export WATCHDOG_PID=$$").spawn();
     manager.until("STATUS=opencode is ready");
     let before = opencode(&host).pid;
 
-    // The client is part of another service, which hears nothing.
+    // The client belongs to another service, whose manager must hear nothing.
     let other = Manager::at(&SocketAddr::from_pathname(host.path("other")).unwrap());
     other.socket.set_nonblocking(true).unwrap();
     let mut restart = host.openwork(["daemon", "restart"]).env("NOTIFY_SOCKET", host.path("other"));
@@ -120,7 +120,7 @@ fn a_hand_over_is_a_reload_of_the_same_service() {
 }
 
 #[test]
-fn the_daemon_gives_signs_of_life_in_every_phase() {
+fn watchdog_is_fed_in_every_phase() {
     let mut host = Host::new();
     let manager = Manager::at(&SocketAddr::from_pathname(host.path("notify")).unwrap());
     host.set("NOTIFY_SOCKET", host.path("notify"));
@@ -134,7 +134,7 @@ fn the_daemon_gives_signs_of_life_in_every_phase() {
     fs::remove_file(&hold).unwrap();
     manager.until("STATUS=opencode is ready");
     lives(4);
-    // From now on no start succeeds.
+    // From now on every start fails.
     fs::write(host.path("fake/behaviour"), "FAKE_CRASH_ON_START=9\n").unwrap();
     kill(host.opencode_pid(), Signal::KILL);
     manager.until("STATUS=opencode has failed");
@@ -142,19 +142,19 @@ fn the_daemon_gives_signs_of_life_in_every_phase() {
     host.openwork(["daemon", "stop"]).ok();
     assert!(daemon.wait().status.success());
 
-    // Of another process, though this one has inherited the variables.
+    // The inherited variables are meant for another process.
     let daemon = host.openwork(["daemon"]).env("WATCHDOG_PID", "1").spawn();
     let told = manager.until("STATUS=opencode has failed");
     manager.socket.set_nonblocking(true).unwrap();
     let ready = told.iter().filter(|line| *line == "WATCHDOG=1").count();
-    assert_eq!(ready, 1, "but for the one that comes with READY=1: {told:?}");
+    assert_eq!(ready, 1, "only the one that comes with READY=1: {told:?}");
     host.openwork(["daemon", "stop"]).ok();
     daemon.wait();
 }
 
 // --- Socket activation ---
 
-/// Passes descriptor 0 on as systemd passes a socket: as descriptor 3, with a word about it.
+/// Passes descriptor 0 on as systemd passes a socket: as descriptor 3, with the variables that announce it.
 const PASS_ON: &str = "exec 3<&0 0</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=openwork.socket";
 
 fn passed(socket: impl Into<OwnedFd>) -> Stdio {
@@ -168,13 +168,13 @@ fn ask(port: u16) -> TcpStream {
     stream
 }
 
-fn is_answered(mut stream: TcpStream) {
+fn assert_answered(mut stream: TcpStream) {
     let reply = String::from_utf8(read_to_close(&mut stream)).unwrap();
     assert!(reply.starts_with("HTTP/1.1 ") && reply.contains("\"apiVersion\":1"), "{reply}");
 }
 
 #[test]
-fn a_connection_that_was_there_before_the_daemon_is_answered() {
+fn connection_made_before_the_daemon_is_answered() {
     let mut host = Host::new();
     host.unset("OPENWORK_DAEMON_PORT");
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, free_port())).unwrap();
@@ -183,7 +183,7 @@ fn a_connection_that_was_there_before_the_daemon_is_answered() {
 
     let early = ask(port);
     let daemon = start();
-    is_answered(early);
+    assert_answered(early);
     assert_eq!((host.daemon_pid(), host.port()), (daemon.pid(), port));
     let before = opencode(&host);
     assert!(SERVICE_VARIABLES.iter().all(|name| before.variable(name).is_none()));
@@ -199,22 +199,22 @@ fn a_connection_that_was_there_before_the_daemon_is_answered() {
     daemon.wait();
     let early = ask(port);
     let daemon = start();
-    is_answered(early);
+    assert_answered(early);
     assert_eq!(opencode(&host).pid, before.pid);
 
-    // And a restart, which leaves no descriptor behind.
+    // A restart keeps the socket and leaks no descriptor.
     let count = held(daemon.pid());
     host.openwork(["daemon", "restart"]).ok();
     assert_eq!((host.daemon_pid(), host.port(), held(daemon.pid())), (daemon.pid(), port, count));
-    is_answered(ask(port));
+    assert_answered(ask(port));
     host.openwork(["daemon", "stop"]).ok();
     assert!(daemon.wait().status.success());
-    // The service manager's.
+    // The socket of the service manager still accepts connections.
     drop(ask(port));
 }
 
 #[test]
-fn a_socket_that_is_not_for_the_daemon_is_refused() {
+fn unsuitable_activation_socket_is_refused() {
     let host = Host::new();
     let port = host.get("OPENWORK_DAEMON_PORT").parse::<u16>().unwrap();
     let refused = |socket: Stdio, why: &str| {
@@ -235,7 +235,7 @@ fn a_socket_that_is_not_for_the_daemon_is_refused() {
     host.openwork(["daemon"]).after(lines).fails(2, "usage");
     assert!(host.lock_text().is_none());
 
-    // Those of another process say nothing.
+    // Variables meant for another process are ignored.
     let daemon = host.openwork(["daemon"]).env("LISTEN_PID", "1").env("LISTEN_FDS", "1").spawn();
     wait_for("the daemon to listen", || host.lock_text().is_some());
     assert_eq!(host.port(), port);
@@ -243,7 +243,7 @@ fn a_socket_that_is_not_for_the_daemon_is_refused() {
     daemon.wait();
 }
 
-/// A process that a client takes for a service manager: it is called like one, and holds the listening socket.
+/// A process that clients take for a service manager: it has that name and holds the listening socket.
 struct SocketUnit(Child);
 
 impl SocketUnit {
@@ -265,7 +265,7 @@ impl Drop for SocketUnit {
 }
 
 #[test]
-fn a_command_has_the_service_manager_start_the_daemon() {
+fn command_starts_the_daemon_through_the_service_manager() {
     let mut host = Host::new();
     let port = host.get("OPENWORK_DAEMON_PORT").parse::<u16>().unwrap();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
@@ -285,7 +285,7 @@ fn a_command_has_the_service_manager_start_the_daemon() {
         daemon.wait();
     });
 
-    // A unit that starts nothing, since it is for another data directory, is not waited for for long.
+    // A unit for another data directory starts nothing here; the client gives up on it soon.
     host.unset("OPENWORK_DAEMON_PORT");
     host.openwork(["daemon", "start"]).ok();
     assert_ne!(host.port(), port);

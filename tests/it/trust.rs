@@ -1,5 +1,4 @@
-//! The command line trusts a port only when the process that holds `daemon.lock` listens there, and
-//! sends no byte to any other.
+//! The command line sends bytes to a port only if the holder of `daemon.lock` listens there.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
@@ -14,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::support::{AUTH, Host, Signal, Stranger, is_alive, kill, wait_gone};
 
-/// A data directory whose lock this process holds, with this text in it, and credentials.
+/// Makes a data directory with credentials and a `daemon.lock` with this text, locked by this process.
 pub fn held(host: &Host, text: &str) -> File {
     host.write_state(r#"{"version":1,"activeId":"","workspaces":[]}"#);
     fs::write(host.file(AUTH), format!(r#"{{"opencodeUsername":"opencode","opencodePassword":"{}"}}"#, "5".repeat(64)))
@@ -65,13 +64,13 @@ fn sent_to(impostor: &TcpListener, commands: impl FnOnce()) -> Vec<u8> {
 }
 
 #[test]
-fn a_port_that_another_process_listens_on_gets_no_byte() {
+fn port_of_another_process_gets_no_byte() {
     let host = Host::new();
     let idle = Stranger::idle();
     let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = impostor.local_addr().unwrap().port();
-    // As while `state repair` holds the lock after a daemon was killed, with another process under
-    // the pid of the daemon, and another listener at its port.
+    // The situation while `state repair` holds the lock after a daemon was killed, and other processes have
+    // its pid and its port.
     for text in [format!("{} {port}\n", idle.pid()), format!("4194000 {port}\n")] {
         let lock = held(&host, &text);
         let sent = sent_to(&impostor, || {
@@ -86,10 +85,10 @@ fn a_port_that_another_process_listens_on_gets_no_byte() {
 }
 
 #[test]
-fn a_process_that_listens_without_holding_the_lock_gets_no_byte() {
+fn listener_without_the_lock_gets_no_byte() {
     let host = Host::new();
     let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
-    // The pid and the port are this process's own, and the lock is another's.
+    // The pid and the port are this process's, but another process holds the lock.
     let text = format!("{} {}\n", std::process::id(), impostor.local_addr().unwrap().port());
     let lock = held(&host, &text);
     let _holder = Stranger::new(Command::new("sleep").arg("600").stdin(lock));
@@ -101,7 +100,7 @@ fn a_process_that_listens_without_holding_the_lock_gets_no_byte() {
 }
 
 #[test]
-fn a_daemon_in_another_container_is_named_as_such() {
+fn daemon_in_another_container_is_reported() {
     let host = Host::new();
     host.exercises(["code daemon_elsewhere"]);
     let impostor = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -114,15 +113,15 @@ fn a_daemon_in_another_container_is_named_as_such() {
             host.openwork(command.iter().copied()).fails(1, "daemon_elsewhere");
         }
         host.openwork(["daemon", "start"]).fails(1, "daemon_elsewhere");
-        // The state file has the answer, wherever the daemon is.
+        // Listing reads the state file, wherever the daemon is.
         host.openwork(["workspace", "list"]).json();
     });
     assert_eq!(String::from_utf8_lossy(&sent), "");
-    assert!(start.elapsed() < Duration::from_secs(30), "a daemon elsewhere is not waited for: {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(30), "waited for a daemon elsewhere: {:?}", start.elapsed());
 }
 
 #[test]
-fn a_daemon_that_was_killed_leaves_no_trust_behind() {
+fn port_of_a_killed_daemon_is_not_trusted() {
     let mut host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let (daemon, port) = (host.daemon_pid(), host.port());
@@ -141,7 +140,7 @@ fn a_daemon_that_was_killed_leaves_no_trust_behind() {
 }
 
 #[test]
-fn a_frozen_daemon_does_not_hold_up_what_the_state_file_says() {
+fn frozen_daemon_does_not_delay_reads_of_the_state_file() {
     let host = Host::new();
     let project = host.project("p");
     host.add(&project);
@@ -155,7 +154,7 @@ fn a_frozen_daemon_does_not_hold_up_what_the_state_file_says() {
     assert!(is_alive(host.daemon_pid()));
 }
 
-/// What takes two users: root, whose daemon it is, and an account without rights.
+/// Tests that need two users: root, who owns the daemon, and an unprivileged account.
 mod as_root {
     use std::io::Write;
     use std::net::{SocketAddr, TcpStream};
@@ -168,10 +167,10 @@ mod as_root {
     use super::*;
     use crate::support::NOBODY;
 
-    /// A connection of another user's to a port, from a port that others may listen on.
+    /// A connection of another user, from a port that others may listen on.
     fn connect_as_nobody(port: u16) -> TcpStream {
         let connected = thread::spawn(move || {
-            // For this thread only: the kernel gives the sockets that it makes to that user.
+            // Only for this thread: the kernel assigns its sockets to that user.
             let nobody = Uid::from_raw(NOBODY);
             set_thread_res_uid(nobody, nobody, nobody).unwrap();
             let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
@@ -185,7 +184,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to become another user"]
-    fn a_request_of_another_user_is_not_the_owners_who_listens_at_its_port() {
+    fn request_of_another_user_is_not_taken_for_the_owners() {
         let host = Host::new();
         host.openwork(["daemon", "start"]).ok();
         let (port, project) = (host.port(), host.project("planted"));
@@ -196,15 +195,15 @@ mod as_root {
         );
         for attempt in 0..50 {
             let mut stream = connect_as_nobody(port);
-            // The end is held back until somebody listens at the address that the request is from.
+            // Hold back the end until the owner listens at the client's address.
             let (held_back, rest) = request.split_at(request.len() - if attempt % 2 == 0 { 1 } else { body.len() + 2 });
             stream.write_all(held_back.as_bytes()).unwrap();
             let owners = TcpListener::bind(stream.local_addr().unwrap()).unwrap();
             stream.write_all(rest.as_bytes()).unwrap();
-            // With a reset, the connection is gone before the daemon looks whose it is.
+            // A reset removes the connection before the daemon checks whose it is.
             set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
             drop(stream);
-            // A later connection is accepted later.
+            // The daemon accepts connections in order, so the earlier one has been handled by now.
             host.health();
             drop(owners);
         }

@@ -12,7 +12,7 @@ use crate::trust::held;
 
 const OURS: &str = env!("CARGO_PKG_VERSION");
 
-/// Answers as a daemon of some version does that knows `/health` and no other route.
+/// Serves as a daemon of this version that knows only `/health`.
 fn serve(listener: TcpListener, version: &'static str) {
     let pid = std::process::id();
     let port = listener.local_addr().unwrap().port();
@@ -37,7 +37,7 @@ fn serve(listener: TcpListener, version: &'static str) {
     thread::spawn(move || listener.incoming().flatten().for_each(answer));
 }
 
-/// A host whose daemon is of this version. It lives as long as what is returned beside the host.
+/// A host with such a daemon, which holds the lock until the returned file is dropped.
 fn host(version: &'static str) -> (Host, fs::File) {
     let host = Host::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -48,7 +48,7 @@ fn host(version: &'static str) -> (Host, fs::File) {
 }
 
 #[test]
-fn what_an_older_daemon_cannot_do_is_said_as_such() {
+fn request_unknown_to_an_older_daemon_is_daemon_too_old() {
     let (host, _lock) = host("0.0.9");
     host.exercises(["code daemon_too_old"]);
     for command in [&["workspace", "switch", "p"][..], &["instance", "list"], &["workspace", "add", "/tmp"]] {
@@ -60,7 +60,7 @@ fn what_an_older_daemon_cannot_do_is_said_as_such() {
 }
 
 #[test]
-fn what_a_daemon_of_the_same_version_does_not_know_is_not_found() {
+fn request_unknown_to_the_same_version_is_not_found() {
     let (host, _lock) = host(OURS);
     host.openwork(["instance", "list"]).fails(1, "not_found");
     assert!(!host.openwork(["status"]).ok().stdout.contains("daemon restart"));
@@ -71,17 +71,17 @@ fn status_shows_both_versions() {
     let (host, _lock) = host("0.0.9");
     let status = host.openwork(["status"]).ok().stdout;
     assert!(status.contains("version 0.0.9") && status.contains(&format!("version {OURS};")), "{status}");
-    // For scripts it is `/health` as it is.
+    // JSON is `/health` unchanged.
     assert_eq!(host.openwork(["status"]).json()["cliVersion"], "0.0.9");
 }
 
-/// What takes a terminal.
+/// Tests that need a terminal.
 mod with_script {
     use super::*;
 
     #[test]
     #[ignore = "needs script(1), for a terminal"]
-    fn another_version_is_noted_on_a_terminal() {
+    fn terminal_shows_a_note_about_another_version() {
         let (host, _lock) = host("0.0.9");
         let typescript = host.path("typescript");
         let on_a_terminal = |command: &str| {

@@ -73,7 +73,7 @@ fn running_sessions_come_first_and_nothing_is_loaded() {
 }
 
 #[test]
-fn an_abort_ends_the_running_turn_and_loads_nothing() {
+fn abort_ends_the_running_turn_and_loads_nothing() {
     let (host, web, api) = host();
     let (running, idle) = (session(&host, &web), session(&host, &api));
     act(&host, &running, "prompt");
@@ -95,7 +95,7 @@ fn an_abort_ends_the_running_turn_and_loads_nothing() {
 }
 
 #[test]
-fn an_abort_does_not_load_again_what_was_disposed_under_a_turn() {
+fn abort_does_not_reload_an_instance_disposed_during_a_turn() {
     let (host, web, _) = host();
     let running = session(&host, &web);
     act(&host, &running, "prompt");
@@ -113,7 +113,7 @@ fn an_abort_does_not_load_again_what_was_disposed_under_a_turn() {
 }
 
 #[test]
-fn a_wait_ends_with_the_sessions() {
+fn wait_returns_when_sessions_are_idle() {
     let (host, web, api) = host();
     let running = session(&host, &web);
     act(&host, &running, "prompt");
@@ -132,7 +132,7 @@ fn a_wait_ends_with_the_sessions() {
 }
 
 #[test]
-fn a_stop_or_restart_waits_for_the_sessions_when_told_so() {
+fn when_idle_waits_for_the_sessions() {
     let (host, web, _) = host();
     let running = session(&host, &web);
     act(&host, &running, "prompt");
@@ -163,7 +163,7 @@ fn a_stop_or_restart_waits_for_the_sessions_when_told_so() {
 }
 
 #[test]
-fn turns_are_told_with_workspace_and_title() {
+fn turns_are_published_with_workspace_and_title() {
     let (host, web, _) = host();
     wait_until_heard(&host);
     let stranger = host.project("stranger");

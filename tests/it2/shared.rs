@@ -67,7 +67,7 @@ fn ready_pid(host: &Host) -> Option<u32> {
 // --- Beside openwork's own ---
 
 #[test]
-fn a_service_beside_openworks_own_is_told_once_and_shown() {
+fn foreign_service_is_announced_once_and_shown() {
     let mut host = Host::new();
     host.set("OPENWORK_TEST_PACE", "20");
     let started = host.openwork(["daemon", "start"]).ok();
@@ -102,7 +102,7 @@ fn a_service_beside_openworks_own_is_told_once_and_shown() {
 // --- Shared ---
 
 #[test]
-fn a_service_that_runs_is_used_and_outlives_the_daemon() {
+fn running_service_is_used_and_outlives_the_daemon() {
     let mut host = sharing();
     let (a, b) = (host.project("a"), host.project("b"));
     opencode_service(&host, "start");
@@ -162,7 +162,7 @@ fn a_service_that_runs_is_used_and_outlives_the_daemon() {
 }
 
 #[test]
-fn a_service_is_started_when_it_is_needed_by_its_own_command() {
+fn service_is_started_on_demand_by_its_own_command() {
     let host = sharing();
     let a = host.project("a");
     host.add(&a);
@@ -196,7 +196,7 @@ fn a_service_is_started_when_it_is_needed_by_its_own_command() {
 }
 
 #[test]
-fn a_service_that_is_replaced_is_found_again() {
+fn replaced_service_is_found_again() {
     let host = sharing();
     let a = host.project("a");
     host.openwork(["daemon", "start"]).ok();
@@ -221,7 +221,7 @@ fn a_service_that_is_replaced_is_found_again() {
 }
 
 #[test]
-fn a_service_that_hangs_is_restarted_by_its_own_command() {
+fn hung_service_is_restarted_by_its_own_command() {
     let mut host = sharing();
     host.set("OPENWORK_TEST_PACE", "20");
     host.openwork(["daemon", "start"]).ok();
@@ -267,7 +267,7 @@ fn idle_instances_are_evicted_and_memory_is_limited_in_a_shared_service() {
 }
 
 #[test]
-fn a_daemon_goes_over_to_the_service_and_back() {
+fn daemon_switches_to_the_service_and_back() {
     let mut host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let own = host.opencode_pid();
@@ -360,7 +360,7 @@ fn refused(host: &Host, why: &str) {
 }
 
 #[test]
-fn a_registration_that_others_could_have_written_gets_nothing() {
+fn registration_writable_by_others_is_not_trusted() {
     let host = sharing();
     let impostor = Impostor::new();
     for mode in [0o644, 0o660, 0o602] {
@@ -377,7 +377,7 @@ fn a_registration_that_others_could_have_written_gets_nothing() {
 }
 
 #[test]
-fn a_registration_that_names_another_process_gets_nothing() {
+fn registration_naming_another_process_is_not_trusted() {
     let host = sharing();
     host.behave("FAKE_SERVICE_FAILS=1");
     let impostor = Impostor::new();
@@ -417,7 +417,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to be another user"]
-    fn a_registration_of_another_user_gets_nothing() {
+    fn registration_of_another_user_is_not_trusted() {
         let host = of_nobody();
         let impostor = Impostor::new();
         // Ours, in the home directory of the user.
@@ -435,7 +435,7 @@ mod as_root {
 
     #[test]
     #[ignore = "needs root, to be another user"]
-    fn a_registration_that_names_another_users_process_gets_nothing() {
+    fn registration_naming_a_process_of_another_user_is_not_trusted() {
         // The daemon may look into any process, and this one belongs to somebody else.
         let host = sharing();
         host.behave("FAKE_SERVICE_FAILS=1");

@@ -1,4 +1,4 @@
-//! What is about opencode 2.x alone: where a request acts, sessions, disposals, versions, its clients.
+//! opencode 2.x alone: where requests act, sessions, disposals, versions, clients.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -40,23 +40,23 @@ fn last_used(host: &Host, name: &str) -> u64 {
     host.openwork(["workspace", "info", name]).json()["workspace"]["lastUsedAt"].as_u64().unwrap()
 }
 
-/// Creates a session in a directory, past the daemon.
+/// Creates a session in a directory by calling opencode directly.
 fn session(host: &Host, directory: &Path) -> String {
     let reply = host.opencode("POST", "/api/session").json(json!({"location": {"directory": directory}})).send();
     reply.json()["data"]["id"].as_str().unwrap().to_owned()
 }
 
-/// The calls that opencode got with credentials from somebody else than the supervisor.
+/// The requests that opencode received, without those of the daemon itself.
 fn calls(host: &Host) -> Vec<Value> {
     let ours = ["/api/info", "/api/event", "/api/debug/location", "/api/session/active"];
     let is_ours = |call: &Value| ours.iter().any(|path| call["target"] == *path);
     host.requests().into_iter().filter(|call| !is_ours(call)).collect()
 }
 
-// --- Where a request acts ---
+// --- Where requests act ---
 
 #[test]
-fn a_request_below_w_acts_in_its_workspace_whatever_it_says() {
+fn request_below_w_acts_in_its_workspace() {
     let (host, a, b) = host();
     let query = format!("/w/a/api/location?{}&directory={}", location(&b), encoded(&b));
     let routed = host.routed("GET", &query).header("x-opencode-directory", encoded(&b)).send();
@@ -68,7 +68,7 @@ fn a_request_below_w_acts_in_its_workspace_whatever_it_says() {
         let created = host.routed("POST", &target).header("x-opencode-directory", encoded(&b)).json(body).send();
         assert_eq!(created.json()["data"]["location"]["directory"], json!(a), "{path}");
     }
-    // Without a body, and in chunks.
+    // Without a body, and with a chunked one.
     assert_eq!(host.routed("POST", "/w/a/api/session").send().status, 200);
     let mut stream = host.connect();
     let body = json!({"location": {"directory": b}}).to_string();
@@ -98,7 +98,7 @@ fn a_request_below_w_acts_in_its_workspace_whatever_it_says() {
 }
 
 #[test]
-fn a_list_below_w_is_of_its_workspace_when_it_asks_for_one_directory() {
+fn session_list_below_w_is_limited_to_its_workspace() {
     let (host, a, b) = host();
     let ids = [session(&host, &a), session(&host, &b)];
     let target = format!("/w/a/api/session?directory={}&limit=5", encoded(&b));
@@ -108,7 +108,7 @@ fn a_list_below_w_is_of_its_workspace_when_it_asks_for_one_directory() {
 }
 
 #[test]
-fn a_request_at_the_root_acts_where_it_says() {
+fn request_at_the_root_chooses_its_directory() {
     let (host, a, b) = host();
     let by_query = host.routed("GET", &format!("/api/location?{}", location(&b)));
     assert_eq!(by_query.header("x-opencode-directory", encoded(&a)).send().json()["directory"], json!(b));
@@ -118,14 +118,14 @@ fn a_request_at_the_root_acts_where_it_says() {
     let created = host.routed("POST", "/api/session").header("Content-Type", "application/json").body(&body).send();
     assert_eq!(created.json()["data"]["location"]["directory"], json!(b));
     assert_eq!(host.recorded("bodies"), [body], "passed on as it is");
-    // Use is booked where it acts.
+    // The use counts for the workspace in which the request acts.
     let used = last_used(&host, "b");
     wait_for("the next millisecond", || {
         host.routed("GET", &format!("/api/location?{}", location(&b))).send();
         last_used(&host, "b") > used
     });
     assert_eq!((&instance(&host, "a")["state"], &instance(&host, "b")["state"]), (&json!("warm"), &json!("warm")));
-    // Its own routes are no one else's.
+    // The daemon's own routes stay its own.
     assert_eq!(host.http("GET", "/health").send().status, 200);
 }
 
@@ -154,7 +154,7 @@ fn without_credentials_nothing_reaches_opencode() {
 }
 
 #[test]
-fn a_user_of_another_name_is_opencode_for_2_x() {
+fn both_the_given_user_and_opencode_are_accepted() {
     let mut host = Host::new();
     host.set("OPENWORK_OPENCODE_USERNAME", "somebody");
     host.add(host.project("a"));
@@ -165,7 +165,7 @@ fn a_user_of_another_name_is_opencode_for_2_x() {
     }
 }
 
-/// Opens the WebSocket of a terminal, and has it send back what it is sent.
+/// Opens the WebSocket of a terminal and checks that it echoes.
 fn terminal(host: &Host, target: &str, credentials: &str) {
     let mut stream: TcpStream = host.connect();
     let head = format!(
@@ -193,7 +193,7 @@ fn terminals_are_tunnelled_below_w_and_at_the_root() {
     let credentials = format!("Authorization: {}\r\n", host.credentials());
     terminal(&host, "/w/a/api/pty/x/connect", &credentials);
     terminal(&host, &format!("/api/pty/x/connect?{}", location(&a)), &credentials);
-    // A web page has a ticket for credentials.
+    // A web page has a ticket instead of credentials.
     terminal(&host, &format!("/w/{id}/api/pty/x/connect?ticket=good"), "");
     terminal(&host, &format!("/api/pty/x/connect?ticket=good&{}", location(&a)), "");
     let directories = calls(&host).into_iter().filter(|call| call["target"].as_str().unwrap().contains("/connect"));
@@ -203,13 +203,13 @@ fn terminals_are_tunnelled_below_w_and_at_the_root() {
 // --- Sessions ---
 
 #[test]
-fn a_call_by_session_is_booked_where_the_session_is() {
+fn session_call_counts_as_use_where_the_session_runs() {
     let (host, a, b) = host();
     let there = session(&host, &b);
     let (used_a, used_b) = (last_used(&host, "a"), last_used(&host, "b"));
     for target in [format!("/w/a/api/session/{there}/prompt"), format!("/api/session/{there}/prompt")] {
         let before = last_used(&host, "b");
-        wait_for("the use to be booked", || {
+        wait_for("the use to be counted", || {
             assert_eq!(host.routed("POST", &target).json(json!({"text": "x"})).send().status, 200);
             last_used(&host, "b") > before
         });
@@ -218,13 +218,13 @@ fn a_call_by_session_is_booked_where_the_session_is() {
     assert_eq!(last_used(&host, "a"), used_a);
     assert_eq!((host.instance(&a), host.instance(&b)), (vec![], vec!["load".to_owned()]));
     assert_eq!(instance(&host, "b")["state"], "busy");
-    // opencode says itself that there is no such session.
+    // For an unknown session the client gets opencode's own reply.
     let unknown = host.routed("GET", "/w/a/api/session/ses_none").send();
     assert_eq!((unknown.status, &unknown.json()["_tag"]), (404, &json!("SessionNotFoundError")));
 }
 
 #[test]
-fn a_session_runs_where_it_was_created_before_the_daemon() {
+fn session_older_than_the_daemon_keeps_its_instance_busy() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "1s");
     let (a, b) = (host.project("a"), host.project("b"));
@@ -235,28 +235,28 @@ fn a_session_runs_where_it_was_created_before_the_daemon() {
     kill(daemon, Signal::KILL);
     wait_gone(daemon);
     host.openwork(["daemon", "start"]).ok();
-    // Its turn is told by session only; where that is, is asked for.
+    // The events of a turn name only the session; the daemon asks opencode for its directory.
     host.opencode("POST", &format!("/api/session/{there}/prompt")).json(json!({"text": "x"})).send();
     wait_for("the turn to be seen", || instance(&host, "a")["state"] == "busy");
     host.openwork(["workspace", "path", "b"]).ok();
-    wait_for("the idle one to be disposed", || host.instance(&b) == ["load", "dispose"]);
+    wait_for("the idle instance to be evicted", || host.instance(&b) == ["load", "dispose"]);
     assert_eq!(host.instance(&a), ["load"]);
     host.opencode("POST", &format!("/api/session/{there}/interrupt")).send();
-    wait_for("the other to be disposed", || host.instance(&a) == ["load", "dispose"]);
+    wait_for("the other to be evicted", || host.instance(&a) == ["load", "dispose"]);
     assert_eq!(host.recorded("leaks"), [""; 0]);
 }
 
 // --- Instances ---
 
 #[test]
-fn a_disposal_names_its_directory_and_waits_for_turns() {
+fn disposal_names_its_directory_and_ends_turns_first() {
     let (host, a, b) = host();
     host.openwork(["workspace", "path", "a"]).ok();
     host.openwork(["workspace", "path", "b"]).ok();
     let running = session(&host, &a);
     host.routed("POST", &format!("/w/a/api/session/{running}/prompt")).json(json!({"text": "x"})).send();
     host.openwork(["instance", "dispose", "a"]).fails(1, "instance_busy");
-    // A turn is ended before, or its MCP servers would live for ever.
+    // A running turn is ended first; otherwise its MCP servers would live for ever.
     assert_eq!(host.openwork(["instance", "dispose", "--force", "a"]).json()["disposed"], true);
     assert_eq!(host.recorded("leaks"), [""; 0]);
     assert_eq!((host.instance(&a), host.instance(&b)), (vec!["load".into(), "dispose".into()], vec!["load".into()]));
@@ -267,14 +267,14 @@ fn a_disposal_names_its_directory_and_waits_for_turns() {
 }
 
 #[test]
-fn the_list_is_opencodes_own() {
+fn instance_list_comes_from_opencode() {
     let (host, a, b) = host();
-    // Seen although no event tells of it.
+    // Listed although no event announced it.
     host.opencode("GET", &format!("/api/location?{}", location(&a))).send();
     assert_eq!((&instance(&host, "a")["state"], &instance(&host, "b")["state"]), (&json!("warm"), &json!("cold")));
     host.opencode("DELETE", &format!("/api/debug/location?{}", location(&a))).send();
     assert_eq!(instance(&host, "a")["state"], "cold");
-    // A session that is created loads nothing.
+    // Creating a session loads nothing.
     session(&host, &b);
     assert_eq!(instance(&host, "b")["state"], "cold");
     assert_eq!(host.openwork(["instance", "dispose", "b"]).json()["disposed"], false);
@@ -282,7 +282,7 @@ fn the_list_is_opencodes_own() {
 }
 
 #[test]
-fn booting_and_evicting_are_no_use() {
+fn loads_and_disposals_elsewhere_do_not_count_as_use() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "2s");
     let (a, b) = (host.project("a"), host.project("b"));
@@ -290,8 +290,8 @@ fn booting_and_evicting_are_no_use() {
     host.add(&a);
     host.add(&b);
     host.openwork(["workspace", "path", "a"]).ok();
-    // Ninety events tell of another boot, and ten of another eviction.
-    wait_for("the idle one to be disposed", || {
+    // Each boot of another instance sends ninety events, and each disposal ten.
+    wait_for("the idle instance to be evicted", || {
         host.use_directly(&b);
         host.dispose_directly(&b);
         host.instance(&a) == ["load", "dispose"]
@@ -299,7 +299,7 @@ fn booting_and_evicting_are_no_use() {
 }
 
 #[test]
-fn one_that_a_client_revives_is_given_twice_the_time() {
+fn revived_instance_gets_twice_the_idle_time() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "1s");
     let a = host.project("a");
@@ -308,17 +308,17 @@ fn one_that_a_client_revives_is_given_twice_the_time() {
     host.add(&a);
     host.openwork(["workspace", "path", "a"]).ok();
     let revived = || host.instance(&a).len() >= 3;
-    wait_for("it to be revived", revived);
-    wait_for("it to be known", || instance(&host, "a")["state"] == "warm");
+    wait_for("the client to revive it", revived);
+    wait_for("the instance to be listed", || instance(&host, "a")["state"] == "warm");
     let due = || instance(&host, "a")["evictAt"].as_u64();
-    wait_for("its time to be doubled more than once", || {
+    wait_for("the idle time to double more than once", || {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
         due().is_some_and(|due| due > now + 3000)
     });
 }
 
 #[test]
-fn a_disposal_has_half_a_minute_and_requests_wait_for_it() {
+fn requests_wait_half_a_minute_for_a_disposal() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "1s");
     // Longer than 1.x is given.
@@ -338,7 +338,7 @@ fn a_disposal_has_half_a_minute_and_requests_wait_for_it() {
 }
 
 #[test]
-fn an_older_2_x_tells_nothing_of_a_shutdown() {
+fn disposals_are_noticed_without_shutdown_events() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "1s");
     host.behave("FAKE_NO_SHUTDOWN_EVENT=1");
@@ -346,15 +346,15 @@ fn an_older_2_x_tells_nothing_of_a_shutdown() {
     host.openwork(["daemon", "start"]).ok();
     host.add(&a);
     host.use_directly(&a);
-    wait_for("it to be disposed", || host.instance(&a) == ["load", "dispose"]);
+    wait_for("the eviction", || host.instance(&a) == ["load", "dispose"]);
     host.use_directly(&a);
-    wait_for("it to be known", || instance(&host, "a")["state"] == "warm");
+    wait_for("the instance to be listed", || instance(&host, "a")["state"] == "warm");
     host.dispose_directly(&a);
-    wait_for("its end to be known", || instance(&host, "a")["state"] == "cold");
+    wait_for("the disposal to be noticed", || instance(&host, "a")["state"] == "cold");
 }
 
 #[test]
-fn the_path_has_the_shape_of_1_x() {
+fn path_reply_has_the_shape_of_1_x() {
     let (host, a, _) = host();
     let path = host.openwork(["workspace", "path", "a"]).json()["path"].clone();
     let mut names: Vec<_> = path.as_object().unwrap().keys().map(String::as_str).collect();
@@ -368,7 +368,7 @@ fn the_path_has_the_shape_of_1_x() {
 // --- Starts and versions ---
 
 #[test]
-fn it_is_started_with_both_passwords_and_no_other_user() {
+fn opencode_starts_with_both_password_variables() {
     let mut host = Host::new();
     host.set("OPENCODE_PASSWORD", "of the shell");
     host.set("OPENCODE_SERVER_PASSWORD", "of the shell");
@@ -382,7 +382,7 @@ fn it_is_started_with_both_passwords_and_no_other_user() {
 }
 
 #[test]
-fn a_503_is_a_start_that_goes_on() {
+fn status_503_means_still_starting() {
     let host = Host::new();
     host.behave("FAKE_STARTING_MS=1500");
     host.openwork(["daemon", "start"]).ok();
@@ -390,7 +390,7 @@ fn a_503_is_a_start_that_goes_on() {
 }
 
 #[test]
-fn an_older_2_x_is_refused() {
+fn older_2_x_is_refused() {
     for health in ["status", "health"] {
         let host = Host::new();
         host.behave(&format!("FAKE_HEALTH={health}"));
@@ -411,7 +411,7 @@ fn replaceable(version: &str) -> Host {
     host
 }
 
-/// Replaces the binary, as an upgrade does, by one of another version.
+/// Replaces the binary with another version, as an upgrade does.
 fn replace(host: &Host, version: &str) {
     copy_program(fake_opencode(), &host.path("new"));
     std::fs::rename(host.path("new"), host.path("opencode")).unwrap();
@@ -419,7 +419,7 @@ fn replace(host: &Host, version: &str) {
 }
 
 #[test]
-fn one_that_is_replaced_under_a_running_daemon_is_noticed_at_the_next_start() {
+fn replaced_opencode_is_noticed_at_the_next_start() {
     let host = replaceable("1.18.33");
     let a = host.project("a");
     host.add(&a);
@@ -429,7 +429,7 @@ fn one_that_is_replaced_under_a_running_daemon_is_noticed_at_the_next_start() {
     assert!(!host.openwork(["status"]).ok().stdout.contains("was replaced"));
     replace(&host, "2.3.2");
     assert!(host.openwork(["status"]).ok().stdout.contains("opencode was replaced"));
-    // A client of 2.x cannot speak to it.
+    // A client of 2.x cannot talk to a server of 1.x.
     let error = host.openwork(["run", "a", "hello"]).fails(5, "opencode_unavailable");
     assert!(error["message"].as_str().unwrap().contains("2.3.2"), "{error}");
     kill(first, Signal::KILL);
@@ -441,7 +441,7 @@ fn one_that_is_replaced_under_a_running_daemon_is_noticed_at_the_next_start() {
     assert_eq!(host.routed("GET", "/w/a/api/location").send().json()["directory"], json!(a));
     let log = std::fs::read_to_string(host.file("daemon.log")).unwrap();
     assert!(log.contains("2.x migrates the sessions of 1.x"), "{log}");
-    // And back.
+    // Downgrade again.
     host.openwork(["daemon", "stop"]).ok();
     replace(&host, "1.18.33");
     let told = host.openwork(["daemon", "start"]).ok();
@@ -453,11 +453,11 @@ fn one_that_is_replaced_under_a_running_daemon_is_noticed_at_the_next_start() {
     let told = host.openwork(["run", "a", "--", "hello"]).ok();
     assert!(told.stderr.contains("2.x migrates the sessions of 1.x"), "{told:?}");
     let told = host.openwork(["daemon", "start"]).ok();
-    assert!(!told.stderr.contains("migrates"), "said once: {told:?}");
+    assert!(!told.stderr.contains("migrates"), "the warning came twice: {told:?}");
 }
 
 #[test]
-fn it_has_the_time_that_an_orderly_end_takes() {
+fn stop_waits_for_an_orderly_end() {
     let host = Host::new();
     host.behave("FAKE_STOP_MS=6500\nFAKE_GRANDCHILD=1");
     host.openwork(["daemon", "start"]).ok();
@@ -465,12 +465,12 @@ fn it_has_the_time_that_an_orderly_end_takes() {
     assert!(host.processes().is_empty());
     let log = std::fs::read_to_string(host.file("daemon.log")).unwrap();
     assert!(log.contains("ended with exit status: 130"), "{log}");
-    // Nothing of it is a call that disposes all: there is none.
+    // 2.x has no call that disposes everything, so none is made.
     assert!(host.requests().iter().all(|call| call["authorized"] == true && call["method"] == "GET"));
 }
 
 #[test]
-fn one_that_runs_is_adopted_by_the_protocol_that_it_speaks() {
+fn running_opencode_is_adopted_by_its_own_protocol() {
     for (running, replaced_by) in [("1.18.33", "2.3.2"), ("2.3.2", "1.18.33")] {
         let host = replaceable(running);
         let a = host.project("a");
@@ -488,10 +488,10 @@ fn one_that_runs_is_adopted_by_the_protocol_that_it_speaks() {
     }
 }
 
-// --- Its clients ---
+// --- Clients ---
 
 #[test]
-fn its_clients_are_told_where_by_their_working_directory() {
+fn clients_run_in_the_directory_of_the_workspace() {
     let (host, a, _) = host();
     let id = host.add(&a);
     let url = format!("http://127.0.0.1:{}/w/{id}", host.port());

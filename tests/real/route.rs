@@ -1,7 +1,7 @@
-//! OpenCode's own clients through `/w/<ws>/…`: its SDK, a terminal, its TUI and its command line,
-//! with a stand-in for a provider of models, so that sessions run.
+//! OpenCode's own clients through `/w/<ws>/…`: SDK, terminal, TUI and command line. A stand-in for a model
+//! provider lets sessions run.
 //!
-//! `OPENWORK_TEST_SDK` is the directory whose `node_modules` hold `@opencode-ai/sdk`.
+//! `OPENWORK_TEST_SDK` is the directory whose `node_modules` has `@opencode-ai/sdk`.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use crate::support::{ESTABLISHED, Host, Signal, kill, poll, read_to_close, sockets, until, wait_for, wait_gone};
 use crate::{disposal, path, real};
 
-/// A project that OpenCode takes for one of its own: a repository with a commit.
+/// A project that OpenCode recognises as one: a repository with a commit.
 fn repository(host: &Host, name: &str) -> PathBuf {
     let project = host.project(name);
     for args in [
@@ -41,9 +41,9 @@ fn state(host: &Host, name: &str) -> String {
     instance.unwrap()["state"].as_str().unwrap().to_owned()
 }
 
-// --- A program of node's ---
+// --- node scripts ---
 
-/// A script of test-data/ on its way. Dropped, it is killed, and shows what it complained of.
+/// A running script of test-data/. Dropping it kills the script and, if the test failed, shows its errors.
 struct Script {
     child: Child,
     stdin: ChildStdin,
@@ -53,7 +53,7 @@ struct Script {
 
 impl Script {
     fn start(host: &Host, name: &str, args: &[&Path], env: &[(&str, &str)]) -> Script {
-        // A copy, beside which it finds the modules that it imports.
+        // A copy beside the `node_modules` that it imports from.
         let script = host.path(name);
         fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data").join(name), &script).unwrap();
         let stderr = host.path(format!("{name}.stderr"));
@@ -73,11 +73,11 @@ impl Script {
         Script { child, stdin, stdout: BufReader::new(stdout), stderr }
     }
 
-    /// The next line that it prints.
+    /// The next line of output.
     fn line(&mut self) -> Value {
         let mut line = String::new();
         self.stdout.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: the script says {line:?}"))
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: the script printed {line:?}"))
     }
 
     fn tell(&mut self) {
@@ -97,7 +97,7 @@ impl Drop for Script {
 
 // --- A terminal ---
 
-/// A client of a terminal of opencode (RFC 6455).
+/// A WebSocket client (RFC 6455) of a terminal of opencode.
 struct Terminal {
     stream: TcpStream,
     seen: String,
@@ -109,7 +109,7 @@ impl Terminal {
         Terminal::connect(host, &target, &format!("Authorization: {}\r\n", host.credentials()))
     }
 
-    /// Makes a terminal; its id.
+    /// Creates a terminal and returns its id.
     fn make(host: &Host, workspace: &str) -> String {
         let pty = host.routed("POST", &format!("/w/{workspace}/pty")).json(json!({})).send();
         assert_eq!(pty.status, 200, "{pty:?}");
@@ -132,14 +132,14 @@ impl Terminal {
         }
         let head = String::from_utf8(head).unwrap().to_lowercase();
         assert!(head.starts_with("http/1.1 101 "), "{head}");
-        // The key and what it is answered with are those of RFC 6455.
+        // The key and the accept value are the example of RFC 6455.
         for value in ["upgrade: websocket", "connection: upgrade", "-accept: s3pplmbitxaq9kygzzhzrbk+xoo="] {
             assert!(head.contains(value), "{head}");
         }
         Terminal { stream, seen: String::new() }
     }
 
-    /// Sends a short frame; the key that a client has to mask it with is 0.
+    /// Sends a short frame, masked with the key 0.
     fn send(&mut self, opcode: u8, payload: &[u8]) {
         let length = u8::try_from(payload.len()).ok().filter(|length| *length < 126).expect("a short frame");
         let head = [0x80 | opcode, 0x80 | length, 0, 0, 0, 0];
@@ -166,7 +166,7 @@ impl Terminal {
         (head[0] & 0x0f, read(length))
     }
 
-    /// Waits until the terminal has shown this.
+    /// Waits until the terminal has shown this text.
     fn shows(&mut self, text: &str) {
         while !self.seen.contains(text) {
             let (opcode, payload) = self.receive();
@@ -177,7 +177,7 @@ impl Terminal {
 }
 
 #[test]
-fn a_terminal_of_opencode_is_in_its_workspace() {
+fn terminal_runs_in_its_workspace() {
     let host = real();
     host.openwork(["daemon", "start"]).ok();
     let (a, b) = (host.project("A"), host.project("B"));
@@ -191,12 +191,12 @@ fn a_terminal_of_opencode_is_in_its_workspace() {
         terminal.type_line("echo \"in <$(pwd)>\"");
         terminal.shows(&format!("in <{}>", project.display()));
     }
-    // Much of it, in frames of all sizes.
+    // Much output, in frames of all sizes.
     terminal.type_line("seq -s, 1 30000");
     let numbers: Vec<String> = (1..=30_000).map(|number| number.to_string()).collect();
     terminal.shows(&numbers.join(","));
 
-    // It ends as clients end it, and when opencode ends.
+    // A terminal ends with a close frame, and when opencode dies.
     terminal.send(8, &1000_u16.to_be_bytes());
     while terminal.receive().0 != 8 {}
     assert_eq!(read_to_close(&mut terminal.stream), b"");
@@ -210,7 +210,7 @@ fn a_terminal_of_opencode_is_in_its_workspace() {
 }
 
 #[test]
-fn a_terminal_of_a_web_page_has_a_ticket() {
+fn web_page_opens_a_terminal_with_a_ticket() {
     let host = real();
     host.openwork(["daemon", "start"]).ok();
     let workspace = host.add(host.project("p"));
@@ -223,7 +223,7 @@ fn a_terminal_of_a_web_page_has_a_ticket() {
     terminal.shows("hello-42");
 }
 
-/// Every parameter of opencode's API that is named like a place: query or header, and name.
+/// Every query or header parameter of opencode's API whose name suggests a location.
 fn places(description: &Value) -> BTreeSet<String> {
     let is_like_a_place = |name: &str| {
         ["director", "workspace", "location", "worktree", "root", "cwd"].iter().any(|word| name.contains(word))
@@ -245,13 +245,13 @@ fn places(description: &Value) -> BTreeSet<String> {
 }
 
 #[test]
-fn no_parameter_of_the_api_leads_out_of_the_workspace() {
+fn no_api_parameter_leaves_the_workspace() {
     let host = real();
     host.openwork(["daemon", "start"]).ok();
     let (p, q) = (host.project("p"), host.project("q"));
     host.add(&p);
     let places = places(&host.opencode("GET", "/doc").send().json());
-    // `roots` limits a list of sessions to those without a parent. A new name is to be looked at.
+    // `roots` limits a list of sessions to those without a parent. A new name has to be examined.
     let known = [
         "query directory",
         "query location",
@@ -277,7 +277,7 @@ fn no_parameter_of_the_api_leads_out_of_the_workspace() {
 }
 
 #[test]
-fn what_is_large_comes_whole() {
+fn large_messages_arrive_complete() {
     let host = real();
     host.openwork(["daemon", "start"]).ok();
     host.add(host.project("p"));
@@ -291,13 +291,13 @@ fn what_is_large_comes_whole() {
         serde_json::from_str::<Value>(&output.stdout).unwrap()
     };
     let echo = api(&["-d", &format!("@{}", message.display())]);
-    assert!(echo["parts"][0]["text"] == text, "the echo is another text");
+    assert!(echo["parts"][0]["text"] == text, "the echo differs");
     let kept = api(&[]);
-    assert!(kept[0]["parts"][0]["text"] == text, "what is kept is another text");
+    assert!(kept[0]["parts"][0]["text"] == text, "the stored text differs");
 }
 
 #[test]
-fn a_client_that_goes_away_is_gone_for_opencode() {
+fn client_disconnect_reaches_opencode() {
     let host = real();
     host.add(host.project("p"));
     path(&host, &["p"]);
@@ -307,18 +307,18 @@ fn a_client_that_goes_away_is_gone_for_opencode() {
     for stream in &mut streams {
         stream.find(|event| event["type"] == "server.connected").unwrap();
     }
-    assert!(connections() > streams.len(), "the daemon itself listens, too");
+    assert!(connections() > streams.len(), "the daemon's own connection is missing");
     drop(streams);
-    wait_for("opencode to be rid of them", || connections() == 1);
+    wait_for("opencode to lose the connections", || connections() == 1);
     const CLOSE_WAIT: &str = "08";
-    wait_for("it to have closed its side", || sockets(port, CLOSE_WAIT).is_empty());
+    wait_for("opencode to close its side", || sockets(port, CLOSE_WAIT).is_empty());
 }
 
-// --- Sessions that run ---
+// --- Running sessions ---
 
-/// A host whose opencode has a stand-in for a provider of models.
+/// A host whose opencode uses the stand-in for a model provider.
 struct Provided {
-    // Dropped in this order: the program first, then what it works in.
+    // Dropped in this order: the script before the directory that it works in.
     _provider: Script,
     host: Host,
 }
@@ -330,7 +330,7 @@ impl Provided {
         let port = provider.line();
         let config = json!({
             "provider": {"stand-in": {
-                "npm": "@ai-sdk/openai-compatible", // opencode has it in itself
+                "npm": "@ai-sdk/openai-compatible", // bundled with opencode
                 "name": "Stand-in",
                 "options": {"baseURL": format!("http://127.0.0.1:{port}/v1"), "apiKey": "none"},
                 "models": {"one": {"name": "One"}},
@@ -344,13 +344,13 @@ impl Provided {
         Provided { _provider: provider, host }
     }
 
-    /// Starts the daemon, and opencode in an environment with a way to the provider.
+    /// Starts the daemon, and opencode in an environment in which it can reach the provider.
     fn start(&self, options: &[&str]) {
         let start = self.host.openwork(["daemon", "start"].iter().chain(options));
         start.env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1").ok();
     }
 
-    /// Begins a turn that lasts until [`Provided::release`]; the session.
+    /// Begins a turn that lasts until [`Provided::release`], and returns its session.
     fn hold(&self, workspace: &str) -> String {
         let session = self.host.openwork(["api", workspace, "/session", "-d", "{}"]).ok();
         let session = serde_json::from_str::<Value>(&session.stdout).unwrap()["id"].as_str().unwrap().to_owned();
@@ -366,8 +366,7 @@ impl Provided {
         fs::write(self.host.path("fake/release"), "").unwrap();
     }
 
-    /// The directories of which opencode has ever loaded an instance. It may take a moment to
-    /// write that down.
+    /// The directories whose instances opencode has ever loaded, by its log, which may lag a moment.
     fn loaded(&self) -> BTreeSet<PathBuf> {
         let log = fs::read_to_string(self.host.home().join(".local/share/opencode/log/opencode.log")).unwrap();
         let loads = log.lines().filter_map(|line| line.split_once("message=\"creating instance\" directory="));
@@ -376,7 +375,7 @@ impl Provided {
 }
 
 #[test]
-fn a_busy_instance_is_disposed_by_force() {
+fn busy_instance_is_disposed_by_force() {
     let provided = Provided::new();
     let host = &provided.host;
     provided.start(&[]);
@@ -387,8 +386,8 @@ fn a_busy_instance_is_disposed_by_force() {
     host.openwork(["instance", "dispose", "p"]).fails(1, "instance_busy");
     assert_eq!(host.openwork(["instance", "dispose", "p", "--force"]).json()["disposed"], true);
     disposal(&mut events, &project);
-    // What the turn did last is told on the way to that.
-    wait_for("it to be said", || state(host, "p") == "cold");
+    // The last events of the turn come first.
+    wait_for("the list to show it", || state(host, "p") == "cold");
 }
 
 #[test]
@@ -426,7 +425,7 @@ fn running_sessions_are_listed_waited_for_and_aborted() {
 }
 
 #[test]
-fn an_answer_comes_through_when_its_turn_has_ended() {
+fn reply_arrives_when_its_turn_ends() {
     let provided = Provided::new();
     let host = &provided.host;
     provided.start(&[]);
@@ -444,13 +443,13 @@ fn an_answer_comes_through_when_its_turn_has_ended() {
     });
 }
 
-/// A terminal 200 columns wide, which is closed when this is dropped.
+/// A terminal 200 columns wide, closed on drop.
 struct Tmux {
     socket: PathBuf,
 }
 
 impl Tmux {
-    /// Runs `openwork` with these arguments in it.
+    /// Runs `openwork` with these arguments in a new terminal.
     fn run(host: &Host, args: &[&str]) -> Tmux {
         let tmux = Tmux { socket: host.path("tmux") };
         let start = format!(
@@ -470,7 +469,7 @@ impl Tmux {
         self.command(&["capture-pane", "-p"])
     }
 
-    /// Waits until the screen shows this.
+    /// Waits until the screen shows this text.
     fn shows(&self, text: &str) {
         if poll(Duration::from_secs(150), || self.screen().contains(text).then_some(())).is_none() {
             panic!("{text:?} is not on the screen:\n{}", self.screen());
@@ -489,7 +488,7 @@ mod with_tmux {
 
     #[test]
     #[ignore = "needs tmux, for a terminal that shows a screen, and git"]
-    fn attach_is_the_tui_in_the_workspace() {
+    fn attach_opens_the_tui_in_the_workspace() {
         let provided = Provided::new();
         let host = &provided.host;
         provided.start(&[]);
@@ -499,9 +498,9 @@ mod with_tmux {
         let tmux = Tmux::run(host, &["attach", "B"]);
         tmux.shows("Ask anything");
         tmux.shows("projects/B");
-        // A command of a shell in the TUI, before and after opencode had to be started again.
+        // Run a shell command in the TUI, before and after a restart of opencode.
         for (word, kills) in [("first", true), ("second", false)] {
-            // The prompt takes a moment to become that of a shell.
+            // Switching the prompt to shell mode takes a moment.
             until("the prompt of a shell", || {
                 tmux.command(&["send-keys", "!"]);
                 poll(Duration::from_secs(2), || tmux.screen().contains("exit shell mode").then_some(()))
@@ -530,7 +529,7 @@ fn modules() -> PathBuf {
 
 /// The programs in the README and in docs/clients.md, as they stand. What they print stands behind `// `.
 #[test]
-fn the_examples_with_the_sdk_print_what_they_say() {
+fn sdk_examples_print_the_documented_output() {
     let host = real();
     symlink(modules(), host.path("node_modules")).unwrap();
     let project = host.home().join("code/web");
@@ -557,13 +556,13 @@ fn the_examples_with_the_sdk_print_what_they_say() {
     }
 }
 
-/// What takes a repository: OpenCode shows the projects that are one.
+/// Tests that need a repository: OpenCode lists only such projects.
 mod with_git {
     use super::*;
 
     #[test]
     #[ignore = "needs git, for a repository"]
-    fn the_sdk_has_one_url_per_workspace() {
+    fn sdk_uses_one_url_per_workspace() {
         let host = real();
         symlink(modules(), host.path("node_modules")).unwrap();
         let (a, b) = (repository(&host, "A"), repository(&host, "B"));
@@ -588,7 +587,7 @@ mod with_git {
         script.tell();
         let again = script.line();
         assert_eq!(again["step"], "again");
-        // It was no end that the SDK takes for the end of all events.
+        // The SDK saw an error, which it retries, and not the end of the stream.
         for workspace in ["a", "b"] {
             assert!(!again["errors"][workspace].as_array().unwrap().is_empty(), "{again}");
         }
@@ -597,7 +596,7 @@ mod with_git {
 
     #[test]
     #[ignore = "needs git, for a repository"]
-    fn a_list_is_of_its_workspace() {
+    fn session_list_is_limited_to_its_workspace() {
         let host = real();
         host.openwork(["daemon", "start"]).ok();
         // Directories without a repository are one project to OpenCode.
@@ -610,7 +609,7 @@ mod with_git {
         });
         for (id, project) in &ids {
             for list in ["/session", "/experimental/session", "/session/", "//session", "/%73ession", "/SESSION"] {
-                // Whatever it is that the client takes for the directory.
+                // Whatever directory the client asks for.
                 let list = host.routed("GET", &format!("/w/{id}{list}?limit=50&directory=%2Felsewhere")).send().json();
                 let directories = list.as_array().unwrap().iter().map(|session| session["directory"].as_str().unwrap());
                 assert_eq!(directories.collect::<Vec<_>>(), [project.to_str().unwrap()]);
@@ -624,7 +623,7 @@ mod with_git {
 
     #[test]
     #[ignore = "needs git, for a repository"]
-    fn the_idle_one_is_disposed_and_the_running_one_is_not() {
+    fn idle_instance_is_evicted_and_the_busy_one_kept() {
         let provided = Provided::new();
         let host = &provided.host;
         provided.start(&[]);
@@ -644,7 +643,7 @@ mod with_git {
             })
         };
 
-        // The first turn in a new home may take its time to begin; opencode stays, and goes on with it.
+        // The first turn in a new home may begin slowly. The restart keeps opencode, and the turn goes on.
         let session = provided.hold("A");
         host.openwork(["daemon", "restart", "--idle-ttl", "5s"]).ok();
         assert_eq!(state(host, "A"), "busy");
@@ -657,17 +656,17 @@ mod with_git {
         for _ in 0..2 {
             path(host, &["B"]);
             wait_for_disposal(&b).expect("the stream to stay open");
-            wait_for("it to be said", || state(host, "B") == "cold");
+            wait_for("the list to show it", || state(host, "B") == "cold");
             assert_eq!([state(host, "A"), state(host, "C")], ["busy", "cold"]);
         }
-        // By the second time, A was due.
+        // By the second eviction of B, A would have been due as well.
         assert_eq!(*disposed.borrow(), [b.as_path(), &b]);
 
-        // The turn ends well, and A's turn comes.
+        // After its turn has ended, A is evicted.
         provided.release();
         wait_for_disposal(&a).expect("the stream to stay open");
         assert_eq!(*disposed.borrow(), [b.as_path(), &b, &a]);
-        wait_for("it to be said", || state(host, "A") == "cold");
+        wait_for("the list to show it", || state(host, "A") == "cold");
         wait_for("opencode to have logged it", || provided.loaded().len() >= 2);
         let messages = host.openwork(["api", "A", &format!("/session/{session}/message")]).ok();
         assert!(messages.stdout.contains("you said: hold it"), "{messages:?}");
@@ -677,7 +676,7 @@ mod with_git {
 
     #[test]
     #[ignore = "needs git, for a repository"]
-    fn run_is_opencode_run_in_the_workspace() {
+    fn run_executes_opencode_run_in_the_workspace() {
         let provided = Provided::new();
         let host = &provided.host;
         provided.start(&[]);
@@ -685,7 +684,7 @@ mod with_git {
         host.add(&a);
         host.add(&b);
         let pid = host.opencode_pid();
-        // It colours what it says of its progress, with or without a terminal.
+        // opencode colours its progress output even without a terminal.
         let run =
             |words: &[&str]| host.openwork(["run", "B", "--"].iter().chain(words)).after("exec 2>\"$HOME/progress\"");
         let output = run(&["hello", "there"]).ok();
@@ -693,19 +692,19 @@ mod with_git {
         let sessions = host.openwork(["api", "B", "/session"]).ok();
         let sessions: Value = serde_json::from_str(&sessions.stdout).unwrap();
         assert_eq!((sessions.as_array().unwrap().len(), &sessions[0]["directory"]), (1, &json!(b)));
-        // Its own exit status.
+        // The exit status is opencode's.
         run(&["--model", "no/such", "hello"]).exits(1);
         assert_eq!(host.opencode_pid(), pid);
     }
 }
 
-/// What takes another HTTP client.
+/// Tests with curl.
 mod with_curl {
     use super::*;
 
     #[test]
     #[ignore = "needs curl"]
-    fn what_env_says_is_all_that_curl_needs() {
+    fn env_is_enough_for_curl() {
         let host = real();
         let (a, b) = (host.project("A"), host.project("it's B"));
         host.add(&a);

@@ -1,4 +1,4 @@
-//! What both lines of opencode are to do, told against a real one of each.
+//! Tests for both lines of opencode, each against the real one.
 
 use std::fs;
 use std::thread;
@@ -19,13 +19,13 @@ pub fn one_opencode_serves_every_workspace(host: &Host, line: &str) {
         assert_eq!(answer["directory"], project.to_str().unwrap());
         assert_eq!(answer["home"], host.home().to_str().unwrap());
         assert_eq!(host.opencode_pid(), pid);
-        // Nothing has been put into the project.
+        // opencode wrote nothing into the project.
         assert_eq!(fs::read_dir(project).unwrap().count(), 0);
     }
     assert!(host.health()["engine"]["version"].as_str().unwrap().starts_with(line));
 }
 
-pub fn many_requests_that_find_it_dead_cause_one_restart(host: &Host) {
+pub fn many_requests_cause_one_restart(host: &Host) {
     let project = host.project("p");
     host.add(&project);
     path(host, &["p"]);
@@ -46,7 +46,7 @@ pub fn many_requests_that_find_it_dead_cause_one_restart(host: &Host) {
     );
 }
 
-pub fn a_stop_leaves_nothing(host: &Host) {
+pub fn stop_leaves_nothing(host: &Host) {
     host.add(host.project("p"));
     path(host, &["p"]);
     let opencode = host.opencode_pid();
@@ -59,7 +59,7 @@ pub fn a_stop_leaves_nothing(host: &Host) {
 }
 
 /// The next daemon takes over the opencode of one that was killed.
-pub fn an_opencode_outlives_its_daemon(host: &Host) {
+pub fn opencode_outlives_its_daemon(host: &Host) {
     let project = host.project("p");
     host.add(&project);
     path(host, &["p"]);

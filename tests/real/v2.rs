@@ -37,20 +37,20 @@ fn one_opencode_serves_every_workspace() {
 
 #[test]
 #[ignore = "needs a real opencode 2.x, named in OPENWORK_TEST_OPENCODE2"]
-fn many_requests_that_find_it_dead_cause_one_restart() {
-    stories::many_requests_that_find_it_dead_cause_one_restart(&real());
+fn many_requests_cause_one_restart() {
+    stories::many_requests_cause_one_restart(&real());
 }
 
 #[test]
 #[ignore = "needs a real opencode 2.x, named in OPENWORK_TEST_OPENCODE2"]
-fn an_opencode_outlives_its_daemon() {
-    stories::an_opencode_outlives_its_daemon(&real());
+fn opencode_outlives_its_daemon() {
+    stories::opencode_outlives_its_daemon(&real());
 }
 
 #[test]
 #[ignore = "needs a real opencode 2.x, named in OPENWORK_TEST_OPENCODE2"]
-fn a_stop_leaves_nothing() {
-    stories::a_stop_leaves_nothing(&real());
+fn stop_leaves_nothing() {
+    stories::stop_leaves_nothing(&real());
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn requests_act_in_their_workspace() {
 
 #[test]
 #[ignore = "needs a real opencode 2.x, named in OPENWORK_TEST_OPENCODE2"]
-fn what_is_idle_is_evicted_and_made_anew_by_the_next_use() {
+fn idle_instance_is_evicted_and_reloaded_by_the_next_use() {
     let mut host = real();
     host.set("OPENWORK_IDLE_TTL", "2s");
     let project = host.project("p");
@@ -93,7 +93,7 @@ fn what_is_idle_is_evicted_and_made_anew_by_the_next_use() {
 
 #[test]
 #[ignore = "needs a real opencode 2.x, named in OPENWORK_TEST_OPENCODE2"]
-fn the_service_of_the_user_is_shared() {
+fn service_of_the_user_is_shared() {
     let mut host = real();
     host.set("OPENWORK_SHARED", "1");
     let project = host.project("p");

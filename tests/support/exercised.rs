@@ -1,10 +1,9 @@
-//! What a test exercises of the tables in `openwork help --json`: commands, options, variables,
+//! Which entries of the tables in `openwork help --json` a test exercises: commands, options, variables,
 //! routes and error codes.
 //!
-//! A test says it with [`Host::exercises`](super::Host::exercises), and the host holds it to that
-//! when it is dropped: what the test claims it must have done. `coverage.rs` reads the claims from
-//! the sources and compares them with the tables. Both work by themselves, so neither depends on
-//! which tests run, in which order, or in which process.
+//! A test claims them with [`Host::exercises`](super::Host::exercises), and dropping the host checks the
+//! claims. `coverage.rs` reads the claims from the sources and compares them with the tables. So neither
+//! check depends on which tests run, in which order, or in which process.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -12,26 +11,26 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
-/// The exit status for a command line that was not understood.
+/// The exit status of a usage error.
 const USAGE: i32 = 2;
 
-/// How something failed.
+/// How a command or a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Failure {
     Exit(i32),
     Http(u16),
 }
 
-/// What has happened on a host.
+/// The commands and requests of a host.
 #[derive(Default)]
 pub struct Exercised {
-    /// Arguments and exit status of every command; None for one that a signal ended.
+    /// Arguments and exit status of every command; `None` when a signal ended it.
     pub commands: BTreeSet<(Vec<String>, Option<i32>)>,
-    /// Every variable that a command was given.
+    /// Every environment variable of a command.
     pub variables: BTreeSet<String>,
     /// Method, path and status of every HTTP request.
     pub requests: BTreeSet<(String, String, u16)>,
-    /// Every error code, and how it showed.
+    /// Every error code, with the status it came with.
     pub codes: BTreeSet<(String, Failure)>,
 }
 
@@ -52,7 +51,7 @@ fn column(table: &str, column: &'static str) -> impl Iterator<Item = &'static st
     rows(table).filter_map(move |row| row[column].as_str())
 }
 
-/// All there is, as tests claim it: `command daemon start`, `option --name`, `variable NAME`,
+/// Every table entry, in the form of a claim: `command daemon start`, `option --name`, `variable NAME`,
 /// `route GET /health`, `code usage`.
 pub fn everything() -> BTreeSet<String> {
     let named = |kind: &'static str, names: Vec<String>| names.into_iter().map(move |name| format!("{kind} {name}"));
@@ -105,7 +104,7 @@ impl Exercised {
         self.requests.iter().any(|(of, target, status)| of == method && *status < 400 && is_of_route(target, path))
     }
 
-    /// The errors whose exit or HTTP status is not the one that the table promises.
+    /// The errors whose exit or HTTP status differs from the table.
     pub fn broken_promises(&self) -> Vec<String> {
         let kept = |(code, failure): &&(String, Failure)| {
             let row = rows("errors").find(|row| row["code"] == **code);
@@ -119,9 +118,9 @@ impl Exercised {
     }
 }
 
-/// The command that these arguments call: the longest name that stands in them in one piece.
+/// The command that these arguments call: the longest command name among them.
 fn command_of<'a>(arguments: &[String], names: &[&'a str]) -> Option<&'a str> {
-    // What a shell asks for completions names other commands.
+    // A completion request has the words of another command.
     if arguments.first().is_some_and(|argument| argument.starts_with("__")) {
         return None;
     }
@@ -135,10 +134,10 @@ fn command_of<'a>(arguments: &[String], names: &[&'a str]) -> Option<&'a str> {
     names.iter().filter(stands_there).max_by_key(|name| name.len()).copied()
 }
 
-/// Whether a path belongs to a route, in which `:id` stands for any one part.
+/// Whether a path belongs to a route, in which `:id` matches any one segment.
 fn is_of_route(path: &str, route: &str) -> bool {
     let (path, route): (Vec<&str>, Vec<&str>) = (path.split('/').collect(), route.split('/').collect());
-    // A literal part is no id: /workspaces/remote is not a workspace.
+    // /workspaces/remote is a route of its own and no workspace.
     path.len() == route.len()
         && path.iter().zip(&route).all(|(part, of)| of.starts_with(':') && *part != "remote" || part == of)
 }

@@ -39,12 +39,12 @@ pub struct Request {
     body: Vec<u8>,
 }
 
-/// Why there is no reply.
+/// Why a request got no reply.
 #[derive(Debug)]
 pub enum NoReply {
-    /// Nobody listens: the request has not been sent.
+    /// The connection was refused: nothing was sent.
     NotConnected(io::Error),
-    /// The connection ended after these bytes of a reply, or nothing more came.
+    /// The connection ended or stalled after these bytes of a reply.
     CutOff(Vec<u8>),
 }
 
@@ -97,10 +97,10 @@ impl Request {
         [head.as_bytes(), &self.body].concat()
     }
 
-    /// Connects and sends the request; the reply is left to read.
+    /// Connects and sends the request, without reading the reply.
     pub fn open(&self) -> io::Result<TcpStream> {
         let mut stream = try_connect(self.address)?;
-        // A server that refuses early need not read to the end.
+        // A server may refuse without reading the whole request.
         let _ = stream.write_all(&self.bytes());
         Ok(stream)
     }
@@ -116,7 +116,7 @@ impl Request {
         read_reply(stream, &self.method)
     }
 
-    /// Opens a stream of server-sent events. Its head has been read when this returns.
+    /// Opens a stream of server-sent events, and reads the head of the reply.
     pub fn events(&self) -> (Reply, Events) {
         let mut reader = BufReader::new(self.open().expect("connecting"));
         let mut head = Vec::new();
@@ -134,7 +134,7 @@ impl Request {
 pub struct Reply {
     pub status: u16,
     pub headers: Vec<(String, String)>,
-    /// As it came, so chunks have their framing. [`Reply::whole_body`] takes it off.
+    /// As received, including chunk framing; [`Reply::whole_body`] removes that.
     pub body: Vec<u8>,
 }
 
@@ -167,8 +167,8 @@ impl Reply {
         self.header("connection") == Some("keep-alive") && self.header("keep-alive") == Some("timeout=10")
     }
 
-    /// The body without its framing; None while part of it is missing. A body with neither length
-    /// nor chunks is as long as the connection lived.
+    /// The body without its framing; `None` while it is incomplete. Without length or chunks it ends with
+    /// the connection.
     pub fn whole_body(&self) -> Option<Vec<u8>> {
         if let Some(length) = self.length() {
             return (self.body.len() >= length).then(|| self.body[..length].to_vec());
@@ -193,7 +193,7 @@ impl Reply {
         serde_json::from_slice(&body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
-    /// The code of the error that this reply is, if it is one.
+    /// The error code, if this reply is an error.
     pub fn error_code(&self) -> Option<String> {
         let value: Value = serde_json::from_slice(&self.whole_body()?).ok()?;
         value["error"]["code"].as_str().map(str::to_owned)
@@ -215,15 +215,15 @@ impl fmt::Debug for Reply {
     }
 }
 
-/// The rules that every error keeps, on the command line and over HTTP.
+/// Checks the rules for every error, on the command line and over HTTP.
 pub fn check_error(error: &Value) {
     let message = error["message"].as_str().expect("a message");
     assert!(!message.is_empty() && !message.ends_with('.'), "{message:?}");
     assert!(error.get("hint").is_none_or(|hint| hint.as_str().is_some_and(|hint| !hint.is_empty())), "{error}");
 }
 
-/// Reads one reply: as long as its framing says, else to the end of the connection. The server may
-/// leave the connection open.
+/// Reads one reply by its framing, or else to the end of the connection. The server may keep the
+/// connection open.
 pub fn read_reply(stream: &mut TcpStream, method: &str) -> Result<Reply, NoReply> {
     let (mut head, mut buffer) = (Vec::new(), [0; 16 * 1024]);
     let mut reply: Option<Reply> = None;
@@ -242,7 +242,7 @@ pub fn read_reply(stream: &mut TcpStream, method: &str) -> Result<Reply, NoReply
         let count = match stream.read(&mut buffer) {
             Ok(count) => count,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            // A reset can follow a reply that has come in full.
+            // A reset may follow a complete reply.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => 0,
             Err(_) => return Err(NoReply::CutOff(head)),
         };
@@ -273,7 +273,7 @@ pub fn whole_reply(mut bytes: &[u8], method: &str) -> Option<Reply> {
     }
 }
 
-/// All that comes until the other side closes or resets the connection.
+/// Reads until the other side closes or resets the connection.
 pub fn read_to_close(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
@@ -294,7 +294,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// The next event for which this holds; None if the stream ends first.
+    /// The next event for which `holds` is true; `None` if the stream ends first.
     pub fn find(&mut self, holds: impl Fn(&Value) -> bool) -> Option<Value> {
         // Comments go on for ever: the time limit of the socket alone never ends the wait.
         let deadline = Instant::now() + DEADLINE;

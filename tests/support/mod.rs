@@ -1,10 +1,8 @@
-//! The harness: a [`Host`] is a machine of its own for one test, with a home, a data directory,
-//! projects, ports and an opencode that does as it is told. Tests only ever spawn `openwork`, or
-//! talk to it over HTTP, as its users do.
+//! The harness: a [`Host`] is a private machine for one test, with a home, a data directory, projects, ports
+//! and a scriptable opencode. Tests only spawn `openwork` or call it over HTTP, as users do.
 //!
-//! Tests wait for conditions, with a deadline that only a broken program reaches. A dropped host
-//! ends its processes and removes its files, and if the test panicked it first shows what was run
-//! and logged.
+//! Tests wait for conditions, with a deadline that only a broken program reaches. Dropping a host ends its
+//! processes and removes its files; if the test failed, it first prints the commands and logs.
 //!
 //! A test that some machines cannot run is ignored with the reason; it never returns early. Such
 //! tests stand in a module named after what they need, by which `scripts/test.sh` runs them where
@@ -42,33 +40,33 @@ pub use self::processes::{
     loopback, poll, raise_limit, resources, sockets, stat_field, until, wait_for, wait_gone,
 };
 
-/// The line of opencode that a test program is about: `it` is about 1.x, and `it2`, from the same source,
-/// about 2.x.
+/// Whether this test program runs against opencode 2.x: `it` is for 1.x, and `it2`, from the same source, for
+/// 2.x.
 pub const IS_V2: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"it2");
 
-/// The version of the fake opencode, unless a test says another.
+/// The version of the fake opencode, unless a test sets another.
 pub const VERSION: &str = if IS_V2 { "2.3.2" } else { "1.18.33" };
 
-/// The event stream of opencode that has the events of all instances.
+/// opencode's event stream for all instances.
 pub const ALL_EVENTS: &str = if IS_V2 { "/api/event" } else { "/global/event" };
 
-/// The event stream of opencode for a client in one directory. 2.x has only one for all.
+/// opencode's event stream for one directory. 2.x has only the global one.
 pub const EVENTS: &str = if IS_V2 { "/api/event" } else { "/event" };
 
-/// What opencode is asked for its health.
+/// opencode's health route.
 pub const HEALTH: &str = if IS_V2 { "/api/info" } else { "/global/health" };
 
-/// Where opencode's sessions are made and listed.
+/// opencode's route to create and list sessions.
 pub const SESSIONS: &str = if IS_V2 { "/api/session" } else { "/session" };
 
-/// A target below `/w/<ws>` as the line of this test program has it: 2.x has its calls below `/api`.
+/// A target below `/w/<ws>` for the line under test: the routes of 2.x are below `/api`.
 pub fn spelled(target: &str) -> String {
     let Some(rest) = target.strip_prefix("/w/").filter(|_| IS_V2) else { return target.to_owned() };
     let (workspace, call) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     format!("/w/{workspace}{}", spelled_call(call))
 }
 
-/// The same for a call of opencode's itself.
+/// The same for a path of opencode itself.
 pub fn spelled_call(call: &str) -> String {
     match call.strip_prefix("/path") {
         _ if !IS_V2 || call.starts_with("/api") || matches!(call, "" | "/" | "/?x") => call.to_owned(),
@@ -78,7 +76,7 @@ pub fn spelled_call(call: &str) -> String {
     }
 }
 
-/// What opencode gets of a call that is routed to a directory.
+/// The target that opencode receives when a call is routed to a directory.
 pub fn passed(call: &str, directory: &Path) -> String {
     let call = spelled_call(call);
     if !IS_V2 || !call.starts_with("/api") {
@@ -88,12 +86,12 @@ pub fn passed(call: &str, directory: &Path) -> String {
     format!("{call}{separator}location%5Bdirectory%5D={}", directory.to_str().unwrap().replace('/', "%2F"))
 }
 
-/// A call of opencode's that loads an instance.
+/// A route of opencode that loads an instance.
 pub const LOADING_CALL: &str = if IS_V2 { "/api/location" } else { "/path" };
 
 pub const STATE: &str = "openwork-orchestrator-state.json";
 pub const AUTH: &str = "openwork-orchestrator-auth.json";
-/// The files there may be in a data directory, but for an earlier log of a daemon that has run for long.
+/// The files that may be in a data directory, without the rotated log of a long-running daemon.
 pub const FILES: [&str; 9] = [
     STATE,
     AUTH,
@@ -106,7 +104,7 @@ pub const FILES: [&str; 9] = [
     "opencode.log.1",
 ];
 
-/// An account without rights, for what root is never refused.
+/// An unprivileged account, to test refusals that root does not get.
 pub const NOBODY: u32 = 65534;
 
 // --- The host ---
@@ -116,7 +114,7 @@ pub struct Host {
     data: PathBuf,
     openwork: PathBuf,
     env: Vec<(OsString, OsString)>,
-    /// The account `openwork` runs under, if not ours.
+    /// The account that `openwork` runs under, if not ours.
     user: Option<u32>,
     transcript: Mutex<String>,
     exercised: Mutex<Exercised>,
@@ -124,7 +122,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// One with the fake opencode.
+    /// A host with the fake opencode.
     pub fn new() -> Host {
         Host::with_opencode(fake_opencode())
     }
@@ -152,7 +150,7 @@ impl Host {
         host.set("OPENWORK_OPENCODE_BIN", opencode);
         host.set("OPENWORK_DAEMON_PORT", free_port().to_string());
         host.set("OPENWORK_OPENCODE_PORT", free_port().to_string());
-        // Where `just coverage` has the counters.
+        // `just coverage` collects its counters there.
         if let Some(profiles) = std::env::var_os("LLVM_PROFILE_FILE") {
             host.set("LLVM_PROFILE_FILE", profiles);
         }
@@ -164,14 +162,14 @@ impl Host {
         host
     }
 
-    /// One whose `openwork` is subject to permissions even if the tests run as root.
+    /// A host whose `openwork` is subject to permissions even if the tests run as root.
     pub fn unprivileged() -> Host {
         let mut host = Host::new();
         if !is_root() {
             return host;
         }
         host.user = Some(NOBODY);
-        // The account may be unable to read where the build has put its programs.
+        // The account may lack access to the build directory.
         let programs = [("openwork", host.openwork.clone()), ("opencode", fake_opencode().to_owned())];
         for (name, from) in programs {
             copy_program(&from, &host.path(name));
@@ -185,14 +183,14 @@ impl Host {
         host
     }
 
-    /// Gives what the harness has made to the account of the commands, whatever our umask.
+    /// Gives a file of the harness to the account of the commands.
     fn hand_over(&self, path: &Path) {
         if let Some(user) = self.user {
             chown(path, Some(user), Some(user)).unwrap();
         }
     }
 
-    /// Makes a directory that our umask does not narrow.
+    /// Makes a directory with mode 0755, whatever the umask.
     fn make_dir(&self, path: &Path) {
         fs::create_dir(path).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -204,8 +202,8 @@ impl Host {
         self.hand_over(path);
     }
 
-    /// Claims that the test exercises these of the tables (see [`exercised`]). Checked when the
-    /// host is dropped.
+    /// Claims that the test exercises these table entries (see [`exercised`]). Dropping the host checks the
+    /// claims.
     pub fn exercises<const N: usize>(&self, claims: [&str; N]) {
         let mut all = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
         all.extend(claims.map(str::to_owned));
@@ -221,7 +219,7 @@ impl Host {
         }
     }
 
-    /// Sets a variable for the commands to come.
+    /// Sets a variable for the following commands.
     pub fn set(&mut self, name: &str, value: impl AsRef<OsStr>) {
         self.unset(name);
         self.env.push((name.into(), value.as_ref().to_owned()));
@@ -231,7 +229,7 @@ impl Host {
         self.env.retain(|(key, _)| key != name);
     }
 
-    /// The value of a variable the commands have.
+    /// The value of a variable of the commands.
     pub fn get(&self, name: &str) -> &str {
         let (_, value) = self.env.iter().find(|(key, _)| key == name).expect("a variable of the host");
         value.to_str().unwrap()
@@ -253,7 +251,7 @@ impl Host {
         self.data.clone()
     }
 
-    /// Says where the commands to come, by whatever means, have their data directory.
+    /// Tells the harness where the following commands have their data directory.
     pub fn data_is(&mut self, path: PathBuf) {
         self.data = path;
     }
@@ -278,7 +276,7 @@ impl Host {
         serde_json::from_slice(&fs::read(self.file(STATE)).unwrap()).unwrap()
     }
 
-    /// Puts a state file where the daemon will look for one.
+    /// Writes the state file before a daemon starts.
     pub fn write_state(&self, bytes: impl AsRef<[u8]>) {
         if !self.data().exists() {
             self.make_dir(&self.data());
@@ -330,7 +328,7 @@ impl Host {
 
     // --- The daemon ---
 
-    /// What the lock file says: pid and port.
+    /// The pid and the port in the lock file.
     pub fn lock_text(&self) -> Option<(u32, u16)> {
         let text = fs::read_to_string(self.file("daemon.lock")).ok()?;
         let mut words = text.strip_suffix('\n')?.split(' ');
@@ -345,7 +343,7 @@ impl Host {
         self.lock_text().expect("a daemon in daemon.lock").1
     }
 
-    /// The body of `/health`, whose status has to say whether opencode is ready.
+    /// The body of `/health`. Checks that its status matches.
     pub fn health(&self) -> Value {
         let reply = self.http("GET", "/health").send();
         let health = reply.json();
@@ -376,7 +374,7 @@ impl Host {
         url.strip_prefix("http://").unwrap().parse().expect("an address and a port")
     }
 
-    /// A call to opencode itself that uses the instance of a directory, and loads it.
+    /// Calls opencode directly, so that it loads and uses the instance of a directory.
     pub fn use_directly(&self, directory: &Path) {
         let directory = directory.display();
         let reply = match IS_V2 {
@@ -390,13 +388,13 @@ impl Host {
         assert_eq!(reply.status, 200, "{reply:?}");
     }
 
-    /// Has opencode end the event streams of a workspace.
+    /// Makes opencode end the event streams of a workspace.
     pub fn end_streams(&self, workspace: &str) {
         let target = format!("/w/{workspace}{}", if IS_V2 { "/end-streams" } else { "/instance/dispose" });
         assert_eq!(self.http("POST", &target).header("Authorization", self.credentials()).send().status, 200);
     }
 
-    /// A call to opencode itself that disposes the instance of a directory.
+    /// Calls opencode directly, so that it disposes the instance of a directory.
     pub fn dispose_directly(&self, directory: &Path) {
         let directory = directory.display();
         let reply = match IS_V2 {
@@ -406,18 +404,18 @@ impl Host {
         assert!(matches!(reply.status, 200 | 204), "{reply:?}");
     }
 
-    /// A call to opencode itself, past the daemon, with its credentials.
+    /// A direct call to opencode, with its credentials.
     pub fn opencode(&self, method: &str, target: &str) -> Http<'_> {
         let request = Request::new(self.opencode_address(), method, target);
         Http { host: None, request }.header("Authorization", self.credentials())
     }
 
-    /// A call of OpenCode's through the daemon: `/w/<ws>/…`, with its credentials.
+    /// A call to opencode through the daemon, `/w/<ws>/…`, with its credentials.
     pub fn routed(&self, method: &str, target: &str) -> Http<'_> {
         self.http(method, &spelled(target)).header("Authorization", self.credentials())
     }
 
-    /// What opencode wants in the `Authorization` header.
+    /// The `Authorization` header for opencode.
     pub fn credentials(&self) -> String {
         match self.is_shared() {
             true => basic("opencode", &self.recorded("passwords").pop().expect("a service that was started")),
@@ -486,7 +484,7 @@ impl Host {
         assert_eq!((&reply.json()["apiVersion"], reply.header("connection")), (&1.into(), Some("close")), "{reply:?}");
     }
 
-    /// The same as another user of the machine, and what that user gets. Needs root.
+    /// The same as another user of the machine. Needs root.
     pub fn send_raw_as_another_user(&self, bytes: &str) -> Reply {
         const SCRIPT: &str = r#"exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %s "$1" >&3 && cat <&3"#;
         let mut bash = Command::new("bash");
@@ -499,36 +497,36 @@ impl Host {
 
     // --- The fake opencode ---
 
-    /// Lines of `KEY=VALUE` that its next start obeys, instead of those before.
+    /// Sets the behaviour of the next start: lines of `KEY=VALUE`, which replace the earlier ones.
     pub fn behave(&self, lines: &str) {
         self.write(&self.path("fake/behaviour"), lines);
     }
 
-    /// While it hangs, it answers nothing.
+    /// While the fake hangs, it answers nothing.
     pub fn hang(&self, hangs: bool) {
         let file = self.path("fake/hang");
         if hangs { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
     }
 
-    /// While it is held, a start does not begin to listen.
+    /// While the fake is held, a start does not listen.
     pub fn hold(&self, holds: bool) {
         let file = self.path("fake/hold");
         if holds { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
     }
 
-    /// While it burns, it uses the processor.
+    /// While the fake burns, it uses the processor.
     pub fn burn(&self, burns: bool) {
         let file = self.path("fake/burn");
         if burns { self.write(&file, "") } else { fs::remove_file(file).unwrap() }
     }
 
-    /// The directories in which it says a session is running.
+    /// Sets the directories in which the fake reports a running session.
     pub fn busy(&self, directories: &[&Path]) {
         let lines: String = directories.iter().map(|path| format!("{}\n", path.display())).collect();
         self.write(&self.path("fake/busy"), lines);
     }
 
-    /// The lines it has put down under this name.
+    /// The lines that the fake recorded under this name.
     pub fn recorded(&self, name: &str) -> Vec<String> {
         let text = fs::read_to_string(self.path("fake").join(name)).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
@@ -538,7 +536,7 @@ impl Host {
         self.recorded(name).iter().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// Where a start was told to listen.
+    /// The address in the arguments of a start.
     pub fn start_address(start: &Value) -> SocketAddr {
         let argument = |at: usize| start["argv"][at].as_str().unwrap();
         assert_eq!((argument(1), argument(3)), ("--hostname", "--port"), "{start}");
@@ -555,14 +553,14 @@ impl Host {
         self.recorded_json("requests")
     }
 
-    /// What happened to the instance of this directory: `load`, `dispose`, in order.
+    /// The history of the instance of a directory: `load` and `dispose`, in order.
     pub fn instance(&self, directory: &Path) -> Vec<String> {
         let events = self.recorded("instances");
         let events = events.iter().filter_map(|line| line.split_once(' '));
         events.filter(|(_, path)| Path::new(path) == directory).map(|(event, _)| event.to_owned()).collect()
     }
 
-    /// The environment a start was given, as `NAME=value`.
+    /// The environment of a start, as `NAME=value`.
     pub fn environment(&self, pid: u32) -> Vec<String> {
         let bytes = fs::read(self.path(format!("fake/env-{pid}"))).unwrap();
         let text = String::from_utf8(bytes).unwrap();
@@ -571,8 +569,7 @@ impl Host {
 
     // --- Processes ---
 
-    /// The processes of this host: the daemon, opencode and what it started, and commands that
-    /// have not ended.
+    /// The processes of this host: the daemon, opencode and its children, and running commands.
     pub fn processes(&self) -> Vec<u32> {
         Process::all_of(&self.home()).into_iter().map(|process| process.pid).collect()
     }
@@ -586,7 +583,7 @@ impl Host {
         assert_eq!(running, expected);
     }
 
-    /// The processes whose pids have been recorded anywhere and that are still this host's.
+    /// The processes whose pids were recorded somewhere and that still belong to this host.
     fn recorded_processes(&self) -> BTreeSet<u32> {
         let mut pids: Vec<u32> = self.lock_text().into_iter().map(|(pid, _)| pid).collect();
         pids.extend(self.starts().iter().filter_map(|start| Some(start["pid"].as_u64()? as u32)));
@@ -599,7 +596,7 @@ impl Host {
         pids.into_iter().filter(is_ours).collect()
     }
 
-    /// Ends all that runs here. Returns what `daemon stop` should have ended and has not.
+    /// Ends every process of this host. Returns those that `daemon stop` failed to end.
     fn clean_up(&self) -> Vec<String> {
         for name in ["fake/hang", "fake/hold", "fake/hold-service"] {
             let _ = fs::remove_file(self.path(name));
@@ -625,7 +622,7 @@ impl Host {
         left
     }
 
-    // --- When it fails ---
+    // --- Diagnostics ---
 
     fn note(&self, text: &str) {
         self.transcript().push_str(text);
@@ -645,7 +642,7 @@ impl Host {
         }
     }
 
-    /// Where the password is to be seen and should not be.
+    /// Where the password leaked, if it did.
     fn leaked_password(&self) -> Option<&'static str> {
         let passwords: Vec<String> = self.find_password().into_iter().chain(self.recorded("passwords")).collect();
         let has_one = |text: &str| passwords.iter().any(|password| text.contains(password));
@@ -670,7 +667,7 @@ impl Drop for Host {
         let leaked = self.leaked_password();
         let log = fs::read_to_string(self.file("daemon.log")).unwrap_or_default();
         let _ = fs::remove_dir_all(&self.root);
-        // What holds in every test, whatever else it is about.
+        // These hold in every test.
         if !panicking {
             assert!(left.is_empty(), "left running by `daemon stop`: {left:?}");
             assert_eq!(leaked, None, "the password is in");
@@ -713,7 +710,7 @@ impl Drop for Stranger {
 
 // --- Commands ---
 
-#[must_use = "it runs when it is told how to end: ok, fails, json, …"]
+#[must_use = "the command runs only with one of: ok, fails, json, …"]
 pub struct Run<'a> {
     host: &'a Host,
     args: Vec<OsString>,
@@ -737,7 +734,7 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// Runs it from a shell, after these lines: `umask 0`, a descriptor left open.
+    /// Runs the command from a shell, after these lines: `umask 0`, an open descriptor.
     pub fn after(mut self, shell: &str) -> Self {
         self.shell = Some(shell.to_owned());
         self
@@ -764,13 +761,13 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// What it prints has the password in it, and is meant to.
+    /// The output is meant to contain the password.
     pub fn secret(mut self) -> Self {
         self.secret = true;
         self
     }
 
-    /// Runs it to its end, whatever that is.
+    /// Runs the command to its end, whatever its exit status.
     pub fn output(self) -> Output {
         self.spawn().wait()
     }
@@ -785,7 +782,7 @@ impl<'a> Run<'a> {
         self.exits(0)
     }
 
-    /// Runs it with `--json`; it succeeds and prints one object, which is returned.
+    /// Runs the command with `--json`, asserts success and returns the printed object.
     pub fn json(mut self) -> Value {
         self.args.insert(0, "--json".into());
         let output = self.ok();
@@ -794,7 +791,7 @@ impl<'a> Run<'a> {
         value
     }
 
-    /// Runs it with `--json`; it fails with this exit status and this code. Returns the error.
+    /// Runs the command with `--json`, asserts this exit status and error code, and returns the error.
     pub fn fails(mut self, exit: i32, code: &str) -> Value {
         self.args.insert(0, "--json".into());
         let host = self.host;
@@ -825,7 +822,7 @@ impl<'a> Run<'a> {
         host.exercised().variables.extend(command.get_envs().map(|(name, _)| name.to_string_lossy().into_owned()));
         command.stdin(self.stdin).stdout(self.stdout).stderr(Stdio::piped());
         let mut child = command.spawn().expect("spawning openwork");
-        // The command holds copies of the ends of pipes it was given.
+        // `Command` keeps copies of the pipe ends.
         drop(command);
         Running {
             host,
@@ -843,7 +840,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A command on its way. Dropped before it has ended, it is killed.
+/// A running command, killed on drop.
 pub struct Running<'a> {
     host: &'a Host,
     args: Vec<String>,
@@ -867,7 +864,7 @@ impl Running<'_> {
         let output = self.finish().unwrap_or_else(|| {
             panic!("{:?} does not end, or leaves its output open\n{}", self.args, self.stderr.text())
         });
-        // A terminal's escapes are for a terminal.
+        // Escapes are only for a terminal.
         for text in [&output.stdout, &output.stderr] {
             assert!(!text.contains('\x1b'), "{output:?}");
         }
@@ -875,7 +872,7 @@ impl Running<'_> {
         output
     }
 
-    /// None if it has not ended before the deadline, and with it whoever holds its output.
+    /// `None` if the command, or a process that holds its output, has not ended by the deadline.
     fn finish(&mut self) -> Option<Output> {
         let status = poll(DEADLINE, || self.child.try_wait().unwrap())?;
         poll(DEADLINE, || (self.stdout.is_done() && self.stderr.is_done()).then_some(()))?;
@@ -932,7 +929,7 @@ pub fn on_terminal(mut command: Command, typed: &str) -> String {
     printed.text().replace("\r\n", "\n")
 }
 
-/// What comes out of a pipe, read by a thread so that the pipe never fills.
+/// The output of a pipe, read by a thread so that the pipe never fills.
 struct Capture {
     bytes: Arc<Mutex<Vec<u8>>>,
     reader: Option<JoinHandle<()>>,
@@ -971,7 +968,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Standard output, which is one JSON object.
+    /// Standard output as one JSON object.
     pub fn object(&self) -> Value {
         let value: Value = serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"));
         assert!(value.is_object() && self.stdout.ends_with("}\n"), "{self:?}");
@@ -988,10 +985,10 @@ impl fmt::Debug for Output {
 
 // --- HTTP ---
 
-/// A request of the host, which notes what becomes of it.
-#[must_use = "it is sent when it is told how to end: send, ok, fails"]
+/// A request of the host, recorded in its transcript.
+#[must_use = "the request is sent only with one of: send, ok, fails"]
 pub struct Http<'a> {
-    /// None for a server that is not openwork.
+    /// `None` for a server that is not openwork.
     host: Option<&'a Host>,
     request: Request,
 }
@@ -1026,7 +1023,7 @@ impl Http<'_> {
         reply
     }
 
-    /// None if nobody listens, or the connection ends before the reply is whole.
+    /// `None` if the connection is refused, or ends before the reply is complete.
     pub fn try_send(self) -> Option<Reply> {
         let reply = self.request.send().ok()?;
         self.note(&reply);
@@ -1047,7 +1044,7 @@ impl Http<'_> {
         self.send().refused(status, code)
     }
 
-    /// Opens a stream of events that stays. It has begun when this returns.
+    /// Opens a stream of events, and waits for its head.
     pub fn events(self) -> Events {
         let (reply, events) = self.request.events();
         self.note(&reply);
@@ -1066,22 +1063,22 @@ impl Http<'_> {
 
 // --- Places ---
 
-/// A new directory under its real path.
+/// Makes a new directory, and returns its real path.
 fn temp_dir() -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let base = std::env::temp_dir().canonicalize().unwrap();
     loop {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = base.join(format!("openwork-it-{}-{n}", std::process::id()));
-        // One that is there is left from a test that was killed.
+        // An existing one is left from a killed test.
         if fs::create_dir(&dir).is_ok() {
             return dir;
         }
     }
 }
 
-/// Copies a program. Not in this process: what a thread has open for writing, the children of
-/// the others have too until they run, and then it cannot be run itself.
+/// Copies a program, with cp(1): a child that another thread forks meanwhile would inherit a file open for
+/// writing, and a program that is open for writing cannot be run.
 pub fn copy_program(from: &Path, to: &Path) {
     assert!(Command::new("cp").args([from, to]).status().unwrap().success());
 }
@@ -1092,8 +1089,8 @@ pub fn fake_opencode() -> &'static Path {
     BUILT.get_or_init(|| compiled("fake_opencode", &["fake_opencode.rs", "fake_opencode2.rs"], &[]))
 }
 
-/// Compiles the first of these sources of test-data, with what else rustc is told, unless that has been
-/// done since they changed. A user who cannot run the compiler can use what another has compiled.
+/// Compiles the first of these sources of test-data with these arguments of rustc, unless the result is
+/// newer than all of them. A user who cannot run the compiler can use the result of another user.
 pub fn compiled(name: &str, sources: &[&str], arguments: &[&str]) -> PathBuf {
     let source = |name: &&str| Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data").join(name);
     let sources: Vec<PathBuf> = sources.iter().map(source).collect();
@@ -1103,7 +1100,7 @@ pub fn compiled(name: &str, sources: &[&str], arguments: &[&str]) -> PathBuf {
     if is_built() {
         return binary;
     }
-    // Where each test is a process of its own, one of them compiles it and the others wait.
+    // Under a runner with one process per test, one compiles and the others wait.
     let lock = File::create(binary.with_extension("lock")).unwrap();
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     if is_built() {
@@ -1114,7 +1111,7 @@ pub fn compiled(name: &str, sources: &[&str], arguments: &[&str]) -> PathBuf {
     let mut command = Command::new(rustc);
     command.args(["-O", "--edition", "2021"]).args(arguments).arg("-o").args([&unfinished, &sources[0]]);
     assert!(command.status().expect("running rustc").success(), "{name} does not compile");
-    // A rename, since a run at the same time may be using the old one.
+    // Replace atomically: another run may be using the old binary.
     fs::rename(&unfinished, &binary).unwrap();
     binary
 }

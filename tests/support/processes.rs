@@ -1,5 +1,5 @@
-//! Processes, sockets and ports as the kernel shows them, and waiting for them to change, for the
-//! tests, the soak and the benchmark. It depends on nothing else of the harness.
+//! Processes, sockets and ports as the kernel shows them, and waiting for conditions; for tests, soak and
+//! benchmark. Independent of the rest of the harness.
 
 use std::cell::RefCell;
 use std::fs;
@@ -15,12 +15,12 @@ use rustix::fs::fstat;
 pub use rustix::process::Signal;
 use rustix::process::{Pid, Resource, Rlimit, geteuid, getrlimit, kill_process, setrlimit};
 
-/// Far longer than anything waited for takes, so that only a hang reaches it.
+/// Far longer than any condition takes, so that only a hang reaches it.
 pub const DEADLINE: Duration = Duration::from_secs(90);
 
 // --- Waiting ---
 
-/// The first value there is within this time.
+/// Polls until the condition gives a value; `None` after this time.
 pub fn poll<T>(limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -34,12 +34,12 @@ pub fn poll<T>(limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Opt
     }
 }
 
-/// Waits until there is a value, and returns it.
+/// Waits until the condition gives a value, and returns it.
 pub fn until<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
     poll(DEADLINE, condition).unwrap_or_else(|| panic!("waited in vain for {what}"))
 }
 
-/// Waits until this holds.
+/// Waits until the condition holds.
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     until(what, || condition().then_some(()));
 }
@@ -60,7 +60,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// None when it does not run, or is not ours to look at.
+    /// `None` when the process does not run, or cannot be read.
     pub fn of(pid: u32) -> Option<Process> {
         let read = |name: &str| {
             let bytes = fs::read(format!("/proc/{pid}/{name}")).ok()?;
@@ -71,8 +71,8 @@ impl Process {
         is_alive(pid).then_some(process)
     }
 
-    /// All that run with this home, and so belong to one host: the daemon, opencode and what it
-    /// started, commands that have not ended.
+    /// All processes with this home, and so of one host: the daemon, opencode and its children, and running
+    /// commands.
     pub fn all_of(home: &Path) -> Vec<Process> {
         let pids = fs::read_dir("/proc").unwrap().flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -98,12 +98,12 @@ pub fn stat_field(pid: u32, field: usize) -> u64 {
     stat.rsplit_once(") ").unwrap().1.split(' ').nth(field - 3).unwrap().parse().unwrap()
 }
 
-/// Whether the process runs, and is not only waiting to be reaped.
+/// Whether the process runs, and is no zombie.
 pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
     let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
-    // The main thread can end first: it is a zombie until the others end, and they hold files.
+    // If the main thread ends first, the process looks like a zombie while other threads still run.
     state.is_some_and(|state| !"ZX".contains(state) || threads > 1)
 }
 
@@ -128,8 +128,8 @@ pub fn loopback() -> String {
     format!("{:08X}", u32::from_ne_bytes([127, 0, 0, 1]))
 }
 
-/// The rows of the kernel's table for this local port: address, state, and how much waits to be
-/// received (for a listening socket: how many connections).
+/// The rows of the kernel's table for this local port: address, state, and the receive queue in bytes (for a
+/// listening socket: in connections).
 fn table(port: u16) -> Vec<(String, String, u32)> {
     let tables = ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default());
     let rows = tables.iter().flat_map(|table| table.lines()).map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -142,28 +142,28 @@ fn table(port: u16) -> Vec<(String, String, u32)> {
         .collect()
 }
 
-/// The sockets in this state at this local port: address, and how much waits to be received.
+/// The sockets in this state at this local port: address, and receive queue.
 pub fn sockets(port: u16, state: &str) -> Vec<(String, u32)> {
     let rows = table(port).into_iter().filter(|(_, of, _)| of == state);
     rows.map(|(address, _, received)| (address, received)).collect()
 }
 
-/// A free port that nobody else gets while the calling thread lives: no other test, whether of
-/// this process, another run or another work tree; and never the kernel, for a connection.
+/// A free port, reserved while the calling thread lives: no other test gets it, in this process, another run
+/// or another work tree, and the kernel does not use it for connections.
 ///
-/// Nothing is bound to the port to find out. A process that any thread forks at that moment would
-/// hold the socket until it runs its program, and the daemon would find the port taken. The claim
-/// is a socket in the abstract namespace, which has the same scope as ports and goes with us.
+/// The port is not bound for that: a process that another thread forks at that moment would hold the socket
+/// until its exec, and the daemon would find the port taken. Instead, the claim is a socket in the abstract
+/// namespace, which has the scope of ports and disappears with this process.
 pub fn free_port() -> u16 {
     const FIRST: u32 = 20_000;
-    /// Ends below 32768, where the ports begin that the kernel gives to connections.
+    /// Stays below 32768, where the kernel's ports for connections begin.
     const COUNT: u32 = 12_000;
     static NEXT: AtomicU32 = AtomicU32::new(0);
     thread_local! {
         static CLAIMS: RefCell<Vec<UnixListener>> = const { RefCell::new(Vec::new()) };
     }
     loop {
-        // Processes with pids in a row begin far apart.
+        // Processes with consecutive pids start far apart.
         let offset = std::process::id().wrapping_mul(397).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
         let port = (FIRST + offset % COUNT) as u16;
         let name = SocketAddr::from_abstract_name(format!("openwork-test-port-{port}")).unwrap();
@@ -175,8 +175,8 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// Closes a listener and waits until the socket is gone: a process that another thread has just
-/// forked holds it as well, until it runs its program. The port may have another listener by then.
+/// Closes a listener and waits until the socket is gone: a process that another thread has just forked holds
+/// it until its exec. The port may have another listener by then.
 pub fn close(listener: TcpListener) {
     let inode = fstat(&listener).unwrap().st_ino.to_string();
     drop(listener);

@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_without_room_is_told_by_how_much_is_left() {
+    fn full_disk_is_reported_by_its_free_space() {
         let verdict = |available, has_inodes, remote| {
             let mut findings = Findings::default();
             room(&mut findings, Path::new("/data"), &Filesystem { remote, available, has_inodes });

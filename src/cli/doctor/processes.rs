@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn an_opencode_is_known_by_its_command_line() {
+    fn opencode_is_recognised_by_its_command_line() {
         for (text, opencode, server) in [
             ("opencode", true, true),
             ("/usr/bin/opencode serve --port 1", true, true),
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn the_data_of_an_opencode_is_where_its_environment_says() {
+    fn data_of_opencode_follows_its_environment() {
         let data = |variables: &[(&str, &str)]| {
             let find = |name: &str| variables.iter().find(|(given, _)| *given == name).map(|(_, value)| value.into());
             data_of(&find)

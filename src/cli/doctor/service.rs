@@ -102,7 +102,7 @@ mod tests {
     use super::words;
 
     #[test]
-    fn a_command_line_of_a_unit_is_read_as_systemd_does() {
+    fn unit_command_line_is_parsed_like_systemd() {
         assert_eq!(words("/usr/bin/openwork daemon"), ["/usr/bin/openwork", "daemon"]);
         assert_eq!(
             words(r#""/a b/o%%p" daemon "--data-dir=/x \"$$y\"""#),

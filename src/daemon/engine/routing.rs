@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_is_routed_as_opencode_routes_it() {
+    fn paths_are_matched_as_opencode_does() {
         let directory = Path::new("/p");
         for path in ["/session", "/session/", "//session", "/%73ession", "/SESSION", "/session;x", "/session#x"] {
             assert_eq!(directory_filter(Line::V1, path, directory).as_deref(), Some("directory=%252Fp"), "{path}");
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ticket_is_taken_for_a_terminal_only() {
+    fn ticket_is_accepted_only_for_a_terminal() {
         for path in ["/pty/pty_1-x/connect", "/api/pty/x/connect"] {
             assert!(takes_ticket(path, "a=b&ticket=t"), "{path}");
             for query in ["", "ticket", "ticket=", "tickets=t", "a=ticket=t", "Ticket=t"] {
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_of_a_place_are_known_in_every_spelling() {
+    fn location_parameters_are_recognised_in_every_spelling() {
         for name in ["directory", "Directory", "workspace", "location", "location[directory]", "directory[]"] {
             assert!(chooses_place(name.as_bytes()), "{name}");
         }

@@ -341,7 +341,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_says_what_a_request_is_about() {
+    fn path_determines_the_subject_of_a_request() {
         let session = |id: &str, loads| Subject::Session { id: id.to_owned(), loads };
         for (request, expected) in [
             ("GET /api/info", Subject::Process),
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn turns_are_told_by_session_and_the_rest_by_directory() {
+    fn turns_name_a_session_and_other_events_a_directory() {
         let told = |event: &str| understand(event.as_bytes());
         let at = |directory: &str| Place::Directory(directory.to_owned());
         let created = told(
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_created_in_the_workspace_whatever_its_body_says() {
+    fn session_body_is_rewritten_to_the_workspace() {
         for body in [
             "",
             " {} ",

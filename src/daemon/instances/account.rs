@@ -1,9 +1,9 @@
-//! The account: which instances opencode has loaded, which are used, busy or due, and which are
-//! suspected of ending opencode.
+//! The account of instances: which are loaded, in use or due for eviction, and which are suspected of killing
+//! opencode.
 //!
-//! Pure: it has no clock, thread, lock or socket. Callers report what happened and when, carry out
-//! what [`Account::next`] asks for, and report the outcome with [`Account::evicted`]. Reports about
-//! another opencode than the current one (its *generation*) are dropped.
+//! Pure: no clock, thread, lock or socket. Callers report events with their times, carry out what
+//! [`Account::next`] asks for, and report the outcome with [`Account::evicted`]. Reports about another
+//! opencode than the current one (its *generation*) are dropped.
 //!
 //! The life of an instance in the reports of a caller:
 //!
@@ -20,9 +20,9 @@
 //! ended                          opencode is gone, and with it all it had loaded
 //! ```
 //!
-//! Invariants: an instance with a request under way is not evicted; a request that comes while its
-//! instance is being disposed waits; nothing is evicted that is not loaded, or that is no directory
-//! of the registry's, now or before; what is loaded stays in the account until it is disposed.
+//! Invariants: an instance with a request under way is not evicted; a request waits while its instance is
+//! being disposed; only loaded instances of present or former workspaces are evicted; a loaded instance stays
+//! in the account until it is disposed.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -30,41 +30,40 @@ use std::time::{Duration, Instant};
 use super::fence::{Fence, Fences};
 pub use crate::daemon::engine::Sign;
 
-/// Evictions under way at once: enough that one slow language server does not hold up the others,
-/// few enough that a hundred instances that fall due together do not flood opencode.
+/// Concurrent evictions: enough that one slow language server does not delay the others, and few enough that
+/// a hundred instances that are due together do not flood opencode.
 const EVICTIONS: usize = 4;
-/// The pause after an eviction that failed, since opencode was not ready or did not answer.
+/// The pause after a failed eviction: opencode was not ready or did not answer.
 const RETRY: Duration = Duration::from_secs(30);
-/// A client that is attached to opencode directly loads the instance again within some 4 s of its
-/// eviction; a person who comes back takes longer.
+/// A load within this time after an eviction is a revival: a client attached directly to opencode reloads the
+/// instance within some 4 s; a returning person takes longer.
 pub const REVIVAL: Duration = Duration::from_secs(10);
-/// How often the idle time of an instance that is revived again and again is doubled, at most: 30
-/// minutes become 32 hours.
+/// How often revivals double the idle time of an instance, at most: 30 minutes become 32 hours.
 const DOUBLINGS: u32 = 6;
-/// How long an own disposal may be told by an event after it was reported: the event waits for
-/// whatever the instance does before.
+/// How long after our own disposal its event may arrive: opencode first sends the earlier events of the
+/// instance.
 const TOLD_WITHIN: Duration = Duration::from_secs(10);
-/// How long other instances are kept waiting while a suspect is loaded, and a suspect while others
-/// are: loading takes 10 s at most, unless something is wrong.
+/// How long other instances wait while a suspect is loaded, and a suspect while others are: loading takes 10
+/// s at most, unless something is wrong.
 pub const ALONE: Duration = Duration::from_secs(10);
-/// How long an instance may still be loading after the client that asked for it has gone.
+/// How long an instance may still be loading after its client has gone.
 const ORPHANED: Duration = Duration::from_secs(10);
 
 /// Whether a request may go on to its instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// It counts as use from now on, until it leaves.
+    /// The request counts as use until it leaves.
     Entered,
-    /// The instance is being disposed: try again when that is over.
+    /// The instance is being disposed: try again afterwards.
     Wait,
 }
 
 /// Whether a request that loads an instance may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// It counts as sent.
+    /// The request counts as sent.
     Go,
-    /// A suspect is loaded alone: try again at that time, or when a reply has come.
+    /// A suspect is loaded alone: try again at that time, or after a reply.
     Wait(Instant),
     /// The opencode that it was meant for has ended.
     Over,
@@ -72,7 +71,7 @@ pub enum Turn {
     Fenced,
 }
 
-/// What is to be done next.
+/// The next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
     /// Nothing, until something happens.
@@ -94,12 +93,12 @@ pub struct Eviction {
     pub since: Instant,
 }
 
-/// How an eviction went.
+/// Reports the outcome of an eviction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The instance has been disposed.
     Disposed,
-    /// A session is running: that is use.
+    /// A session is running, which counts as use.
     Busy,
     /// The instance was not loaded after all.
     Absent,
@@ -110,7 +109,7 @@ pub enum Outcome {
 /// Why opencode ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// A predicate: `ended with exit status: 1`.
+    /// A verb phrase: `ended with exit status: 1`.
     pub how: String,
     /// Its last lines of output; may be empty.
     pub output: String,
@@ -121,7 +120,7 @@ pub struct Failure {
 pub struct End {
     /// Which one.
     pub generation: u64,
-    /// None for an end that openwork has brought about.
+    /// `None` when openwork ended it.
     pub failure: Option<Failure>,
     /// The directories whose instances were being loaded.
     pub loading: Vec<String>,
@@ -138,15 +137,15 @@ pub struct Usage {
     pub due: Option<Instant>,
 }
 
-/// What is known of the loading of an instance.
+/// The load state of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Load {
     Cold,
-    /// A request of ours that loads it was sent at this time, and none was answered yet.
+    /// A request through openwork that loads it was sent at this time; no reply yet.
     Loading(Instant),
-    /// An event told of it first, at this time: somebody else has loaded it, or is about to.
+    /// An event mentioned it at this time: a direct client has loaded it, or is loading it.
     Told(Instant),
-    /// It has answered.
+    /// It has answered a request.
     Loaded,
 }
 
@@ -155,7 +154,7 @@ struct Instance {
     load: Load,
     /// When a request that loads it was last sent.
     sent: Option<Instant>,
-    /// When a client last gave up such a request before the reply.
+    /// When a client last abandoned such a request before the reply.
     given_up: Option<Instant>,
     /// Requests sent to this opencode and not answered yet.
     unanswered: usize,
@@ -164,10 +163,10 @@ struct Instance {
     /// Disposals and evictions under way, for which requests wait.
     held: usize,
     evicting: bool,
-    /// Its directory is one of the registry's, or was while the instance was loaded.
+    /// Its directory is a workspace, or was one while the instance was loaded.
     ours: bool,
     used: Instant,
-    /// Not to be evicted before.
+    /// The earliest time for the next eviction.
     not_before: Option<Instant>,
     /// How often its idle time is doubled.
     doublings: u32,
@@ -201,19 +200,18 @@ impl Instance {
     }
 }
 
-/// The account. See the head of the module.
+/// The account. See the module documentation.
 pub struct Account {
     idle_ttl: Option<Duration>,
     generation: u64,
     end: Option<End>,
     instances: HashMap<String, Instance>,
-    /// Disposals of our own and when they began: opencode tells of them too, perhaps only when the
+    /// Our own disposals, with their start: opencode also sends an event for each, perhaps only after the
     /// instance is loaded again.
     own_disposals: Vec<(String, Instant)>,
-    /// When a disposal of our own was last over, by directory: a list that was asked for before does not
-    /// know of it.
+    /// When our own disposal of a directory last ended: a list that was requested before does not reflect it.
     disposed: HashMap<String, Instant>,
-    /// Directories evicted lately: when, and how often their idle time was doubled by then.
+    /// Recently evicted directories: when, and how often their idle time had been doubled.
     evicted: HashMap<String, (Instant, u32)>,
     fences: Fences,
     /// Counts the changes of what is loaded.
@@ -221,7 +219,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// An account of nothing. An instance unused for `idle_ttl` is evicted; never when absent.
+    /// An empty account. An instance unused for `idle_ttl` is evicted; never when absent.
     pub fn new(idle_ttl: Option<Duration>, fences: Fences) -> Account {
         Account {
             idle_ttl,
@@ -238,7 +236,7 @@ impl Account {
 
     // --- opencode ---
 
-    /// Another opencode has been started or adopted: what it has loaded, and whether each is ours.
+    /// Another opencode was started or adopted, with these loaded instances, and whether each is ours.
     pub fn begin(&mut self, generation: u64, loaded: impl IntoIterator<Item = (String, bool)>, now: Instant) {
         self.generation = generation;
         self.end = None;
@@ -250,8 +248,8 @@ impl Account {
         self.revision += 1;
     }
 
-    /// opencode has ended. With a failure, it ended by itself, and whatever was being loaded is
-    /// suspected of it. Returns the directories that are fenced for it.
+    /// opencode has ended. With a failure it ended by itself, and instances that were being loaded become
+    /// suspects. Returns the directories that are now fenced.
     pub fn ended(
         &mut self,
         generation: u64,
@@ -295,7 +293,7 @@ impl Account {
         self.end.is_some()
     }
 
-    /// Nothing is loaded any more; requests and disposals under way stay in the account.
+    /// Marks everything as not loaded; requests and disposals under way stay in the account.
     fn clear(&mut self, now: Instant) {
         self.own_disposals.clear();
         self.disposed.clear();
@@ -319,7 +317,7 @@ impl Account {
         Entry::Entered
     }
 
-    /// A request begins, although its instance is being disposed: that takes too long.
+    /// A request begins although its instance is being disposed, because that takes too long.
     pub fn enter_anyway(&mut self, directory: &str, now: Instant) {
         let instance = self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now));
         instance.streams += 1;
@@ -346,7 +344,7 @@ impl Account {
         instance.sent = Some(now);
         if before == Load::Cold {
             instance.load = Load::Loading(now);
-            // A person comes back, not a client that revives its instance.
+            // A request through openwork is no revival by a direct client.
             instance.doublings = 0;
             self.evicted.remove(directory);
             self.revision += 1;
@@ -381,7 +379,7 @@ impl Account {
         was_loading
     }
 
-    /// A request is over. `unanswered`: the opencode that it was sent to and that has not replied.
+    /// A request is over. `unanswered`: the generation that it was sent to without a reply.
     pub fn leave(&mut self, directory: &str, unanswered: Option<u64>, now: Instant) {
         if let Some(instance) = unanswered.and_then(|generation| self.current(generation, directory)) {
             instance.unanswered = instance.unanswered.saturating_sub(1);
@@ -394,14 +392,14 @@ impl Account {
         self.forget_unused(directory);
     }
 
-    /// Somebody means to use an instance.
+    /// Counts as use of an instance.
     pub fn touch(&mut self, directory: &str, now: Instant) {
         if let Some(instance) = self.instances.get_mut(directory) {
             instance.used = now;
         }
     }
 
-    /// A directory is one of the registry's. Its instance stays ours when the registry loses it.
+    /// A directory is a workspace. Its instance stays ours after the workspace is removed.
     pub fn register(&mut self, directory: &str) {
         if let Some(instance) = self.instances.get_mut(directory) {
             if !std::mem::replace(&mut instance.ours, true) && instance.is_loaded() {
@@ -416,7 +414,7 @@ impl Account {
         self.instances.get_mut(directory).filter(|_| is_current)
     }
 
-    /// Of an instance that is neither loaded nor in use there is nothing to remember.
+    /// Drops the entry of an instance that is neither loaded nor in use.
     fn forget_unused(&mut self, directory: &str) {
         let is_unused = |instance: &Instance| !instance.is_loaded() && instance.streams == 0 && instance.held == 0;
         if self.instances.get(directory).is_some_and(is_unused) {
@@ -424,10 +422,10 @@ impl Account {
         }
     }
 
-    // --- What opencode says ---
+    // --- Events and lists of opencode ---
 
-    /// opencode tells something of an instance. `ours` is asked when the account does not know yet
-    /// whether the directory is one of the registry's.
+    /// An event of opencode about an instance. `ours` is called when the account does not know whether the
+    /// directory is a workspace.
     pub fn told(&mut self, generation: u64, directory: &str, sign: Sign, ours: impl FnOnce() -> bool, now: Instant) {
         if generation != self.generation || self.is_over() {
             return;
@@ -444,7 +442,7 @@ impl Account {
         }
     }
 
-    /// An instance turns out to be loaded.
+    /// An instance was found to be loaded.
     fn found(&mut self, directory: &str, ours: impl FnOnce() -> bool, now: Instant) {
         let instance = self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now));
         if instance.is_loaded() {
@@ -464,11 +462,11 @@ impl Account {
     fn told_disposed(&mut self, directory: &str, now: Instant) {
         let own = self.own_disposals.iter().position(|(own, _)| own == directory);
         match own.map(|own| self.own_disposals.swap_remove(own)) {
-            // Applied a second time: before it, opencode told what the instance did last.
+            // Apply our disposal again: earlier events of the instance have marked it as loaded meanwhile.
             Some((_, since)) => self.gone(directory, since),
             None => {
                 if let Some(instance) = self.instances.get_mut(directory) {
-                    // A request under way may load it again.
+                    // A request under way may be loading it again.
                     let load = if instance.unanswered > 0 { Load::Loading(now) } else { Load::Cold };
                     self.set_load(directory, load);
                 }
@@ -476,8 +474,8 @@ impl Account {
         }
     }
 
-    /// An instance has been disposed by what began at `since`. A request sent after that has
-    /// loaded it again.
+    /// An instance was disposed by a disposal that began at `since`; a request sent later has loaded it
+    /// again.
     fn gone(&mut self, directory: &str, since: Instant) {
         if self.instances.get(directory).is_some_and(|instance| instance.sent.is_none_or(|sent| sent <= since)) {
             self.set_load(directory, Load::Cold);
@@ -495,7 +493,7 @@ impl Account {
         self.forget_unused(directory);
     }
 
-    /// opencode's own list of what it has loaded, asked for at `asked`; for an opencode that has one.
+    /// opencode's own list of loaded instances, requested at `asked`. Only 2.x has one.
     pub fn listed(
         &mut self,
         generation: u64,
@@ -516,7 +514,7 @@ impl Account {
                 self.found(directory, || ours(directory), now);
             }
         }
-        // What was first told after the question may not be in the answer.
+        // An instance first mentioned after the request may be missing from the list.
         let told_before = |load: Load| !matches!(load, Load::Told(at) if at > asked);
         let absent = |(directory, instance): (&String, &Instance)| {
             let is_absent = instance.is_loaded() && told_before(instance.load) && !directories.contains(directory);
@@ -531,7 +529,7 @@ impl Account {
 
     // --- Disposals and evictions ---
 
-    /// A disposal of our own begins: requests wait for it. Returns when, for [`Account::disposed`].
+    /// Our own disposal begins: requests wait for it. Returns its start, for [`Account::disposed`].
     pub fn dispose(&mut self, directory: &str, now: Instant) -> Instant {
         self.own_disposals.retain(|(_, since)| now.duration_since(*since) < TOLD_WITHIN);
         self.own_disposals.push((directory.to_owned(), now));
@@ -539,7 +537,7 @@ impl Account {
         now
     }
 
-    /// A disposal of our own is over.
+    /// Our own disposal is over.
     pub fn disposed(&mut self, generation: u64, directory: &str, since: Instant, done: bool, now: Instant) {
         if let Some(instance) = self.instances.get_mut(directory) {
             instance.held = instance.held.saturating_sub(1);
@@ -552,19 +550,19 @@ impl Account {
         self.forget_unused(directory);
     }
 
-    /// When the first instance is due, without beginning its eviction.
+    /// When the next eviction is due, without starting it.
     pub fn first_due(&self) -> Option<Instant> {
         self.instances.values().filter(|instance| instance.held == 0).filter_map(|i| self.due(i)).min()
     }
 
-    /// When an instance is due to be evicted, if nobody uses it before.
+    /// When an instance is due for eviction, unless it is used before.
     fn due(&self, instance: &Instance) -> Option<Instant> {
         let ttl = self.idle_ttl.filter(|_| instance.is_loaded() && instance.ours && instance.streams == 0)?;
         let due = instance.used + ttl.saturating_mul(1 << instance.doublings);
         Some(instance.not_before.map_or(due, |not_before| due.max(not_before)))
     }
 
-    /// What is to be done next. An eviction counts as begun.
+    /// The next action. A returned eviction counts as started.
     pub fn next(&mut self, now: Instant) -> Next {
         let evicting = self.instances.values().filter(|instance| instance.evicting).count();
         let candidates = self.instances.iter().filter(|(_, instance)| instance.held == 0);
@@ -572,7 +570,7 @@ impl Account {
         match first {
             None => Next::Nothing,
             Some((due, _)) if due > now => Next::At(due),
-            // Looked at again when one of them is over.
+            // Checked again when one of them ends.
             Some(_) if evicting >= EVICTIONS => Next::Nothing,
             Some((_, directory)) => {
                 let directory = directory.clone();
@@ -585,7 +583,7 @@ impl Account {
         }
     }
 
-    /// How an eviction went.
+    /// Reports the outcome of an eviction.
     pub fn evicted(&mut self, eviction: &Eviction, outcome: Outcome, now: Instant) {
         let Eviction { generation, directory, since } = eviction;
         let retry = now + self.idle_ttl.unwrap_or(RETRY).min(RETRY);
@@ -608,7 +606,7 @@ impl Account {
         self.forget_unused(directory);
     }
 
-    // --- Questions ---
+    // --- Queries ---
 
     /// Whether an instance is loaded.
     pub fn is_loaded(&self, directory: &str) -> bool {
@@ -621,17 +619,17 @@ impl Account {
         Usage { loaded: instance.is_loaded(), streams: instance.streams, due: self.due(instance) }
     }
 
-    /// Every loaded instance, and whether its directory is one of the registry's, now or before.
+    /// Every loaded instance, and whether its directory is or was a workspace.
     pub fn loaded(&self) -> impl Iterator<Item = (&String, bool)> {
         self.instances.iter().filter(|(_, i)| i.is_loaded()).map(|(directory, i)| (directory, i.ours))
     }
 
-    /// Changes whenever [`Account::loaded`] does.
+    /// A counter that changes with [`Account::loaded`].
     pub fn revision(&self) -> u64 {
         self.revision
     }
 
-    /// The workspaces that may not be loaded.
+    /// The fences around workspaces.
     pub fn fences(&mut self) -> &mut Fences {
         &mut self.fences
     }

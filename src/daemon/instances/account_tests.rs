@@ -1,4 +1,4 @@
-//! The account in virtual time: stories, and a random walk that checks the invariants.
+//! The account in virtual time: scenarios, and a random walk that checks the invariants.
 
 use std::collections::BTreeMap;
 
@@ -54,7 +54,7 @@ impl Story {
         self.leave(directory);
     }
 
-    /// A request that is sent and not answered.
+    /// A request that is sent and not answered yet.
     fn begin_loading(&mut self, directory: &str) {
         self.enter(directory);
         assert_eq!(self.send(directory), Turn::Go);
@@ -65,7 +65,7 @@ impl Story {
         self.account.told(self.account.generation(), directory, sign, || ours, self.now);
     }
 
-    /// opencode ends by itself, and another is started. Who is fenced for it.
+    /// opencode ends by itself, and another is started. Returns the fenced directories.
     fn crash(&mut self) -> Vec<String> {
         let generation = self.account.generation();
         let failure = Failure { how: "ended with exit status: 1".to_owned(), output: "boom".to_owned() };
@@ -101,7 +101,7 @@ impl Story {
 // --- Eviction ---
 
 #[test]
-fn an_instance_is_due_after_the_idle_time() {
+fn instance_is_due_after_the_idle_time() {
     let mut story = Story::new();
     assert_eq!(story.next(), Next::Nothing);
     story.request(A);
@@ -112,7 +112,7 @@ fn an_instance_is_due_after_the_idle_time() {
     story.pass(Duration::from_millis(1));
     let eviction = story.eviction();
     assert_eq!((eviction.generation, eviction.directory.as_str(), eviction.since), (1, A, due));
-    // It is asked for once.
+    // An eviction is returned only once.
     assert_eq!(story.next(), Next::Nothing);
     story.evict(&eviction);
     assert_eq!(story.account.usage(A), Usage::default());
@@ -136,7 +136,7 @@ fn the_first_that_is_due_is_known_without_an_eviction() {
 }
 
 #[test]
-fn without_an_idle_time_nothing_is_evicted() {
+fn nothing_is_evicted_without_an_idle_time() {
     let now = Instant::now();
     let mut account = Account::new(None, Fences::default());
     account.begin(1, [(A.to_owned(), true)], now);
@@ -144,14 +144,14 @@ fn without_an_idle_time_nothing_is_evicted() {
 }
 
 #[test]
-fn use_puts_an_eviction_off() {
+fn use_postpones_eviction() {
     let mut story = Story::new();
     story.request(A);
     for sign in [Sign::Used, Sign::Alive] {
         story.pass(secs(40));
         story.told(A, sign);
     }
-    // What an instance does by itself is no use.
+    // Activity of the instance itself does not count as use.
     assert_eq!(story.due(A), Some(TTL - secs(40)));
     story.account.touch(A, story.now);
     assert_eq!(story.due(A), Some(TTL));
@@ -164,7 +164,7 @@ fn use_puts_an_eviction_off() {
 }
 
 #[test]
-fn a_running_session_is_use() {
+fn running_session_counts_as_use() {
     let mut story = Story::new();
     story.request(A);
     for _ in 0..3 {
@@ -176,7 +176,7 @@ fn a_running_session_is_use() {
 }
 
 #[test]
-fn a_failed_eviction_is_tried_again_and_is_no_use() {
+fn failed_eviction_is_retried_and_does_not_count_as_use() {
     let mut story = Story::new();
     story.request(A);
     story.pass(TTL);
@@ -191,7 +191,7 @@ fn a_failed_eviction_is_tried_again_and_is_no_use() {
 }
 
 #[test]
-fn a_request_waits_for_a_disposal_under_way() {
+fn request_waits_for_a_disposal_under_way() {
     let mut story = Story::new();
     story.request(A);
     story.pass(TTL);
@@ -204,7 +204,7 @@ fn a_request_waits_for_a_disposal_under_way() {
     story.account.evicted(&eviction, Outcome::Disposed, story.now);
     assert_eq!(story.account.enter(A, story.now), Entry::Entered);
 
-    // A user's disposal is no different.
+    // The same for a disposal by the user.
     let since = story.account.dispose("/c", story.now);
     assert_eq!(story.account.enter("/c", story.now), Entry::Wait);
     story.account.disposed(1, "/c", since, false, story.now);
@@ -212,7 +212,7 @@ fn a_request_waits_for_a_disposal_under_way() {
 }
 
 #[test]
-fn a_request_that_did_not_wait_has_loaded_the_instance_again() {
+fn request_sent_during_a_disposal_reloads_the_instance() {
     let mut story = Story::new();
     story.request(A);
     let since = story.account.dispose(A, story.now);
@@ -221,17 +221,17 @@ fn a_request_that_did_not_wait_has_loaded_the_instance_again() {
     assert_eq!(story.send(A), Turn::Go);
     story.account.disposed(1, A, since, true, story.now);
     assert!(story.account.is_loaded(A));
-    // Nor does the event of that disposal, which comes late, undo the loading.
+    // The late event of that disposal does not undo the load either.
     story.told(A, Sign::Disposed);
     assert!(story.account.is_loaded(A));
-    // Another disposal is somebody else's.
+    // A second disposal event means that another client disposed it.
     story.reply(A);
     story.told(A, Sign::Disposed);
     assert!(!story.account.is_loaded(A));
 }
 
 #[test]
-fn an_own_disposal_may_be_told_for_ten_seconds() {
+fn event_of_an_own_disposal_may_arrive_for_ten_seconds() {
     for (later, is_own) in [(Duration::ZERO, true), (TOLD_WITHIN - secs(1), true), (TOLD_WITHIN, false)] {
         let mut story = Story::new();
         story.request(A);
@@ -248,7 +248,7 @@ fn an_own_disposal_may_be_told_for_ten_seconds() {
 }
 
 #[test]
-fn a_disposal_by_somebody_else_does_not_hide_what_a_request_loads() {
+fn foreign_disposal_does_not_hide_a_load_under_way() {
     let mut story = Story::new();
     story.request(A);
     story.begin_loading(A);
@@ -260,7 +260,7 @@ fn a_disposal_by_somebody_else_does_not_hide_what_a_request_loads() {
 }
 
 #[test]
-fn evictions_do_not_wait_for_each_other_but_are_few_at_once() {
+fn concurrent_evictions_are_limited() {
     let mut story = Story::new();
     let directories: Vec<_> = (0..10).map(|n| format!("/{n}")).collect();
     for directory in &directories {
@@ -278,7 +278,7 @@ fn evictions_do_not_wait_for_each_other_but_are_few_at_once() {
 }
 
 #[test]
-fn a_client_that_revives_its_instance_doubles_its_time() {
+fn each_revival_doubles_the_idle_time() {
     let mut story = Story::new();
     story.told(A, Sign::Alive);
     let mut expected = TTL;
@@ -323,7 +323,7 @@ fn evictions_are_remembered_for_as_long_as_a_client_may_revive() {
 }
 
 #[test]
-fn a_person_who_comes_back_does_not_double_the_time() {
+fn request_does_not_double_the_idle_time() {
     let mut story = Story::new();
     story.request(A);
     story.pass(TTL);
@@ -334,14 +334,14 @@ fn a_person_who_comes_back_does_not_double_the_time() {
 }
 
 #[test]
-fn what_is_no_workspace_is_left_alone_and_what_was_one_is_not() {
+fn only_present_and_former_workspaces_are_evicted() {
     let mut story = Story::new();
     story.told("/stranger", Sign::Used);
     assert!(story.account.is_loaded("/stranger"));
     assert_eq!(story.due("/stranger"), None);
     story.pass(TTL * 2);
     assert_eq!(story.next(), Next::Nothing);
-    // It becomes a workspace, and stops being one again: what counts is that it was.
+    // Registering it once is enough, even if the workspace is removed again.
     let revision = story.account.revision();
     story.account.register("/stranger");
     assert_ne!(story.account.revision(), revision);
@@ -351,7 +351,7 @@ fn what_is_no_workspace_is_left_alone_and_what_was_one_is_not() {
 // --- Generations ---
 
 #[test]
-fn another_opencode_has_loaded_nothing() {
+fn new_opencode_has_loaded_nothing() {
     let mut story = Story::new();
     story.request(A);
     story.enter(B);
@@ -359,7 +359,7 @@ fn another_opencode_has_loaded_nothing() {
     story.crash();
     assert!(!story.account.is_loaded(A) && !story.account.is_loaded(B));
     assert_eq!(story.account.usage(B).streams, 1);
-    // News of the earlier one is dropped.
+    // Reports about the earlier opencode are dropped.
     story.account.replied(1, B);
     story.account.told(1, A, Sign::Used, || true, story.now);
     story.account.listed(1, &[A.to_owned()], story.now, |_| true, story.now);
@@ -368,7 +368,7 @@ fn another_opencode_has_loaded_nothing() {
 }
 
 #[test]
-fn after_its_end_opencode_loads_nothing() {
+fn ended_opencode_loads_nothing() {
     let mut story = Story::new();
     assert!(story.account.ended(1, None, "1.0.0", story.now).is_empty());
     story.told(A, Sign::Used);
@@ -378,7 +378,7 @@ fn after_its_end_opencode_loads_nothing() {
 }
 
 #[test]
-fn an_eviction_of_an_earlier_opencode_changes_nothing() {
+fn stale_eviction_changes_nothing() {
     let mut story = Story::new();
     story.request(A);
     story.pass(TTL);
@@ -394,7 +394,7 @@ fn an_eviction_of_an_earlier_opencode_changes_nothing() {
 }
 
 #[test]
-fn an_opencode_ends_once() {
+fn second_end_of_an_opencode_changes_nothing() {
     let mut story = Story::new();
     story.request(A);
     story.begin_loading(B);
@@ -408,7 +408,7 @@ fn an_opencode_ends_once() {
 }
 
 #[test]
-fn a_late_reply_of_an_earlier_opencode_says_nothing_about_the_next() {
+fn late_reply_of_an_earlier_opencode_is_ignored() {
     let mut story = Story::new();
     story.begin_loading(A);
     story.crash();
@@ -420,7 +420,7 @@ fn a_late_reply_of_an_earlier_opencode_says_nothing_about_the_next() {
 }
 
 #[test]
-fn a_request_that_outlives_opencode_loads_an_instance_like_any_other() {
+fn request_that_outlives_opencode_loads_like_any_other() {
     let mut story = Story::new();
     story.begin_loading(A);
     story.crash();
@@ -476,7 +476,7 @@ fn nothing_is_remembered_of_what_is_neither_loaded_nor_used() {
 }
 
 #[test]
-fn the_revision_grows_with_each_change_of_what_is_loaded_and_with_nothing_else() {
+fn revision_changes_only_with_the_loaded_instances() {
     let mut story = Story::new();
     let mut before = (story.account.revision(), BTreeMap::new());
     let mut check = |story: &Story, changes: bool| {
@@ -510,7 +510,7 @@ fn the_revision_grows_with_each_change_of_what_is_loaded_and_with_nothing_else()
 }
 
 #[test]
-fn a_disposal_in_an_earlier_opencode_changes_nothing() {
+fn disposal_in_an_earlier_opencode_changes_nothing() {
     let mut story = Story::new();
     story.request(A);
     let since = story.account.dispose(A, story.now);
@@ -523,7 +523,7 @@ fn a_disposal_in_an_earlier_opencode_changes_nothing() {
 }
 
 #[test]
-fn an_adopted_opencode_has_loaded_what_it_had() {
+fn adopted_opencode_keeps_its_loaded_instances() {
     let mut story = Story::new();
     story.account.begin(2, [(A.to_owned(), true), ("/stranger".to_owned(), false)], story.now);
     let loaded: BTreeMap<_, _> = story.account.loaded().collect();
@@ -533,16 +533,16 @@ fn an_adopted_opencode_has_loaded_what_it_had() {
     assert_eq!(story.next(), Next::Nothing);
 }
 
-// --- A list that is asked ---
+// --- opencode's list ---
 
 #[test]
-fn what_opencode_lists_is_loaded_and_the_rest_is_not() {
+fn list_decides_what_is_loaded() {
     let mut story = Story::new();
     story.request(A);
     story.pass(secs(1));
     let asked = story.now;
     story.pass(secs(1));
-    // Begun, and told of, after the question: the answer says nothing about them.
+    // Loaded or mentioned after the request for the list: the list says nothing about them.
     story.begin_loading("/sent");
     story.told("/told", Sign::Alive);
     story.account.listed(1, &[B.to_owned(), "/stranger".to_owned()], asked, |d| d != "/stranger", story.now);
@@ -553,7 +553,7 @@ fn what_opencode_lists_is_loaded_and_the_rest_is_not() {
 }
 
 #[test]
-fn a_list_says_nothing_about_what_is_being_disposed() {
+fn list_is_ignored_for_instances_under_disposal() {
     let mut story = Story::new();
     let listed = |story: &mut Story, asked| {
         story.account.listed(1, &[A.to_owned()], asked, |_| true, story.now);
@@ -595,7 +595,7 @@ fn disposals_are_remembered_for_ten_seconds() {
 // --- Fences ---
 
 #[test]
-fn a_workspace_that_ends_opencode_twice_is_fenced() {
+fn workspace_that_kills_opencode_twice_is_fenced() {
     let mut story = Story::new();
     story.request(B);
     story.begin_loading(A);
@@ -612,24 +612,24 @@ fn a_workspace_that_ends_opencode_twice_is_fenced() {
 }
 
 #[test]
-fn a_death_with_no_instance_being_loaded_is_nobodys() {
+fn crash_without_a_load_under_way_blames_nobody() {
     let mut story = Story::new();
     for _ in 0..5 {
         story.request(A);
         story.enter(A);
         story.send(A);
-        // A second request for what is loaded loads nothing.
+        // A second request for a loaded instance loads nothing.
         assert!(story.crash().is_empty());
         story.leave(A);
     }
     story.begin_loading(A);
-    // An end that openwork has brought about.
+    // openwork itself ends opencode.
     story.account.ended(story.account.generation(), None, "1.0.0", story.now);
     assert!(!story.account.fences().is_suspect(A, story.now));
 }
 
 #[test]
-fn a_client_that_gives_up_does_not_end_the_loading_at_once() {
+fn load_continues_after_its_client_gives_up() {
     for (later, suspected) in [(Duration::ZERO, true), (ORPHANED - secs(1), true), (ORPHANED, false)] {
         let mut story = Story::new();
         story.begin_loading(A);
@@ -642,9 +642,9 @@ fn a_client_that_gives_up_does_not_end_the_loading_at_once() {
 }
 
 #[test]
-fn what_a_direct_client_loads_is_not_suspected_and_shares_the_suspicion() {
+fn load_by_a_direct_client_is_not_blamed_but_shares_the_blame() {
     let mut story = Story::new();
-    // The event may come before the loading is over; a fence would not keep that client away.
+    // A direct client is loading it, and a fence could not keep that client away.
     story.told(A, Sign::Alive);
     story.begin_loading(A);
     assert!(story.crash().is_empty());
@@ -652,7 +652,7 @@ fn what_a_direct_client_loads_is_not_suspected_and_shares_the_suspicion() {
     for _ in 0..3 {
         story.told(A, Sign::Alive);
         story.begin_loading(B);
-        // Whose fault it was is not certain.
+        // Either instance may be at fault.
         assert!(story.crash().is_empty());
     }
     assert!(story.account.fences().is_suspect(B, story.now));
@@ -675,20 +675,20 @@ fn suspects_are_loaded_alone() {
     story.enter("/bad");
     story.enter(A);
     assert_eq!((story.send("/bad"), story.send(A)), (Turn::Wait(until), Turn::Wait(until)));
-    // More requests for the same one are no more instances.
+    // A second request for the same instance may go on.
     story.begin_loading("/good");
     story.reply("/good");
     assert_eq!(story.send(A), Turn::Go);
     assert_eq!(story.send("/bad"), Turn::Wait(story.now + ALONE));
     story.reply(A);
     assert_eq!(story.send("/bad"), Turn::Go);
-    // What is loaded need not wait.
+    // Requests for loaded instances do not wait.
     assert_eq!(story.send(A), Turn::Go);
     assert_eq!(story.crash(), ["/bad"]);
 }
 
 #[test]
-fn nobody_waits_for_a_suspect_for_ever() {
+fn wait_for_a_suspect_is_bounded() {
     let mut story = Story::new();
     story.begin_loading("/bad");
     story.crash();
@@ -698,12 +698,12 @@ fn nobody_waits_for_a_suspect_for_ever() {
     assert_eq!(story.send(A), Turn::Wait(story.now + secs(1)));
     story.pass(secs(1));
     assert_eq!(story.send(A), Turn::Go);
-    // By now the fault may be either's.
+    // Now either may be at fault.
     assert!(story.crash().is_empty());
 }
 
 #[test]
-fn the_end_of_an_opencode_is_remembered_until_the_next() {
+fn end_of_opencode_is_remembered_until_the_next_start() {
     let mut story = Story::new();
     story.begin_loading(A);
     let failure = Failure { how: "ended".to_owned(), output: String::new() };
@@ -716,7 +716,7 @@ fn the_end_of_an_opencode_is_remembered_until_the_next() {
 
 // --- A random walk ---
 
-/// Random numbers that a seed repeats (SplitMix64).
+/// Reproducible random numbers (SplitMix64).
 struct Random(u64);
 
 impl Random {
@@ -729,7 +729,7 @@ impl Random {
     }
 }
 
-/// What is true of an instance, whatever the account believes.
+/// The true state of an instance, whatever the account believes.
 #[derive(Clone, Default)]
 struct Truth {
     loaded: bool,
@@ -769,7 +769,7 @@ impl World {
         }
     }
 
-    /// Somebody uses an instance, and so loads it.
+    /// Uses an instance, and so loads it.
     fn uses(&mut self, directory: &'static str) {
         let truth = self.truth.entry(directory).or_default();
         (truth.loaded, truth.used) = (true, Some(self.now));
@@ -794,10 +794,10 @@ impl World {
             15..40 if self.truth.get(directory).is_some_and(|truth| truth.streams > 0) => {
                 self.truth.entry(directory).or_default().streams -= 1;
                 self.account.leave(directory, None, self.now);
-                // The end of a stream is use, of whatever is loaded then.
+                // The end of a stream counts as use.
                 self.truth.entry(directory).or_default().used = Some(self.now);
             }
-            // A direct client; opencode tells of it a little later.
+            // A direct client; the event comes a little later.
             40..50 => {
                 self.uses(directory);
                 self.events.push((directory, Sign::Used));
@@ -806,7 +806,7 @@ impl World {
                 self.truth.entry(directory).or_default().loaded = false;
                 self.events.push((directory, Sign::Disposed));
             }
-            // A session runs, or ends, which opencode tells too.
+            // A session starts or ends, which opencode reports too.
             52..62 if self.truth.get(directory).is_some_and(|truth| truth.loaded) => {
                 let truth = self.truth.entry(directory).or_default();
                 truth.running = !truth.running;
@@ -830,7 +830,7 @@ impl World {
         self.check();
     }
 
-    /// What the evicting threads do.
+    /// The work of the evicting threads.
     fn evict(&mut self, random: &mut Random) {
         let (over, under_way) = std::mem::take(&mut self.evictions).into_iter().partition(|(_, at)| *at <= self.now);
         self.evictions = under_way;
@@ -873,7 +873,7 @@ impl World {
             assert_eq!(usage.loaded, truth.loaded, "{directory} is known as it is");
             assert_eq!(usage.streams, truth.streams, "{directory}");
             let is_idle = truth.loaded && !truth.running && truth.streams == 0 && World::is_ours(directory);
-            // An instance that clients revive has up to 64 times the time.
+            // Revivals give an instance up to 64 times the idle time.
             let longest = TTL_OF_WALK * (1 << DOUBLINGS) + Duration::from_secs(1);
             if is_idle {
                 let idle = truth.used.map(|used| self.now.duration_since(used));
@@ -888,8 +888,8 @@ impl World {
 const TTL_OF_WALK: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_random_walk_keeps_the_invariants() {
-    // A failure prints its seed; put it here alone to see it again.
+fn random_walk_keeps_the_invariants() {
+    // A failure prints its seed; run that seed alone to reproduce it.
     let mut evicted = 0;
     for seed in 0..200 {
         let now = Instant::now();

@@ -1,19 +1,18 @@
-//! Workspaces whose loading ends opencode.
+//! Fences around workspaces whose loading kills opencode.
 //!
-//! A death of opencode counts against the workspaces whose instances were being loaded. Where one
-//! was loaded alone, the death is certainly its own. Where several were, each is a suspect: it is
-//! loaded alone the next time, which clears it or makes the second death certain. A workspace with
-//! [`DEATHS`] within [`WINDOW`], the last of them certain, is fenced until somebody resets it, or
-//! opencode is of another version.
+//! A death of opencode counts against the workspaces whose instances were being loaded. If only one was being
+//! loaded, the death is certainly its fault. If several were, each is a suspect and is loaded alone the next
+//! time, which clears it or makes the second death certain. A workspace with [`DEATHS`] within [`WINDOW`],
+//! the last of them certain, is fenced until a reset or another version of opencode.
 //!
 //! Pure: no clock, thread, lock or disk.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-/// Deaths that fence a workspace. One can be a coincidence: a crash for another reason, or a lack of memory.
+/// The deaths that fence a workspace. A single one may be a coincidence: another crash, or a lack of memory.
 const DEATHS: usize = 2;
-/// Deaths further apart are no pattern: the user has probably changed the workspace in between.
+/// Deaths further apart are not counted together: the user has probably changed the workspace in between.
 pub const WINDOW: Duration = Duration::from_secs(600);
 
 /// Why a workspace is fenced.
@@ -39,13 +38,13 @@ pub struct Fences {
 }
 
 impl Fences {
-    /// Fences that an earlier daemon has put up.
+    /// Restores the fences of an earlier daemon.
     pub fn restore(&mut self, fences: impl IntoIterator<Item = (String, Fence)>) {
         self.fenced.extend(fences);
     }
 
-    /// Counts a death of opencode while these directories were being loaded. `certain`: the death
-    /// cannot be anybody else's. Returns the directories that are fenced now and were not before.
+    /// Counts a death of opencode while these directories were being loaded. `certain`: nothing else can be
+    /// at fault. Returns the directories that are newly fenced.
     pub fn died(&mut self, loading: &[String], certain: bool, fence: &Fence, now: Instant) -> Vec<String> {
         self.deaths.retain(|_, deaths| {
             deaths.retain(|death| now.duration_since(death.at) < WINDOW);
@@ -64,7 +63,7 @@ impl Fences {
         fenced
     }
 
-    /// An instance has been loaded: the deaths in which it was only one of several were not its own.
+    /// An instance was loaded: it is cleared of the deaths in which it was one of several.
     pub fn loaded(&mut self, directory: &str) {
         if let Some(deaths) = self.deaths.get_mut(directory) {
             deaths.retain(|death| death.certain);
@@ -96,8 +95,7 @@ impl Fences {
         self.fenced.remove(directory).is_some()
     }
 
-    /// opencode is of this version: fences that another version has earned are lifted. Returns
-    /// whether there were any.
+    /// opencode has this version: fences for other versions are lifted. Returns whether there were any.
     pub fn version_is(&mut self, version: &str) -> bool {
         let before = self.fenced.len();
         self.fenced.retain(|_, fence| fence.version == version);
@@ -139,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn shared_deaths_make_suspects_and_fence_only_who_dies_alone() {
+    fn shared_deaths_make_suspects_and_a_lone_death_fences() {
         let (mut fences, now) = (Fences::default(), Instant::now());
         for _ in 0..5 {
             assert!(fences.died(&names(&["good", "bad"]), false, &fence(), now).is_empty());
@@ -148,12 +146,12 @@ mod tests {
         fences.loaded("good");
         assert!(!fences.is_suspect("good", now));
         assert_eq!(fences.died(&names(&["bad"]), true, &fence(), now), ["bad"]);
-        // Cleared is cleared: the next death of the good one is its first.
+        // The good one was cleared, so its next death is its first.
         assert!(fences.died(&names(&["good"]), true, &fence(), now).is_empty());
     }
 
     #[test]
-    fn a_success_does_not_excuse_a_certain_death() {
+    fn successful_load_does_not_clear_a_certain_death() {
         let (mut fences, now) = (Fences::default(), Instant::now());
         fences.died(&names(&["a"]), true, &fence(), now);
         fences.loaded("a");
@@ -161,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_forgets_the_deaths_too() {
+    fn reset_forgets_the_deaths() {
         let (mut fences, now) = (Fences::default(), Instant::now());
         assert!(!fences.reset("a"));
         fences.died(&names(&["a"]), true, &fence(), now);
@@ -175,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn another_version_of_opencode_lifts_every_fence() {
+    fn new_version_of_opencode_lifts_every_fence() {
         let mut fences = Fences::default();
         fences.restore([("a".to_owned(), fence())]);
         assert!(!fences.version_is("1.2.3"));

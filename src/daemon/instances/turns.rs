@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn each_turn_begins_and_ends_once() {
+    fn each_turn_is_reported_once() {
         let mut turns = Turns::default();
         for _ in 0..2 {
             assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn titles_and_errors_are_told() {
+    fn titles_and_errors_are_reported() {
         let mut turns = Turns::default();
         let failed = || Step::Failed { name: "MessageAbortedError".to_owned(), message: "x".repeat(2000) };
         assert_eq!(turns.observe(Some("ses_1"), Step::Titled(Some("mend".to_owned()))), None);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_are_remembered() {
+    fn remembered_sessions_are_limited() {
         let mut turns = Turns::default();
         for n in 0..3 * SESSIONS {
             let step = if n % 2 == 0 { Step::Runs } else { Step::Idle };

@@ -325,7 +325,7 @@ mod tests {
     use crate::system::process;
 
     #[test]
-    fn what_is_meant_for_one_opencode_never_reaches_the_next() {
+    fn requests_for_one_opencode_never_reach_the_next() {
         let handle = Handle::new(channel().0);
         let bound = TcpListener::bind("127.0.0.1:0").unwrap();
         let SocketAddr::V4(address) = bound.local_addr().unwrap() else { panic!("{bound:?}") };

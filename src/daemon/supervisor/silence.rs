@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hang_is_more_than_one_look_after_a_long_time() {
+    fn hang_needs_more_than_one_late_probe() {
         let begun = Instant::now();
         let mut silence = Silence::new(begun);
         let now = begun + s(3600);

@@ -1,4 +1,4 @@
-//! What takes minutes, told in virtual time; and the table of phases and events.
+//! Timeouts of minutes in virtual time, and the table of phases and events.
 
 use std::fmt::Write as _;
 
@@ -9,7 +9,7 @@ const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_se
 /// The user's own service.
 const SERVICE: Manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: true };
 
-/// A policy with its time, and what it did last.
+/// A policy, the virtual time, and the actions of the last event.
 struct Story {
     policy: Policy,
     now: Instant,
@@ -109,7 +109,7 @@ impl Story {
     /// Every health call comes to this after all of its time, with so much use of the processor, until
     /// the process is told to end: how long that took; nothing when the time was over before. While it
     /// `prints`, its log grows.
-    fn until_it_is_ended(
+    fn time_until_ended(
         &mut self,
         limit: Duration,
         answer: impl Fn() -> Answer,
@@ -118,7 +118,7 @@ impl Story {
     ) -> Option<Duration> {
         let begun = self.now;
         while self.now < begun + limit {
-            self.now = self.policy.next_deadline().expect("something to wait for").max(self.now);
+            self.now = self.policy.next_deadline().expect("a deadline").max(self.now);
             self.happens(Event::Timer);
             if let (Some(limit), false) = (self.look(), self.did("Signal")) {
                 self.now += limit;
@@ -146,38 +146,38 @@ fn check_between(found: Option<Duration>, from: Duration, to: Duration) {
 }
 
 #[test]
-fn a_hang_is_ended_after_a_minute_and_a_busy_one_after_ten() {
+fn idle_hang_is_ended_after_one_minute_and_busy_hang_after_ten() {
     for (part_of_a_core, limit) in [(0.0, MINUTE), (0.05, MINUTE), (0.2, 10 * MINUTE), (1.5, 10 * MINUTE)] {
         let mut story = Story::new();
-        let ended = story.ready().until_it_is_ended(20 * MINUTE, silent, part_of_a_core, false);
+        let ended = story.ready().time_until_ended(20 * MINUTE, silent, part_of_a_core, false);
         check_between(ended, limit, limit + Duration::from_secs(16));
     }
 }
 
 #[test]
-fn a_sign_of_life_begins_the_minute_anew() {
+fn sign_of_life_restarts_the_minute() {
     let mut story = Story::new();
-    assert_eq!(story.ready().until_it_is_ended(50 * Duration::from_secs(1), silent, 0.0, false), None);
+    assert_eq!(story.ready().time_until_ended(50 * Duration::from_secs(1), silent, 0.0, false), None);
     story.probed(Answer::Healthy, Duration::ZERO, 0);
-    assert_eq!(story.until_it_is_ended(50 * Duration::from_secs(1), silent, 0.0, false), None);
-    // What its event stream says is one too.
+    assert_eq!(story.time_until_ended(50 * Duration::from_secs(1), silent, 0.0, false), None);
+    // A message on the event stream is a sign of life too.
     let generation = story.policy.generation;
     let probe = Probe { answer: silent(), cpu: None, log: 0, heard: true, memory: None };
     story.happens(Event::Probed { generation, probe });
-    assert_eq!(story.until_it_is_ended(50 * Duration::from_secs(1), silent, 0.0, false), None);
+    assert_eq!(story.time_until_ended(50 * Duration::from_secs(1), silent, 0.0, false), None);
 }
 
 #[test]
-fn what_was_never_asked_is_not_silent() {
+fn unsent_probe_does_not_count_as_silence() {
     let mut story = Story::new();
     let not_asked = || Answer::NotAsked(Error::Overloaded("connections"));
-    assert_eq!(story.ready().until_it_is_ended(60 * MINUTE, not_asked, 0.0, false), None);
+    assert_eq!(story.ready().time_until_ended(60 * MINUTE, not_asked, 0.0, false), None);
 }
 
 #[test]
-fn a_start_that_could_not_be_looked_at_is_not_stuck() {
+fn start_that_could_not_be_checked_is_not_stuck() {
     let not_asked = || Answer::NotAsked(Error::Overloaded("connections"));
-    let ended = Story::new().launched().until_it_is_ended(60 * MINUTE, not_asked, 0.0, false);
+    let ended = Story::new().launched().time_until_ended(60 * MINUTE, not_asked, 0.0, false);
     check_between(ended, 10 * MINUTE, 10 * MINUTE + Duration::from_secs(6));
 }
 
@@ -207,7 +207,7 @@ fn looks_at_a_start_are_frequent_and_short_at_first() {
 }
 
 #[test]
-fn what_happened_is_counted_and_told() {
+fn events_are_counted_and_published() {
     let mut story = Story::new();
     assert!(story.launched().did("Watch") && story.did("Tell(Starting)"));
     assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Tell(Ready { adopted: false })"));
@@ -238,7 +238,7 @@ fn what_happened_is_counted_and_told() {
 }
 
 #[test]
-fn an_answer_to_an_earlier_job_is_dropped() {
+fn answer_to_an_earlier_job_is_dropped() {
     let mut story = Story::new();
     story.ready().weigh_for_the_table();
     let earlier = story.job();
@@ -252,13 +252,13 @@ fn an_answer_to_an_earlier_job_is_dropped() {
 }
 
 #[test]
-fn time_in_which_the_daemon_was_stopped_does_not_count() {
+fn suspended_time_does_not_count_as_silence() {
     let mut story = Story::new();
     story.ready().later(Duration::from_secs(10)).happens(Event::Timer);
     // The machine sleeps for hours with a health call under way.
     story.later(300 * MINUTE).probed(silent(), Duration::ZERO, 0);
     assert!(!story.did("Signal"));
-    check_between(story.until_it_is_ended(20 * MINUTE, silent, 0.0, false), Duration::from_secs(40), 2 * MINUTE);
+    check_between(story.time_until_ended(20 * MINUTE, silent, 0.0, false), Duration::from_secs(40), 2 * MINUTE);
 }
 
 #[test]
@@ -278,23 +278,23 @@ fn time_in_which_the_daemon_was_stopped_does_not_count_at_an_adoption_either() {
 }
 
 #[test]
-fn a_start_has_a_minute_and_ten_as_long_as_it_goes_on() {
+fn start_has_one_minute_or_ten_while_it_makes_progress() {
     for (part_of_a_core, prints, limit) in
         [(0.0, false, MINUTE), (0.001, false, MINUTE), (0.1, false, 10 * MINUTE), (0.0, true, 10 * MINUTE)]
     {
         for answer in [silent, || Answer::Deaf] {
             let mut story = Story::new();
-            let ended = story.launched().until_it_is_ended(20 * MINUTE, answer, part_of_a_core, prints);
+            let ended = story.launched().time_until_ended(20 * MINUTE, answer, part_of_a_core, prints);
             check_between(ended, limit, limit + Duration::from_secs(15));
         }
     }
 }
 
 #[test]
-fn an_adopted_one_has_as_long_as_one_of_our_own() {
+fn adopted_opencode_gets_the_same_time() {
     for (part_of_a_core, limit) in [(0.0, MINUTE), (0.2, 10 * MINUTE)] {
         let mut story = Story::adopting();
-        let ended = story.adopted(60 * MINUTE).until_it_is_ended(20 * MINUTE, silent, part_of_a_core, false);
+        let ended = story.adopted(60 * MINUTE).time_until_ended(20 * MINUTE, silent, part_of_a_core, false);
         check_between(ended, limit, limit + Duration::from_secs(8));
     }
 }
@@ -320,7 +320,7 @@ fn six_failures_in_two_minutes_are_too_many() {
 }
 
 #[test]
-fn a_taken_port_is_changed_without_a_failure_ten_times_in_a_row() {
+fn taken_port_is_changed_ten_times_without_a_failure() {
     let taken = || End { how: "ended".to_owned(), port_taken: true, ..End::default() };
     let mut story = Story::new();
     for _ in 0..2 {
@@ -358,7 +358,7 @@ fn failures_are_forgotten_after_two_minutes() {
 }
 
 #[test]
-fn a_port_that_was_asked_for_and_is_taken_is_final_only_at_first() {
+fn taken_requested_port_is_final_only_at_the_first_start() {
     let in_use = || Err(Error::PortInUse { port: 1, option: "--opencode-port" });
     let mut story = Story::new();
     let job = story.job();
@@ -373,7 +373,7 @@ fn a_port_that_was_asked_for_and_is_taken_is_final_only_at_first() {
 }
 
 #[test]
-fn a_start_that_failed_before_there_was_a_process_makes_no_restart() {
+fn start_that_failed_without_a_process_counts_no_restart() {
     let mut story = Story::new();
     let job = story.job();
     story.happens(Event::VersionKnown { job, result: Err(Error::OpencodeStartFailed(String::new())) });
@@ -381,11 +381,11 @@ fn a_start_that_failed_before_there_was_a_process_makes_no_restart() {
 }
 
 #[test]
-fn the_pause_doubles_and_health_forgives() {
+fn backoff_doubles_and_health_resets_it() {
     let mut story = Story::new();
     let mut pauses = Vec::new();
     for _ in 0..12 {
-        // So seldom that it is not given up.
+        // Far enough apart that opencode is not given up.
         story.ready().later(Duration::from_secs(25)).exits();
         let due = story.policy.next_deadline().filter(|_| !story.did("AskVersion"));
         pauses.push(due.map_or(0, |due| (due - story.now).as_millis()));
@@ -396,11 +396,11 @@ fn the_pause_doubles_and_health_forgives() {
     }
     assert_eq!(pauses, [0, 250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000, 30_000]);
     story.ready().later(Duration::from_secs(30)).exits();
-    assert!(story.did("AskVersion"), "thirty seconds of health, and the next failure is the first again");
+    assert!(story.did("AskVersion"), "healthy for thirty seconds: the next failure starts a fresh backoff");
 }
 
 #[test]
-fn a_lack_of_ours_is_no_failure_of_opencode() {
+fn own_resource_shortage_is_not_a_failure() {
     let mut story = Story::new();
     for _ in 0..100 {
         let job = story.job();
@@ -412,14 +412,14 @@ fn a_lack_of_ours_is_no_failure_of_opencode() {
 }
 
 #[test]
-fn a_stop_is_orderly_and_has_a_bound() {
+fn stop_is_orderly_and_bounded() {
     let mut story = Story::new();
     story.ready();
     let begun = story.now;
     assert!(story.happens(Event::Stop { ends: Ends::Ours }).did("Dispose"));
     let mut signals = Vec::new();
     while !story.policy.is_stopped() {
-        story.now = story.policy.next_deadline().expect("a stop goes on");
+        story.now = story.policy.next_deadline().expect("a deadline of the stop");
         story.happens(Event::Timer);
         let at = (story.now - begun).as_millis();
         signals.extend(story.actions.iter().filter_map(|action| match action {
@@ -430,18 +430,18 @@ fn a_stop_is_orderly_and_has_a_bound() {
     let term = |at| (at, Signal::TERM);
     let expected = [term(2500), term(3500), term(4500), term(5500), term(6500), (7500, Signal::KILL)];
     assert_eq!(signals, expected);
-    assert!(story.did("Release"), "what not even KILL has ended is left");
+    assert!(story.did("Release"), "a process that survives KILL is left alone");
 }
 
 #[test]
-fn a_stop_has_a_bound_whatever_hangs() {
+fn stop_is_bounded_whatever_hangs() {
     let mut hangs = 0;
     for mut story in phases() {
         story.happens(Event::Stop { ends: Ends::Ours });
         let asked = story.now;
         // Nothing that is under way is ever answered.
         while !story.policy.is_stopped() {
-            story.now = story.policy.next_deadline().expect("a stop goes on");
+            story.now = story.policy.next_deadline().expect("a deadline of the stop");
             story.happens(Event::Timer);
         }
         if story.now == asked + Limits::STANDARD.stop {
@@ -457,7 +457,7 @@ fn a_stop_has_a_bound_whatever_hangs() {
 }
 
 #[test]
-fn a_timer_that_comes_early_changes_nothing() {
+fn early_timer_changes_nothing() {
     let mut checked = 0;
     for mut story in phases() {
         let Some(due) = story.policy.next_deadline().filter(|due| *due > story.now) else { continue };
@@ -484,7 +484,7 @@ fn only_a_suspicion_about_this_opencode_hastens_the_next_look() {
 }
 
 #[test]
-fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
+fn final_stop_wins_over_a_stop_that_keeps_opencode() {
     // Launching and Adopting: the process is not there yet, so both stops are remembered until it is.
     for adopts in [false, true] {
         for (stops, ends) in [
@@ -514,7 +514,7 @@ fn a_stop_for_good_wins_over_one_that_keeps_opencode() {
 }
 
 #[test]
-fn a_line_without_disposal_has_its_own_time() {
+fn line_without_disposal_has_its_own_kill_time() {
     let mut story = Story::new();
     story.ready();
     story.policy.manners = Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
@@ -528,7 +528,7 @@ fn a_line_without_disposal_has_its_own_time() {
 }
 
 #[test]
-fn too_much_memory_waits_for_the_sessions() {
+fn oversized_opencode_is_recycled_after_its_sessions() {
     let mut story = Story::new();
     story.ready();
     let weighed = |story: &mut Story, exceeds, busy| {
@@ -580,13 +580,13 @@ impl Story {
     }
 
     fn due(&mut self) -> &mut Story {
-        self.now = self.policy.next_deadline().expect("something to wait for");
+        self.now = self.policy.next_deadline().expect("a deadline");
         self.happens(Event::Timer)
     }
 }
 
 #[test]
-fn a_service_is_never_signalled() {
+fn service_is_never_signalled() {
     let silence = |story: &mut Story, answer: fn() -> Answer| {
         while !story.did("Order") {
             assert!(!story.did("Signal"), "{:?}", story.actions);
@@ -617,7 +617,7 @@ fn a_service_is_never_signalled() {
 }
 
 #[test]
-fn a_stop_leaves_the_service_unless_it_asks_for_its_end() {
+fn stop_leaves_the_service_unless_asked_to_end_it() {
     for ends in [Ends::Nothing, Ends::Ours] {
         let mut story = Story::serving();
         assert!(story.happens(Event::Stop { ends }).did("Release"));
@@ -638,7 +638,7 @@ fn a_stop_leaves_the_service_unless_it_asks_for_its_end() {
 }
 
 #[test]
-fn a_service_is_started_only_when_a_request_needs_it() {
+fn service_starts_only_when_a_request_needs_it() {
     let mut story = Story::sharing(Launched::Absent);
     let mut pauses = Vec::new();
     for _ in 0..8 {
@@ -790,7 +790,7 @@ fn events(policy: &Policy) -> Vec<(&'static str, Event)> {
     ]
 }
 
-/// What each event does in each phase, as a table; what changes nothing is left out.
+/// What each event does in each phase, as a table; events without an effect are left out.
 fn table() -> String {
     let mut table = "| phase | event | next phase | actions |\n|---|---|---|---|\n".to_owned();
     for at in 0..phases().len() {
@@ -823,7 +823,7 @@ fn table() -> String {
 }
 
 #[test]
-fn the_table_is_in_the_documentation() {
+fn table_matches_the_documentation() {
     let table = table();
     println!("{table}");
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(TABLE);
@@ -833,5 +833,5 @@ fn the_table_is_in_the_documentation() {
         std::fs::write(&path, format!("{head}{table}")).unwrap();
     }
     let text = std::fs::read_to_string(&path).unwrap();
-    assert!(text.ends_with(&table), "OPENWORK_WRITE_TABLE=1 cargo test the_table writes it into {TABLE}");
+    assert!(text.ends_with(&table), "OPENWORK_WRITE_TABLE=1 cargo test table_matches writes it into {TABLE}");
 }

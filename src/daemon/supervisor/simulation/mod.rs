@@ -178,7 +178,7 @@ fn no_promise_is_broken() {
 }
 
 #[test]
-fn each_promise_bites() {
+fn every_planted_bug_is_found() {
     for (bug, promise) in BUGS {
         let mut first = 1;
         // A bug may break more promises than its own.
@@ -195,7 +195,7 @@ fn each_promise_bites() {
 }
 
 #[test]
-fn a_seed_decides_everything() {
+fn same_seed_gives_the_same_life() {
     let tell = || {
         let outcome = World::new(7, None).live();
         (outcome.steps, outcome.lived, outcome.faults)
