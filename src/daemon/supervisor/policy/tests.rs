@@ -1,6 +1,7 @@
 //! Timeouts of minutes in virtual time, and the table of phases and events.
 
-use std::fmt::Write as _;
+#[path = "table_tests.rs"]
+mod table;
 
 use super::*;
 
@@ -436,7 +437,7 @@ fn stop_is_orderly_and_bounded() {
 #[test]
 fn stop_is_bounded_whatever_hangs() {
     let mut hangs = 0;
-    for mut story in phases() {
+    for mut story in table::phases() {
         story.happens(Event::Stop { ends: Ends::Ours });
         let asked = story.now;
         // Nothing that is under way is ever answered.
@@ -459,7 +460,7 @@ fn stop_is_bounded_whatever_hangs() {
 #[test]
 fn early_timer_changes_nothing() {
     let mut checked = 0;
-    for mut story in phases() {
+    for mut story in table::phases() {
         let Some(due) = story.policy.next_deadline().filter(|due| *due > story.now) else { continue };
         story.now = due - Duration::from_millis(1);
         let before = format!("{:?}", story.policy.phase);
@@ -678,160 +679,4 @@ fn service_starts_only_when_a_request_needs_it() {
     let job = story.job();
     story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
     assert!(story.did(&format!("Launch {{ job: {}, start: true", story.job())));
-}
-
-// --- The table ---
-
-/// Where the table stands.
-const TABLE: &str = "docs/supervisor.md";
-
-/// A policy in each phase.
-fn phases() -> Vec<Story> {
-    let stories: [fn(&mut Story); 14] = [
-        |story| *story = Story::adopting(),
-        |_| {},
-        |story| {
-            let job = story.job();
-            let result = Ok(Checked { manners: MANNERS, age: Duration::ZERO });
-            story.happens(Event::VersionKnown { job, result });
-        },
-        |story| {
-            story.launched();
-        },
-        |story| {
-            story.ready();
-        },
-        |story| {
-            story.ready().weigh_for_the_table();
-        },
-        |story| {
-            story.launched().probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0);
-        },
-        |story| {
-            story.launched().probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0);
-            story.later(Duration::from_secs(5)).happens(Event::Timer);
-        },
-        |story| {
-            story.launched().probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0);
-            story.later(Duration::from_secs(5)).happens(Event::Timer);
-            story.later(Duration::from_secs(2)).happens(Event::Timer);
-        },
-        |story| {
-            story.launched().happens(Event::Exited { generation: 1 });
-        },
-        |story| {
-            story.launched().exits().launched().exits();
-        },
-        |story| {
-            story.looked(Launched::Absent);
-        },
-        |story| {
-            let job = story.job();
-            story.happens(Event::VersionKnown { job, result: Err(Error::OpencodeNotFound(String::new())) });
-        },
-        |story| {
-            story.happens(Event::Stop { ends: Ends::Ours });
-            let job = story.job();
-            story.happens(Event::VersionKnown { job, result: Err(Error::Overloaded("")) });
-        },
-    ];
-    let tell = |tell: fn(&mut Story)| {
-        let mut story = Story::new();
-        tell(&mut story);
-        story
-    };
-    stories.map(tell).into_iter().collect()
-}
-
-impl Story {
-    fn weigh_for_the_table(&mut self) {
-        let memory = Some(Memory { exceeds: true, busy: false });
-        let probe = Probe { answer: Answer::Healthy, cpu: None, log: 0, heard: false, memory };
-        let generation = self.policy.generation;
-        self.happens(Event::Probed { generation, probe });
-    }
-
-    /// The name of the phase.
-    fn phase(&self) -> String {
-        name(&self.policy.phase)
-    }
-}
-
-/// The first word of what is shown of a value.
-fn name(value: &impl std::fmt::Debug) -> String {
-    format!("{value:?}").split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
-}
-
-/// An event of each kind, about the job or the process of now.
-fn events(policy: &Policy) -> Vec<(&'static str, Event)> {
-    let (job, generation) = (policy.job, policy.generation);
-    let checked = || Checked { manners: MANNERS, age: Duration::ZERO };
-    let probe = |answer| Probe { answer, cpu: None, log: 0, heard: false, memory: None };
-    vec![
-        ("Need", Event::Need),
-        ("Suspect", Event::Suspect { generation }),
-        ("Stop", Event::Stop { ends: Ends::Ours }),
-        ("Stop, keeping opencode", Event::Stop { ends: Ends::Nothing }),
-        ("Adopted, found", Event::Adopted { job, found: Some(checked()) }),
-        ("Adopted, nothing", Event::Adopted { job, found: None }),
-        ("VersionKnown", Event::VersionKnown { job, result: Ok(checked()) }),
-        ("VersionKnown, failed", Event::VersionKnown { job, result: Err(Error::OpencodeStartFailed(String::new())) }),
-        ("Launched", Event::Launched { job, result: Ok(Launched::Running) }),
-        ("Launched, failed", Event::Launched { job, result: Err(Error::OpencodeStartFailed(String::new())) }),
-        ("Probed, Healthy", Event::Probed { generation, probe: probe(Answer::Healthy) }),
-        ("Probed, Deaf", Event::Probed { generation, probe: probe(Answer::Deaf) }),
-        ("Probed, Silent", Event::Probed { generation, probe: probe(silent()) }),
-        ("Probed, Refused", Event::Probed { generation, probe: probe(Answer::Refused(Error::OpencodeAuthFailed(1))) }),
-        ("Probed, NotAsked", Event::Probed { generation, probe: probe(Answer::NotAsked(Error::Overloaded(""))) }),
-        ("Disposed", Event::Disposed { job }),
-        ("Exited", Event::Exited { generation }),
-        ("Buried", Event::Buried { job, end: End::default() }),
-        ("Timer, when due", Event::Timer),
-    ]
-}
-
-/// What each event does in each phase, as a table; events without an effect are left out.
-fn table() -> String {
-    let mut table = "| phase | event | next phase | actions |\n|---|---|---|---|\n".to_owned();
-    for at in 0..phases().len() {
-        for event in 0..events(&phases()[at].policy).len() {
-            let mut story = phases().swap_remove(at);
-            let before = story.phase();
-            let (what, event) = events(&story.policy).swap_remove(event);
-            if matches!(event, Event::Timer) {
-                let Some(due) = story.policy.next_deadline() else { continue };
-                story.now = due;
-            }
-            let untouched = format!("{:?}", story.policy.phase);
-            story.happens(event);
-            if story.actions.is_empty() && format!("{:?}", story.policy.phase) == untouched {
-                continue;
-            }
-            let actions: Vec<_> = story
-                .actions
-                .iter()
-                .map(|action| match action {
-                    Action::Tell(news) => format!("Tell {}", name(news)),
-                    Action::Signal(signal) => if *signal == Signal::TERM { "TERM" } else { "KILL" }.to_owned(),
-                    other => name(other),
-                })
-                .collect();
-            let _ = writeln!(table, "| {before} | {what} | {} | {} |", story.phase(), actions.join(", "));
-        }
-    }
-    table
-}
-
-#[test]
-fn table_matches_the_documentation() {
-    let table = table();
-    println!("{table}");
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(TABLE);
-    if std::env::var_os("OPENWORK_WRITE_TABLE").is_some() {
-        let text = std::fs::read_to_string(&path).unwrap();
-        let (head, _) = text.split_once("| phase |").unwrap();
-        std::fs::write(&path, format!("{head}{table}")).unwrap();
-    }
-    let text = std::fs::read_to_string(&path).unwrap();
-    assert!(text.ends_with(&table), "OPENWORK_WRITE_TABLE=1 cargo test table_matches writes it into {TABLE}");
 }
