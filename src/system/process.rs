@@ -169,9 +169,10 @@ impl Process {
         if !self.is_child && has_ended(&self.pidfd) {
             return;
         }
-        let _ = pidfd_send_signal(&self.pidfd, signal);
-        if let Some(group) = i32::try_from(self.identity.pid).ok().and_then(Pid::from_raw) {
-            let _ = kill_process_group(group, signal);
+        // Only one signal for the leader of a group: a second TERM aborts the cleanup of some programs.
+        let group = i32::try_from(self.identity.pid).ok().and_then(Pid::from_raw);
+        if group.is_none_or(|group| kill_process_group(group, signal).is_err()) {
+            let _ = pidfd_send_signal(&self.pidfd, signal);
         }
     }
 
