@@ -174,3 +174,35 @@ fn without_listener(look: &Look) -> Answer {
         false => Answer::Deaf,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpListener};
+
+    use super::*;
+
+    #[test]
+    fn closed_connection_is_silence_and_only_a_missing_listener_is_deafness() {
+        let bound = TcpListener::bind("127.0.0.1:0").unwrap();
+        let SocketAddr::V4(address) = bound.local_addr().unwrap() else { panic!("{bound:?}") };
+        let pid = std::process::id();
+        let process = Arc::new(process::open(pid).unwrap().unwrap());
+        let listener = Listener { address, socket: 0, process };
+        let (line, authorization) = (Line::V1, Arc::from("Basic x"));
+        let target = Target { generation: 1, pid, line, listener, authorization, is_service: false };
+        let look = Look { target, limit: Duration::from_secs(10), is_ready: false };
+        let (endpoint, _) = find(&look.target).unwrap().expect("a listener");
+        std::thread::scope(|scope| {
+            // The listener accepts the connection and closes it without an answer.
+            let hanging_up = scope.spawn(|| drop(bound.accept().unwrap()));
+            assert!(matches!(ask(&look, &endpoint).0, Answer::Silent(Error::OpencodeUnavailable(_))));
+            hanging_up.join().unwrap();
+        });
+        drop(bound);
+        // A process that another test has just forked holds the socket too, until it runs its program.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !matches!(ask(&look, &endpoint).0, Answer::Deaf) {
+            assert!(Instant::now() < deadline);
+        }
+    }
+}
