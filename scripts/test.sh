@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests, against the fake opencode and then against the real one: `scripts/test.sh VERSION`
-# (the real one is installed below target/); `scripts/test.sh` for the fake only, `scripts/test.sh
-# VERSION real` for the real one only.
+# Runs the tests: `scripts/test.sh [VERSION|- [TARGET …]]`. Without a target: `it` and `it2`, which take a
+# fake opencode, and with a version `real`, for which that opencode is installed below target/.
 #
 # `cargo test` runs what every machine can. A test that needs more is ignored there, with the reason,
 # and stands in a module named after its need. Here each of these modules runs where the machine has
-# what it needs; the others are listed at the end. RUST_TEST_THREADS says how many tests run at once,
-# OPENWORK_TEST_USER which user cargo's runner makes of root, if it does.
+# what it needs; the others are listed at the end. RUST_TEST_THREADS says how many tests run at once; by
+# default four for each processor with the fake, since they mostly wait. OPENWORK_TEST_USER says which user
+# cargo's runner makes of root, if it does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,10 +31,22 @@ run() {
     if ((${#met[@]})); then cargo test --locked "$@" -- --ignored "${met[@]}"; fi
 }
 
-if [[ ${2-} != real ]]; then run --bins --test it --test it2; fi
-if (($#)); then
-    opencode=$(scripts/opencode.sh "$1")
-    sdk=$(scripts/sdk.sh "$1")
+version=${1:--}
+targets=("${@:2}")
+if ((${#targets[@]} == 0)); then
+    targets=(it it2)
+    if [[ $version != - ]]; then targets+=(real); fi
+fi
+fakes=()
+for target in "${targets[@]}"; do
+    if [[ $target != real ]]; then fakes+=(--test "$target"); fi
+done
+if ((${#fakes[@]})); then
+    RUST_TEST_THREADS=${RUST_TEST_THREADS:-$((4 * $(nproc)))} run --bins "${fakes[@]}"
+fi
+if [[ " ${targets[*]} " == *" real "* ]]; then
+    opencode=$(scripts/opencode.sh "$version")
+    sdk=$(scripts/sdk.sh "$version")
     export OPENWORK_TEST_OPENCODE=$opencode OPENWORK_TEST_SDK=$sdk
     run --test real
 fi

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use crate::support::http::NoReply;
 use crate::support::random::Random;
 use crate::support::{
-    DEADLINE, Host, Reply, Signal, kill, passed, raise_limit, read_reply, read_to_close, resources, spelled, until,
-    wait_for, wait_gone, whole_reply,
+    DEADLINE, Host, Reply, Signal, kill, passed, poll, raise_limit, read_reply, read_to_close, resources, spelled,
+    until, wait_for, wait_gone, whole_reply,
 };
 
 /// A host with a warm opencode and a workspace `p`.
@@ -470,9 +470,11 @@ fn idle_connection_has_no_thread() {
     wait_for("them to be gone", || resources(pid).0 < 50);
     let (descriptors, threads) = resources(pid);
     let memory = resident(pid);
+    // The daemon itself starts a thread now and then.
+    let few = threads + COUNT / 20;
     let streams = until("as many to be idle at the same time", || {
         let streams = idle(&host, COUNT);
-        wait_for("their threads to be gone", || resources(pid).1 <= threads);
+        poll(Duration::from_secs(5), || (resources(pid).1 <= few).then_some(()))?;
         // On a slow machine the time of the first ones is over by then.
         (resources(pid).0 >= descriptors + COUNT).then_some(streams)
     });
