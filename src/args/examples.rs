@@ -30,7 +30,7 @@ pub const EXAMPLES: &[Example] = &[
     ("run", [("openwork run \"fix the test\"", "where you are"), ("openwork run -w web -m provider/model \"why does it fail?\"", "elsewhere, with an option of opencode's")]),
     ("open", [("openwork open", "this directory"), ("openwork open ~/code/web", "another one")]),
     ("session list", [("openwork session list", "where you are, running ones first"), ("openwork session list --all", "everywhere")]),
-    ("session abort", [("openwork session abort ses_1a2b3c", "as `openwork session list` shows it"), ("openwork session list -q web | head -1 | xargs openwork session abort", "the first one")]),
+    ("session abort", [("openwork session abort ses_1a2b3c", "as `openwork session list` shows it"), ("openwork session list -q web | head -1 | xargs -r openwork session abort", "the first one")]),
     ("wait", [("openwork wait web && notify-send done", "when the agent has finished"), ("openwork wait --all --timeout 600", "at most ten minutes")]),
     ("env", [("eval \"$(openwork env web)\"", "for an OpenCode client or the SDK"), ("openwork env --shell fish | source", "in fish")]),
     ("prompt", [("PS1='$(openwork prompt) \\$ '", "in bash"), ("openwork prompt --json", "for a status line")]),
