@@ -196,7 +196,8 @@ fn stop_keeping_opencode_does_not_revoke_another_stop() {
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     let stopping = host.openwork(["daemon", "stop"]).spawn();
-    wait_for("opencode to be told to end", || host.recorded("signals") == ["TERM"]);
+    // Perhaps twice already: one that swallows the first gets another.
+    wait_for("opencode to be told to end", || !host.recorded("signals").is_empty());
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
     assert_eq!(stopping.wait().status.code(), Some(0));
     assert!(!is_alive(opencode));
