@@ -137,7 +137,8 @@ pub fn service(verb: &str, settings: &Settings) {
     };
     if matches!(verb, "restart" | "stop") {
         if let Some(pid) = registered_process() {
-            Command::new("kill").arg(&pid).status().expect("running kill");
+            // The shell's own: the program is in a package that a build need not have.
+            Command::new("sh").args(["-c", "kill \"$0\"", &pid]).status().expect("running sh");
             wait("the service does not end", &|| registered_process().is_none());
         }
     }
