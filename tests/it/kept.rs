@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use crate::support::http::NoReply;
 use crate::support::random::Random;
 use crate::support::{
-    DEADLINE, Host, Reply, Signal, kill, passed, poll, raise_limit, read_reply, read_to_close, resources, spelled,
-    until, wait_for, wait_gone, whole_reply,
+    DEADLINE, ESTABLISHED, Host, Reply, Signal, kill, passed, poll, raise_limit, read_reply, read_to_close, resources,
+    sockets, spelled, until, wait_for, wait_gone, whole_reply,
 };
 
 /// A host with a warm opencode and a workspace `p`.
@@ -467,8 +467,9 @@ fn idle_connection_has_no_thread() {
     let pid = host.daemon_pid();
     // What the first threads leave behind, they leave once.
     drop(idle(&host, 50));
-    wait_for("them to be gone", || resources(pid).0 < 50);
-    let (descriptors, threads) = resources(pid);
+    let open = || sockets(host.port(), ESTABLISHED).len();
+    wait_for("them to be gone", || open() == 0);
+    let threads = resources(pid).1;
     let memory = resident(pid);
     // The daemon itself starts a thread now and then.
     let few = threads + COUNT / 20;
@@ -476,7 +477,7 @@ fn idle_connection_has_no_thread() {
         let streams = idle(&host, COUNT);
         poll(Duration::from_secs(5), || (resources(pid).1 <= few).then_some(()))?;
         // On a slow machine the time of the first ones is over by then.
-        (resources(pid).0 >= descriptors + COUNT).then_some(streams)
+        (open() >= COUNT).then_some(streams)
     });
     let more = resident(pid).saturating_sub(memory);
     assert!(more < 1_000_000, "{more} bytes more for {COUNT} idle connections");
