@@ -420,6 +420,8 @@ fn running_sessions_are_listed_waited_for_and_aborted() {
     }
 
     let session = provided.hold("p");
+    let running = || host.openwork(["session", "list", "p"]).json()["sessions"][0]["state"] == "running";
+    wait_for("the turn to be listed", running);
     let stopped = host.openwork(["daemon", "stop"]).json();
     assert_eq!(stopped["sessions"][0]["id"], session.as_str());
 }
