@@ -475,9 +475,7 @@ fn running_sessions(
 ) -> Vec<RunningSession> {
     let directory = Path::new(&workspace.path);
     let ids = daemon.instances.running(endpoint, &workspace.path, deadline).unwrap_or_default();
-    ids.into_iter()
-        .map(|id| RunningSession { title: endpoint.session_title(directory, &id, deadline).ok().flatten(), id })
-        .collect()
+    ids.into_iter().map(|id| RunningSession { title: endpoint.session_title(directory, &id, deadline), id }).collect()
 }
 
 /// Disposes the instance of a workspace; false when it is not loaded.

@@ -252,12 +252,10 @@ impl Endpoint {
         }
     }
 
-    /// The title of a session in this directory, whose instance is loaded; none when it has none.
-    pub fn session_title(&self, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<String>> {
-        match self.line {
-            Line::V1 => v1::session_title(self, directory, id, deadline),
-            Line::V2 => v2::session_title(self, id, deadline),
-        }
+    /// The title of a session, for display: absent when it has none, or when opencode does not say in time. 1.x
+    /// loads the instance of the directory.
+    pub fn session_title(&self, directory: &Path, id: &str, deadline: Instant) -> Option<String> {
+        self.session(directory, id, deadline).ok()??.title
     }
 
     /// The sessions of a directory, the most recently updated first; opencode lists no more than some

@@ -61,13 +61,6 @@ pub fn running_sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant
     }
 }
 
-/// `GET /session/:id`: the title of a session; none when it has none. Loads the instance.
-pub fn session_title(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<String>> {
-    let target = format!("/session/{}", percent_encode(id.as_bytes()));
-    let session = endpoint.ask("GET", &target, Some(directory), deadline)?;
-    Ok(session["title"].as_str().filter(|title| !title.is_empty()).map(str::to_owned))
-}
-
 /// `GET /session`: the sessions of a directory; 1.18 lists the last hundred. Loads the instance.
 pub fn sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Vec<SessionInfo>> {
     let filter = directory_filter("/session", directory).unwrap_or_default();

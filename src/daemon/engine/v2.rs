@@ -109,12 +109,6 @@ pub fn session_directory(endpoint: &Endpoint, id: &str, deadline: Instant) -> Ca
     }
 }
 
-/// `GET /api/session/:id`: the title of a session; none when it has none.
-pub fn session_title(endpoint: &Endpoint, id: &str, deadline: Instant) -> CallResult<Option<String>> {
-    let session = endpoint.ask("GET", &format!("/api/session/{}", percent_encode(id.as_bytes())), None, deadline)?;
-    Ok(session["data"]["title"].as_str().filter(|title| !title.is_empty()).map(str::to_owned))
-}
-
 /// `GET /api/session`: the sessions of a directory, the most recently updated first.
 pub fn sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Vec<SessionInfo>> {
     let filter = directory_filter("/api/session", directory).unwrap_or_default();

@@ -594,7 +594,7 @@ impl Instances {
         if let (Line::V2, Some(id), None) = (endpoint.line, &told.id, &told.title) {
             // Its events do not say; and to ask loads nothing.
             let deadline = Instant::now() + ASK_LIMIT;
-            told.title = endpoint.session_title(Path::new(&directory), id, deadline).ok().flatten();
+            told.title = endpoint.session_title(Path::new(&directory), id, deadline);
             turns::lock(&self.turns).observe(Some(id), Step::Titled(told.title.clone()));
         }
         let state = self.store.snapshot();
