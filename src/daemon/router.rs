@@ -241,8 +241,7 @@ fn carry(
 
 /// The workspace that is exactly this directory.
 fn workspace_at(daemon: &Daemon, directory: &str) -> Option<Arc<Workspace>> {
-    let state = daemon.store.snapshot();
-    state.workspaces.iter().find(|workspace| workspace.is_local() && workspace.path == directory).cloned()
+    daemon.store.snapshot().local_at(directory).cloned()
 }
 
 /// The workspace in whose directory a session is; none when opencode does not know the session, and
@@ -376,11 +375,8 @@ fn try_ticket(
     let state = daemon.store.snapshot();
     let is_at_root = !client.request.path().starts_with(PREFIX);
     // Only an id: names and paths can be guessed. At the root, opencode's protocol has the path.
-    let is_meant = |workspace: &Workspace| match is_at_root {
-        true => workspace.is_local() && workspace.path == *selector,
-        false => workspace.id == *selector,
-    };
-    let Some(workspace) = state.workspaces.iter().find(|workspace| is_meant(workspace)) else { return Ok(None) };
+    let found = if is_at_root { state.local_at(selector) } else { state.get(selector) };
+    let Some(workspace) = found else { return Ok(None) };
     let (Ok(directory), Some(endpoint)) = (workspace.local_path(), daemon.supervisor.ready_now()) else {
         return Ok(None);
     };

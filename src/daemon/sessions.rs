@@ -4,7 +4,6 @@
 //! that is loaded, so no other is asked. 2.x answers without loading anything, but for an abort.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,16 +25,11 @@ const LAST_QUESTION: Duration = Duration::from_millis(500);
 /// A session, the directory of its instance, and whether a turn runs in it.
 pub type Found = (SessionInfo, String, SessionState);
 
-/// The workspace of a directory.
-fn workspace_of(daemon: &Daemon, directory: &str) -> Option<Arc<Workspace>> {
-    let state = daemon.store.snapshot();
-    state.workspaces.iter().find(|workspace| workspace.is_local() && workspace.path == directory).cloned()
-}
-
 /// The sessions as reported to clients: running ones first, then the most recently updated.
 pub fn described(daemon: &Daemon, found: Vec<Found>) -> Vec<Session> {
+    let registry = daemon.store.snapshot();
     let describe = |(SessionInfo { id, title, updated_at, .. }, directory, state): Found| {
-        let workspace = workspace_of(daemon, &directory);
+        let workspace = registry.local_at(&directory).cloned();
         Session { id, title, workspace, directory, state, updated_at }
     };
     let mut sessions: Vec<Session> = found.into_iter().map(describe).collect();

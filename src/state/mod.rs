@@ -233,13 +233,18 @@ impl State {
         Error::WorkspaceNotFound { selector: selector.to_owned(), hint }
     }
 
+    /// The local workspace with exactly this directory, as stored.
+    pub fn local_at(&self, directory: &str) -> Option<&Arc<Workspace>> {
+        self.workspaces.iter().find(|workspace| workspace.is_local() && workspace.path == directory)
+    }
+
     /// The workspace with exactly this id, name or directory, or `@active`. For changes: a request that is
     /// repeated after its workspace has gone must not match another one by prefix or containment.
     ///
     /// # Errors
     /// `workspace_not_found`, `workspace_ambiguous`, `no_active_workspace`.
     pub fn find_exactly(&self, selector: &str) -> Result<&Arc<Workspace>> {
-        let at_path = || self.workspaces.iter().find(|w| w.is_local() && !w.path.is_empty() && w.path == selector);
+        let at_path = || self.local_at(selector).filter(|_| !selector.is_empty());
         let found = self.identified(selector)?.or_else(at_path);
         found.ok_or_else(|| self.unknown(selector))
     }

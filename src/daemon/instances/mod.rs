@@ -33,7 +33,7 @@ use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
 use crate::line::Line;
 use crate::log::now_ms;
-use crate::state::{FenceRecord, State, Store};
+use crate::state::{FenceRecord, Store};
 use crate::workspace::Workspace;
 
 /// How long a request waits for a disposal under way, which mostly takes some milliseconds: as long as
@@ -214,11 +214,6 @@ fn fenced(inner: &mut Inner, workspace: &Workspace) -> Error {
     Error::WorkspaceFenced { workspace: workspace.name.clone(), output: output.unwrap_or_default() }
 }
 
-/// Whether a directory is a local workspace's.
-fn is_registered(state: &State, directory: &str) -> bool {
-    state.workspaces.iter().any(|workspace| workspace.is_local() && workspace.path == directory)
-}
-
 impl Instances {
     /// Nothing is loaded; the fences are those of the state file. An instance unused for `idle_ttl`
     /// is disposed; never when absent.
@@ -279,7 +274,7 @@ impl Instances {
         let loaded = loaded.into_iter().map(|directory| {
             let ours = match strangers {
                 Some(strangers) => !strangers.contains(&directory),
-                None => is_registered(&state, &directory),
+                None => state.local_at(&directory).is_some(),
             };
             (directory, ours)
         });
@@ -319,7 +314,7 @@ impl Instances {
         self.changed.notify_all();
         let state = self.store.snapshot();
         for (directory, Fence { output, .. }) in fenced {
-            let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory);
+            let workspace = state.local_at(&directory);
             let workspace_id = workspace.map(|workspace| workspace.id.clone());
             crate::log!("fenced {directory}: loading it has ended opencode twice");
             self.events.publish(EventKind::InstanceFenced { workspace_id, directory, output });
@@ -445,7 +440,7 @@ impl Instances {
         let asked = Instant::now();
         let Some(directories) = endpoint.loaded(deadline)? else { return Ok(()) };
         let state = self.store.snapshot();
-        let ours = |directory: &str| is_registered(&state, directory);
+        let ours = |directory: &str| state.local_at(directory).is_some();
         let mut inner = self.lock();
         inner.account.listed(endpoint.generation, &directories, asked, ours, Instant::now());
         self.settle(&mut inner);
@@ -544,7 +539,7 @@ impl Instances {
         }
         crate::log!("disposed the idle instance of {directory}");
         let state = self.store.snapshot();
-        let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == *directory);
+        let workspace = state.local_at(directory);
         let (workspace_id, directory) = (workspace.map(|workspace| workspace.id.clone()), directory.clone());
         self.events.publish(EventKind::InstanceDisposed { workspace_id, directory });
         Outcome::Disposed
@@ -598,7 +593,7 @@ impl Instances {
             turns::lock(&self.turns).observe(Some(id), Step::Titled(told.title.clone()));
         }
         let state = self.store.snapshot();
-        let workspace = state.workspaces.iter().find(|w| w.is_local() && w.path == directory).cloned();
+        let workspace = state.local_at(&directory).cloned();
         self.events.publish(told.event(directory, workspace));
     }
 
@@ -616,7 +611,7 @@ impl Instances {
             self.remember_session(&id, &directory);
         }
         let now = Instant::now();
-        let ours = || is_registered(&self.store.snapshot(), &directory);
+        let ours = || self.store.snapshot().local_at(&directory).is_some();
         let mut inner = self.lock();
         match endpoint.line {
             Line::V1 => inner.account.told(endpoint.generation, &directory, sign, ours, now),
