@@ -33,6 +33,8 @@ use crate::workspace::{Place, Workspace, existing_directory};
 
 /// The header by which the gate marks a request for `/health` from another user.
 pub const STRANGER_HEADER: &str = "X-Openwork-Stranger";
+/// The header by which the gate says that the connection is good for another request after a success.
+pub const KEEP_HEADER: &str = "X-Openwork-Keep";
 /// The header by which the gate passes the allowed origin of a request.
 pub const ORIGIN_HEADER: &str = "X-Openwork-Origin";
 
@@ -179,13 +181,16 @@ fn answer_with(daemon: &Daemon, request: Request, answer: Result<Answer>) -> Opt
     let method = request.method().to_string();
     let origin = header(&request, ORIGIN_HEADER).map(str::to_owned);
     let origin = origin.as_deref();
+    let keeps = header(&request, KEEP_HEADER).is_some();
     let (reply, after) = match answer {
         Ok(Answer { status, body, after }) => {
             // Only commands that a person runs get the notice, and not a poller of /health.
             let is_for_a_person = request.url().starts_with("/workspaces") || request.url() == "/start";
             let notice = is_for_a_person.then(|| daemon.store.take_notice()).flatten();
             let notice = notice.map(|notice| format!("{NOTICE_HEADER}: {}\r\n", percent_encode(notice.as_bytes())));
-            (reply::json(&method, status, &notice.unwrap_or_default(), &body, origin), after)
+            let headers = notice.unwrap_or_default();
+            // Unhealthy is an answer, and closes the connection as an error does.
+            (reply::json(&method, status, &headers, &body, origin, keeps && status < 400), after)
         }
         Err(e) => (reply::error(&method, &e, origin), None),
     };

@@ -194,10 +194,8 @@ pub enum Answer {
     ClientGone,
 }
 
-/// Adds a header line to a head for every header of a reply that passes.
-///
-/// Returns the head up to its last header line: the caller ends it.
-pub fn rewrite_head(head: &[u8], passes: impl Fn(&httparse::Header<'_>) -> bool) -> Vec<u8> {
+/// The head of a reply up to its last header line, with those headers that pass; the caller ends it.
+fn rewrite_head(head: &[u8], passes: impl Fn(&httparse::Header<'_>) -> bool) -> Vec<u8> {
     let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
     let mut parsed = httparse::Response::new(&mut headers);
     let _ = parsed.parse(head); // it has been parsed before

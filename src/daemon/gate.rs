@@ -30,9 +30,9 @@ use super::exchange::Client;
 use super::head::{Framing, HEAD_TIME, HEADER_LIMIT, Head};
 use super::reply::KEEP_TIME;
 use super::router::Routed;
-use super::{Daemon, api, exchange, reply, router};
+use super::{Daemon, api, reply, router};
 use crate::error::{Error, Result};
-use crate::framing::{is_json, parse_reply_head};
+use crate::framing::{find, is_json, parse_reply_head};
 use crate::system::wait::{self, Flag};
 use crate::timed::Timed;
 use crate::wire::{BODY_LIMIT, LAST_EVENT_HEADER, TIMEOUT_HEADER};
@@ -294,9 +294,15 @@ impl Gate {
             request.target,
             body.len()
         );
-        let stranger = is_stranger.then_some("yes");
-        for (name, value) in [(TIMEOUT_HEADER, timeout), (api::STRANGER_HEADER, stranger), (api::ORIGIN_HEADER, origin)]
-        {
+        // A stranger's body was not read.
+        let keeps = keeps && !is_stranger;
+        let yes = |is_so: bool| is_so.then_some("yes");
+        for (name, value) in [
+            (TIMEOUT_HEADER, timeout),
+            (api::STRANGER_HEADER, yes(is_stranger)),
+            (api::KEEP_HEADER, yes(keeps)),
+            (api::ORIGIN_HEADER, origin),
+        ] {
             if let Some(value) = value {
                 passed_on.push_str(&format!("{name}: {value}\r\n"));
             }
@@ -317,9 +323,7 @@ impl Gate {
         {
             return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
         }
-        // A stranger's body was not read.
-        let keeps = keeps && !is_stranger;
-        let keeps = pass_reply(&mut upstream, &connection.stream, request.method, keeps).map_err(lost)?;
+        let keeps = pass_reply(&mut upstream, &connection.stream, request.method).map_err(lost)?;
         if !keeps {
             finish(&connection.stream);
         }
@@ -332,7 +336,7 @@ impl Gate {
 ///
 /// # Errors
 /// When no reply comes. One that breaks off cannot be replaced by an error: the connection just ends.
-fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str, keeps: bool) -> io::Result<bool> {
+fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io::Result<bool> {
     let mut buffer = vec![0; PIECE];
     let mut length = 0;
     let head_length = loop {
@@ -346,14 +350,9 @@ fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str, keeps:
         }
     };
     let mut reply = parse_reply_head(&buffer[..head_length], method)?;
-    // An error closes the connection, whoever finds it.
-    let keeps = keeps && reply.status < 400 && (reply.is_framed || reply.status == 204);
-    let mut head = exchange::rewrite_head(&buffer[..head_length], |header| !exchange::is_hop_by_hop(header.name));
-    head.extend_from_slice(reply::connection_headers(keeps).as_bytes());
-    head.extend_from_slice(b"\r\n");
-    buffer.splice(..head_length, head.iter().copied());
-    length = length - head_length + head.len();
-    let mut belonging = head.len() + reply.body.advance(&buffer[head.len()..length])?;
+    // What tiny_http replies by itself says nothing of it.
+    let keeps = find(&reply.headers, "keep-alive").is_some();
+    let mut belonging = head_length + reply.body.advance(&buffer[head_length..length])?;
     let mut client = Timed::new(client, Some(Instant::now() + REPLY_TIME));
     let mut is_taken = true;
     let mut is_exact = belonging == length;

@@ -21,9 +21,9 @@ pub fn connection_headers(keeps: bool) -> String {
     }
 }
 
-/// A reply with a JSON body. It closes the connection, unless the gate rewrites its head. `headers` are complete lines; a reply to `HEAD` ends with its head.
-pub fn json(method: &str, status: u16, headers: &str, body: &[u8], origin: Option<&str>) -> Vec<u8> {
-    let mut reply = head(status, false, origin);
+/// A reply with a JSON body. `headers` are complete lines; a reply to `HEAD` ends with its head.
+pub fn json(method: &str, status: u16, headers: &str, body: &[u8], origin: Option<&str>, keeps: bool) -> Vec<u8> {
+    let mut reply = head(status, keeps, origin);
     reply.push_str(headers);
     reply.push_str("Content-Type: application/json\r\nCache-Control: no-store\r\n");
     reply.push_str(&format!("X-Content-Type-Options: nosniff\r\nContent-Length: {}\r\n\r\n", body.len()));
@@ -34,7 +34,7 @@ pub fn json(method: &str, status: u16, headers: &str, body: &[u8], origin: Optio
     reply
 }
 
-/// The reply that reports an error.
+/// The reply that reports an error. It closes the connection, whoever finds the error.
 pub fn error(method: &str, error: &Error, origin: Option<&str>) -> Vec<u8> {
     // The header tells a client that the error is ours and not opencode's.
     let mut headers = format!("{ERROR_HEADER}: {}\r\n", error.code().name());
@@ -44,7 +44,7 @@ pub fn error(method: &str, error: &Error, origin: Option<&str>) -> Vec<u8> {
         _ => {}
     }
     let body = serde_json::to_vec(&Failure::from(error)).unwrap_or_default();
-    json(method, error.http_status(), &headers, &body, origin)
+    json(method, error.http_status(), &headers, &body, origin, false)
 }
 
 /// The reply to a CORS preflight of an allowed origin.
