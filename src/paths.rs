@@ -205,7 +205,7 @@ fn is_planted_link(path: &Path) -> bool {
 }
 
 /// Whether an error means that nothing exists at the path.
-fn is_absent(e: &io::Error) -> bool {
+pub fn is_absent(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
@@ -228,8 +228,8 @@ pub fn open_private(path: &Path, options: &mut OpenOptions) -> io::Result<File> 
     Ok(file)
 }
 
-/// Opens a file of the data directory for reading and leaves its mode as it is: for a look that must not
-/// change anything.
+/// Opens a regular file for reading, never through a symbolic link, and leaves its mode as it is: for a look
+/// that must not change anything.
 pub fn open_unchanged(path: &Path) -> io::Result<File> {
     open_regular(path, OpenOptions::new().read(true)).map(|(file, _)| file)
 }

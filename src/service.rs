@@ -9,21 +9,19 @@
 //! Source of the format: the sources of 2.x; the file has mode 0600, is replaced by a rename once the
 //! server listens, and is removed at an orderly end.
 
-use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
 use serde::Deserialize;
 
 use crate::agent::Listener;
 use crate::error::{Error, Result};
 use crate::framing::basic;
 use crate::line::V2_USERNAME;
-use crate::paths::home;
+use crate::paths::{home, is_absent, open_unchanged};
 use crate::system::{process, socket, wait};
 use crate::wire::from_json;
 
@@ -83,18 +81,12 @@ pub fn authorization() -> Option<String> {
 /// registration.
 pub fn read(path: &Path) -> Result<Option<Registration>> {
     let refused = |why: &str| Err(Error::OpencodeUnavailable(format!("{} {why}", path.display())));
-    // A planted link is not followed, and a planted FIFO does not block.
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path);
-    let mut file = match opened {
+    let mut file = match open_unchanged(path) {
         Ok(file) => file,
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(e) if is_absent(&e) => return Ok(None),
         Err(e) => return refused(&format!("cannot be read: {e}")),
     };
     let metadata = file.metadata().map_err(|e| Error::io("look at", path, e))?;
-    if !metadata.is_file() {
-        return refused("is not a regular file");
-    }
     if metadata.uid() != rustix::process::geteuid().as_raw() {
         return refused("belongs to another user, and is not trusted");
     }

@@ -16,7 +16,7 @@ use super::file::{Stamp, keep_beside, replace_whole, temporary};
 use crate::error::{Error, Result};
 use crate::lock;
 use crate::log::now_ms;
-use crate::paths::DataDir;
+use crate::paths::{DataDir, is_absent};
 use crate::workspace::{Workspace, WorkspaceId};
 
 /// The longest delay before a change of `lastUsedAt` is written: it is worth at most one write a second.
@@ -234,7 +234,7 @@ impl Store {
     pub fn check_lock(&self) -> Result<()> {
         let is_ours = match fs::symlink_metadata(&self.lock_path) {
             Ok(found) => (found.dev(), found.ino()) == self.lock_id,
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => false,
+            Err(e) if is_absent(&e) => false,
             Err(e) => return Err(Error::io("look at", &self.lock_path, e)),
         };
         if is_ours && self.lost.get().is_none() {

@@ -1,7 +1,6 @@
 //! What lies on disk: the data directory and the files in it, the directories of workspaces.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
@@ -43,9 +42,7 @@ pub fn data_directory(findings: &mut Findings, data_dir: &DataDir) {
         return findings.wrong(DATA, format!("{shown} is the place of OpenWork's desktop app"), hint);
     }
     let metadata = match fs::metadata(path) {
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return missing(findings, path);
-        }
+        Err(e) if paths::is_absent(&e) => return missing(findings, path),
         Err(e) => return findings.wrong(DATA, format!("cannot look at {shown}: {e}"), "name another --data-dir"),
         Ok(metadata) if !metadata.is_dir() => {
             return findings.wrong(DATA, format!("{shown} is not a directory"), "name another --data-dir");
