@@ -405,11 +405,15 @@ pub fn others(findings: &mut Findings, patient: &Patient<'_>, running: Option<&R
 
 /// The server that plain opencode 2.x runs beside ours: its process, if there is one.
 fn own_service(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Running>) -> Option<u32> {
-    let path = service::path().ok()?;
-    if let Err(e) = service::read(&path) {
-        findings.warning(OTHERS, e.to_string(), "a plain `opencode` of 2.x writes it anew when it starts its server");
-    }
-    let service = service::find()?.registration;
+    let registration = match service::read(&service::path().ok()?) {
+        Ok(registration) => registration?,
+        Err(e) => {
+            let hint = "a plain `opencode` of 2.x writes it anew when it starts its server";
+            findings.warning(OTHERS, e.to_string(), hint);
+            return None;
+        }
+    };
+    let service = service::prove(registration).ok()??.registration;
     let process = format!("{} on {}", described(service.pid), service.url);
     match running.map_or(patient.options.engine.shared, |running| running.health.engine.shared) {
         true => findings.ok(OTHERS, format!("plain `opencode` and openwork share one server: {process}")),
