@@ -145,6 +145,19 @@ impl DataDir {
         self.0.join("opencode.log")
     }
 
+    /// Every file that is kept, whether it exists or not.
+    pub fn files(&self) -> [PathBuf; 7] {
+        [
+            self.state(),
+            self.auth(),
+            self.daemon_lock(),
+            self.start_lock(),
+            self.opencode_lock(),
+            self.daemon_log(),
+            self.opencode_log(),
+        ]
+    }
+
     /// The working directory of `opencode serve`; empty.
     pub fn opencode_cwd(&self) -> PathBuf {
         self.0.join("opencode")

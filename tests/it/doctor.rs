@@ -133,6 +133,12 @@ fn files_that_others_can_read_or_that_are_links_are_told() {
     fs::rename(host.file(STATE), &elsewhere).unwrap();
     symlink(&elsewhere, host.file(STATE)).unwrap();
     check(&examine(&host, 1), "data", "wrong", "symbolic link");
+    fs::remove_file(host.file(STATE)).unwrap();
+    for lock in ["daemon.lock", "start.lock", "opencode.lock"] {
+        symlink(&elsewhere, host.file(lock)).unwrap();
+        check(&examine(&host, 1), "data", "wrong", lock);
+        fs::remove_file(host.file(lock)).unwrap();
+    }
 }
 
 mod as_root {

@@ -101,9 +101,7 @@ fn room(findings: &mut Findings, path: &Path, filesystem: &Filesystem) {
 /// Files in the data directory that are not ours to use: those of another user (after sudo, say), links,
 /// and files that others can read.
 fn strangers(findings: &mut Findings, data_dir: &DataDir) {
-    let files =
-        [data_dir.state(), data_dir.auth(), data_dir.daemon_lock(), data_dir.daemon_log(), data_dir.opencode_log()];
-    for path in files {
+    for path in data_dir.files() {
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
         let shown = path.display();
         if metadata.is_symlink() {
