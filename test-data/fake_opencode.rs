@@ -264,7 +264,7 @@ fn serve(argv: &[String], settings: Settings) {
         deaf: Arc::default(),
     });
     let deaf = Arc::clone(&server.deaf);
-    accept(listener, &deaf, move |stream| server.connection(stream));
+    accept(listener, &deaf, move |stream| converse(&*server, stream));
 }
 
 /// Serves each connection in a thread of its own, until it is deaf: then it listens no more, and lives.
@@ -573,47 +573,70 @@ const JSON: &str = "application/json";
 /// Counts the connections.
 static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
 
-impl Server {
-    fn connection(&self, stream: TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        let mut reader = BufReader::new(stream.try_clone()?);
-        let connection = NEXT_CONNECTION.fetch_add(1, Ordering::SeqCst);
-        let mut is_first = true;
-        while let Some(request) = Request::read(&mut reader)? {
-            if !is_first && self.settings.has("FAKE_ONE_REQUEST") {
-                self.settings.record("unanswered", &request.target);
-                break;
-            }
-            is_first = false;
-            if self.settings.is_hanging() {
-                self.settings.record("hangs", &request.target);
-            }
-            while self.settings.is_hanging() {
-                thread::sleep(Duration::from_millis(20));
-            }
-            let authorized = self.authorizes(&request);
-            self.settings.record(
-                "requests",
-                &format!(
-                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized},\"connection\":{connection}}}",
-                    json(&request.method),
-                    json(&request.directory(&self.cwd)),
-                    json(&request.target),
-                ),
-            );
-            if request.is("expect", "100-continue") {
-                (&stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
-            }
-            let next = match authorized {
-                true => self.route(&request, &mut reader, &stream)?,
-                false => self.unauthorized(&stream)?,
-            };
-            // As the real one, it leaves the connection open whatever it is told.
-            if matches!(next, Next::Close) {
-                break;
-            }
+/// A server of either line.
+trait Serves {
+    fn settings(&self) -> &Settings;
+
+    /// Where the request acts.
+    fn directory(&self, request: &Request) -> String;
+
+    fn authorizes(&self, request: &Request) -> bool;
+
+    fn unauthorized(&self, stream: &TcpStream) -> io::Result<Next>;
+
+    fn route(&self, request: &Request, reader: &mut BufReader<TcpStream>, stream: &TcpStream) -> io::Result<Next>;
+}
+
+/// Serves the requests of a connection. As the real one, it leaves the connection open whatever it is told.
+fn converse(server: &impl Serves, stream: TcpStream) -> io::Result<()> {
+    let settings = server.settings();
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let connection = NEXT_CONNECTION.fetch_add(1, Ordering::SeqCst);
+    let mut is_first = true;
+    while let Some(request) = Request::read(&mut reader)? {
+        if !is_first && settings.has("FAKE_ONE_REQUEST") {
+            settings.record("unanswered", &request.target);
+            break;
         }
-        stream.shutdown(Shutdown::Both)
+        is_first = false;
+        if settings.is_hanging() {
+            settings.record("hangs", &request.target);
+        }
+        while settings.is_hanging() {
+            thread::sleep(Duration::from_millis(20));
+        }
+        let authorized = server.authorizes(&request);
+        settings.record(
+            "requests",
+            &format!(
+                "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized},\"connection\":{connection}}}",
+                json(&request.method),
+                json(&server.directory(&request)),
+                json(&request.target),
+            ),
+        );
+        if request.is("expect", "100-continue") {
+            (&stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+        }
+        let next = match authorized {
+            true => server.route(&request, &mut reader, &stream)?,
+            false => server.unauthorized(&stream)?,
+        };
+        if matches!(next, Next::Close) {
+            break;
+        }
+    }
+    stream.shutdown(Shutdown::Both)
+}
+
+impl Serves for Server {
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn directory(&self, request: &Request) -> String {
+        request.directory(&self.cwd)
     }
 
     fn authorizes(&self, request: &Request) -> bool {
@@ -759,7 +782,9 @@ impl Server {
         io::copy(&mut body, &mut io::sink())?;
         Ok(next)
     }
+}
 
+impl Server {
     fn load(&self, directory: &str) {
         if !self.instances.lock().expect("the instances").loaded.contains(directory) {
             self.settings.record("loadings", directory);

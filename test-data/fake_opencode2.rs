@@ -30,7 +30,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, BufReader, Read};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{exit, Command, Stdio};
@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     base64, chunk, chunked_with_trailers, close_after, die_mid, download, head, interim, json, json_list, leave, ok,
-    reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Settings, JSON, NEXT_CONNECTION,
+    reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Serves, Settings, JSON,
 };
 
 /// How many events tell of a boot: 75 `plugin.added` and the first state of everything.
@@ -197,7 +197,7 @@ pub fn serve(settings: Arc<Settings>, listener: TcpListener, password: String) {
         deaf: Arc::default(),
     });
     let deaf = Arc::clone(&server.deaf);
-    super::accept(listener, &deaf, move |stream| server.connection(stream));
+    super::accept(listener, &deaf, move |stream| super::converse(&*server, stream));
 }
 
 /// The id of the running session that a test has put into a directory with the file `busy`.
@@ -205,50 +205,13 @@ fn busy_session(directory: &str) -> String {
     directory.bytes().fold("ses_busy".to_owned(), |id, byte| format!("{id}{byte:02x}"))
 }
 
-impl Server {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("the state")
+impl Serves for Server {
+    fn settings(&self) -> &Settings {
+        &self.settings
     }
 
-    fn connection(&self, stream: TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        let mut reader = BufReader::new(stream.try_clone()?);
-        let connection = NEXT_CONNECTION.fetch_add(1, Ordering::SeqCst);
-        let mut is_first = true;
-        while let Some(request) = Request::read(&mut reader)? {
-            if !is_first && self.settings.has("FAKE_ONE_REQUEST") {
-                self.settings.record("unanswered", &request.target);
-                break;
-            }
-            is_first = false;
-            if self.settings.is_hanging() {
-                self.settings.record("hangs", &request.target);
-            }
-            while self.settings.is_hanging() {
-                thread::sleep(Duration::from_millis(20));
-            }
-            let authorized = self.authorizes(&request);
-            self.settings.record(
-                "requests",
-                &format!(
-                    "{{\"method\":{},\"directory\":{},\"target\":{},\"authorized\":{authorized},\"connection\":{connection}}}",
-                    json(&request.method),
-                    json(&self.location(&request)),
-                    json(&request.target),
-                ),
-            );
-            if request.is("expect", "100-continue") {
-                io::Write::write_all(&mut &stream, b"HTTP/1.1 100 Continue\r\n\r\n")?;
-            }
-            let next = match authorized {
-                true => self.route(&request, &mut reader, &stream)?,
-                false => self.unauthorized(&stream)?,
-            };
-            if matches!(next, Next::Close) {
-                break;
-            }
-        }
-        stream.shutdown(Shutdown::Both)
+    fn directory(&self, request: &Request) -> String {
+        self.location(request)
     }
 
     fn authorizes(&self, request: &Request) -> bool {
@@ -272,13 +235,6 @@ impl Server {
         let body = br#"{"_tag":"UnauthorizedError","message":"Authentication required"}"#;
         reply(stream, "401 Unauthorized", headers, body)?;
         Ok(Next::Close)
-    }
-
-    /// Query, header, working directory; an empty value is none.
-    fn location(&self, request: &Request) -> String {
-        let given = |value: Option<String>| value.filter(|value| !value.is_empty());
-        let header = request.header("x-opencode-directory").map(super::percent_decode);
-        given(request.query("location[directory]")).or(given(header)).unwrap_or_else(|| self.cwd.clone())
     }
 
     fn route(&self, request: &Request, reader: &mut BufReader<TcpStream>, stream: &TcpStream) -> io::Result<Next> {
@@ -420,6 +376,19 @@ impl Server {
         let next = next?;
         io::copy(&mut body, &mut io::sink())?;
         Ok(next)
+    }
+}
+
+impl Server {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("the state")
+    }
+
+    /// Query, header, working directory; an empty value is none.
+    fn location(&self, request: &Request) -> String {
+        let given = |value: Option<String>| value.filter(|value| !value.is_empty());
+        let header = request.header("x-opencode-directory").map(super::percent_decode);
+        given(request.query("location[directory]")).or(given(header)).unwrap_or_else(|| self.cwd.clone())
     }
 
     fn health_route(&self) -> &str {
