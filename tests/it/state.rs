@@ -860,19 +860,22 @@ fn data_directory_follows_option_variable_and_home() {
 
 // --- Links ---
 
+/// What there may be in a data directory that another user could have planted.
+const ENTRIES: [&str; 9] = [
+    STATE,
+    AUTH,
+    "daemon.lock",
+    "start.lock",
+    "opencode.lock",
+    "control.sock",
+    "daemon.log",
+    "opencode.log",
+    "opencode",
+];
+
 #[test]
 fn planted_symlink_is_not_followed() {
-    for name in [
-        STATE,
-        AUTH,
-        "daemon.lock",
-        "start.lock",
-        "opencode.lock",
-        "control.sock",
-        "daemon.log",
-        "opencode.log",
-        "opencode",
-    ] {
+    for name in ENTRIES {
         for dangling in [false, true] {
             let host = Host::new();
             fs::create_dir(host.data()).unwrap();
@@ -910,17 +913,7 @@ fn files_are_not_read_through_a_symlink() {
 
 #[test]
 fn planted_fifo_blocks_nobody() {
-    for name in [
-        STATE,
-        AUTH,
-        "daemon.lock",
-        "start.lock",
-        "opencode.lock",
-        "control.sock",
-        "daemon.log",
-        "opencode.log",
-        "opencode",
-    ] {
+    for name in ENTRIES {
         let host = Host::new();
         fs::create_dir(host.data()).unwrap();
         let fifo = host.file(name);
