@@ -76,7 +76,7 @@ fn turns_are_published_with_workspace_and_title() {
     let project = host.project("p");
     let id = host.add(&project);
     host.openwork(["workspace", "path", "p"]).ok();
-    wait_for("the daemon to listen", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    host.wait_for_subscription();
     let mut events = host.http("GET", "/events").events();
     host.openwork(["api", "p", "POST", "/session/ses_fake/prompt_async"]).ok();
     host.openwork(["session", "abort", "ses_fake"]).ok();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{ALL_EVENTS, EVENTS, Host, IS_V2, SESSIONS, Signal, kill, wait_for, wait_gone};
+use crate::support::{EVENTS, Host, IS_V2, SESSIONS, Signal, kill, wait_for, wait_gone};
 
 /// A daemon with an idle time, and no workspaces.
 fn host(idle_ttl: &str) -> Host {
@@ -27,11 +27,6 @@ fn warm<const N: usize>(host: &Host, names: [&str; N]) -> [std::path::PathBuf; N
 
 fn wait_disposed(host: &Host, directory: &Path) {
     wait_for("the disposal", || host.instance(directory).ends_with(&["dispose".to_owned()]));
-}
-
-/// Waits until the daemon listens to opencode's events: only then does it see direct clients.
-fn wait_for_subscription(host: &Host) {
-    wait_for("the subscription", || host.recorded("streams").contains(&format!("open {ALL_EVENTS}")));
 }
 
 /// The entry of a workspace in `instance list`.
@@ -115,7 +110,7 @@ fn next_daemon_does_not_evict_a_directory_that_is_no_workspace() {
     let host = host("1s");
     let stranger = host.project("stranger");
     let [_keeps_the_list_written] = warm(&host, ["p"]);
-    wait_for_subscription(&host);
+    host.wait_for_subscription();
     host.use_directly(&stranger);
     wait_for("the state file to be written", || host.state()["opencode"]["strangers"] == json!([stranger]));
     kill(host.daemon_pid(), Signal::KILL);
@@ -137,7 +132,7 @@ fn instance_of_a_removed_workspace_is_evicted() {
     // Loaded by a client that calls opencode directly.
     let direct = host.project("direct");
     host.add(&direct);
-    wait_for_subscription(&host);
+    host.wait_for_subscription();
     host.use_directly(&direct);
     wait_for("the instance to be listed as warm", || instance(&host, "direct")["state"] == "warm");
     host.openwork(["workspace", "remove", "direct"]).ok();
@@ -177,7 +172,7 @@ fn renamed_workspace_and_missing_directory_are_evicted() {
 fn instance_loaded_before_its_workspace_was_added_is_evicted() {
     let host = host("1s");
     let late = host.project("late");
-    wait_for_subscription(&host);
+    host.wait_for_subscription();
     host.use_directly(&late);
     let [idle] = warm(&host, ["idle"]);
     wait_disposed(&host, &idle);
@@ -191,7 +186,7 @@ fn loads_and_disposals_by_direct_clients_are_noticed() {
     let host = host("1s");
     let direct = host.project("direct");
     host.add(&direct);
-    wait_for_subscription(&host);
+    host.wait_for_subscription();
     host.use_directly(&direct);
     wait_disposed(&host, &direct);
 }
@@ -201,7 +196,7 @@ fn disposals_by_clients_that_go_to_opencode_directly_are_seen() {
     let host = host("1h");
     let direct = host.project("direct");
     host.add(&direct);
-    wait_for_subscription(&host);
+    host.wait_for_subscription();
     host.use_directly(&direct);
     wait_for("the instance to be listed as warm", || instance(&host, "direct")["state"] == "warm");
     host.dispose_directly(&direct);

@@ -4,33 +4,12 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, wait_for};
-
-/// A host with two workspaces, `web` (loaded) and `api`, and their directories.
-fn host() -> (Host, PathBuf, PathBuf) {
-    let host = Host::new();
-    let (web, api) = (host.project("web"), host.project("api"));
-    host.add(&web);
-    host.add(&api);
-    host.openwork(["workspace", "path", "web"]).ok();
-    (host, web, api)
-}
-
-fn ids(list: &Value) -> Vec<&str> {
-    list["sessions"].as_array().unwrap().iter().map(|session| session["id"].as_str().unwrap()).collect()
-}
-
-/// Waits until the daemon has asked opencode for running sessions.
-fn wait_until_asked(host: &Host) {
-    let before = host.requests().len();
-    wait_for("opencode to be asked for running sessions", || {
-        host.requests()[before..].iter().any(|request| request["target"] == "/session/status")
-    });
-}
+use crate::support::sessions::{ids, wait_until_asked, web_and_api};
+use crate::support::wait_for;
 
 #[test]
 fn running_sessions_are_listed_first() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     host.exercises(["command session list", "route GET /workspaces/:id/sessions", "option -q"]);
     let list = host.openwork(["session", "list", "web"]).json();
     assert_eq!(ids(&list), ["ses_old", "ses_fake"], "by the time of their last change");
@@ -52,7 +31,7 @@ fn running_sessions_are_listed_first() {
 
 #[test]
 fn session_list_uses_the_working_directory() {
-    let (host, web, api) = host();
+    let (host, web, api) = web_and_api();
     host.openwork(["workspace", "switch", "web"]).ok();
     let of = |directory: &PathBuf| {
         let list = host.openwork(["session", "list"]).cwd(directory).json();
@@ -63,7 +42,7 @@ fn session_list_uses_the_working_directory() {
 
 #[test]
 fn listing_all_sessions_loads_nothing() {
-    let (host, web, api) = host();
+    let (host, web, api) = web_and_api();
     host.exercises(["route GET /sessions", "option --all"]);
     host.busy(&[&web]);
     for list in [host.openwork(["session", "list", "--all"]).json(), host.http("GET", "/sessions").ok()] {
@@ -73,7 +52,7 @@ fn listing_all_sessions_loads_nothing() {
     host.openwork(["session", "list", "web", "--all"]).fails(2, "usage");
     // A client that calls opencode directly has loaded a directory that is no workspace.
     let stranger = host.project("stranger");
-    wait_for("the daemon to listen", || host.recorded("streams").contains(&"open /global/event".to_owned()));
+    host.wait_for_subscription();
     host.opencode("POST", &format!("/session?directory={}", stranger.display())).send();
     let of_stranger = || {
         let list = host.openwork(["session", "list", "--all"]).json();
@@ -86,7 +65,7 @@ fn listing_all_sessions_loads_nothing() {
 
 #[test]
 fn abort_ends_the_running_turn() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     host.exercises(["command session abort", "route POST /sessions/:id/abort", "code session_not_found"]);
     host.busy(&[&web]);
     let reply = host.openwork(["session", "abort", "ses_fake"]).json();
@@ -104,7 +83,7 @@ fn abort_ends_the_running_turn() {
 
 #[test]
 fn wait_returns_when_sessions_are_idle() {
-    let (host, web, api) = host();
+    let (host, web, api) = web_and_api();
     host.exercises(["command wait", "route GET /idle", "route GET /workspaces/:id/idle", "code still_busy"]);
     host.busy(&[&web]);
     // No session runs in the other workspace, and asking does not load it.
@@ -131,7 +110,7 @@ fn wait_returns_when_sessions_are_idle() {
 
 #[test]
 fn wait_survives_a_restart() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     host.busy(&[&web]);
     let waiting = host.openwork(["wait", "web"]).spawn();
     wait_until_asked(&host);
@@ -143,7 +122,7 @@ fn wait_survives_a_restart() {
 
 #[test]
 fn stop_names_the_sessions_it_ends() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     host.busy(&[&web]);
     let output = host.openwork(["daemon", "stop"]).ok();
     assert_eq!(output.stdout, "ended the running turn of mend {it} (ses_fake) in web\nstopped\n");
@@ -161,7 +140,7 @@ fn stop_names_the_sessions_it_ends() {
 
 #[test]
 fn when_idle_waits_for_the_sessions() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     host.exercises(["option --when-idle"]);
     host.busy(&[&web]);
     for command in ["stop", "restart"] {

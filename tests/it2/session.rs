@@ -5,17 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::support::sessions::{ids, wait_until_asked, web_and_api};
 use crate::support::{Host, wait_for};
-
-/// A host with two workspaces, `web` (loaded) and `api`, and their directories.
-fn host() -> (Host, PathBuf, PathBuf) {
-    let host = Host::new();
-    let (web, api) = (host.project("web"), host.project("api"));
-    host.add(&web);
-    host.add(&api);
-    host.openwork(["workspace", "path", "web"]).ok();
-    (host, web, api)
-}
 
 /// Creates a session in a directory, past the daemon.
 fn session(host: &Host, directory: &Path) -> String {
@@ -30,26 +21,9 @@ fn act(host: &Host, session: &str, what: &str) {
     assert!(matches!(reply.status, 200 | 204), "{reply:?}");
 }
 
-fn ids(list: &Value) -> Vec<&str> {
-    list["sessions"].as_array().unwrap().iter().map(|session| session["id"].as_str().unwrap()).collect()
-}
-
-/// Waits until opencode has been asked what runs.
-fn wait_until_asked(host: &Host) {
-    let before = host.requests().len();
-    wait_for("opencode to be asked what runs", || {
-        host.requests()[before..].iter().any(|request| request["target"] == "/api/session/active")
-    });
-}
-
-/// Waits until the daemon has opencode's events.
-fn wait_until_heard(host: &Host) {
-    wait_for("the daemon to listen", || host.recorded("streams").contains(&"open /api/event".to_owned()));
-}
-
 #[test]
 fn running_sessions_come_first_and_nothing_is_loaded() {
-    let (host, web, api) = host();
+    let (host, web, api) = web_and_api();
     let [first, second, elsewhere] = [&web, &web, &api].map(|directory| session(&host, directory));
     act(&host, &second, "prompt");
     let list = host.openwork(["session", "list", "web"]).json();
@@ -74,7 +48,7 @@ fn running_sessions_come_first_and_nothing_is_loaded() {
 
 #[test]
 fn abort_ends_the_running_turn_and_loads_nothing() {
-    let (host, web, api) = host();
+    let (host, web, api) = web_and_api();
     let (running, idle) = (session(&host, &web), session(&host, &api));
     act(&host, &running, "prompt");
     let reply = host.openwork(["session", "abort", &running]).json();
@@ -96,7 +70,7 @@ fn abort_ends_the_running_turn_and_loads_nothing() {
 
 #[test]
 fn abort_does_not_reload_an_instance_disposed_during_a_turn() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     let running = session(&host, &web);
     act(&host, &running, "prompt");
     host.dispose_directly(&web);
@@ -114,7 +88,7 @@ fn abort_does_not_reload_an_instance_disposed_during_a_turn() {
 
 #[test]
 fn wait_returns_when_sessions_are_idle() {
-    let (host, web, api) = host();
+    let (host, web, api) = web_and_api();
     let running = session(&host, &web);
     act(&host, &running, "prompt");
     host.openwork(["wait", "api"]).ok();
@@ -133,7 +107,7 @@ fn wait_returns_when_sessions_are_idle() {
 
 #[test]
 fn when_idle_waits_for_the_sessions() {
-    let (host, web, _) = host();
+    let (host, web, _) = web_and_api();
     let running = session(&host, &web);
     act(&host, &running, "prompt");
     for command in ["stop", "restart"] {
@@ -164,8 +138,8 @@ fn when_idle_waits_for_the_sessions() {
 
 #[test]
 fn turns_are_published_with_workspace_and_title() {
-    let (host, web, _) = host();
-    wait_until_heard(&host);
+    let (host, web, _) = web_and_api();
+    host.wait_for_subscription();
     let stranger = host.project("stranger");
     let (ours, theirs) = (session(&host, &web), session(&host, &stranger));
     let mut events = host.http("GET", "/events").events();

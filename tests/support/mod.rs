@@ -13,6 +13,7 @@ pub mod exercised;
 pub mod http;
 pub mod processes;
 pub mod random;
+pub mod sessions;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -439,6 +440,11 @@ impl Host {
         let reply = reply.unwrap_or_else(|e| panic!("{e}"));
         assert!(reply.status == 200 && reply.is_kept(), "{reply:?}");
         stream
+    }
+
+    /// Waits until the daemon listens to opencode's events: only then does it see direct clients.
+    pub fn wait_for_subscription(&self) {
+        wait_for("the subscription", || self.recorded("streams").contains(&format!("open {ALL_EVENTS}")));
     }
 
     /// A new connection, and one that has served a request before.
