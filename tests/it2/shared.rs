@@ -10,7 +10,8 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Host, SESSION, Signal, basic, copy_program, fake_opencode, is_alive, kill, stat_field, wait_for, wait_gone,
+    Host, SESSION, Signal, Stranger, basic, copy_program, fake_opencode, is_alive, kill, stat_field, wait_for,
+    wait_gone,
 };
 
 /// A host whose daemons share the service.
@@ -381,9 +382,9 @@ fn registration_naming_another_process_is_not_trusted() {
     let host = sharing();
     host.behave("FAKE_SERVICE_FAILS=1");
     let impostor = Impostor::new();
-    let mut other = Command::new("sleep").arg("600").spawn().unwrap();
+    let other = Stranger::idle();
     // A process of ours that does not hold the socket, and one that is none.
-    for pid in [other.id(), u32::MAX] {
+    for pid in [other.pid(), u32::MAX] {
         register(&host, &impostor.url(), pid, 0o600);
         refused(&host, "no service today");
     }
@@ -392,9 +393,7 @@ fn registration_naming_another_process_is_not_trusted() {
     assert!(!own.stderr.contains("a server of its own"), "{own:?}");
     assert_eq!(host.health()["engine"]["service"], Value::Null);
     impostor.got_nothing();
-    assert!(is_alive(other.id()), "it is nobody's to end");
-    other.kill().unwrap();
-    other.wait().unwrap();
+    assert!(is_alive(other.pid()), "it is nobody's to end");
     // Elsewhere than on loopback.
     host.openwork(["daemon", "stop"]).ok();
     register(&host, &format!("http://0.0.0.0:{}", impostor.port().port()), std::process::id(), 0o600);
@@ -441,20 +440,20 @@ mod as_root {
         host.behave("FAKE_SERVICE_FAILS=1");
         let theirs = host.path("theirs");
         copy_program(fake_opencode(), &theirs);
-        fs::set_permissions(host.path("."), Permissions::from_mode(0o755)).unwrap();
+        for path in [host.path("."), theirs.clone()] {
+            fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+        }
         let port = crate::support::free_port();
         let mut other = Command::new(&theirs);
         other.args(["serve", "--hostname", "127.0.0.1", "--port", &port.to_string()]).env_clear();
         other.env("FAKE_VERSION", "2.3.2").env("HOME", "/").uid(NOBODY).gid(NOBODY).current_dir("/");
-        let mut other = other.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let other = Stranger::new(other.stdin(Stdio::null()).stdout(Stdio::null()));
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         wait_for("the other user's server", || std::net::TcpStream::connect(address).is_ok());
-        register(&host, &format!("http://{address}"), other.id(), 0o600);
+        register(&host, &format!("http://{address}"), other.pid(), 0o600);
         assert_eq!(fs::metadata(registration(&host)).unwrap().permissions().mode() & 0o777, 0o600);
         refused(&host, "no service today");
         let log = fs::read_to_string(host.file("daemon.log")).unwrap();
         assert!(!log.contains("found the opencode service"), "{log}");
-        other.kill().unwrap();
-        other.wait().unwrap();
     }
 }
