@@ -159,7 +159,7 @@ pub fn workspaces(findings: &mut Findings, state: &State) {
         if rest == 0 { shown } else { format!("{shown} and {rest} more") }
     };
     if !gone.is_empty() {
-        let message = format!("the directory has gone of {}", names(&gone));
+        let message = format!("missing directories: {}", names(&gone));
         let hint = "`openwork workspace move <ws> <path>` follows one that was moved; `openwork workspace remove \
                     --missing` takes all of them out of the registry";
         findings.warning(WORKSPACES, message, hint);

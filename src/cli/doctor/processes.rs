@@ -101,7 +101,7 @@ fn orphan(findings: &mut Findings, patient: &Patient<'_>) {
     let record = patient.state.opencode.as_ref();
     match record.and_then(|record| Process::adopt(&record.identity())) {
         Some(process) => {
-            let message = format!("not running, and its opencode (pid {}) is", process.identity().pid);
+            let message = format!("not running, but its opencode (pid {}) is still running", process.identity().pid);
             findings.warning(DAEMON, message, "the next command starts a daemon, which takes that opencode over");
         }
         None => findings.ok(DAEMON, "not running; the first command that needs it starts it"),

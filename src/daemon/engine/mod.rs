@@ -535,7 +535,7 @@ impl Credentials {
     }
 }
 
-/// The command that starts opencode: this program, which waits for [`Launch::go`] and then
+/// The command that starts opencode: this program, which waits for [`go`] and then
 /// becomes opencode under the same process id.
 ///
 /// Why: what proves that the process is ours has to be on disk before it can do anything, or a
