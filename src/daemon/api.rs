@@ -19,7 +19,7 @@ use tiny_http::{Request, Server};
 use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
-use super::{CONTROL_SOCKET, Daemon, Ends, reply, sessions};
+use super::{CONTROL_SOCKET, Daemon, StopScope, reply, sessions};
 use crate::error::{Code, Error, Result};
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::Line;
@@ -157,13 +157,13 @@ fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     match answer_with(daemon, request, answer) {
         None => {}
-        Some(AfterReply::Stop { ends, client }) => {
-            crate::log!("stopping, as asked{}", if daemon.keeps_opencode(ends) { "; opencode stays" } else { "" });
-            daemon.stop(ends, client);
+        Some(AfterReply::Stop { scope, client }) => {
+            crate::log!("stopping, as asked{}", if daemon.keeps_opencode(scope) { "; opencode stays" } else { "" });
+            daemon.stop(scope, client);
         }
-        Some(AfterReply::Restart { ends, client }) => {
-            crate::log!("restarting, as asked{}", if daemon.keeps_opencode(ends) { "; opencode stays" } else { "" });
-            daemon.restart(ends, client);
+        Some(AfterReply::Restart { scope, client }) => {
+            crate::log!("restarting, as asked{}", if daemon.keeps_opencode(scope) { "; opencode stays" } else { "" });
+            daemon.restart(scope, client);
         }
     }
 }
@@ -217,8 +217,8 @@ struct Answer {
 
 /// An action after a reply.
 enum AfterReply {
-    Stop { ends: Ends, client: Option<u32> },
-    Restart { ends: Ends, client: Option<u32> },
+    Stop { scope: StopScope, client: Option<u32> },
+    Restart { scope: StopScope, client: Option<u32> },
 }
 
 impl Answer {
@@ -368,38 +368,38 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
                 sessions::wait_until_idle(daemon, None, deadline)?;
             }
             let successor = Successor::new(&restart, &daemon.data_dir, daemon.options.arguments())?;
-            let ends = match (restart.all, successor.is_shared()) {
-                (false, _) => Ends::Nothing,
+            let scope = match (restart.all, successor.is_shared()) {
+                (false, _) => StopScope::DaemonOnly,
                 // A daemon that shares the user's service no longer has no reason to end it.
-                (true, false) => Ends::Ours,
-                (true, true) => Ends::Service,
+                (true, false) => StopScope::OwnOpencode,
+                (true, true) => StopScope::Service,
             };
-            let sessions = ended_by(daemon, ends, deadline);
+            let sessions = ended_by(daemon, scope, deadline);
             daemon.ending.hand_over(successor)?;
             let reply = Answer::new(200, &RestartReply { ok: true, started_at: daemon.info.started_at, sessions })?;
-            Ok(Answer { after: Some(AfterReply::Restart { ends, client: restart.client }), ..reply })
+            Ok(Answer { after: Some(AfterReply::Restart { scope, client: restart.client }), ..reply })
         }
         Route::Shutdown => {
             let shutdown: Shutdown = parse(&body)?;
             if shutdown.when_idle {
                 sessions::wait_until_idle(daemon, None, deadline)?;
             }
-            let ends = match shutdown {
-                Shutdown { keep_opencode: true, .. } => Ends::Nothing,
-                Shutdown { all: true, .. } => Ends::Service,
-                Shutdown { .. } => Ends::Ours,
+            let scope = match shutdown {
+                Shutdown { keep_opencode: true, .. } => StopScope::DaemonOnly,
+                Shutdown { all: true, .. } => StopScope::Service,
+                Shutdown { .. } => StopScope::OwnOpencode,
             };
-            let sessions = ended_by(daemon, ends, deadline);
-            let keeps_service = ends == Ends::Ours && daemon.keeps_opencode(ends);
+            let sessions = ended_by(daemon, scope, deadline);
+            let keeps_service = scope == StopScope::OwnOpencode && daemon.keeps_opencode(scope);
             let reply = Answer::new(200, &ShutdownReply { ok: true, sessions, keeps_service })?;
-            Ok(Answer { after: Some(AfterReply::Stop { ends, client: shutdown.client }), ..reply })
+            Ok(Answer { after: Some(AfterReply::Stop { scope, client: shutdown.client }), ..reply })
         }
     }
 }
 
 /// The running sessions that such a stop ends.
-fn ended_by(daemon: &Daemon, ends: Ends, deadline: Instant) -> Vec<Session> {
-    if daemon.keeps_opencode(ends) { Vec::new() } else { sessions::running_now(daemon, deadline) }
+fn ended_by(daemon: &Daemon, scope: StopScope, deadline: Instant) -> Vec<Session> {
+    if daemon.keeps_opencode(scope) { Vec::new() } else { sessions::running_now(daemon, deadline) }
 }
 
 /// Makes a call in a workspace. It loads the instance if necessary, and counts as use.

@@ -46,7 +46,7 @@ use self::handover::{End, Ending};
 use self::instances::Instances;
 use self::notify::Notifier;
 use self::supervisor::handle::Handle;
-use self::supervisor::{Context, Ends, Supervisor};
+use self::supervisor::{Context, StopScope, Supervisor};
 use crate::error::{Error, Result};
 use crate::line::Line;
 use crate::lock::{self, Lock};
@@ -86,30 +86,30 @@ struct Daemon {
 
 impl Daemon {
     /// Stops for good. `client`: the process that asked for it, if one did.
-    fn stop(&self, ends: Ends, client: Option<u32>) {
+    fn stop(&self, scope: StopScope, client: Option<u32>) {
         self.ending.stop();
         self.notifier.stopping();
-        self.supervisor.stop(ends, client);
+        self.supervisor.stop(scope, client);
     }
 
-    /// Ends, to become its successor.
-    fn restart(&self, ends: Ends, client: Option<u32>) {
+    /// StopScope, to become its successor.
+    fn restart(&self, scope: StopScope, client: Option<u32>) {
         self.notifier.reloading();
-        if self.keeps_opencode(ends) {
+        if self.keeps_opencode(scope) {
             // No request may find a daemon without an opencode: requests under way are finished first, and
             // new ones wait for the successor.
             self.gate.close();
             self.gate.drain(false);
         }
-        self.supervisor.stop(ends, client);
+        self.supervisor.stop(scope, client);
     }
 
     /// Whether the opencode of now outlives such a stop.
-    fn keeps_opencode(&self, ends: Ends) -> bool {
-        match ends {
-            Ends::Nothing => true,
-            Ends::Ours => self.supervisor.shared().is_some(),
-            Ends::Service => false,
+    fn keeps_opencode(&self, scope: StopScope) -> bool {
+        match scope {
+            StopScope::DaemonOnly => true,
+            StopScope::OwnOpencode => self.supervisor.shared().is_some(),
+            StopScope::Service => false,
         }
     }
 
@@ -401,7 +401,7 @@ fn serve(
             match signal {
                 SIGTERM | SIGINT => {
                     crate::log!("stopping on signal {signal}");
-                    daemon.stop(Ends::Ours, None);
+                    daemon.stop(StopScope::OwnOpencode, None);
                 }
                 SIGCHLD => process::reap_orphans(),
                 _ => {}
@@ -412,7 +412,7 @@ fn serve(
         let opencode = if lost.is_taken_over { "opencode is the other daemon's now" } else { "opencode ends too" };
         crate::log!("stopping, since another daemon may run over the same files: {opencode}");
         notifier.stopping();
-        handle.stop(if lost.is_taken_over { Ends::Nothing } else { Ends::Ours }, None);
+        handle.stop(if lost.is_taken_over { StopScope::DaemonOnly } else { StopScope::OwnOpencode }, None);
     });
     let supervision = spawn(|| supervision.run())?;
     notifier.ready();

@@ -178,7 +178,7 @@ impl Process {
 
     /// Waits for its end, ends the rest of its group and every process with its marker, as [`sweep`] does,
     /// and reaps it. Returns its exit status, if it was our child.
-    pub fn bury(self, grace: Duration, spared: &[u32]) -> Option<ExitStatus> {
+    pub fn reap(self, grace: Duration, spared: &[u32]) -> Option<ExitStatus> {
         // Reap it only at the end, so that its group id cannot be reused before.
         wait_until_readable(&self.pidfd, Instant::now() + ENDING_LIMIT);
         let Identity { pid, engine_id, .. } = &self.identity;

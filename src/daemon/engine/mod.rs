@@ -318,26 +318,26 @@ impl Endpoint {
     }
 }
 
-/// What the supervisor has to know of a line of opencode.
+/// How the supervisor starts and ends an opencode of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Manners {
-    /// Whether one call disposes all instances in good order before TERM.
+pub struct Lifecycle {
+    /// Whether an orderly stop disposes all instances by a call before TERM.
     pub disposes: bool,
     /// When KILL follows the first TERM.
     pub kill_after: Duration,
-    /// Whether it is the user's own service: it is never signalled, and its own command alone starts,
-    /// restarts and stops it.
+    /// Whether it is the user's own service, which is never signalled: only its own command starts, restarts
+    /// and stops it.
     pub is_service: bool,
 }
 
-/// How the user's own service behaves.
-pub const SERVICE_MANNERS: Manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: true };
+/// The lifecycle of the user's own service.
+pub const SERVICE_LIFECYCLE: Lifecycle = Lifecycle { disposes: false, kill_after: Duration::ZERO, is_service: true };
 
-/// How a line of opencode behaves.
-pub fn manners(line: Line) -> Manners {
+/// The lifecycle of our own opencode of a line.
+pub fn lifecycle(line: Line) -> Lifecycle {
     match line {
-        Line::V1 => v1::MANNERS,
-        Line::V2 => v2::MANNERS,
+        Line::V1 => v1::LIFECYCLE,
+        Line::V2 => v2::LIFECYCLE,
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::routing::{Subject, segments};
-use super::{CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Step, Told, Turn, fault};
+use super::{CallResult, Endpoint, Lifecycle, Place, SessionInfo, Sign, Step, Told, Turn, fault};
 use crate::framing::percent_encode;
 use crate::line::{V1_PASSWORD, V1_USERNAME};
 use crate::state::Auth;
@@ -20,7 +20,7 @@ use crate::wire::from_json;
 pub const DISPOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What it disposes is disposed before TERM, so that little is left for it to do then.
-pub const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
+pub const LIFECYCLE: Lifecycle = Lifecycle { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
 
 /// The exit status of a good end.
 pub const GOOD_END: i32 = 0;

@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::routing::{Subject, segments};
-use super::{CallError, CallResult, Endpoint, Manners, Place, SessionInfo, Sign, Step, Told, Turn, fault};
+use super::{CallError, CallResult, Endpoint, Lifecycle, Place, SessionInfo, Sign, Step, Told, Turn, fault};
 use crate::error::Error;
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::{Line, V1_PASSWORD, V2_PASSWORD};
@@ -26,7 +26,7 @@ use crate::wire::from_json;
 pub const DISPOSE_LIMIT: Duration = Duration::from_secs(30);
 
 /// It has no call that disposes everything: TERM does, and took up to 6.8 s.
-pub const MANNERS: Manners = Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
+pub const LIFECYCLE: Lifecycle = Lifecycle { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
 
 /// The exit status of a good end.
 pub const GOOD_END: i32 = 130;

@@ -1,13 +1,15 @@
-//! How everybody else sees opencode: what the supervisor publishes, and what can be asked of it.
+//! The rest of the daemon's view of opencode: the status that the supervisor publishes, and the requests
+//! that it takes.
 //!
-//! Below both the supervisor and `instances`: neither has to know the other to read the [`Status`].
+//! This module lies below both the supervisor and `instances`, so that neither depends on the other to
+//! read the [`Status`].
 
 use std::mem;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::policy::{Answer, Checked, End, Ends, Memory};
+use super::policy::{Answer, Checked, End, Memory, StopScope};
 use super::worker::Started;
 use crate::daemon::engine::{CallError, Endpoint};
 use crate::error::{Error, ErrorBody, Result};
@@ -16,87 +18,88 @@ use crate::system::process::Process;
 use crate::system::wait;
 use crate::wire::{EngineInfo, Phase, ProcessInfo};
 
-/// How often a call that finds nobody is made: more often, and it is the call that ends opencode.
+/// How many times a call is sent when each opencode ends under it: after three, the call itself is the
+/// likely cause.
 const CALL_TRIES: usize = 3;
 
-/// What reaches the supervisor's thread: wishes of others, and what its helpers have done or seen.
+/// A message to the supervisor's thread: a request of the daemon, or a helper's result.
 pub enum Message {
-    /// Somebody needs opencode.
+    /// A request needs opencode.
     Need,
-    /// A call to this generation brought no answer.
+    /// A call to this generation got no answer.
     Suspect { generation: u64 },
-    /// Stop for good. The process `client` asked for that, perhaps from within opencode.
-    Stop { ends: Ends, client: Option<u32> },
-    /// The opencode of an earlier daemon was looked for.
+    /// Stop. `client` is the pid of the client that requested it, perhaps a descendant of opencode.
+    Stop { scope: StopScope, client: Option<u32> },
+    /// The search for the opencode of an earlier daemon is over.
     Adopted { job: u64, found: Option<(Process, EngineRecord, Checked)> },
-    /// The binary was found and asked for its version.
+    /// The binary's version, and how its line behaves.
     Version { job: u64, result: Result<(String, Checked)> },
-    /// A process was started, or the user's service found, and written down; `None` when the service does
-    /// not run, and was not to be started.
+    /// A process was started, or the user's service found, and recorded; `None` when the service does not
+    /// run and the job was not to start it.
     Launched { job: u64, result: Result<Option<Started>> },
-    /// A look at the process, and mostly a health call.
+    /// The result of a probe.
     Probed { generation: u64, report: Report },
-    /// All instances are disposed, or that took too long.
+    /// opencode has disposed its instances, or did not in time.
     Disposed { job: u64 },
     /// The process has ended.
     Exited { generation: u64 },
-    /// All that the process left is ended too.
-    Buried { job: u64, end: End },
-    /// One of the supervisor's helpers has panicked: without it there is no supervision.
+    /// The descendants of the process have ended too.
+    Reaped { job: u64, end: End },
+    /// A helper thread panicked: supervision cannot continue without it.
     Broken,
 }
 
-/// What a look at the process found.
+/// The result of a probe.
 pub struct Report {
-    /// What it answered.
+    /// The outcome of the health call.
     pub answer: Answer,
-    /// The version that it told.
+    /// The version in the answer.
     pub version: Option<String>,
-    /// The inode of the socket that listens.
+    /// The inode of the listening socket.
     pub socket: Option<u32>,
     /// Processor time of the process that listens, else of the leader.
     pub cpu: Option<Duration>,
-    /// The size of its log. Bytes.
+    /// The size of opencode's log. Bytes.
     pub log: u64,
-    /// Its memory, where that is limited.
+    /// Memory use, if it is limited.
     pub memory: Option<Memory>,
-    /// The URL of the user's own service, if that runs beside it.
+    /// The URL of the user's own service, if one runs beside our opencode.
     pub service: Option<String>,
 }
 
-/// What is published.
+/// The published state of opencode.
 #[derive(Clone)]
 pub struct Status {
     /// As on the wire.
     pub phase: Phase,
-    /// Counts the processes.
+    /// The number of the current process.
     pub generation: u64,
-    /// How many of them replaced one that had ended by itself.
+    /// How many processes replaced a failed one.
     pub restarts: u64,
-    /// Of opencode, once known.
+    /// The version of opencode, once known.
     pub version: Option<String>,
-    /// Why it is not ready, or was not before.
+    /// The last failure; none once opencode is ready again.
     pub last_error: Option<ErrorBody>,
     /// The process, from the moment it exists.
     pub process: Option<ProcessInfo>,
-    /// How to call it, while it is ready.
+    /// The address for calls, while opencode is ready.
     pub ready: Option<Endpoint>,
-    /// The URL of the user's own service, if that runs beside it.
+    /// The URL of the user's own service, if one runs beside our opencode.
     pub service: Option<String>,
-    /// Whether it is the user's own service; while there is no process, whether the next one will be.
+    /// Whether opencode is the user's own service; while there is no process, whether the next one will be.
     pub shared: bool,
-    /// What the user's service that was used last wants as `Authorization`.
+    /// The `Authorization` of the user's service that was used last.
     pub(super) service_authorization: Option<Arc<str>>,
-    /// Counts the times that it was given up.
+    /// How many times opencode was given up.
     pub(super) failures: u64,
-    /// Counts the health calls that were answered.
+    /// How many probes of a ready process it answered.
     pub(super) checks: u64,
-    /// It stops for good.
+    /// A stop was requested.
     pub(super) stopping: bool,
 }
 
 impl Status {
-    /// As in `/health`.
+    /// The engine as `/health` shows it.
     pub fn engine_info(&self) -> EngineInfo {
         EngineInfo {
             phase: self.phase.name().into(),
@@ -110,12 +113,12 @@ impl Status {
     }
 }
 
-/// What the supervisor and all handles share.
+/// The state that the supervisor and all handles share.
 pub(super) struct Shared {
     status: Mutex<Status>,
     changed: Condvar,
-    /// The generation whose event stream said something since the last look, or 0. Not an atomic:
-    /// some 32-bit processors have none of 64 bits.
+    /// The generation whose event stream carried a message since the last probe, or 0. Not an atomic, since
+    /// some 32-bit processors lack 64-bit atomics.
     heard: Mutex<u64>,
 }
 
@@ -124,19 +127,19 @@ impl Shared {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what everybody sees.
+    /// Changes the status and wakes the waiting requests.
     pub(super) fn publish(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.lock());
         self.changed.notify_all();
     }
 
-    /// Whether the event stream of this generation said something since the last time this was asked.
+    /// Whether the event stream of this generation carried a message since the last call.
     pub(super) fn was_heard(&self, generation: u64) -> bool {
         mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner)) == generation
     }
 }
 
-/// How everybody else sees opencode.
+/// Access to opencode for the rest of the daemon.
 #[derive(Clone)]
 pub struct Handle {
     pub(super) shared: Arc<Shared>,
@@ -165,48 +168,48 @@ impl Handle {
         Handle { shared: Arc::new(shared), messages }
     }
 
-    /// How it is now.
+    /// The current status.
     pub fn status(&self) -> Status {
         self.shared.lock().clone()
     }
 
-    /// Whether opencode is the user's own service, and what that wants as `Authorization`: the value of the
-    /// one that was used last, if there was one. Cheap.
+    /// If opencode is the user's own service: the `Authorization` of the service that was used last, if
+    /// there was one. Takes only a lock.
     pub fn shared(&self) -> Option<Option<Arc<str>>> {
         let status = self.shared.lock();
         status.shared.then(|| status.service_authorization.clone())
     }
 
-    /// Asks the supervisor to stop; it replies by ending. The process `client` is the one that asks,
-    /// if that is known: it is spared when what opencode has started is ended.
-    pub fn stop(&self, ends: Ends, client: Option<u32>) {
-        let _ = self.messages.send(Message::Stop { ends, client });
+    /// Asks the supervisor to stop; its thread ends when it has. `client` is the pid of the requesting
+    /// client, if known: it and its ancestors are spared when the descendants of opencode are ended.
+    pub fn stop(&self, scope: StopScope, client: Option<u32>) {
+        let _ = self.messages.send(Message::Stop { scope, client });
     }
 
-    /// The event stream of this generation has said something: a sign of life. Cheap.
+    /// Records a message on the event stream of this generation as a sign of life. Takes only a lock.
     pub fn heard(&self, generation: u64) {
         *self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner) = generation;
     }
 
-    /// A ready opencode: waits until there is one. One that had failed is tried once more.
+    /// Waits for a ready opencode. An opencode that was given up gets one more attempt.
     ///
     /// # Errors
-    /// Why it failed; `opencode_timeout` at the deadline; `opencode_unavailable` while stopping.
+    /// The failure of the start; `opencode_timeout` at the deadline; `opencode_unavailable` while stopping.
     pub fn endpoint(&self, deadline: Instant) -> Result<Endpoint> {
         self.wait(None, deadline)
     }
 
-    /// opencode if it is ready now; nobody is woken.
+    /// opencode if it is ready now; does not wake the supervisor.
     pub fn ready_now(&self) -> Option<Endpoint> {
         self.shared.lock().ready.clone()
     }
 
-    /// This generation of opencode, if it is ready now; nobody is woken.
+    /// This generation of opencode, if it is ready now; does not wake the supervisor.
     pub fn ready_in(&self, generation: u64) -> Option<Endpoint> {
         self.ready_now().filter(|endpoint| endpoint.generation == generation)
     }
 
-    /// opencode once it is ready, without asking for it; `None` when the supervisor stops.
+    /// Waits for a ready opencode without requesting a start; `None` when the supervisor stops.
     pub fn wait_ready(&self) -> Option<Endpoint> {
         let mut status = self.shared.lock();
         loop {
@@ -218,7 +221,7 @@ impl Handle {
         }
     }
 
-    /// Waits while this generation is the current one, at most for so long.
+    /// Waits until this generation is no longer ready, at most for `limit`.
     pub fn wait_while(&self, generation: u64, limit: Duration) {
         let deadline = Instant::now() + limit;
         let mut status = self.shared.lock();
@@ -231,7 +234,7 @@ impl Handle {
         }
     }
 
-    /// Runs a call against opencode, again against its successor if it was gone.
+    /// Calls opencode; if it has ended, calls its successor.
     ///
     /// # Errors
     /// As [`Handle::endpoint`], and those of the call.
@@ -250,7 +253,7 @@ impl Handle {
         call(&endpoint).map_err(Error::from)
     }
 
-    /// A ready opencode after a call to `endpoint` found nobody there.
+    /// Waits for a ready opencode after a call found that `endpoint` no longer answers.
     ///
     /// # Errors
     /// As [`Handle::endpoint`].
@@ -258,8 +261,8 @@ impl Handle {
         self.wait(Some(endpoint.generation), deadline)
     }
 
-    /// Whether an opencode is still there after a call to it broke off: it is looked at again. What
-    /// cannot be said by the deadline counts as alive.
+    /// Whether opencode is still alive after a call to it broke off, by a new probe. Without a result at the
+    /// deadline opencode counts as alive.
     pub fn survives(&self, endpoint: &Endpoint, deadline: Instant) -> bool {
         let mut status = self.shared.lock();
         let checks = status.checks;
@@ -281,7 +284,7 @@ impl Handle {
         false
     }
 
-    /// With `suspect`, an opencode of that generation is believed only after another look at it.
+    /// With `suspect`, trusts an opencode of that generation only after a new probe.
     fn wait(&self, suspect: Option<u64>, deadline: Instant) -> Result<Endpoint> {
         let mut status = self.shared.lock();
         let (failures, checks) = (status.failures, status.checks);

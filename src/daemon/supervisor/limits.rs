@@ -1,5 +1,5 @@
-//! Every constant of time in the supervision of opencode, as data: the policy has none of its own, so
-//! that the simulation, and process tests of what takes minutes, can give others.
+//! The time constants of supervision, as data: the policy has none of its own, so the simulation, and
+//! process tests of waits that take minutes, can use others.
 
 use std::time::Duration;
 
@@ -14,47 +14,48 @@ pub struct Limits {
     /// How long a start may take in any case: the first one after an upgrade can migrate a database
     /// for minutes.
     pub ready_at_most: Duration,
-    /// How long an adopted opencode that does not listen yet has at least.
+    /// The least time for an adopted opencode that does not listen yet, however old it is.
     pub adopt: Duration,
-    /// How soon a starting opencode is looked at: a fraction of what a start takes, since somebody
-    /// waits.
+    /// The first interval between probes of a starting opencode: a fraction of a start, since requests wait
+    /// for it.
     pub look_interval: Duration,
-    /// How seldom a starting opencode is looked at, once its start has taken long.
+    /// The longest interval between probes of a starting opencode; it grows with the time that the start
+    /// has taken.
     pub look_interval_at_most: Duration,
-    /// How long a starting opencode may take to answer the first time. Short: opencode never answers
-    /// a request of the first moments after it listens (some 0.3 s), so the request is repeated, with
-    /// more time the longer the start takes.
+    /// The first time limit for a health call to a starting opencode. Short, since opencode never answers
+    /// requests of the first 0.3 s or so after it listens: the call is repeated, with a limit that grows
+    /// with the time since opencode listens.
     pub first_probe: Duration,
-    /// How often a ready opencode is asked for its health.
+    /// The interval between probes of a ready opencode.
     pub probe_interval: Duration,
-    /// How long a ready opencode may take to answer.
+    /// The time limit for a health call to a ready opencode.
     pub probe: Duration,
-    /// After this long without an answer opencode hangs. Long: a restart costs its users their running
+    /// opencode without an answer for this long hangs. Long, since a restart costs users their running
     /// turns.
     pub hang: Duration,
-    /// The same for an opencode that is busy all the while.
+    /// The same for an opencode that is busy all that time.
     pub hang_busy: Duration,
-    /// How many health calls have to fail in that time.
+    /// How many health calls must fail in that time.
     pub hang_probes: u32,
-    /// Busy: this part of one core, one in so many, between each two probes.
+    /// Busy means at least 1/`busy_part` of a core between each two probes.
     pub busy_part: u32,
-    /// A start makes progress if its processor time grows by one part in so many of the time that
-    /// passes. An idle event loop stays far below.
+    /// A start makes progress while it uses at least 1/`progress_part` of a core. An idle event loop stays
+    /// far below.
     pub progress_part: u32,
-    /// How long disposing all instances may take at an orderly stop.
+    /// The time limit for disposing all instances at an orderly stop.
     pub dispose: Duration,
-    /// When TERM is repeated: opencode swallows the first while it installs a plugin.
+    /// The interval between TERM signals: opencode ignores the first while it installs a plugin.
     pub term_again: Duration,
-    /// How long a killed process is waited for: only the kernel can hold it now.
+    /// How long to wait for a process after KILL: only the kernel can hold it now.
     pub killed: Duration,
-    /// How long what opencode leaves behind has between TERM and KILL: a `git commit` that is killed
-    /// leaves its lock in the user's repository.
+    /// The time between TERM and KILL for descendants that outlive opencode: a killed `git commit` leaves
+    /// its lock in the user's repository.
     pub sweep: Duration,
-    /// A stop ends after this long, whatever hangs.
+    /// The time limit for a stop, whatever hangs.
     pub stop: Duration,
-    /// The first pause between two starts; it doubles.
+    /// The first backoff between two starts; each further one is twice as long.
     pub backoff_first: Duration,
-    /// The longest pause.
+    /// The longest backoff.
     pub backoff_last: Duration,
     /// Healthy this long: the next failure starts a fresh backoff.
     pub healthy: Duration,
@@ -62,7 +63,7 @@ pub struct Limits {
     pub failures: usize,
     /// See `failures`.
     pub failure_window: Duration,
-    /// How many ports in a row may turn out to be taken.
+    /// How many consecutive launches may find their port taken before that counts as a failure.
     pub port_tries: u32,
 }
 
@@ -104,16 +105,15 @@ impl Limits {
         port_tries: 10,
     };
 
-    /// The times of this daemon: [`Limits::STANDARD`]. A debug build, which is what the process tests
-    /// run, takes a factor from `OPENWORK_TEST_PACE`: what lasts minutes is then that many times
-    /// shorter.
+    /// The times of this daemon: [`Limits::STANDARD`]. Debug builds divide the long ones by
+    /// `OPENWORK_TEST_PACE`, for process tests.
     pub fn of_this_daemon() -> Limits {
         let pace = std::env::var("OPENWORK_TEST_PACE").ok().filter(|_| cfg!(debug_assertions));
         let pace = pace.and_then(|pace| pace.parse().ok()).filter(|pace| *pace > 0).unwrap_or(1);
         Limits::STANDARD.paced(pace)
     }
 
-    /// The waits that take long, this many times shorter.
+    /// Divides the long waits by `pace`.
     fn paced(self, pace: u32) -> Limits {
         Limits {
             ready: self.ready / pace,

@@ -1,20 +1,20 @@
 //! The one thread that owns opencode.
 //!
-//! It alone starts, watches, adopts and ends the process; everybody else holds a [`Handle`]. What is
-//! decided is decided in [`policy`], which does nothing; what may block (the disk, opencode's answers,
-//! the end of what it left) is done by helpers, which send a [`Message`] when they are done. This
-//! thread turns messages into events of the policy, and its actions into jobs, signals and news, so
-//! that it always answers at once.
+//! Only this thread starts, watches, adopts and ends the process; the rest of the daemon holds a
+//! [`Handle`]. The [`policy`] makes every decision and has no side effects. Helper threads do everything
+//! that may block (disk writes, calls to opencode, ending its descendants) and report with a [`Message`].
+//! This thread translates messages into events of the policy, and the policy's actions into jobs, signals
+//! and notices; it never blocks, so it always reacts at once.
 //!
-//! The helpers' threads are there before opencode is: a lack of threads can end the daemon at its
-//! start, and is never taken for a sign of opencode's later.
+//! The helper threads start before opencode does: running out of threads can end the daemon at its
+//! start, and never looks like a failure of opencode later.
 //!
 //! ```text
-//! handle    what everybody else sees
-//! policy    what is decided; limits: its times; silence: what may excuse a process
-//! worker    version, launch, adoption, burial: one job after the other
-//! prober    looks at the process, asks for its health
-//! watcher   sees its end, bounds its log
+//! handle    what the rest of the daemon sees of opencode
+//! policy    the decisions; limits: its times; silence: evidence that an unresponsive process works
+//! worker    version, launch, adoption, reaping: one job after the other
+//! prober    checks the listening socket and the health of the process
+//! watcher   detects the exit of the process, bounds its log
 //! ```
 
 pub mod handle;
@@ -46,34 +46,34 @@ use crate::wire::ProcessInfo;
 
 use self::handle::{Handle, Message, Report};
 use self::limits::Limits;
-pub use self::policy::Ends;
-use self::policy::{Action, Answer, Cause, Event, Launched, News, Policy, Probe};
+pub use self::policy::StopScope;
+use self::policy::{Action, Answer, Cause, Event, Launched, Notice, Policy, Probe};
 use self::prober::{Look, Prober, Target};
 use self::watcher::Watcher;
-use self::worker::{Engine, Grave, Job, Started, Worker};
+use self::worker::{EndedProcess, Engine, Job, Started, Worker};
 
-/// What the supervisor works with.
+/// The supervisor's dependencies.
 pub struct Context {
-    /// Where the files are.
+    /// Holds the logs, the lock and opencode's working directory.
     pub data_dir: DataDir,
-    /// What was asked for.
+    /// The options that concern opencode.
     pub options: EngineOptions,
-    /// The credentials it is started with.
+    /// The credentials that opencode starts with.
     pub auth: Auth,
-    /// Where the process is written down.
+    /// Records the process in the state file.
     pub store: &'static Store,
-    /// Which instances it has loaded.
+    /// The instances that opencode has loaded.
     pub instances: &'static Instances,
-    /// Who is told.
+    /// Publishes the daemon's events.
     pub events: &'static Events,
-    /// The service manager.
+    /// Notifies the service manager.
     pub notifier: &'static Notifier,
 }
 
-/// The process that there is.
+/// The process under supervision.
 struct Held {
     started: Started,
-    /// How to call it, once its socket is known.
+    /// The address for calls, once the listening socket is known.
     endpoint: Option<Endpoint>,
 }
 
@@ -95,21 +95,21 @@ impl Held {
     }
 }
 
-/// The thread's own data.
+/// The state of the supervisor's thread.
 pub struct Supervisor {
     handle: Handle,
     receiver: Receiver<Message>,
     jobs: Sender<Job>,
     looks: Sender<Look>,
     watcher: Arc<Watcher>,
-    /// Ends a question for a version.
+    /// Interrupts `--version` and commands of the user's service.
     stopping: Arc<Flag>,
     data_dir: DataDir,
     /// The credentials of an opencode of our own.
     credentials: Credentials,
     /// Whether the next opencode is the user's own service.
     is_shared: bool,
-    /// What the user's service that was used last wants as `Authorization`.
+    /// The `Authorization` of the user's service that was used last.
     service_authorization: Option<Arc<str>>,
     store: &'static Store,
     instances: &'static Instances,
@@ -118,19 +118,19 @@ pub struct Supervisor {
     limits: Limits,
     held: Option<Held>,
     version: Option<String>,
-    /// The URL of the user's own service, if that runs beside ours.
+    /// The URL of the user's own service, if one runs beside our opencode.
     service: Option<String>,
-    /// That it does has been told.
-    is_service_told: bool,
-    /// The process that asked for a stop, perhaps from within opencode.
+    /// The user has been told about that service.
+    is_service_reported: bool,
+    /// The pid of the client that requested the stop; it may be a descendant of opencode.
     client: Option<u32>,
 }
 
 impl Supervisor {
-    /// A supervisor that has done nothing yet, and its helpers.
+    /// Starts the helper threads of a supervisor that is yet to run.
     ///
     /// # Errors
-    /// When threads or descriptors for the helpers are lacking.
+    /// When threads or descriptors run out.
     pub fn new(handle: &Handle, receiver: Receiver<Message>, context: Context) -> Result<Supervisor> {
         let Context { data_dir, options, auth, store, instances, events, notifier } = context;
         let no_flag = |e| Error::Internal(format!("cannot start the supervisor: {e}"));
@@ -183,12 +183,12 @@ impl Supervisor {
             held: None,
             version: None,
             service: None,
-            is_service_told: false,
+            is_service_reported: false,
             client: None,
         })
     }
 
-    /// Runs until it is told to stop and opencode is gone, or kept.
+    /// Runs until a stop has ended opencode, or left it to the next daemon.
     pub fn run(mut self) {
         let mut actions = Vec::new();
         let recorded = self.store.snapshot().opencode.is_some();
@@ -209,30 +209,30 @@ impl Supervisor {
             };
             let event = match message {
                 Ok(message) => self.event(message),
-                // Awake for the service manager, and nothing else is due.
+                // Only the report to the service manager was due.
                 Err(RecvTimeoutError::Timeout) if policy.next_deadline().is_none_or(|at| at > Instant::now()) => {
                     continue;
                 }
                 Err(RecvTimeoutError::Timeout) => Event::Timer,
-                // Cannot be, since we hold a sender; but to go on would be to spin.
-                Err(RecvTimeoutError::Disconnected) => Event::Stop { ends: Ends::Nothing },
+                // Unreachable, since `handle` holds a sender; continuing would spin.
+                Err(RecvTimeoutError::Disconnected) => Event::Stop { scope: StopScope::DaemonOnly },
             };
             policy.handle(event, Instant::now(), &mut actions);
         }
     }
 
-    /// What a message means to the policy; what only this thread has to know is kept.
+    /// Translates a message into an event of the policy, and keeps the data that the policy does not need.
     fn event(&mut self, message: Message) -> Event {
         match message {
             Message::Need => Event::Need,
             Message::Suspect { generation } => Event::Suspect { generation },
-            Message::Stop { ends, client } => {
+            Message::Stop { scope, client } => {
                 self.client = client;
-                Event::Stop { ends }
+                Event::Stop { scope }
             }
             Message::Adopted { job, found: None } => Event::Adopted { job, found: None },
             Message::Adopted { job, found: Some((process, record, checked)) } => {
-                // What was printed before is not about what happens now.
+                // Output from before the adoption does not explain a later failure.
                 let log_start = std::fs::metadata(self.data_dir.opencode_log()).map_or(0, |metadata| metadata.len());
                 let authorization = self.credentials.of(record.line()).clone();
                 let engine = Engine::Ours(process);
@@ -264,8 +264,8 @@ impl Supervisor {
             }
             Message::Disposed { job } => Event::Disposed { job },
             Message::Exited { generation } => Event::Exited { generation },
-            Message::Buried { job, end } => Event::Buried { job, end },
-            Message::Broken => panic!("a helper of the supervisor has panicked"),
+            Message::Reaped { job, end } => Event::Reaped { job, end },
+            Message::Broken => panic!("a helper thread of the supervisor panicked"),
         }
     }
 
@@ -273,7 +273,7 @@ impl Supervisor {
         let Report { answer, version, socket, cpu, log, memory, service } = report;
         if matches!(answer, Answer::Healthy) {
             self.service = service;
-            self.tell_of_service();
+            self.report_service();
         }
         if version.is_some() {
             self.version = version;
@@ -289,21 +289,21 @@ impl Supervisor {
         Probe { answer, cpu, log, heard: self.handle.shared.was_heard(generation), memory }
     }
 
-    /// Tells the user, once, of a service that runs beside our opencode: each of the two has its own
-    /// events, running sessions and MCP servers, over the same data.
-    fn tell_of_service(&mut self) {
-        if let (Some(url), false) = (&self.service, self.is_service_told) {
+    /// Tells the user, once, about a service that runs beside our opencode: both work on the same data,
+    /// each with its own events, running sessions and MCP servers.
+    fn report_service(&mut self) {
+        if let (Some(url), false) = (&self.service, self.is_service_reported) {
             let notice = format!(
                 "plain `opencode` has a server of its own on {url}, which knows nothing of what runs in openwork's; \
                  `openwork daemon restart --all --shared` has one for both"
             );
             crate::log!("{notice}");
             self.store.tell(notice);
-            self.is_service_told = true;
+            self.is_service_reported = true;
         }
     }
 
-    /// Does, or has done, what the policy has decided.
+    /// Carries out an action of the policy, or hands it to a helper.
     fn act(&mut self, action: Action, generation: u64) {
         match action {
             Action::Adopt { job } => self.job(Job::Adopt { job }),
@@ -326,22 +326,26 @@ impl Supervisor {
                 self.job(Job::Dispose { job, target, deadline });
             }
             Action::Signal(signal) => {
-                // The user's service has no signal that we could send.
+                // The user's service is never signalled.
                 if let Some(Held { started: Started { engine: Engine::Ours(process), .. }, .. }) = &self.held {
                     process.signal(signal);
                 }
             }
-            Action::Bury { job, cause } => {
+            Action::Reap { job, cause } => {
                 let Some(Held { started, .. }) = self.held.take() else { return };
-                self.job(Job::Bury { job, grave: Grave { generation, started, cause }, client: self.client });
+                self.job(Job::Reap { job, ended: EndedProcess { generation, started, cause }, client: self.client });
             }
-            Action::Order { job, verb } => {
+            Action::CommandService { job, verb } => {
                 let Some(Held { started, .. }) = self.held.take() else { return };
-                self.job(Job::Order { job, grave: Grave { generation, started, cause: Cause::Wanted }, verb });
+                self.job(Job::CommandService {
+                    job,
+                    ended: EndedProcess { generation, started, cause: Cause::Wanted },
+                    verb,
+                });
             }
             Action::Release => self.watcher.watch(None),
-            Action::Tell(news) => self.tell(news, generation),
-            Action::Note(error) => crate::log!("{error}"),
+            Action::Publish(notice) => self.publish_event(notice, generation),
+            Action::Log(error) => crate::log!("{error}"),
         }
     }
 
@@ -349,31 +353,31 @@ impl Supervisor {
         let _ = self.jobs.send(job);
     }
 
-    fn tell(&self, news: News, generation: u64) {
+    fn publish_event(&self, notice: Notice, generation: u64) {
         let pid = self.held.as_ref().map_or(0, |held| held.started.record.pid);
-        self.events.publish(match news {
-            News::Starting => EventKind::EngineStarting { generation, pid },
-            News::Ready { adopted } => {
+        self.events.publish(match notice {
+            Notice::Starting => EventKind::EngineStarting { generation, pid },
+            Notice::Ready { adopted } => {
                 let how = if adopted { "adopted" } else { "ready" };
                 let version = self.version.as_deref().unwrap_or_default();
                 let address = self.held.as_ref().map(|held| held.started.record.base_url.as_str()).unwrap_or_default();
                 crate::log!("opencode {version} is {how} on {address} (pid {pid})");
                 EventKind::EngineReady { generation, pid }
             }
-            News::Exited { how, pid } => EventKind::EngineExited { generation, pid, reason: how },
-            News::Failed { error } => EventKind::EngineFailed { error },
-            News::TooLarge { recycled: true } => {
+            Notice::Exited { how, pid } => EventKind::EngineExited { generation, pid, reason: how },
+            Notice::Failed { error } => EventKind::EngineFailed { error },
+            Notice::TooLarge { recycled: true } => {
                 crate::log!("opencode takes more than --max-memory, and no session runs: it is restarted");
                 EventKind::EngineRecycled { generation, pid }
             }
-            News::TooLarge { recycled: false } => {
+            Notice::TooLarge { recycled: false } => {
                 crate::log!("opencode takes more than --max-memory; it is restarted when no session runs");
                 EventKind::EngineTooLarge { generation, pid }
             }
         });
     }
 
-    /// Tells everybody how it is.
+    /// Publishes the status to all handles.
     fn publish(&self, policy: &Policy) {
         let generation = policy.generation();
         let process = self.held.as_ref().map(|Held { started: Started { record, .. }, .. }| ProcessInfo {
@@ -386,7 +390,7 @@ impl Supervisor {
         let shared = self.held.as_ref().map_or(self.is_shared, |held| held.started.engine.is_service());
         let is_ready = policy.phase() == crate::wire::Phase::Ready;
         let endpoint = self.held.as_ref().and_then(|held| held.endpoint.clone());
-        // With each probe, so that this wakes nobody.
+        // Every probe leads here, so closing idle connections needs no timer of its own.
         endpoint.iter().for_each(|endpoint| endpoint.close_kept(is_ready));
         let ready = endpoint.filter(|_| is_ready);
         self.handle.shared.publish(|status| {
@@ -407,7 +411,7 @@ impl Supervisor {
     }
 }
 
-/// Tells the supervisor when its thread panics.
+/// Reports a panic of a helper thread to the supervisor.
 struct Guard(Sender<Message>);
 
 impl Drop for Guard {
@@ -418,10 +422,10 @@ impl Drop for Guard {
     }
 }
 
-/// Starts a helper.
+/// Starts a helper thread.
 ///
 /// # Errors
-/// When the system has no thread for it.
+/// When the system cannot start a thread.
 fn help(messages: Sender<Message>, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let guard = Guard(messages);
     let started = Builder::new().spawn(move || {

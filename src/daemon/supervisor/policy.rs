@@ -1,16 +1,15 @@
-//! What the supervisor decides, without doing any of it: an event and the time go in, actions come
-//! out. No clock, thread, process or file is touched here, so a simulation can live through a million
-//! days of it.
+//! The supervisor's decisions as a pure state machine: an event and the time go in, actions come out.
+//! The policy uses no clock, thread, process or file, so a simulation can run it through a million days.
 //!
-//! Invariants: at most one process exists, and none is launched before all of the one before has
-//! ended; at most one job is under way, and an answer to an earlier job, or about an earlier process,
-//! is dropped; what is wanted ([`Want`]) is apart from what is ([`Phase`]).
+//! Invariants: at most one process exists, and a launch follows only after the previous process and its
+//! descendants have ended; at most one job is under way, and the policy drops answers to earlier jobs and
+//! about earlier processes; the desired state ([`Want`]) is apart from the actual one ([`Phase`]).
 //!
-//! An opencode that an earlier daemon started is no special case: it enters in [`Phase::Starting`]
-//! like one that was just launched, and has to answer like it. Nor is the user's own service
-//! ([`Manners::is_service`]), but that it is never signalled: where an opencode of our own gets TERM, the
-//! service is restarted by its own command; where the daemon stops, the service stays; and where it has
-//! ended, it is looked for, and started only when a request needs it.
+//! An adopted opencode enters [`Phase::Starting`] like one that was just launched, and must pass the same
+//! health check. So does the user's own service ([`Lifecycle::is_service`]), with three differences: the
+//! service is never signalled (where our own opencode gets TERM, the service's own command restarts it);
+//! the service keeps running when the daemon stops; and after the service has ended, the daemon looks for
+//! it, and starts it only when a request needs it.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -19,11 +18,11 @@ use rustix::process::Signal;
 
 use super::limits::Limits;
 use super::silence::{Progress, Silence};
-use crate::daemon::engine::Manners;
+use crate::daemon::engine::Lifecycle;
 use crate::error::{Error, ErrorBody};
 use crate::wire::Phase as PhaseName;
 
-/// Whether this policy has a bug that a test of the simulation has planted.
+/// Whether a test of the simulation has planted this bug in the policy.
 #[cfg(test)]
 macro_rules! planted {
     ($policy:expr, $bug:ident) => {
@@ -42,34 +41,34 @@ mod steps;
 #[cfg(test)]
 mod tests;
 
-pub use self::language::{Action, Answer, Cause, Checked, End, Ends, Event, Launched, Memory, News, Probe};
+pub use self::language::{Action, Answer, Cause, Checked, End, Event, Launched, Memory, Notice, Probe, StopScope};
 
-/// What is wanted.
+/// The desired state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Want {
     Run,
-    Stop { ends: Ends },
+    Stop { scope: StopScope },
 }
 
-/// Where a process comes from.
+/// How the daemon got its process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
     Launched,
     Adopted,
 }
 
-/// What comes after the end of a process.
+/// The step that follows the end of a process.
 #[derive(Debug)]
 enum Then {
-    /// Nothing: the daemon stops.
+    /// The daemon stops.
     Stop,
-    /// The process had failed so.
+    /// The process was ended because of this failure: restart it with backoff, or give up.
     Fail(Error),
-    /// Another is started at once.
+    /// Start another process at once.
     Start,
 }
 
-/// A process that has not answered yet.
+/// A process that has not passed a health check yet.
 #[derive(Debug)]
 struct Starting {
     origin: Origin,
@@ -77,67 +76,67 @@ struct Starting {
     until: Instant,
     look_at: Instant,
     probing: bool,
-    /// When it was last asked.
+    /// When the last probe was sent.
     asked: Instant,
     listens_since: Option<Instant>,
     patience: Patience,
     progress: Progress,
 }
 
-/// What a process without an answer is measured by.
+/// How long a process without an answer is given.
 #[derive(Debug)]
 enum Patience {
-    /// It is starting: as long as that makes progress.
+    /// A starting process: as long as the start makes progress.
     Start,
-    /// It was adopted, and was not looked at yet.
+    /// An adopted process before its first probe.
     Unknown,
-    /// It was adopted and listens, so it was ready before: as a ready one that is silent.
+    /// An adopted process that listens was ready before: as long as a ready process that stopped answering.
     Ready(Silence),
 }
 
-/// A process that has answered.
+/// A process that has passed a health check.
 #[derive(Debug)]
 struct Ready {
     since: Instant,
-    /// When it was last asked.
+    /// When the last probe was sent.
     asked: Instant,
-    /// Since it was asked without an answer.
+    /// Begins with the first unanswered probe.
     silence: Option<Silence>,
     probe_at: Instant,
     probing: bool,
 }
 
-/// What is.
+/// The actual state.
 #[derive(Debug)]
 enum Phase {
-    /// The opencode of an earlier daemon is being looked for.
+    /// Looking for the opencode of an earlier daemon.
     Adopting,
-    /// A binary is being asked for its version.
+    /// Finding the binary and its version.
     Checking,
-    /// A process is being started and written down.
+    /// Starting a process and recording it.
     Launching,
-    /// A process is there and has not answered yet.
+    /// The process has not passed a health check yet.
     Starting(Starting),
-    /// A process is there and has answered.
+    /// The process has passed a health check.
     Ready(Ready),
-    /// A process is on its way out: its instances are being disposed.
+    /// An orderly stop has begun: opencode disposes its instances.
     Disposing { until: Instant, then: Then },
-    /// TERM was sent, first at `since`, next at `again`.
+    /// TERM was first sent at `since`; the next follows at `again`.
     Terminating { since: Instant, again: Instant, then: Then },
     /// KILL was sent.
     Killed { since: Instant, then: Then },
-    /// Not even KILL has ended the process.
+    /// The process has survived KILL.
     Stuck,
-    /// The process has ended; what it left is being ended.
-    Burying { was_ready: bool, then: Option<Then> },
+    /// The process has ended; its descendants are being ended.
+    Reaping { was_ready: bool, then: Option<Then> },
     /// A pause before the next start.
     Waiting { until: Instant },
-    /// The user's service does not run, and nobody needs it: it is looked for at `until`, and after twice
-    /// the pause next time.
+    /// The user's service does not run and no request needs it: the daemon looks for it at `until`, and
+    /// doubles the pause each time.
     Absent { until: Instant, pause: Duration },
-    /// opencode stays down until somebody asks for it.
+    /// opencode stays down until a request needs it.
     Failed,
-    /// The end of the supervisor.
+    /// The supervisor has finished.
     Stopped,
 }
 
@@ -146,41 +145,40 @@ pub struct Policy {
     limits: Limits,
     phase: Phase,
     want: Want,
-    /// When a stop ends, whatever hangs.
+    /// The deadline of a stop, whatever hangs.
     stop_by: Option<Instant>,
-    /// The number of the job that is under way, or was last.
+    /// The number of the current job, or of the last one.
     job: u64,
     generation: u64,
     restarts: u64,
     failures: u64,
     checks: u64,
     last_error: Option<ErrorBody>,
-    manners: Manners,
-    /// Failures in a row, for the pause.
-    in_a_row: u32,
-    /// Recent failures, for giving up.
+    lifecycle: Lifecycle,
+    /// Consecutive failures; they determine the backoff.
+    consecutive_failures: u32,
+    /// The failures within `failure_window`; too many, and opencode is given up.
     recent: VecDeque<Instant>,
-    /// The next launch replaces a process that had failed.
+    /// The next launch replaces a failed process.
     restarting: bool,
-    /// A request has asked for opencode, which was not ready then, and has not been since. Only the user's
-    /// service waits for that.
+    /// A request has needed opencode since it was last ready. The user's service is started only then.
     needed: bool,
-    /// The pause before the user's service is looked for again.
+    /// The pause before the next look for the user's service.
     look_pause: Duration,
-    /// The next failure is final: somebody has asked for one more attempt.
+    /// A request asked for one attempt after opencode was given up: the next failure is final.
     last_attempt: bool,
-    /// Ports that turned out to be taken, in a row.
+    /// Consecutive launches whose port turned out to be taken.
     taken_ports: u32,
-    /// It was told that this process takes too much memory.
+    /// The warning that this process uses too much memory was published.
     is_too_large: bool,
     #[cfg(test)]
     pub bug: Option<crate::daemon::supervisor::simulation::Bug>,
 }
 
 impl Policy {
-    /// A policy at the start of the daemon. `recorded`: the state file names an opencode.
+    /// The policy of a starting daemon. `recorded`: the state file names an opencode.
     pub fn new(limits: Limits, recorded: bool, out: &mut Vec<Action>) -> Policy {
-        let manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: false };
+        let lifecycle = Lifecycle { disposes: false, kill_after: Duration::ZERO, is_service: false };
         let look_pause = limits.backoff_first;
         let mut policy = Policy {
             limits,
@@ -193,8 +191,8 @@ impl Policy {
             failures: 0,
             checks: 0,
             last_error: None,
-            manners,
-            in_a_row: 0,
+            lifecycle,
+            consecutive_failures: 0,
             recent: VecDeque::new(),
             restarting: false,
             needed: false,
@@ -214,16 +212,16 @@ impl Policy {
         policy
     }
 
-    /// When [`Event::Timer`] is due, if nothing happens before.
+    /// When [`Event::Timer`] is due unless another event comes first.
     pub fn next_deadline(&self) -> Option<Instant> {
         let own = match &self.phase {
-            Phase::Adopting | Phase::Checking | Phase::Launching | Phase::Burying { .. } => None,
+            Phase::Adopting | Phase::Checking | Phase::Launching | Phase::Reaping { .. } => None,
             Phase::Starting(Starting { until, look_at, probing: false, .. }) => Some(*until.min(look_at)),
             Phase::Starting(Starting { until, probing: true, .. }) => Some(*until),
             Phase::Ready(Ready { probe_at, probing: false, .. }) => Some(*probe_at),
             Phase::Ready(Ready { probing: true, .. }) => None,
             Phase::Disposing { until, .. } | Phase::Waiting { until } | Phase::Absent { until, .. } => Some(*until),
-            Phase::Terminating { since, again, .. } => Some(*again.min(&(*since + self.manners.kill_after))),
+            Phase::Terminating { since, again, .. } => Some(*again.min(&(*since + self.lifecycle.kill_after))),
             Phase::Killed { since, .. } => Some(*since + self.limits.killed),
             Phase::Stuck | Phase::Failed => None,
             Phase::Stopped => return None,
@@ -231,7 +229,7 @@ impl Policy {
         [own, self.stop_by].into_iter().flatten().min()
     }
 
-    /// What follows from an event at this time: added to `out`, to be done in this order.
+    /// Handles an event: appends actions to `out`, in the order in which to carry them out.
     pub fn handle(&mut self, event: Event, now: Instant, out: &mut Vec<Action>) {
         if self.is_stale(&event) {
             return;
@@ -239,7 +237,7 @@ impl Policy {
         let phase = std::mem::replace(&mut self.phase, Phase::Stopped);
         self.phase = match self.stop_by {
             Some(by) if now >= by && !matches!(phase, Phase::Stopped) => {
-                out.push(Action::Note(Error::OpencodeUnavailable("it does not end in time".to_owned())));
+                out.push(Action::Log(Error::OpencodeUnavailable("it did not end in time".to_owned())));
                 self.leave(out)
             }
             _ => self.react(phase, event, now, out),
@@ -253,7 +251,7 @@ impl Policy {
             | Event::VersionKnown { job, .. }
             | Event::Launched { job, .. }
             | Event::Disposed { job }
-            | Event::Buried { job, .. } => *job != self.job,
+            | Event::Reaped { job, .. } => *job != self.job,
             Event::Probed { generation, .. } | Event::Exited { generation } => {
                 *generation != self.generation && !planted!(self, OldExit)
             }
@@ -266,7 +264,7 @@ impl Policy {
     fn react(&mut self, phase: Phase, event: Event, now: Instant, out: &mut Vec<Action>) -> Phase {
         use Phase::*;
         match (phase, event) {
-            // Somebody needs opencode, or has met one that does not answer.
+            // A request needs opencode, or got no answer from it.
             (Failed, Event::Need | Event::Suspect { .. }) => {
                 (self.last_attempt, self.needed) = (true, true);
                 self.start(out)
@@ -282,55 +280,55 @@ impl Policy {
             }
             (phase @ (Ready(_) | Stopped), Event::Need | Event::Suspect { .. }) => phase,
             (phase @ (Adopting | Checking | Launching | Starting(_) | Disposing { .. } | Terminating { .. }
-                | Killed { .. } | Burying { .. } | Waiting { .. }), Event::Need | Event::Suspect { .. }) => {
+                | Killed { .. } | Reaping { .. } | Waiting { .. }), Event::Need | Event::Suspect { .. }) => {
                 self.needed = true;
                 phase
             }
 
-            // The daemon is to stop.
-            (Starting(_) | Ready(_), Event::Stop { ends }) if self.want_stop(ends, now) => self.leave(out),
-            // An adopted opencode may serve sessions, which are closed in good order.
+            // The daemon shall stop.
+            (Starting(_) | Ready(_), Event::Stop { scope }) if self.want_stop(scope, now) => self.leave(out),
+            // An adopted opencode may have running sessions: dispose its instances before TERM.
             (Starting(self::Starting { origin: Origin::Adopted, .. }) | Ready(_), Event::Stop { .. }) => {
                 self.dispose(Then::Stop, now, out)
             }
             (Starting(_), Event::Stop { .. }) => self.terminate(Then::Stop, now, out),
-            (Disposing { until, .. }, Event::Stop { ends }) => {
-                self.want_stop(ends, now);
+            (Disposing { until, .. }, Event::Stop { scope }) => {
+                self.want_stop(scope, now);
                 Disposing { until, then: Then::Stop }
             }
-            (Terminating { since, again, .. }, Event::Stop { ends }) => {
-                self.want_stop(ends, now);
+            (Terminating { since, again, .. }, Event::Stop { scope }) => {
+                self.want_stop(scope, now);
                 Terminating { since, again, then: Then::Stop }
             }
-            (Killed { since, .. }, Event::Stop { ends }) => {
-                self.want_stop(ends, now);
+            (Killed { since, .. }, Event::Stop { scope }) => {
+                self.want_stop(scope, now);
                 Killed { since, then: Then::Stop }
             }
-            (Burying { was_ready, .. }, Event::Stop { ends }) => {
-                self.want_stop(ends, now);
-                Burying { was_ready, then: Some(Then::Stop) }
+            (Reaping { was_ready, .. }, Event::Stop { scope }) => {
+                self.want_stop(scope, now);
+                Reaping { was_ready, then: Some(Then::Stop) }
             }
-            (Checking, Event::Stop { ends }) => {
-                self.want_stop(ends, now);
+            (Checking, Event::Stop { scope }) => {
+                self.want_stop(scope, now);
                 out.push(Action::Cancel);
                 Checking
             }
-            // The user's service stays, whatever its command is about to do.
-            (Launching, Event::Stop { ends }) if self.want_stop(ends, now) && self.manners.is_service => {
+            // The user's service stays, so the stop need not wait for its command.
+            (Launching, Event::Stop { scope }) if self.want_stop(scope, now) && self.lifecycle.is_service => {
                 out.push(Action::Cancel);
                 Launching
             }
-            // What is under way there cannot be taken back: its answer decides.
-            (phase @ (Adopting | Launching), Event::Stop { ends }) => {
-                self.want_stop(ends, now);
+            // The job cannot be cancelled: its answer decides.
+            (phase @ (Adopting | Launching), Event::Stop { scope }) => {
+                self.want_stop(scope, now);
                 phase
             }
-            (Stuck | Waiting { .. } | Absent { .. } | Failed | Stopped, Event::Stop { ends }) => {
-                self.want_stop(ends, now);
+            (Stuck | Waiting { .. } | Absent { .. } | Failed | Stopped, Event::Stop { scope }) => {
+                self.want_stop(scope, now);
                 Stopped
             }
 
-            // Jobs are answered.
+            // Answers to jobs.
             (Adopting, Event::Adopted { found: None, .. }) => self.start(out),
             (Adopting, Event::Adopted { found: Some(found), .. }) => self.adopt(found, now, out),
             (Checking, Event::VersionKnown { result: Ok(checked), .. }) => self.launch(checked, out),
@@ -339,36 +337,36 @@ impl Policy {
             (Launching, Event::Launched { result: Ok(Launched::Absent), .. }) => self.absent(now, out),
             (Launching, Event::Launched { result: Err(e), .. }) => self.failed(e, now, out),
             (Disposing { then, .. }, Event::Disposed { .. }) => self.terminate(then, now, out),
-            (Burying { was_ready, then }, Event::Buried { end, .. }) => self.buried(was_ready, then, end, now, out),
-            // None of these is under way then.
+            (Reaping { was_ready, then }, Event::Reaped { end, .. }) => self.reaped(was_ready, then, end, now, out),
+            // No such job is under way in these phases.
             (phase @ (Checking | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Adopted { .. }) => phase,
+                | Stuck | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Adopted { .. }) => phase,
             (phase @ (Adopting | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::VersionKnown { .. }) => phase,
+                | Stuck | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::VersionKnown { .. }) => phase,
             (phase @ (Adopting | Checking | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Launched { .. }) => phase,
+                | Stuck | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Launched { .. }) => phase,
             (phase @ (Adopting | Checking | Launching | Starting(_) | Ready(_) | Terminating { .. } | Killed { .. }
-                | Stuck | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Disposed { .. }) => phase,
+                | Stuck | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Disposed { .. }) => phase,
             (phase @ (Adopting | Checking | Launching | Starting(_) | Ready(_) | Disposing { .. } | Terminating { .. }
-                | Killed { .. } | Stuck | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Buried { .. }) => phase,
+                | Killed { .. } | Stuck | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Reaped { .. }) => phase,
 
-            // The process was looked at.
+            // Results of probes.
             (Starting(starting), Event::Probed { probe, .. }) => self.probed_starting(starting, probe, now, out),
             (Ready(ready), Event::Probed { probe, .. }) => self.probed_ready(ready, probe, now, out),
             (phase @ (Adopting | Checking | Launching | Disposing { .. } | Terminating { .. } | Killed { .. } | Stuck
-                | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Probed { .. }) => phase,
+                | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Probed { .. }) => phase,
 
             // The process has ended.
-            (Starting(_), Event::Exited { .. }) => self.bury(false, None, out),
+            (Starting(_), Event::Exited { .. }) => self.reap(false, None, out),
             (Ready(ready), Event::Exited { .. }) => {
-                self.forgive(&ready, now);
-                self.bury(true, None, out)
+                self.reset_backoff(&ready, now);
+                self.reap(true, None, out)
             }
             (Disposing { then, .. } | Terminating { then, .. } | Killed { then, .. }, Event::Exited { .. }) => {
-                self.bury(false, Some(then), out)
+                self.reap(false, Some(then), out)
             }
-            (Stuck, Event::Exited { .. }) => self.bury(false, Some(Then::Start), out),
-            (phase @ (Adopting | Checking | Launching | Burying { .. } | Waiting { .. } | Absent { .. } | Failed
+            (Stuck, Event::Exited { .. }) => self.reap(false, Some(Then::Start), out),
+            (phase @ (Adopting | Checking | Launching | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed
                 | Stopped), Event::Exited { .. }) => phase,
 
             // Time has passed.
@@ -376,7 +374,7 @@ impl Policy {
             (Ready(ready), Event::Timer) => self.ask(ready, now, out),
             (Disposing { until, then }, Event::Timer) if now >= until => self.terminate(then, now, out),
             (Terminating { since, then, .. }, Event::Timer)
-                if now >= since + self.manners.kill_after && !planted!(self, NeverKills) =>
+                if now >= since + self.lifecycle.kill_after && !planted!(self, NeverKills) =>
             {
                 out.push(Action::Signal(Signal::KILL));
                 Killed { since: now, then }
@@ -393,22 +391,22 @@ impl Policy {
                 Launching
             }
             (phase @ (Adopting | Checking | Launching | Disposing { .. } | Terminating { .. } | Killed { .. } | Stuck
-                | Burying { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Timer) => phase,
+                | Reaping { .. } | Waiting { .. } | Absent { .. } | Failed | Stopped), Event::Timer) => phase,
         }
     }
 
-    /// The phase as it is published.
+    /// The published phase.
     pub fn phase(&self) -> PhaseName {
         match &self.phase {
-            // A look for the user's service starts nothing.
-            Phase::Checking | Phase::Launching if self.manners.is_service && !self.needed => PhaseName::Waiting,
+            // Only looking for the user's service starts nothing.
+            Phase::Checking | Phase::Launching if self.lifecycle.is_service && !self.needed => PhaseName::Waiting,
             Phase::Adopting | Phase::Checking | Phase::Launching | Phase::Starting(_) => PhaseName::Starting,
             Phase::Ready(_) => PhaseName::Ready,
             Phase::Disposing { .. } | Phase::Terminating { .. } | Phase::Killed { .. } | Phase::Stopped => {
                 PhaseName::Stopping
             }
-            Phase::Burying { then: Some(_), .. } => PhaseName::Stopping,
-            Phase::Burying { then: None, .. } | Phase::Waiting { .. } | Phase::Absent { .. } => PhaseName::Waiting,
+            Phase::Reaping { then: Some(_), .. } => PhaseName::Stopping,
+            Phase::Reaping { then: None, .. } | Phase::Waiting { .. } | Phase::Absent { .. } => PhaseName::Waiting,
             Phase::Stuck | Phase::Failed => PhaseName::Failed,
         }
     }
@@ -418,17 +416,17 @@ impl Policy {
         matches!(self.phase, Phase::Stopped)
     }
 
-    /// Whether the daemon is to stop.
+    /// Whether a stop was requested.
     pub fn is_stopping(&self) -> bool {
         self.want != Want::Run
     }
 
-    /// Counts the processes; 0 before the first.
+    /// The number of the current process; 0 before the first.
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// How many processes replaced one that had failed.
+    /// How many processes replaced a failed one.
     pub fn restarts(&self) -> u64 {
         self.restarts
     }
@@ -438,12 +436,12 @@ impl Policy {
         self.failures
     }
 
-    /// How many health calls of ready processes were answered.
+    /// How many probes of a ready process it answered.
     pub fn checks(&self) -> u64 {
         self.checks
     }
 
-    /// Why opencode is not ready, or was not before.
+    /// The last failure; none once opencode is ready again.
     pub fn last_error(&self) -> Option<&ErrorBody> {
         self.last_error.as_ref()
     }

@@ -1,5 +1,5 @@
-//! Looks at the process of opencode, and asks for its health: in a thread that is there before opencode
-//! is, so that a lack of threads cannot be taken for silence.
+//! Probes opencode: its listening socket, its health, its memory. The thread starts before opencode does,
+//! so that running out of threads never looks like an opencode that does not answer.
 
 use std::io;
 use std::sync::Arc;
@@ -20,55 +20,55 @@ use crate::state::Store;
 use crate::system::socket::{self, Listening};
 use crate::system::{process, wait};
 
-/// How long opencode may take to say whether sessions run, before it is restarted for its memory.
+/// How long the list of running sessions may take, before a restart for memory.
 const SESSIONS_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long the end of a process may take to be reported, once its sockets are closed: some
-/// microseconds, or longer on a machine that is overloaded.
+/// How long the kernel may take to report the end of a process after it has closed its sockets: some
+/// microseconds, or longer on an overloaded machine.
 const ENDING_LIMIT: Duration = Duration::from_secs(1);
 
-/// A process that may listen.
+/// A process to probe.
 pub struct Target {
-    /// Counts the processes.
+    /// The number of the process.
     pub generation: u64,
-    /// Its id.
+    /// The pid of the process.
     pub pid: u32,
-    /// Which protocol it speaks.
+    /// The protocol that it speaks.
     pub line: Line,
-    /// Where it is to listen; its socket is still to be found.
+    /// The address where it shall listen; the socket is yet to be found.
     pub listener: Listener,
-    /// What it wants as `Authorization`.
+    /// The `Authorization` that it accepts.
     pub authorization: Arc<str>,
     /// Whether it is the user's own service.
     pub is_service: bool,
 }
 
-/// A look at a process.
+/// A probe to make.
 pub struct Look {
     /// The process.
     pub target: Target,
-    /// How long its answer may take.
+    /// The time limit for the health call.
     pub limit: Duration,
-    /// It was ready before.
+    /// The process was ready before.
     pub is_ready: bool,
 }
 
-/// Does the looking.
+/// Makes the probes.
 pub struct Prober {
-    /// Where the logs are.
+    /// Holds the logs.
     pub data_dir: DataDir,
-    /// What opencode has loaded.
+    /// Holds the record of the process.
     pub store: &'static Store,
-    /// Which instances it has loaded.
+    /// Knows the running sessions, and stores the version.
     pub instances: &'static Instances,
-    /// More memory than this, with all that it has started, is too much. Bytes.
+    /// The most memory for opencode with its descendants. Bytes.
     pub max_memory: Option<u64>,
-    /// The supervisor.
+    /// The channel to the supervisor.
     pub messages: Sender<Message>,
 }
 
 impl Prober {
-    /// Looks for as long as the daemon lives.
+    /// Makes probes for as long as the daemon lives.
     pub fn run(self, looks: Receiver<Look>) {
         for look in looks {
             let generation = look.target.generation;
@@ -80,17 +80,18 @@ impl Prober {
     fn look(&self, look: Look) -> Report {
         let log = self.data_dir.opencode_log();
         if look.is_ready {
-            // Another daemon may have started an opencode of its own by now; if nobody asks this one
-            // for anything, nothing else would tell.
+            // If the lock file was replaced, another daemon may have started an opencode of its own; an idle
+            // daemon notices only here.
             let _ = self.store.check_lock();
-            // What its watcher does while it grows; and the daemon's own, which grows by lines.
+            // The watcher bounds opencode's log while it grows; the daemon's own log grows slowly enough for
+            // this interval.
             for log in [&log, &self.data_dir.daemon_log()] {
                 let _ = log::bound(log);
             }
         }
         let (mut memory, mut holder) = (None, None);
         let (answer, version) = match find(&look.target) {
-            Err(e) => (Answer::NotAsked(Error::Internal(format!("cannot look at opencode: {e}"))), None),
+            Err(e) => (Answer::NotSent(Error::Internal(format!("cannot look at opencode: {e}"))), None),
             Ok(None) => (without_listener(&look), None),
             Ok(Some((endpoint, listening))) => {
                 holder = Some(listening);
@@ -99,7 +100,7 @@ impl Prober {
                     self.instances.version_is(version);
                 }
                 if matches!(answer, Answer::Healthy) && look.is_ready {
-                    memory = self.weigh(&endpoint);
+                    memory = self.check_memory(&endpoint);
                 }
                 (answer, version)
             }
@@ -119,24 +120,24 @@ impl Prober {
         }
     }
 
-    /// Its memory, and, when that is too much, whether a session runs.
-    fn weigh(&self, endpoint: &Endpoint) -> Option<Memory> {
+    /// Compares the memory of opencode with its limit; above it, asks whether a session runs.
+    fn check_memory(&self, endpoint: &Endpoint) -> Option<Memory> {
         let max = self.max_memory?;
         let record = self.store.snapshot().opencode.clone()?;
         let exceeds = process::share(&record.processes())? > max;
         let deadline = Instant::now() + SESSIONS_LIMIT;
         let loaded = self.store.latest().opencode.as_ref().map(|engine| engine.instances.clone());
         let loaded = loaded.unwrap_or_default();
-        // What cannot be known is taken for a running session.
+        // Without an answer, assume that a session runs.
         let busy = exceeds && self.instances.any_running(endpoint, &loaded, deadline).unwrap_or(true);
         Some(Memory { exceeds, busy })
     }
 }
 
-/// How to call a process, if it listens.
+/// Finds the listening socket of a process; `None` when it does not listen.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When the daemon runs out of a resource that the search needs.
 pub fn find(target: &Target) -> io::Result<Option<(Endpoint, Listening)>> {
     let Target { generation, pid, line, listener, authorization, .. } = target;
     let Some(listening) = socket::listening(*pid, listener.address)? else { return Ok(None) };
@@ -144,7 +145,7 @@ pub fn find(target: &Target) -> io::Result<Option<(Endpoint, Listening)>> {
     Ok(Some((Endpoint::new(listener, *generation, *line, authorization.clone()), listening)))
 }
 
-/// Asks for its health.
+/// Makes a health call; returns the version with a healthy answer.
 fn ask(look: &Look, endpoint: &Endpoint) -> (Answer, Option<String>) {
     let answer = match endpoint.health(Instant::now() + look.limit) {
         Ok(version) => return (Answer::Healthy, Some(version)),
@@ -159,19 +160,19 @@ fn ask(look: &Look, endpoint: &Endpoint) -> (Answer, Option<String>) {
         Err(CallError::Failed(e @ (Error::OpencodeAuthFailed(_) | Error::OpencodeUnsupported { .. }))) => {
             Answer::Refused(e)
         }
-        Err(CallError::Failed(e @ Error::Overloaded(_))) => Answer::NotAsked(e),
+        Err(CallError::Failed(e @ Error::Overloaded(_))) => Answer::NotSent(e),
         Err(CallError::Failed(e)) => Answer::Silent(e),
     };
     (answer, None)
 }
 
-/// What it means that a process does not listen: one that was ready may be about to end. The kernel
-/// closes its sockets before it reports its end.
+/// The answer for a process that does not listen. A process that was ready may be ending: the kernel
+/// closes its sockets before it reports the end.
 fn without_listener(look: &Look) -> Answer {
     let patience = if look.is_ready { ENDING_LIMIT } else { Duration::ZERO };
     match wait::wait_until_readable(&look.target.listener.process, Instant::now() + patience) {
         true => Answer::Silent(Error::OpencodeUnavailable("the process has ended".to_owned())),
-        false => Answer::Deaf,
+        false => Answer::NotListening,
     }
 }
 
@@ -182,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn closed_connection_is_silence_and_only_a_missing_listener_is_deafness() {
+    fn closing_a_connection_still_counts_as_listening() {
         let bound = TcpListener::bind("127.0.0.1:0").unwrap();
         let SocketAddr::V4(address) = bound.local_addr().unwrap() else { panic!("{bound:?}") };
         let pid = std::process::id();
@@ -199,9 +200,9 @@ mod tests {
             hanging_up.join().unwrap();
         });
         drop(bound);
-        // A process that another test has just forked holds the socket too, until it runs its program.
+        // A process that another test has just forked also holds the socket, until its exec.
         let deadline = Instant::now() + Duration::from_secs(30);
-        while !matches!(ask(&look, &endpoint).0, Answer::Deaf) {
+        while !matches!(ask(&look, &endpoint).0, Answer::NotListening) {
             assert!(Instant::now() < deadline);
         }
     }

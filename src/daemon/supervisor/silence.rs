@@ -1,13 +1,13 @@
-//! What a process without an answer may still have going for it: processor time, and a growing log.
+//! Evidence that a process without an answer still works: processor time, and a growing log.
 
 use std::time::{Duration, Instant};
 
 use super::limits::Limits;
 
-/// The processor time of a process at one moment.
+/// The processor time of a process at one moment; none when it could not be read.
 type Sample = Option<Duration>;
 
-/// Whether a process has used at least one part in `part` of a core between two samples.
+/// Whether a process used at least 1/`part` of a core between two samples.
 fn was_busy(before: Sample, after: Sample, passed: Duration, part: u32) -> bool {
     match (before, after) {
         (Some(before), Some(after)) => after.saturating_sub(before) >= passed / part,
@@ -15,34 +15,34 @@ fn was_busy(before: Sample, after: Sample, passed: Duration, part: u32) -> bool 
     }
 }
 
-/// A process that answered before and does not now.
+/// The time in which a process that was ready gives no answer.
 #[derive(Debug)]
 pub struct Silence {
     since: Instant,
     probes: u32,
-    /// When the last sample was taken; none before the first.
+    /// The last sample and its time.
     sampled: Option<(Instant, Sample)>,
-    /// It was busy between each two samples.
+    /// The process was busy between each two samples.
     busy: bool,
 }
 
 impl Silence {
-    /// Begins now, or then.
+    /// A silence that began at `since`.
     pub fn new(since: Instant) -> Silence {
         Silence { since, probes: 0, sampled: None, busy: true }
     }
 
-    /// How long it lasts.
+    /// How long the silence has lasted.
     pub fn since(&self, now: Instant) -> Duration {
         now.duration_since(self.since)
     }
 
-    /// A health call brought no answer.
+    /// Records a health call without an answer.
     pub fn probed(&mut self, cpu: Sample, now: Instant, limits: &Limits) {
         self.probes += 1;
         match self.sampled {
             None => self.sampled = Some((now, cpu)),
-            // Ticks of processor time are coarse: a short interval says nothing.
+            // The kernel counts processor time in coarse ticks: short intervals prove nothing.
             Some((at, before)) if now.duration_since(at) >= limits.probe_interval / 2 => {
                 self.busy &= was_busy(before, cpu, now.duration_since(at), limits.busy_part);
                 self.sampled = Some((now, cpu));
@@ -51,14 +51,14 @@ impl Silence {
         }
     }
 
-    /// Whether the process is to be ended for it.
+    /// Whether the silence has lasted long enough to end the process.
     pub fn is_hang(&self, now: Instant, limits: &Limits) -> bool {
         let limit = if self.busy { limits.hang_busy } else { limits.hang };
         self.probes >= limits.hang_probes && self.since(now) >= limit
     }
 }
 
-/// Whether a start goes on: its log or its processor time grows.
+/// The progress of a start: growth of its log or processor time.
 #[derive(Debug)]
 pub struct Progress {
     sampled: (Instant, Sample, u64),
@@ -66,12 +66,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// None yet.
+    /// The progress of a process that was just launched or adopted.
     pub fn new(now: Instant) -> Progress {
         Progress { sampled: (now, Some(Duration::ZERO), 0), made: true }
     }
 
-    /// Looks again, unless the last look was just now.
+    /// Takes a sample, unless the last one is too recent to compare with.
     pub fn look(&mut self, cpu: Sample, log: u64, now: Instant, limits: &Limits) {
         let (at, before, size) = self.sampled;
         if now.duration_since(at) >= limits.probe_interval / 2 {
@@ -80,13 +80,13 @@ impl Progress {
         }
     }
 
-    /// The process could not be looked at: that says nothing against it.
+    /// Assumes progress: the probe was never sent, which says nothing about the process.
     pub fn assume(&mut self, now: Instant) {
         self.made = true;
         self.sampled.0 = now;
     }
 
-    /// Whether it was made at the last look, which was not long ago.
+    /// Whether the last sample is recent and showed progress.
     pub fn is_made(&self, now: Instant, limits: &Limits) -> bool {
         self.made && now.duration_since(self.sampled.0) <= limits.probe_interval * 2
     }
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn busy_is_who_uses_the_processor_between_each_two_looks() {
+    fn busy_means_processor_time_between_each_two_samples() {
         for (used, limit) in [([5, 5], LIMITS.hang_busy), ([5, 0], LIMITS.hang), ([0, 5], LIMITS.hang)] {
             let begun = Instant::now();
             let (mut silence, mut now, mut cpu) = (Silence::new(begun), begun, Duration::ZERO);
@@ -121,10 +121,10 @@ mod tests {
     }
 
     #[test]
-    fn looks_soon_after_each_other_say_nothing_about_the_processor() {
+    fn samples_in_quick_succession_are_ignored() {
         let begun = Instant::now();
         let mut silence = Silence::new(begun);
-        // Its time is counted in ticks: of these looks, four a second, most find it unchanged.
+        // Processor time grows in ticks: at four samples a second, most find it unchanged.
         for n in 0..4 * 120 {
             let cpu = s(n / 16) / 2;
             silence.probed(Some(cpu), begun + Duration::from_millis(250) * n as u32, &LIMITS);

@@ -1,5 +1,5 @@
-//! Sees the end of the process, and bounds its log while that grows: one thread in `poll`, without a
-//! wake-up as long as nothing happens.
+//! Detects the exit of the process and bounds its log while that grows: one thread in `poll`, without
+//! wake-ups while nothing happens.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,15 +16,15 @@ use super::handle::Message;
 use crate::log;
 use crate::system::wait::{Flag, timespec};
 
-/// How long the log may grow unseen after a look at it: four looks a second cost nothing.
+/// The interval between checks of a growing log: four checks a second cost nothing.
 const LOG_PAUSE: Duration = Duration::from_millis(250);
-/// The same after the log had to be cut: something writes without end, gigabytes within seconds.
+/// The same after the log was truncated: a flood can write gigabytes within seconds.
 const FLOOD_PAUSE: Duration = Duration::from_millis(20);
 
-/// The process that is watched, with its generation.
+/// The watched process and its generation.
 type Watched = Option<(Arc<OwnedFd>, u64)>;
 
-/// How the supervisor tells the watcher what to watch.
+/// The watcher, shared by its thread and the supervisor.
 pub struct Watcher {
     watched: Mutex<Watched>,
     changed: Flag,
@@ -32,10 +32,10 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// A watcher of nothing; `log` is bounded whenever a process is watched.
+    /// A watcher that watches no process yet; `log` is opencode's log.
     ///
     /// # Errors
-    /// Without a descriptor for it.
+    /// When descriptors run out.
     pub fn new(log: PathBuf) -> io::Result<Watcher> {
         Ok(Watcher { watched: Mutex::default(), changed: Flag::new()?, log })
     }
@@ -44,7 +44,7 @@ impl Watcher {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on this process is watched, or none.
+    /// Replaces the watched process; `None` watches none.
     pub fn watch(&self, watched: Watched) {
         *self.lock() = watched;
         self.changed.raise();
@@ -54,7 +54,7 @@ impl Watcher {
     pub fn run(&self, messages: &Sender<Message>) {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
         if let Err(e) = &inotify {
-            // The probes bound the log too, every ten seconds.
+            // Without inotify the probes still bound the log, every ten seconds.
             crate::log!("cannot watch opencode's log: {e}");
         }
         let inotify = inotify.ok();
@@ -81,7 +81,7 @@ impl Watcher {
                 arm_at.get_or_insert_with(Instant::now);
             }
             if let (Some(inotify), true) = (&inotify, ready.get(1).copied().unwrap_or_default()) {
-                // What it says is only that there is something to look at.
+                // The events themselves carry nothing of interest.
                 while rustix::io::read(inotify, &mut [0; 1024][..]).is_ok_and(|count| count > 0) {}
                 arm_at.get_or_insert_with(|| Instant::now() + LOG_PAUSE);
             }
@@ -97,10 +97,10 @@ impl Watcher {
         }
     }
 
-    /// Bounds the log and has its next growth reported. When this is to be done again, if it is to be
-    /// done without a report.
+    /// Bounds the log and arms inotify for its next growth. Returns when to check again without waiting for
+    /// inotify, if the log was just truncated.
     fn bound(&self, inotify: Option<&OwnedFd>) -> Option<Instant> {
-        // First the watch, then the look: what grows in between is reported.
+        // Arm first, then check: inotify reports growth in between.
         let armed =
             inotify.map(|inotify| inotify::add_watch(inotify, &self.log, WatchFlags::MODIFY | WatchFlags::ONESHOT));
         let cut = log::bound(&self.log).unwrap_or_default();

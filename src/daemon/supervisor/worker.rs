@@ -1,10 +1,9 @@
-//! What the supervisor has done elsewhere, since it may block: finding the binary, asking for its
-//! version, starting, adopting and burying a process; finding the user's own service, and having it
-//! started, restarted and stopped by its own command. One job after the other, each of which is answered
-//! by a message.
+//! The supervisor's blocking jobs: finding the binary and its version; launching, adopting and reaping a
+//! process; finding the user's own service, and running the commands that start, restart and stop it. The
+//! thread does one job after the other and answers each with a message.
 //!
-//! Invariants: what proves a process ours is on disk before the process can do anything; the user's
-//! service, and what it has started, is never signalled ([`Engine`] has no way to).
+//! Invariants: the identity that proves a process ours is on disk before the process runs opencode; the
+//! user's service and its descendants are never signalled ([`Engine`] offers no way to).
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -37,49 +36,49 @@ use crate::system::limits::is_exhausted;
 use crate::system::process::{self, Identity, Process};
 use crate::system::wait::{self, Flag};
 
-/// How much of its output is told when opencode fails. Lines.
+/// How much of opencode's output a failure quotes. Lines.
 const LAST_LINES: usize = 20;
-/// The longest answer to `--version` that is read: a version is a few bytes. Bytes.
+/// The longest output of `--version` that is read: a version has a few bytes. Bytes.
 const VERSION_LENGTH: usize = 4096;
 
-/// How long the command that starts or restarts the user's service may take. It returns when the service
-/// answers: 5 s, 15 s more for an orderly end of the one before, and longer on a slow machine.
+/// The time limit for `opencode service start` and `restart`. They return when the service answers: after
+/// 5 s, another 15 s for the orderly end of its predecessor, and more on a slow machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
-/// How long the command that stops the service may take: an orderly end takes up to 15 s, and the daemon's
-/// own stop is over after 45 s.
+/// The time limit for `opencode service stop`: an orderly end takes up to 15 s, and the daemon's own stop is
+/// limited to 45 s.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// How long a registration may be awaited once the command has returned, which is after the registration.
+/// How long to wait for the registration after the command has returned; it should exist by then.
 const REGISTERED_LIMIT: Duration = Duration::from_secs(5);
-/// How often it is looked for.
+/// The interval between looks for the registration.
 const REGISTERED_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A job.
 pub enum Job {
-    /// Look for the opencode that the state file names; end what it left if it does not live.
+    /// Find the opencode that the state file names; if it has ended, end its descendants.
     Adopt { job: u64 },
-    /// Find the binary, and its version.
+    /// Find the binary and its version.
     Version { job: u64, limit: Duration },
-    /// Start a process; the user's service only when `start` says so, and it does not run.
+    /// Launch a process; or find the user's service, and start it if `start` is set and it does not run.
     Launch { job: u64, start: bool },
     /// Dispose all instances of opencode.
     Dispose { job: u64, target: Target, deadline: Instant },
-    /// End what a process left, and reap it. A command with this id asked for its end, perhaps from
-    /// within.
-    Bury { job: u64, grave: Grave, client: Option<u32> },
-    /// Have its own command do this with the user's service.
-    Order { job: u64, grave: Grave, verb: Verb },
+    /// End the descendants of a process that has ended, and reap it. `client` is the pid of the client that
+    /// requested its end, perhaps one of the descendants.
+    Reap { job: u64, ended: EndedProcess, client: Option<u32> },
+    /// Run a command of the user's service.
+    CommandService { job: u64, ended: EndedProcess, verb: Verb },
 }
 
 /// The process of an opencode.
 pub enum Engine {
-    /// Started by us, or by a daemon before us.
+    /// Started by this daemon or an earlier one.
     Ours(Process),
     /// The user's own service.
     Service(Arc<OwnedFd>),
 }
 
 impl Engine {
-    /// Readable once it has ended.
+    /// A descriptor that becomes readable when the process ends.
     pub fn pidfd(&self) -> Arc<OwnedFd> {
         match self {
             Engine::Ours(process) => process.pidfd(),
@@ -93,21 +92,21 @@ impl Engine {
     }
 }
 
-/// An opencode that was started, or found, and written down.
+/// An opencode that was started or found, and recorded.
 pub struct Started {
-    /// Its process.
+    /// The process.
     pub engine: Engine,
-    /// What the state file says of it.
+    /// Its record in the state file.
     pub record: EngineRecord,
-    /// What it wants as `Authorization`.
+    /// The `Authorization` that it accepts.
     pub authorization: Arc<str>,
     /// Where its output begins in the log. Bytes.
     pub log_start: u64,
 }
 
-/// A process that has ended, or is used no more.
-pub struct Grave {
-    /// Counts the processes.
+/// A process that has ended, or that the daemon no longer uses.
+pub struct EndedProcess {
+    /// The number of the process.
     pub generation: u64,
     /// The process, not reaped yet.
     pub started: Started,
@@ -117,25 +116,25 @@ pub struct Grave {
 
 /// Does the jobs.
 pub struct Worker {
-    /// Where the files are.
+    /// Holds the logs, the lock and opencode's working directory.
     pub data_dir: DataDir,
-    /// What was asked for.
+    /// The options that concern opencode.
     pub options: EngineOptions,
-    /// The credentials opencode is started with.
+    /// The credentials that opencode starts with.
     pub auth: Auth,
-    /// The same, as opencode wants them.
+    /// The same as `Authorization` values.
     pub credentials: Credentials,
-    /// Where the process is written down.
+    /// Records the process in the state file.
     pub store: &'static Store,
-    /// Which instances opencode has loaded.
+    /// The instances that opencode has loaded.
     pub instances: &'static Instances,
-    /// How long what opencode leaves has between TERM and KILL.
+    /// The time between TERM and KILL for descendants that outlive opencode.
     pub grace: Duration,
-    /// The supervisor.
+    /// The channel to the supervisor.
     pub messages: Sender<Message>,
-    /// Raised when the daemon is to stop: ends the question for a version.
+    /// Raised at a stop: interrupts `--version` and commands of the user's service.
     pub stopping: Arc<Flag>,
-    /// The binary found last, and its version.
+    /// The binary that was found last, its version and its line.
     pub binary: Option<(PathBuf, String, Line)>,
 }
 
@@ -156,15 +155,17 @@ impl Worker {
                     }
                     Message::Disposed { job }
                 }
-                Job::Bury { job, grave, client } => Message::Buried { job, end: self.bury(grave, client) },
-                Job::Order { job, grave, verb } => Message::Buried { job, end: self.order(grave, verb) },
+                Job::Reap { job, ended, client } => Message::Reaped { job, end: self.reap(ended, client) },
+                Job::CommandService { job, ended, verb } => {
+                    Message::Reaped { job, end: self.command_service(ended, verb) }
+                }
             };
             let _ = self.messages.send(message);
         }
     }
 
     fn adopt(&self) -> Option<(Process, EngineRecord, Checked)> {
-        // The user's service is found by its registration, whatever we have written down.
+        // The user's service is found by its registration, not by our record.
         let record = self.store.snapshot().opencode.clone().filter(|record| record.service.is_none())?;
         let Some(process) = Process::adopt(&record.identity()) else {
             if !record.engine_id.is_empty() {
@@ -174,11 +175,11 @@ impl Worker {
         };
         crate::log!("found opencode (pid {}) of an earlier daemon", record.pid);
         let age = Duration::from_millis(now_ms().saturating_sub(record.started_at));
-        let manners = engine::manners(record.line());
-        Some((process, record, Checked { manners, age }))
+        let lifecycle = engine::lifecycle(record.line());
+        Some((process, record, Checked { lifecycle, age }))
     }
 
-    /// Finds the binary and asks for its version, unless that is remembered.
+    /// Finds the binary, and its version: the recorded one, else from `--version`.
     fn version(&mut self, limit: Duration) -> Result<(String, Checked)> {
         let (binary, metadata) = find_opencode(self.options.binary.as_deref())?;
         let mut record = BinaryRecord::of(&binary, &metadata);
@@ -202,8 +203,8 @@ impl Worker {
         }
         self.instances.version_is(&version);
         self.binary = Some((binary, version.clone(), line));
-        let manners = if self.options.shared { engine::SERVICE_MANNERS } else { engine::manners(line) };
-        Ok((version, Checked { manners, age: Duration::ZERO }))
+        let lifecycle = if self.options.shared { engine::SERVICE_LIFECYCLE } else { engine::lifecycle(line) };
+        Ok((version, Checked { lifecycle, age: Duration::ZERO }))
     }
 
     fn ask_version(&self, binary: &Path, limit: Duration) -> Result<(String, Line)> {
@@ -215,9 +216,9 @@ impl Worker {
         let deadline = Instant::now() + limit;
         let read = |stdout| wait::read_output(stdout, &process.pidfd(), VERSION_LENGTH, &self.stopping, deadline);
         let output = stdout.map_or(Ok(String::new()), read);
-        // It has said what it was asked; nothing of it stays.
+        // The output is complete: end the process with its descendants.
         process.signal(Signal::KILL);
-        process.bury(Duration::ZERO, &[]);
+        process.reap(Duration::ZERO, &[]);
         match output {
             Ok(output) if output.trim().is_empty() => Err(failed("printed nothing".to_owned())),
             Ok(output) => engine::check_version(binary, &output),
@@ -225,7 +226,7 @@ impl Worker {
         }
     }
 
-    /// Remembers the version of a binary. A failure costs only that it is asked again.
+    /// Records the version of a binary. After a failed write, the next start runs `--version` again.
     fn remember(&self, record: BinaryRecord) {
         let written = self.store.update(|state| {
             let known = &mut state.binaries.get_or_insert_default().opencode;
@@ -238,12 +239,12 @@ impl Worker {
         }
     }
 
-    /// The binary that was found last, with its version and line.
+    /// The binary, version and line of the last version check.
     fn binary(&self) -> Result<&(PathBuf, String, Line)> {
-        self.binary.as_ref().ok_or_else(|| Error::Internal("no binary was looked for".to_owned()))
+        self.binary.as_ref().ok_or_else(|| Error::Internal("a launch came before its version check".to_owned()))
     }
 
-    /// Starts the process: it is written down before it can do anything.
+    /// Launches opencode; the process waits until it is recorded before it runs opencode.
     fn launch(&self) -> Result<Started> {
         let (binary, version, line) = self.binary()?;
         let lock = self.data_dir.opencode_lock();
@@ -282,8 +283,8 @@ impl Worker {
             engine::go(process.take_stdin()).map_err(|e| Error::OpencodeStartFailed(format!("it ended at once: {e}")))
         });
         if let Err(e) = told {
-            process.signal(Signal::KILL); // it waits for the word, and nothing is lost with it
-            process.bury(Duration::ZERO, &[]);
+            process.signal(Signal::KILL); // it has not run opencode yet, so nothing is lost
+            process.reap(Duration::ZERO, &[]);
             self.forget();
             return Err(e);
         }
@@ -292,8 +293,8 @@ impl Worker {
         Ok(Started { engine: Engine::Ours(process), record, authorization, log_start })
     }
 
-    /// Finds the user's service, and has it started first if that is asked for and it does not run; `None`
-    /// when it does not.
+    /// Finds the user's service; with `start`, starts it first if it does not run. `None` when it does not
+    /// run.
     fn find_service(&self, start: bool) -> Result<Option<Started>> {
         require_unlocked(&self.data_dir.opencode_lock())?;
         let path = service::path()?;
@@ -309,7 +310,7 @@ impl Worker {
             }
             if found.is_none() {
                 return Err(Error::OpencodeStartFailed(format!(
-                    "`opencode service start` has left no service of this user that {} names",
+                    "`opencode service start` succeeded, but {} names no running service of this user",
                     path.display()
                 )));
             }
@@ -339,8 +340,7 @@ impl Worker {
         Ok(Some(Started { engine: Engine::Service(listener.process), record, authorization, log_start }))
     }
 
-    /// Has its own command do something with the user's service. What the command prints goes to opencode's
-    /// log.
+    /// Runs a command of the user's service; its output goes to opencode's log.
     fn command(&self, verb: Verb, limit: Duration) -> Result<()> {
         let (binary, ..) = self.binary()?;
         let what = format!("{} service {}", binary.display(), verb.name());
@@ -365,10 +365,10 @@ impl Worker {
         }
     }
 
-    /// Has the user's service end, or be replaced. Should its command fail, that is said in the log, and the
-    /// next look finds the service as it is.
-    fn order(&self, grave: Grave, verb: Verb) -> End {
-        let Grave { generation, started: Started { record, .. }, .. } = grave;
+    /// Stops or restarts the user's service by its own command. A failure of the command goes to the log;
+    /// the next look finds the service as it is.
+    fn command_service(&self, ended: EndedProcess, verb: Verb) -> End {
+        let EndedProcess { generation, started: Started { record, .. }, .. } = ended;
         let limit = match verb {
             Verb::Start | Verb::Restart => START_LIMIT,
             Verb::Stop => STOP_LIMIT,
@@ -385,8 +385,8 @@ impl Worker {
         End { pid: record.pid, how, output: String::new(), port_taken: false }
     }
 
-    fn bury(&self, grave: Grave, client: Option<u32>) -> End {
-        let Grave { generation, started: Started { engine, record, log_start, .. }, cause } = grave;
+    fn reap(&self, ended: EndedProcess, client: Option<u32>) -> End {
+        let EndedProcess { generation, started: Started { engine, record, log_start, .. }, cause } = ended;
         let (address, line) = (record.address(), record.line());
         let process = match engine {
             Engine::Ours(process) => process,
@@ -394,12 +394,12 @@ impl Worker {
         };
         let Identity { pid, engine_id, .. } = process.identity().clone();
         let spared = client.map_or_else(Vec::new, |client| process::ancestors(client, &engine_id));
-        let status = process.bury(self.grace, &spared);
+        let status = process.reap(self.grace, &spared);
         let how = status.map_or_else(|| "ended".to_owned(), |status| format!("ended with {status}"));
         crate::log!("opencode (pid {pid}) {how}");
         let output = log::tail(&self.data_dir.opencode_log(), log_start, LAST_LINES).unwrap_or_default().join("\n");
         let failed = match cause {
-            // A hang may well be the doing of a workspace.
+            // A workspace may have caused the hang.
             Cause::Failure => true,
             Cause::Itself => {
                 !status.is_some_and(|status| was_sent_a_signal(status) || engine::is_good_end(line, status))
@@ -412,23 +412,23 @@ impl Worker {
         End { pid, how, output, port_taken: self.options.port.is_none() && !engine::is_free(address) }
     }
 
-    /// What the user's service has started is none of ours to end.
+    /// Forgets the user's service without touching its descendants.
     fn leave(&self, generation: u64, record: &EngineRecord, cause: Cause) -> End {
         let how = match cause {
             Cause::Itself => "has ended",
             Cause::Failure | Cause::Wanted => "is left alone",
         };
         crate::log!("the opencode service (pid {}) {how}", record.pid);
-        // Nobody but its parent is told how a process has ended. One that ended while it loaded a workspace
-        // may well have ended by that.
+        // Only its parent learns the exit status of a process. A service that ended while it loaded a
+        // workspace may have crashed because of it.
         let failure = (cause == Cause::Itself).then(|| Failure { how: how.to_owned(), output: String::new() });
         self.instances.ended(generation, failure);
         self.forget();
         End { pid: record.pid, how: how.to_owned(), output: String::new(), port_taken: false }
     }
 
-    /// Takes the record of a process that has ended off the disk. Should that fail, nothing is lost: the
-    /// identity in it matches no process.
+    /// Removes the record of a process that has ended from the state file. A failed write is harmless: the
+    /// recorded identity matches no living process.
     fn forget(&self) {
         let written = self.store.update(|state| {
             state.opencode = None;
@@ -440,10 +440,10 @@ impl Worker {
     }
 }
 
-/// Requires that no opencode holds `opencode.lock`: it would be one that the state file does not name.
+/// Requires that no opencode holds `opencode.lock`; such an opencode is missing from the state file.
 ///
 /// # Errors
-/// `opencode_start_failed` when one does.
+/// `opencode_start_failed` when an opencode holds it.
 fn require_unlocked(path: &Path) -> Result<()> {
     let Some(file) = lock::if_held(path)? else { return Ok(()) };
     let failed = |e| Error::io("look for the holder of", path, e);
@@ -454,7 +454,7 @@ fn require_unlocked(path: &Path) -> Result<()> {
         Some(holder) => {
             let opencode = holder.taken_by;
             if !system::lock::has_locked(opencode, &file.metadata().map_err(failed)?, path) {
-                // opencode has ended; a command that it started has inherited its standard input.
+                // opencode has ended; a command that it started inherited the lock as standard input.
                 return Ok(());
             }
             format!("another one, which the state file does not name, still runs: end it with `kill {opencode}`")
@@ -462,15 +462,14 @@ fn require_unlocked(path: &Path) -> Result<()> {
     }))
 }
 
-/// A process that could not be started: for want of processes or descriptors of ours, or for another
-/// reason.
+/// The error for a failed spawn: `Overloaded` when processes or descriptors ran out, else `other`.
 fn spawn_failed(e: std::io::Error, other: impl FnOnce(std::io::Error) -> Error) -> Error {
     let no_process = e.raw_os_error() == Some(Errno::AGAIN.raw_os_error());
     if no_process || is_exhausted(&e) { Error::Overloaded("processes") } else { other(e) }
 }
 
-/// Whether a process was ended by a signal that other processes send: the user, or the kernel for
-/// want of memory. A program that fails by itself exits, or raises another signal.
+/// Whether a process was ended by a signal that others send: the user, or the kernel when memory runs out.
+/// A program that crashes exits, or raises other signals.
 fn was_sent_a_signal(status: ExitStatus) -> bool {
     let sent = [Signal::HUP, Signal::INT, Signal::KILL, Signal::TERM];
     status.signal().is_some_and(|signal| sent.iter().any(|sent| sent.as_raw() == signal))

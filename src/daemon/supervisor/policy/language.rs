@@ -1,175 +1,173 @@
-//! What the policy is told, and what it answers.
+//! The events that the policy handles, and the actions that it returns.
 
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::daemon::engine::{Manners, Verb};
+use crate::daemon::engine::{Lifecycle, Verb};
 use crate::error::{Error, ErrorBody, Result};
 
-/// What is known of an opencode before it is started or adopted.
+/// Facts about an opencode before it is launched or adopted.
 #[derive(Clone, Copy, Debug)]
 pub struct Checked {
     /// How its line behaves.
-    pub manners: Manners,
-    /// How long ago it was started; nothing for one that is still to be launched.
+    pub lifecycle: Lifecycle,
+    /// The age of an adopted process; zero before a launch.
     pub age: Duration,
 }
 
-/// What a look at the process found.
+/// The outcome of a health call.
 #[derive(Debug)]
 pub enum Answer {
-    /// It answered the health call within the limit.
+    /// The process answered the health call within the limit.
     Healthy,
-    /// Nothing of it listens.
-    Deaf,
-    /// It listens, and did not answer properly within the limit.
+    /// The process does not listen.
+    NotListening,
+    /// The process listens, but gave no valid answer within the limit.
     Silent(Error),
-    /// It does not take our password.
+    /// The process rejects our password.
     Refused(Error),
-    /// We ran out of a resource: the question was never sent.
-    NotAsked(Error),
+    /// We ran out of a resource; the probe was never sent.
+    NotSent(Error),
 }
 
-/// How much memory opencode takes with all that it has started.
+/// The memory of opencode with its descendants, against the limit.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    /// More than it may.
+    /// It exceeds the limit.
     pub exceeds: bool,
     /// A session is running.
     pub busy: bool,
 }
 
-/// A look at the process.
+/// The result of a probe.
 #[derive(Debug)]
 pub struct Probe {
-    /// What it answered.
+    /// The outcome of the health call.
     pub answer: Answer,
     /// Processor time of the process that listens, else of the leader; none when it cannot be read.
     pub cpu: Option<Duration>,
-    /// The size of its log. Bytes.
+    /// The size of opencode's log. Bytes.
     pub log: u64,
-    /// Its event stream has said something since the last look.
+    /// The event stream carried a message since the last probe.
     pub heard: bool,
-    /// Its memory, where that is limited.
+    /// Memory use, if it is limited.
     pub memory: Option<Memory>,
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug, Default)]
 pub struct End {
-    /// Its id.
+    /// The pid.
     pub pid: u32,
     /// `ended with exit status: 3`.
     pub how: String,
     /// The last lines of its output.
     pub output: String,
-    /// Somebody else listens where it should have.
+    /// Another process listens on its port.
     pub port_taken: bool,
 }
 
-/// What a stop of the daemon ends beside it. Of several wishes the widest wins.
+/// Which opencode a stop of the daemon ends. Of several requests the widest wins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ends {
+pub enum StopScope {
     /// opencode keeps running, for the next daemon.
-    Nothing,
-    /// An opencode of our own; the user's own service stays.
-    Ours,
+    DaemonOnly,
+    /// Our own opencode; the user's own service keeps running.
+    OwnOpencode,
     /// The user's own service too.
     Service,
 }
 
-/// What a launch has brought.
+/// The outcome of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launched {
-    /// A process, which is on disk.
+    /// A process runs and is recorded.
     Running,
-    /// The user's service does not run, and was not to be started.
+    /// The user's service does not run, and the job was not to start it.
     Absent,
 }
 
-/// What happens.
+/// An event for the policy.
 #[derive(Debug)]
 pub enum Event {
-    /// Somebody needs opencode.
+    /// A request needs opencode.
     Need,
-    /// A call to this generation brought no answer.
+    /// A call to this generation got no answer.
     Suspect { generation: u64 },
-    /// Stop for good.
-    Stop { ends: Ends },
-    /// The opencode of an earlier daemon was looked for.
+    /// Stop the daemon.
+    Stop { scope: StopScope },
+    /// The search for the opencode of an earlier daemon is over.
     Adopted { job: u64, found: Option<Checked> },
-    /// The binary was found and asked for its version.
+    /// The version check of the binary is over.
     VersionKnown { job: u64, result: Result<Checked> },
-    /// A process was started, or the user's service was looked for.
+    /// The launch, or the search for the user's service, is over.
     Launched { job: u64, result: Result<Launched> },
-    /// The process was looked at.
+    /// A probe is over.
     Probed { generation: u64, probe: Probe },
-    /// All instances are disposed, or that took too long.
+    /// opencode has disposed its instances, or did not in time.
     Disposed { job: u64 },
     /// The process has ended.
     Exited { generation: u64 },
-    /// All that it left has ended too, the record is off the disk.
-    Buried { job: u64, end: End },
-    /// [`Policy::next_deadline`] has come.
+    /// The descendants of the process have ended too; its record is removed.
+    Reaped { job: u64, end: End },
+    /// The time of [`Policy::next_deadline`] has come.
     Timer,
 }
 
-/// What is to be done.
+/// An action for the supervisor.
 #[derive(Debug)]
 pub enum Action {
-    /// Look for the opencode of an earlier daemon; end what it left if it does not live.
+    /// Find the opencode of an earlier daemon; if it has ended, end its descendants.
     Adopt { job: u64 },
-    /// Find the binary and ask for its version.
+    /// Find the binary and its version.
     AskVersion { job: u64, limit: Duration },
-    /// Do not wait any longer for a version, or for a command of the user's service; the job is answered
-    /// all the same.
+    /// Interrupt `--version` or a command of the user's service; the job still gets its answer.
     Cancel,
-    /// Start a process, and write it down before it can do anything. The user's service is looked for, and
-    /// started only when `start` says so.
+    /// Launch opencode, recorded before it runs; or find the user's service, and start it if `start` is set.
     Launch { job: u64, start: bool },
-    /// A process is there: have its end reported.
+    /// Report the end of the new process.
     Watch,
-    /// Look at the process and ask for its health; whether it was ready before.
+    /// Probe the process; `ready`: it was ready before.
     Probe { limit: Duration, ready: bool },
     /// Dispose all instances.
     Dispose { job: u64, limit: Duration },
-    /// Send this to the process and its group.
+    /// Send a signal to the process and its group.
     Signal(Signal),
-    /// End all that the process left, reap it, take the record off the disk.
-    Bury { job: u64, cause: Cause },
-    /// Have its own command do this with the user's service; answered by [`Event::Buried`].
-    Order { job: u64, verb: Verb },
-    /// Leave the process as it is, for the next daemon.
+    /// End the descendants of the process, reap it, remove its record.
+    Reap { job: u64, cause: Cause },
+    /// Run a command of the user's service; answered by [`Event::Reaped`].
+    CommandService { job: u64, verb: Verb },
+    /// Leave the process to the next daemon.
     Release,
-    /// Tell whoever listens to events.
-    Tell(News),
-    /// For the log.
-    Note(Error),
+    /// Publish an event.
+    Publish(Notice),
+    /// Log an error.
+    Log(Error),
 }
 
 /// Why a process has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// By itself, or by somebody else's signal.
+    /// It exited, or others sent it a signal.
     Itself,
-    /// We have ended it, since it had failed.
+    /// We ended it because it had failed.
     Failure,
-    /// That was wanted.
+    /// We ended it for a stop or an orderly restart.
     Wanted,
 }
 
-/// What is told of the current process.
+/// Notice about the current process.
 #[derive(Debug)]
-pub enum News {
-    /// It was launched.
+pub enum Notice {
+    /// The process was launched.
     Starting,
-    /// It answers; and was adopted.
+    /// The process is ready.
     Ready { adopted: bool },
-    /// It has ended.
+    /// The process has ended.
     Exited { how: String, pid: u32 },
-    /// opencode stays down.
+    /// opencode was given up and stays down.
     Failed { error: ErrorBody },
-    /// It takes too much memory, and is restarted now or, while sessions run, later.
+    /// opencode uses too much memory; it is restarted now or, while sessions run, later.
     TooLarge { recycled: bool },
 }

@@ -1,36 +1,36 @@
-//! The steps of the table in [`Policy::react`]: each takes what it needs of a phase and returns the next.
+//! The transitions of the table in [`Policy::react`]; each returns the next phase.
 
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
 use super::{
-    Action, Answer, Cause, Checked, End, Ends, Memory, News, Origin, Patience, Phase, Policy, Probe, Ready, Starting,
-    Then, Want,
+    Action, Answer, Cause, Checked, End, Memory, Notice, Origin, Patience, Phase, Policy, Probe, Ready, Starting,
+    StopScope, Then, Want,
 };
 use crate::daemon::engine::Verb;
 use crate::daemon::supervisor::silence::{Progress, Silence};
 use crate::error::Error;
 
 impl Policy {
-    /// From now on a stop is wanted; whether opencode is to be kept.
-    pub(super) fn want_stop(&mut self, ends: Ends, now: Instant) -> bool {
-        // Ending more wins over ending less, whichever comes first.
+    /// Records the request for a stop. Returns whether the stop keeps opencode.
+    pub(super) fn want_stop(&mut self, scope: StopScope, now: Instant) -> bool {
+        // Of several requests, the one that ends the most wins, in any order.
         let before = match self.want {
-            Want::Stop { ends } if !planted!(self, KeepWins) => ends,
-            Want::Stop { .. } | Want::Run => Ends::Nothing,
+            Want::Stop { scope } if !planted!(self, KeepWins) => scope,
+            Want::Stop { .. } | Want::Run => StopScope::DaemonOnly,
         };
-        self.want = Want::Stop { ends: ends.max(before) };
+        self.want = Want::Stop { scope: scope.max(before) };
         self.stop_by.get_or_insert(now + self.limits.stop);
         self.keeps()
     }
 
-    /// Whether the stop that is wanted keeps opencode.
+    /// Whether the requested stop keeps opencode.
     fn keeps(&self) -> bool {
         match self.want {
-            Want::Run | Want::Stop { ends: Ends::Service } => false,
-            Want::Stop { ends: Ends::Nothing } => true,
-            Want::Stop { ends: Ends::Ours } => self.manners.is_service,
+            Want::Run | Want::Stop { scope: StopScope::Service } => false,
+            Want::Stop { scope: StopScope::DaemonOnly } => true,
+            Want::Stop { scope: StopScope::OwnOpencode } => self.lifecycle.is_service,
         }
     }
 
@@ -58,13 +58,13 @@ impl Policy {
         if self.want != Want::Run {
             return Phase::Stopped;
         }
-        self.manners = checked.manners;
-        let start = !self.manners.is_service || self.needed || planted!(self, StartsUnneeded);
+        self.lifecycle = checked.lifecycle;
+        let start = !self.lifecycle.is_service || self.needed || planted!(self, StartsUnneeded);
         out.push(Action::Launch { job: self.next_job(), start });
         Phase::Launching
     }
 
-    /// The user's service does not run, and the look for it has started nothing.
+    /// The user's service does not run, and was not started.
     pub(super) fn absent(&mut self, now: Instant, out: &mut Vec<Action>) -> Phase {
         if self.want != Want::Run || self.needed {
             return self.start(out);
@@ -72,18 +72,18 @@ impl Policy {
         Phase::Absent { until: now + self.look_pause, pause: self.look_pause }
     }
 
-    /// There is a process now.
+    /// The launched process exists.
     pub(super) fn launched(&mut self, now: Instant, out: &mut Vec<Action>) -> Phase {
         self.generation += 1;
         self.restarts += u64::from(std::mem::take(&mut self.restarting));
         out.push(Action::Watch);
-        out.push(Action::Tell(News::Starting));
+        out.push(Action::Publish(Notice::Starting));
         self.arrived(Origin::Launched, Duration::ZERO, now, out)
     }
 
     pub(super) fn adopt(&mut self, found: Checked, now: Instant, out: &mut Vec<Action>) -> Phase {
         self.generation = 1;
-        self.manners = found.manners;
+        self.lifecycle = found.lifecycle;
         out.push(Action::Watch);
         self.arrived(Origin::Adopted, found.age, now, out)
     }
@@ -106,12 +106,12 @@ impl Policy {
             }),
             (Want::Stop { .. }, Origin::Launched) if planted!(self, StopForgetsLaunch) => self.leave(out),
             (Want::Stop { .. }, Origin::Launched) => self.terminate(Then::Stop, now, out),
-            // It may serve sessions, which are closed in good order.
+            // It may have running sessions: dispose its instances before TERM.
             (Want::Stop { .. }, Origin::Adopted) => self.dispose(Then::Stop, now, out),
         }
     }
 
-    /// A look at a starting process, or the end of its time.
+    /// Probes a starting process when that is due, or ends it when its time is over.
     pub(super) fn look(&mut self, starting: Starting, now: Instant, out: &mut Vec<Action>) -> Phase {
         let mut starting = match self.overdue(starting, now) {
             Ok(starting) => starting,
@@ -126,7 +126,8 @@ impl Policy {
         Phase::Starting(starting)
     }
 
-    /// Whether the time of a start is over: then, what comes after it.
+    /// Extends the time of a start that makes progress. When the time is over: the step after the end of
+    /// the process.
     pub(super) fn overdue(&self, mut starting: Starting, now: Instant) -> std::result::Result<Starting, Then> {
         if now < starting.until {
             return Ok(starting);
@@ -161,18 +162,18 @@ impl Policy {
         let waited = now.duration_since(starting.since) / 64;
         starting.look_at = now + waited.clamp(self.limits.look_interval, self.limits.look_interval_at_most);
         match probe.answer {
-            // That we could not look says nothing against it.
-            Answer::NotAsked(_) => starting.progress.assume(now),
-            Answer::Healthy | Answer::Deaf | Answer::Silent(_) | Answer::Refused(_) => {
+            // The probe was never sent: that says nothing about the process.
+            Answer::NotSent(_) => starting.progress.assume(now),
+            Answer::Healthy | Answer::NotListening | Answer::Silent(_) | Answer::Refused(_) => {
                 starting.progress.look(probe.cpu, probe.log, now, &self.limits);
             }
         }
         match (probe.answer, starting.origin) {
             (Answer::Healthy, origin) => return self.ready(origin, now, out),
-            // A service that refuses its own password serves its other clients: it is left alone.
-            (Answer::Refused(e), _) if self.manners.is_service => return self.bury(false, Some(Then::Fail(e)), out),
+            // A service that refuses its own password may still serve other clients: leave it alone.
+            (Answer::Refused(e), _) if self.lifecycle.is_service => return self.reap(false, Some(Then::Fail(e)), out),
             (Answer::Refused(e), Origin::Launched) => return self.terminate(Then::Fail(e), now, out),
-            // It is ours and has another password: somebody has removed the file.
+            // Our own opencode has another password: the file with the credentials was removed since.
             (Answer::Refused(_), Origin::Adopted) => return self.terminate(Then::Start, now, out),
             (Answer::Silent(_), _) => {
                 starting.listens_since.get_or_insert(now);
@@ -183,12 +184,12 @@ impl Policy {
                     silence.probed(probe.cpu, now, &self.limits);
                 }
             }
-            (Answer::Deaf, _) => {
+            (Answer::NotListening, _) => {
                 if matches!(starting.patience, Patience::Unknown) {
                     starting.patience = Patience::Start;
                 }
             }
-            (Answer::NotAsked(_), _) => {}
+            (Answer::NotSent(_), _) => {}
         }
         match self.overdue(starting, now) {
             Ok(starting) => Phase::Starting(starting),
@@ -200,12 +201,12 @@ impl Policy {
         (self.last_attempt, self.needed) = (false, false);
         (self.taken_ports, self.look_pause) = (0, self.limits.backoff_first);
         self.last_error = None;
-        out.push(Action::Tell(News::Ready { adopted: origin == Origin::Adopted }));
+        out.push(Action::Publish(Notice::Ready { adopted: origin == Origin::Adopted }));
         let probe_at = now + self.limits.probe_interval;
         Phase::Ready(Ready { since: now, asked: now, silence: None, probe_at, probing: false })
     }
 
-    /// Asks a ready process for its health when that is due.
+    /// Probes a ready process when that is due.
     pub(super) fn ask(&mut self, mut ready: Ready, now: Instant, out: &mut Vec<Action>) -> Phase {
         if !ready.probing && now >= ready.probe_at {
             (ready.asked, ready.probing) = (now, true);
@@ -227,24 +228,24 @@ impl Policy {
                 ready.silence = None;
                 self.needed = false;
                 self.checks += 1;
-                return self.weigh(ready, probe.memory, now, out);
+                return self.check_memory(ready, probe.memory, now, out);
             }
-            Answer::NotAsked(e) if !planted!(self, LackIsSilence) => out.push(Action::Note(e)),
-            Answer::Deaf => {
-                self.forgive(&ready, now);
+            Answer::NotSent(e) if !planted!(self, LackIsSilence) => out.push(Action::Log(e)),
+            Answer::NotListening => {
+                self.reset_backoff(&ready, now);
                 let error = Error::OpencodeUnavailable("it no longer listens".to_owned());
                 return self.terminate(Then::Fail(error), now, out);
             }
-            Answer::Silent(_) | Answer::Refused(_) | Answer::NotAsked(_) if probe.heard => ready.silence = None,
-            Answer::Silent(e) | Answer::Refused(e) | Answer::NotAsked(e) => {
-                // Time in which the daemon itself was stopped, and nobody asked, is no sign of anything.
+            Answer::Silent(_) | Answer::Refused(_) | Answer::NotSent(_) if probe.heard => ready.silence = None,
+            Answer::Silent(e) | Answer::Refused(e) | Answer::NotSent(e) => {
+                // While the daemon itself was suspended it sent no probe: that time does not count.
                 let since = ready.asked.max(now - self.limits.probe);
                 let silence = ready.silence.get_or_insert_with(|| Silence::new(since));
                 silence.probed(probe.cpu, now, &self.limits);
                 let (is_hang, silent) = (self.is_hang(silence, now), silence.since(now).as_secs());
-                out.push(Action::Note(e));
+                out.push(Action::Log(e));
                 if is_hang {
-                    self.forgive(&ready, now);
+                    self.reset_backoff(&ready, now);
                     let error = Error::OpencodeUnavailable(format!("it has not answered for {silent} s"));
                     return self.terminate(Then::Fail(error), now, out);
                 }
@@ -253,7 +254,7 @@ impl Policy {
         Phase::Ready(ready)
     }
 
-    /// Whether a process that was ready is to be ended for its silence.
+    /// Whether a process that was ready has been silent for too long.
     fn is_hang(&self, silence: &Silence, now: Instant) -> bool {
         if planted!(self, ImpatientHang) {
             return true;
@@ -264,16 +265,22 @@ impl Policy {
         silence.is_hang(now, &self.limits) && !planted!(self, NeverHangs)
     }
 
-    /// Restarts a process that takes too much memory, when nothing is lost by that.
-    pub(super) fn weigh(&mut self, ready: Ready, memory: Option<Memory>, now: Instant, out: &mut Vec<Action>) -> Phase {
+    /// Restarts a process that uses too much memory, unless a session runs.
+    pub(super) fn check_memory(
+        &mut self,
+        ready: Ready,
+        memory: Option<Memory>,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Phase {
         match memory {
             Some(Memory { exceeds: true, busy }) if !busy || planted!(self, CutsTurns) => {
-                out.push(Action::Tell(News::TooLarge { recycled: true }));
+                out.push(Action::Publish(Notice::TooLarge { recycled: true }));
                 self.dispose(Then::Start, now, out)
             }
             Some(Memory { exceeds: true, busy: true }) => {
                 if !std::mem::replace(&mut self.is_too_large, true) {
-                    out.push(Action::Tell(News::TooLarge { recycled: false }));
+                    out.push(Action::Publish(Notice::TooLarge { recycled: false }));
                 }
                 Phase::Ready(ready)
             }
@@ -285,9 +292,9 @@ impl Policy {
         }
     }
 
-    /// Begins an end in good order.
+    /// Begins an orderly stop.
     pub(super) fn dispose(&mut self, then: Then, now: Instant, out: &mut Vec<Action>) -> Phase {
-        if !self.manners.disposes {
+        if !self.lifecycle.disposes {
             return self.terminate(then, now, out);
         }
         out.push(Action::Dispose { job: self.next_job(), limit: self.limits.dispose });
@@ -295,58 +302,58 @@ impl Policy {
     }
 
     pub(super) fn terminate(&mut self, then: Then, now: Instant, out: &mut Vec<Action>) -> Phase {
-        if self.manners.is_service && !planted!(self, SignalsService) {
-            return self.order(then, out);
+        if self.lifecycle.is_service && !planted!(self, SignalsService) {
+            return self.command_service(then, out);
         }
         out.push(Action::Signal(Signal::TERM));
         Phase::Terminating { since: now, again: now + self.limits.term_again, then }
     }
 
-    /// Has its own command end the user's service, or replace it.
-    fn order(&mut self, then: Then, out: &mut Vec<Action>) -> Phase {
+    /// Stops or restarts the user's service by its own command.
+    fn command_service(&mut self, then: Then, out: &mut Vec<Action>) -> Phase {
         let verb = match then {
             Then::Stop => Verb::Stop,
             Then::Start | Then::Fail(_) => Verb::Restart,
         };
-        out.push(Action::Order { job: self.next_job(), verb });
-        Phase::Burying { was_ready: false, then: Some(then) }
+        out.push(Action::CommandService { job: self.next_job(), verb });
+        Phase::Reaping { was_ready: false, then: Some(then) }
     }
 
-    pub(super) fn bury(&mut self, was_ready: bool, then: Option<Then>, out: &mut Vec<Action>) -> Phase {
+    pub(super) fn reap(&mut self, was_ready: bool, then: Option<Then>, out: &mut Vec<Action>) -> Phase {
         let cause = match (&then, self.want) {
             (None, Want::Run) => Cause::Itself,
             (Some(Then::Fail(_)), Want::Run) => Cause::Failure,
             (Some(Then::Start | Then::Stop), Want::Run) | (_, Want::Stop { .. }) => Cause::Wanted,
         };
-        out.push(Action::Bury { job: self.next_job(), cause });
-        if planted!(self, Hasty) {
+        out.push(Action::Reap { job: self.next_job(), cause });
+        if planted!(self, LaunchesEarly) {
             return self.start(out);
         }
-        Phase::Burying { was_ready, then }
+        Phase::Reaping { was_ready, then }
     }
 
-    /// The kernel holds the process. It stays written down, so that the next daemon finds it, and no
-    /// other is started beside it.
+    /// The kernel holds the process. Its record stays in the state file, so that no other opencode is
+    /// started beside it and the next daemon finds it.
     pub(super) fn stuck(&mut self, out: &mut Vec<Action>) -> Phase {
         match self.want {
             Want::Stop { .. } => self.leave(out),
             Want::Run => {
-                let why = "the one before does not end, even when killed".to_owned();
+                let why = "the previous process has not ended, even after KILL".to_owned();
                 self.give_up(Error::OpencodeStartFailed(why), out);
                 if planted!(self, ForgetsStuck) { Phase::Failed } else { Phase::Stuck }
             }
         }
     }
 
-    /// A long time of health: the failures before it count no more.
-    pub(super) fn forgive(&mut self, ready: &Ready, now: Instant) {
+    /// Resets the backoff after a long time of health.
+    pub(super) fn reset_backoff(&mut self, ready: &Ready, now: Instant) {
         if now.duration_since(ready.since) >= self.limits.healthy && !planted!(self, NeverForgives) {
-            self.in_a_row = 0;
+            self.consecutive_failures = 0;
         }
     }
 
-    /// Nothing of the process is left: what comes next begins.
-    pub(super) fn buried(
+    /// The process and its descendants have ended: take the next step.
+    pub(super) fn reaped(
         &mut self,
         was_ready: bool,
         then: Option<Then>,
@@ -355,7 +362,7 @@ impl Policy {
         out: &mut Vec<Action>,
     ) -> Phase {
         let End { pid, how, output, port_taken } = end;
-        out.push(Action::Tell(News::Exited { how: how.clone(), pid }));
+        out.push(Action::Publish(Notice::Exited { how: how.clone(), pid }));
         let with_output = |what: String| match output.is_empty() {
             true => what,
             false => format!("{what}; its last output:\n{output}"),
@@ -371,10 +378,15 @@ impl Policy {
                 self.taken_ports += 1;
                 self.start(out)
             }
-            (None, Want::Run) if was_ready && self.manners.is_service => {
+            (None, Want::Run) if was_ready && self.lifecycle.is_service => {
                 // Its user, or an upgrade, ends it as often as they like: nothing is given up for that.
                 self.restarting = true;
-                self.again(Error::OpencodeUnavailable(format!("its service {how}")), self.in_a_row, now, out)
+                self.again(
+                    Error::OpencodeUnavailable(format!("its service {how}")),
+                    self.consecutive_failures,
+                    now,
+                    out,
+                )
             }
             (None, Want::Run) => {
                 let when = if was_ready { "" } else { " before it was ready" };
@@ -385,7 +397,7 @@ impl Policy {
         }
     }
 
-    /// A start or a process has failed: again, after a pause, or not at all.
+    /// A start or a process has failed: start again, at once or after a backoff, or give up.
     pub(super) fn failed(&mut self, error: Error, now: Instant, out: &mut Vec<Action>) -> Phase {
         if self.want != Want::Run {
             return Phase::Stopped;
@@ -408,16 +420,16 @@ impl Policy {
             self.give_up(error, out);
             return Phase::Failed;
         }
-        // A lack of ours is not gone by the next moment.
-        let pauses = if is_ours { self.in_a_row.max(1) } else { self.in_a_row };
+        // A resource that ran out is rarely back at once: always pause.
+        let pauses = if is_ours { self.consecutive_failures.max(1) } else { self.consecutive_failures };
         self.again(error, pauses, now, out)
     }
 
-    /// Starts opencode again, after the pause that follows so many failures in a row.
+    /// Starts opencode again, after the backoff for this many consecutive failures.
     fn again(&mut self, error: Error, pauses: u32, now: Instant, out: &mut Vec<Action>) -> Phase {
         self.last_error = Some(error.body());
-        out.push(Action::Note(error));
-        self.in_a_row += 1;
+        out.push(Action::Log(error));
+        self.consecutive_failures += 1;
         if pauses == 0 {
             return self.start(out);
         }
@@ -427,13 +439,13 @@ impl Policy {
 
     pub(super) fn give_up(&mut self, error: Error, out: &mut Vec<Action>) {
         (self.last_attempt, self.needed) = (false, false);
-        self.in_a_row = 0;
+        self.consecutive_failures = 0;
         self.recent.clear();
         if !planted!(self, SilentFailure) {
             self.failures += 1;
         }
         self.last_error = Some(error.body());
-        out.push(Action::Tell(News::Failed { error: error.body() }));
-        out.push(Action::Note(error));
+        out.push(Action::Publish(Notice::Failed { error: error.body() }));
+        out.push(Action::Log(error));
     }
 }

@@ -1,10 +1,10 @@
-//! The table of phases and events, which docs/supervisor.md has.
+//! Holds the table of phases and events in docs/supervisor.md to the code.
 
 use std::fmt::Write as _;
 
 use super::*;
 
-/// Where the table stands.
+/// The file that has the table.
 const TABLE: &str = "docs/supervisor.md";
 
 /// A policy in each phase.
@@ -14,7 +14,7 @@ pub(super) fn phases() -> Vec<Story> {
         |_| {},
         |story| {
             let job = story.job();
-            let result = Ok(Checked { manners: MANNERS, age: Duration::ZERO });
+            let result = Ok(Checked { lifecycle: LIFECYCLE, age: Duration::ZERO });
             story.happens(Event::VersionKnown { job, result });
         },
         |story| {
@@ -24,7 +24,7 @@ pub(super) fn phases() -> Vec<Story> {
             story.ready();
         },
         |story| {
-            story.ready().weigh_for_the_table();
+            story.ready().exceed_memory();
         },
         |story| {
             story.launched().probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0);
@@ -52,7 +52,7 @@ pub(super) fn phases() -> Vec<Story> {
             story.happens(Event::VersionKnown { job, result: Err(Error::OpencodeNotFound(String::new())) });
         },
         |story| {
-            story.happens(Event::Stop { ends: Ends::Ours });
+            story.happens(Event::Stop { scope: StopScope::OwnOpencode });
             let job = story.job();
             story.happens(Event::VersionKnown { job, result: Err(Error::Overloaded("")) });
         },
@@ -66,7 +66,7 @@ pub(super) fn phases() -> Vec<Story> {
 }
 
 impl Story {
-    pub(super) fn weigh_for_the_table(&mut self) {
+    pub(super) fn exceed_memory(&mut self) {
         let memory = Some(Memory { exceeds: true, busy: false });
         let probe = Probe { answer: Answer::Healthy, cpu: None, log: 0, heard: false, memory };
         let generation = self.policy.generation;
@@ -79,21 +79,21 @@ impl Story {
     }
 }
 
-/// The first word of what is shown of a value.
+/// The name of a value's variant.
 pub(super) fn name(value: &impl std::fmt::Debug) -> String {
     format!("{value:?}").split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
 }
 
-/// An event of each kind, about the job or the process of now.
+/// An event of each kind, about the current job or process.
 pub(super) fn events(policy: &Policy) -> Vec<(&'static str, Event)> {
     let (job, generation) = (policy.job, policy.generation);
-    let checked = || Checked { manners: MANNERS, age: Duration::ZERO };
+    let checked = || Checked { lifecycle: LIFECYCLE, age: Duration::ZERO };
     let probe = |answer| Probe { answer, cpu: None, log: 0, heard: false, memory: None };
     vec![
         ("Need", Event::Need),
         ("Suspect", Event::Suspect { generation }),
-        ("Stop", Event::Stop { ends: Ends::Ours }),
-        ("Stop, keeping opencode", Event::Stop { ends: Ends::Nothing }),
+        ("Stop", Event::Stop { scope: StopScope::OwnOpencode }),
+        ("Stop, keeping opencode", Event::Stop { scope: StopScope::DaemonOnly }),
         ("Adopted, found", Event::Adopted { job, found: Some(checked()) }),
         ("Adopted, nothing", Event::Adopted { job, found: None }),
         ("VersionKnown", Event::VersionKnown { job, result: Ok(checked()) }),
@@ -101,18 +101,18 @@ pub(super) fn events(policy: &Policy) -> Vec<(&'static str, Event)> {
         ("Launched", Event::Launched { job, result: Ok(Launched::Running) }),
         ("Launched, failed", Event::Launched { job, result: Err(Error::OpencodeStartFailed(String::new())) }),
         ("Probed, Healthy", Event::Probed { generation, probe: probe(Answer::Healthy) }),
-        ("Probed, Deaf", Event::Probed { generation, probe: probe(Answer::Deaf) }),
+        ("Probed, NotListening", Event::Probed { generation, probe: probe(Answer::NotListening) }),
         ("Probed, Silent", Event::Probed { generation, probe: probe(silent()) }),
         ("Probed, Refused", Event::Probed { generation, probe: probe(Answer::Refused(Error::OpencodeAuthFailed(1))) }),
-        ("Probed, NotAsked", Event::Probed { generation, probe: probe(Answer::NotAsked(Error::Overloaded(""))) }),
+        ("Probed, NotSent", Event::Probed { generation, probe: probe(Answer::NotSent(Error::Overloaded(""))) }),
         ("Disposed", Event::Disposed { job }),
         ("Exited", Event::Exited { generation }),
-        ("Buried", Event::Buried { job, end: End::default() }),
+        ("Reaped", Event::Reaped { job, end: End::default() }),
         ("Timer, when due", Event::Timer),
     ]
 }
 
-/// What each event does in each phase, as a table; events without an effect are left out.
+/// The effect of each event in each phase as a Markdown table, without events that have none.
 fn table() -> String {
     let mut table = "| phase | event | next phase | actions |\n|---|---|---|---|\n".to_owned();
     for at in 0..phases().len() {
@@ -133,7 +133,7 @@ fn table() -> String {
                 .actions
                 .iter()
                 .map(|action| match action {
-                    Action::Tell(news) => format!("Tell {}", name(news)),
+                    Action::Publish(notice) => format!("Publish {}", name(notice)),
                     Action::Signal(signal) => if *signal == Signal::TERM { "TERM" } else { "KILL" }.to_owned(),
                     other => name(other),
                 })

@@ -5,10 +5,10 @@ mod table;
 
 use super::*;
 
-const MANNERS: Manners = Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
+const LIFECYCLE: Lifecycle = Lifecycle { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
 
 /// The user's own service.
-const SERVICE: Manners = Manners { disposes: false, kill_after: Duration::ZERO, is_service: true };
+const SERVICE: Lifecycle = Lifecycle { disposes: false, kill_after: Duration::ZERO, is_service: true };
 
 /// A policy, the virtual time, and the actions of the last event.
 struct Story {
@@ -18,33 +18,33 @@ struct Story {
     events: u32,
 }
 
-/// More events than any of these stories has: time stands still in it.
+/// More events than any test handles: a policy that reaches it makes no progress.
 const ENDLESS: u32 = 5000;
 
 impl Story {
-    /// A daemon starts and finds nothing of an earlier one.
+    /// A daemon starts; its state file names no opencode.
     fn new() -> Story {
         let mut actions = Vec::new();
         let policy = Policy::new(Limits::STANDARD, false, &mut actions);
         Story { policy, now: Instant::now(), actions, events: 0 }
     }
 
-    /// A daemon starts, and the state file names an opencode.
+    /// A daemon starts; its state file names an opencode.
     fn adopting() -> Story {
         let mut story = Story::new();
         story.policy = Policy::new(Limits::STANDARD, true, &mut story.actions);
         story
     }
 
-    /// It is found, and was started so long ago.
+    /// The recorded opencode is found; it was started `age` ago.
     fn adopted(&mut self, age: Duration) -> &mut Story {
-        let (job, found) = (self.job(), Some(Checked { manners: MANNERS, age }));
+        let (job, found) = (self.job(), Some(Checked { lifecycle: LIFECYCLE, age }));
         self.happens(Event::Adopted { job, found })
     }
 
     fn happens(&mut self, event: Event) -> &mut Story {
         self.events += 1;
-        assert!(self.events < ENDLESS, "the story does not end");
+        assert!(self.events < ENDLESS, "the policy makes no progress");
         self.actions.clear();
         self.policy.handle(event, self.now, &mut self.actions);
         self
@@ -57,7 +57,7 @@ impl Story {
     /// A process is launched.
     fn launched(&mut self) -> &mut Story {
         let job = self.job();
-        let checked = Checked { manners: MANNERS, age: Duration::ZERO };
+        let checked = Checked { lifecycle: LIFECYCLE, age: Duration::ZERO };
         self.happens(Event::VersionKnown { job, result: Ok(checked) });
         let job = self.job();
         self.happens(Event::Launched { job, result: Ok(Launched::Running) })
@@ -74,14 +74,14 @@ impl Story {
     }
 
     fn exits(&mut self) -> &mut Story {
-        self.ends(End { how: "ended".to_owned(), ..End::default() })
+        self.ended(End { how: "ended".to_owned(), ..End::default() })
     }
 
-    fn ends(&mut self, end: End) -> &mut Story {
+    fn ended(&mut self, end: End) -> &mut Story {
         let generation = self.policy.generation;
         self.happens(Event::Exited { generation });
         let job = self.job();
-        self.happens(Event::Buried { job, end })
+        self.happens(Event::Reaped { job, end })
     }
 
     fn did(&self, what: &str) -> bool {
@@ -93,7 +93,7 @@ impl Story {
         self
     }
 
-    /// How long the answer to a look may take that was just asked for.
+    /// The time limit of the probe that the last event requested.
     fn look(&self) -> Option<Duration> {
         self.actions.iter().find_map(|action| match action {
             Action::Probe { limit, .. } => Some(*limit),
@@ -101,15 +101,15 @@ impl Story {
         })
     }
 
-    /// The time goes on to the next look, which is asked for: how long its answer may take.
+    /// Advances the time to the next probe and returns its time limit.
     fn next_look(&mut self) -> Duration {
         self.now = self.policy.next_deadline().expect("a look is due");
         self.happens(Event::Timer).look().expect("a look")
     }
 
-    /// Every health call comes to this after all of its time, with so much use of the processor, until
-    /// the process is told to end: how long that took; nothing when the time was over before. While it
-    /// `prints`, its log grows.
+    /// Gives each probe this answer at its time limit, with this processor use, until the policy ends the
+    /// process. Returns how long that took; `None` when it did not happen within `limit`. With `prints`, the
+    /// log grows.
     fn time_until_ended(
         &mut self,
         limit: Duration,
@@ -171,14 +171,14 @@ fn sign_of_life_restarts_the_minute() {
 #[test]
 fn unsent_probe_does_not_count_as_silence() {
     let mut story = Story::new();
-    let not_asked = || Answer::NotAsked(Error::Overloaded("connections"));
-    assert_eq!(story.ready().time_until_ended(60 * MINUTE, not_asked, 0.0, false), None);
+    let not_sent = || Answer::NotSent(Error::Overloaded("connections"));
+    assert_eq!(story.ready().time_until_ended(60 * MINUTE, not_sent, 0.0, false), None);
 }
 
 #[test]
 fn start_that_could_not_be_checked_is_not_stuck() {
-    let not_asked = || Answer::NotAsked(Error::Overloaded("connections"));
-    let ended = Story::new().launched().time_until_ended(60 * MINUTE, not_asked, 0.0, false);
+    let not_sent = || Answer::NotSent(Error::Overloaded("connections"));
+    let ended = Story::new().launched().time_until_ended(60 * MINUTE, not_sent, 0.0, false);
     check_between(ended, 10 * MINUTE, 10 * MINUTE + Duration::from_secs(6));
 }
 
@@ -188,14 +188,14 @@ fn looks_at_a_start_are_frequent_and_short_at_first() {
     story.launched();
     let begun = story.now;
     let ms = Duration::from_millis;
-    // Nothing listens: the pause grows with the time that somebody has waited.
+    // Nothing listens: the pause grows with the age of the start.
     for (waited, pause) in [(15, 15), (900, 15), (32_000, 500), (64_000, 1000), (300_000, 1000)] {
         story.next_look();
         story.now = begun + ms(waited);
-        story.probed(Answer::Deaf, ms(waited), 0);
+        story.probed(Answer::NotListening, ms(waited), 0);
         assert_eq!(story.policy.next_deadline().map(|due| due - story.now), Some(ms(pause)), "{waited} ms");
     }
-    // It listens and does not answer yet: each look is given more time.
+    // It listens and does not answer yet: each probe gets more time.
     story.next_look();
     story.probed(silent(), ms(300_000), 0);
     let listens = story.now;
@@ -210,8 +210,8 @@ fn looks_at_a_start_are_frequent_and_short_at_first() {
 #[test]
 fn events_are_counted_and_published() {
     let mut story = Story::new();
-    assert!(story.launched().did("Watch") && story.did("Tell(Starting)"));
-    assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Tell(Ready { adopted: false })"));
+    assert!(story.launched().did("Watch") && story.did("Publish(Starting)"));
+    assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Publish(Ready { adopted: false })"));
     let counts = |story: &Story| (story.policy.generation(), story.policy.restarts(), story.policy.checks());
     assert_eq!(counts(&story), (1, 0, 0));
     for checks in 1..=3 {
@@ -229,23 +229,23 @@ fn events_are_counted_and_published() {
         assert_eq!(counts(&story), (1 + restarts, restarts, 3));
         assert!(story.policy.last_error().is_none() && !story.policy.is_stopping());
     }
-    story.happens(Event::Stop { ends: Ends::Nothing });
+    story.happens(Event::Stop { scope: StopScope::DaemonOnly });
     assert!(story.policy.is_stopping() && story.policy.is_stopped());
 
     let mut story = Story::adopting();
     story.adopted(MINUTE).next_look();
-    assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Tell(Ready { adopted: true })"));
+    assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Publish(Ready { adopted: true })"));
     assert_eq!((counts(&story), story.policy.failures()), ((1, 0, 0), 0));
 }
 
 #[test]
 fn answer_to_an_earlier_job_is_dropped() {
     let mut story = Story::new();
-    story.ready().weigh_for_the_table();
+    story.ready().exceed_memory();
     let earlier = story.job();
-    // That disposal takes too long, and another opencode is there before it is answered.
+    // The disposal exceeds its limit, and the next opencode is ready before the answer arrives.
     story.later(Duration::from_secs(3)).happens(Event::Timer);
-    story.exits().ready().weigh_for_the_table();
+    story.exits().ready().exceed_memory();
     assert_ne!(story.job(), earlier);
     assert!(story.happens(Event::Disposed { job: earlier }).actions.is_empty());
     let job = story.job();
@@ -263,10 +263,10 @@ fn suspended_time_does_not_count_as_silence() {
 }
 
 #[test]
-fn time_in_which_the_daemon_was_stopped_does_not_count_at_an_adoption_either() {
+fn suspended_time_does_not_count_during_an_adoption() {
     let mut story = Story::adopting();
     story.adopted(60 * MINUTE).next_look();
-    // The machine sleeps for hours, with a look under way that had five seconds.
+    // The machine sleeps for hours with a probe under way.
     story.later(300 * MINUTE).probed(silent(), Duration::ZERO, 0);
     let woke = story.now;
     while !story.did("Signal") {
@@ -283,7 +283,7 @@ fn start_has_one_minute_or_ten_while_it_makes_progress() {
     for (part_of_a_core, prints, limit) in
         [(0.0, false, MINUTE), (0.001, false, MINUTE), (0.1, false, 10 * MINUTE), (0.0, true, 10 * MINUTE)]
     {
-        for answer in [silent, || Answer::Deaf] {
+        for answer in [silent, || Answer::NotListening] {
             let mut story = Story::new();
             let ended = story.launched().time_until_ended(20 * MINUTE, answer, part_of_a_core, prints);
             check_between(ended, limit, limit + Duration::from_secs(15));
@@ -326,21 +326,21 @@ fn taken_port_is_changed_ten_times_without_a_failure() {
     let mut story = Story::new();
     for _ in 0..2 {
         for _ in 0..10 {
-            assert!(story.launched().ends(taken()).did("AskVersion"));
-            assert!(!story.did("Note"), "{:?}", story.actions);
+            assert!(story.launched().ended(taken()).did("AskVersion"));
+            assert!(!story.did("Log"), "{:?}", story.actions);
         }
-        // One that got a port ends the row.
+        // A launch that gets its port resets the count.
         story.ready();
-        // Who takes the port of one that was ready comes after its end: that was a failure.
-        story.ends(taken());
+        // A ready process had its port, so its end is a failure even when the port is taken now.
+        story.ended(taken());
         assert_eq!(story.policy.last_error().map(|error| &*error.code), Some("opencode_unavailable"));
         story.now = story.policy.next_deadline().unwrap_or(story.now);
         story.happens(Event::Timer);
     }
     for _ in 0..10 {
-        story.launched().ends(taken());
+        story.launched().ended(taken());
     }
-    story.launched().ends(taken());
+    story.launched().ended(taken());
     assert_eq!(story.policy.last_error().map(|error| &*error.code), Some("opencode_start_failed"));
 }
 
@@ -386,7 +386,7 @@ fn backoff_doubles_and_health_resets_it() {
     let mut story = Story::new();
     let mut pauses = Vec::new();
     for _ in 0..12 {
-        // Far enough apart that opencode is not given up.
+        // Too rare to give opencode up.
         story.ready().later(Duration::from_secs(25)).exits();
         let due = story.policy.next_deadline().filter(|_| !story.did("AskVersion"));
         pauses.push(due.map_or(0, |due| (due - story.now).as_millis()));
@@ -417,7 +417,7 @@ fn stop_is_orderly_and_bounded() {
     let mut story = Story::new();
     story.ready();
     let begun = story.now;
-    assert!(story.happens(Event::Stop { ends: Ends::Ours }).did("Dispose"));
+    assert!(story.happens(Event::Stop { scope: StopScope::OwnOpencode }).did("Dispose"));
     let mut signals = Vec::new();
     while !story.policy.is_stopped() {
         story.now = story.policy.next_deadline().expect("a deadline of the stop");
@@ -438,19 +438,19 @@ fn stop_is_orderly_and_bounded() {
 fn stop_is_bounded_whatever_hangs() {
     let mut hangs = 0;
     for mut story in table::phases() {
-        story.happens(Event::Stop { ends: Ends::Ours });
+        story.happens(Event::Stop { scope: StopScope::OwnOpencode });
         let asked = story.now;
-        // Nothing that is under way is ever answered.
+        // No job is ever answered.
         while !story.policy.is_stopped() {
             story.now = story.policy.next_deadline().expect("a deadline of the stop");
             story.happens(Event::Timer);
         }
         if story.now == asked + Limits::STANDARD.stop {
             hangs += 1;
-            assert!(story.did("Note(OpencodeUnavailable") && story.did("Release"), "{:?}", story.actions);
+            assert!(story.did("Log(OpencodeUnavailable") && story.did("Release"), "{:?}", story.actions);
         }
         assert!(story.now <= asked + Limits::STANDARD.stop);
-        // The end is told once.
+        // The end is reported once.
         assert_eq!(story.policy.next_deadline(), None);
         assert!(story.happens(Event::Timer).actions.is_empty() && story.policy.is_stopped());
     }
@@ -486,7 +486,7 @@ fn only_a_suspicion_about_this_opencode_hastens_the_next_look() {
 
 #[test]
 fn final_stop_wins_over_a_stop_that_keeps_opencode() {
-    // Launching and Adopting: the process is not there yet, so both stops are remembered until it is.
+    // In Launching and Adopting no process exists yet: the stops apply once it does.
     for adopts in [false, true] {
         for (stops, ends) in [
             (&[false][..], true),
@@ -497,11 +497,13 @@ fn final_stop_wins_over_a_stop_that_keeps_opencode() {
         ] {
             let mut story = if adopts { Story::adopting() } else { Story::new() };
             if !adopts {
-                let (job, result) = (story.job(), Ok(Checked { manners: MANNERS, age: Duration::ZERO }));
+                let (job, result) = (story.job(), Ok(Checked { lifecycle: LIFECYCLE, age: Duration::ZERO }));
                 story.happens(Event::VersionKnown { job, result });
             }
             for keeps in stops {
-                story.happens(Event::Stop { ends: if *keeps { Ends::Nothing } else { Ends::Ours } });
+                story.happens(Event::Stop {
+                    scope: if *keeps { StopScope::DaemonOnly } else { StopScope::OwnOpencode },
+                });
             }
             let job = story.job();
             match adopts {
@@ -518,9 +520,9 @@ fn final_stop_wins_over_a_stop_that_keeps_opencode() {
 fn line_without_disposal_has_its_own_kill_time() {
     let mut story = Story::new();
     story.ready();
-    story.policy.manners = Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
+    story.policy.lifecycle = Lifecycle { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
     let begun = story.now;
-    assert!(story.happens(Event::Stop { ends: Ends::Ours }).did("Signal"));
+    assert!(story.happens(Event::Stop { scope: StopScope::OwnOpencode }).did("Signal"));
     while !story.did("Signal(\"Signal::KILL\")") {
         story.now = story.policy.next_deadline().unwrap();
         story.happens(Event::Timer);
@@ -540,11 +542,11 @@ fn oversized_opencode_is_recycled_after_its_sessions() {
         story.happens(Event::Probed { generation, probe });
     };
     weighed(&mut story, true, true);
-    assert!(story.did("Tell(TooLarge { recycled: false })"));
+    assert!(story.did("Publish(TooLarge { recycled: false })"));
     weighed(&mut story, true, true);
     assert!(story.actions.is_empty(), "told once");
     weighed(&mut story, true, false);
-    assert!(story.did("Tell(TooLarge { recycled: true })") && story.policy.phase() == PhaseName::Stopping);
+    assert!(story.did("Publish(TooLarge { recycled: true })") && story.policy.phase() == PhaseName::Stopping);
     let job = story.job();
     story.happens(Event::Disposed { job });
     story.exits();
@@ -555,24 +557,24 @@ fn oversized_opencode_is_recycled_after_its_sessions() {
 // --- The user's own service ---
 
 impl Story {
-    /// A daemon that shares the user's service, with what the look for that brings.
+    /// A daemon that shares the user's service, after a search with this outcome.
     fn sharing(launched: Launched) -> Story {
         let mut story = Story::new();
         story.looked(launched);
         story
     }
 
-    /// The version is known, and the service was looked for.
+    /// The version check and the search for the service are over.
     fn looked(&mut self, launched: Launched) -> &mut Story {
         if matches!(self.policy.phase, Phase::Checking) {
             let job = self.job();
-            self.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+            self.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
         }
         let job = self.job();
         self.happens(Event::Launched { job, result: Ok(launched) })
     }
 
-    /// A service that is there and answers.
+    /// A daemon whose service is ready.
     fn serving() -> Story {
         let mut story = Story::sharing(Launched::Running);
         story.probed(Answer::Healthy, Duration::ZERO, 0);
@@ -589,53 +591,56 @@ impl Story {
 #[test]
 fn service_is_never_signalled() {
     let silence = |story: &mut Story, answer: fn() -> Answer| {
-        while !story.did("Order") {
+        while !story.did("CommandService") {
             assert!(!story.did("Signal"), "{:?}", story.actions);
             story.due();
             if story.did("Probe") {
                 story.probed(answer(), Duration::ZERO, 0);
             }
         }
-        assert!(story.did("Order { job: 3, verb: Restart }"), "{:?}", story.actions);
+        assert!(story.did("CommandService { job: 3, verb: Restart }"), "{:?}", story.actions);
         let job = story.job();
-        assert!(story.happens(Event::Buried { job, end: End::default() }).did("Tell(Exited"));
+        assert!(story.happens(Event::Reaped { job, end: End::default() }).did("Publish(Exited"));
     };
-    // One that hangs, and one that no longer listens, is replaced by its own command.
+    // Its own command restarts a service that hangs or no longer listens,
     silence(&mut Story::serving(), silent);
-    silence(&mut Story::serving(), || Answer::Deaf);
-    // One that never gets ready, too.
+    silence(&mut Story::serving(), || Answer::NotListening);
+    // a service that never gets ready,
     silence(&mut Story::sharing(Launched::Running), silent);
-    // And one that takes too much memory.
+    // and a service that uses too much memory.
     let mut story = Story::serving();
-    story.weigh_for_the_table();
-    assert!(story.did("Tell(TooLarge") && story.actions.iter().any(|action| matches!(action, Action::Order { .. })));
-    // One that refuses its own password serves its other clients.
+    story.exceed_memory();
+    assert!(
+        story.did("Publish(TooLarge")
+            && story.actions.iter().any(|action| matches!(action, Action::CommandService { .. }))
+    );
+    // A service that refuses its own password may still serve other clients: it is left alone.
     let mut story = Story::sharing(Launched::Running);
-    assert!(story.probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0).did("Bury"));
+    assert!(story.probed(Answer::Refused(Error::OpencodeAuthFailed(1)), Duration::ZERO, 0).did("Reap"));
     let job = story.job();
-    story.happens(Event::Buried { job, end: End::default() });
+    story.happens(Event::Reaped { job, end: End::default() });
     assert_eq!(story.policy.phase(), PhaseName::Failed);
 }
 
 #[test]
 fn stop_leaves_the_service_unless_asked_to_end_it() {
-    for ends in [Ends::Nothing, Ends::Ours] {
+    for scope in [StopScope::DaemonOnly, StopScope::OwnOpencode] {
         let mut story = Story::serving();
-        assert!(story.happens(Event::Stop { ends }).did("Release"));
+        assert!(story.happens(Event::Stop { scope }).did("Release"));
         assert!(story.policy.is_stopped());
-        // In the middle of a start, the command is not waited for.
+        // In the middle of a start, the stop interrupts the command.
         let mut story = Story::sharing(Launched::Absent);
         story.happens(Event::Need);
         let job = story.job();
-        let checked = Checked { manners: SERVICE, age: Duration::ZERO };
+        let checked = Checked { lifecycle: SERVICE, age: Duration::ZERO };
         story.happens(Event::VersionKnown { job, result: Ok(checked) });
-        assert!(story.happens(Event::Stop { ends }).did("Cancel"));
+        assert!(story.happens(Event::Stop { scope }).did("Cancel"));
         assert!(story.looked(Launched::Running).did("Release"));
     }
     let mut story = Story::serving();
-    assert!(story.happens(Event::Stop { ends: Ends::Service }).did("Order { job: 3, verb: Stop }"));
+    assert!(story.happens(Event::Stop { scope: StopScope::Service }).did("CommandService { job: 3, verb: Stop }"));
     let job = story.job();
-    assert!(story.happens(Event::Buried { job, end: End::default() }).policy.is_stopped());
+    assert!(story.happens(Event::Reaped { job, end: End::default() }).policy.is_stopped());
 }
 
 #[test]
@@ -648,35 +653,35 @@ fn service_starts_only_when_a_request_needs_it() {
         assert!(
             story.due().did("Launch { job: ") && story.did(&format!("Launch {{ job: {}, start: false", story.job()))
         );
-        assert_eq!(story.policy.phase(), PhaseName::Waiting, "a look is no start");
+        assert_eq!(story.policy.phase(), PhaseName::Waiting, "looking for the service is not a start");
         story.looked(Launched::Absent);
     }
     assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
-    // A request comes in the middle of a look.
+    // A request arrives while the daemon looks for the service.
     story.due().happens(Event::Need);
     assert!(story.looked(Launched::Absent).did("AskVersion"));
     let job = story.job();
-    story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+    story.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
     assert!(story.did(&format!("Launch {{ job: {}, start: true", story.job())));
     story.looked(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
 
-    // Its user ends it, as often as they like: it is looked for, and not given up.
+    // The user may end the service any number of times: the daemon looks for it and never gives up.
     for _ in 0..20 {
         story.exits();
         if !story.did("AskVersion") {
             story.due();
         }
         let job = story.job();
-        story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+        story.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
         assert!(story.did(&format!("Launch {{ job: {}, start: false", story.job())), "{:?}", story.actions);
         story.looked(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
         assert_eq!(story.policy.phase(), PhaseName::Ready);
     }
-    // A request has met its end.
+    // A request got no answer because the service had ended.
     let generation = story.policy.generation;
     story.later(MINUTE).happens(Event::Suspect { generation });
     story.exits();
     let job = story.job();
-    story.happens(Event::VersionKnown { job, result: Ok(Checked { manners: SERVICE, age: Duration::ZERO }) });
+    story.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
     assert!(story.did(&format!("Launch {{ job: {}, start: true", story.job())));
 }

@@ -1,9 +1,9 @@
-//! The policy lives through days of virtual time in a world that does its worst, and after each step
-//! the promises of the supervisor are looked at. A seed decides everything: the one that is printed
-//! with a violation replays it (`OPENWORK_SIMULATION_SEED`).
+//! A simulation of the policy in virtual time, with random faults; it checks the supervisor's promises
+//! after each step. The seed determines the whole run: setting `OPENWORK_SIMULATION_SEED` to the seed that
+//! a violation prints replays it.
 //!
-//! By itself a run takes some seconds; `OPENWORK_SIMULATION_SECONDS` says how long. Each promise is
-//! shown to bite: a [`Bug`] that is planted in the policy is found.
+//! A run takes five seconds, or `OPENWORK_SIMULATION_SECONDS`. Another test plants each [`Bug`] in the
+//! policy and requires that the simulation finds it.
 
 mod world;
 
@@ -12,48 +12,48 @@ use std::time::{Duration, Instant};
 
 use self::world::{Outcome, World};
 
-/// What is wrong with a policy, in a test of the simulation itself.
+/// A bug to plant in the policy, in the test of the simulation itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bug {
-    /// News of an earlier process is taken for news of the current one.
+    /// Events about an earlier process are applied to the current one.
     OldExit,
-    /// A stop that keeps opencode takes back one that does not.
+    /// A stop that keeps opencode overrides an earlier stop that ends it.
     KeepWins,
-    /// A start is ended after its time although it makes progress.
+    /// A start is ended after its first limit although it makes progress.
     ImpatientStart,
-    /// A lack of resources of ours is taken for silence of opencode.
+    /// A probe that was never sent counts as silence of opencode.
     LackIsSilence,
-    /// One health call without an answer is a hang.
+    /// A single health call without an answer counts as a hang.
     ImpatientHang,
-    /// A hang that uses the processor is ended as one that does not.
+    /// A busy hang is ended as early as an idle one.
     IgnoresBusy,
-    /// Too much memory restarts opencode while sessions run.
+    /// A restart for memory does not wait for running sessions.
     CutsTurns,
-    /// The next process is started before all of the one before has ended.
-    Hasty,
-    /// A process that KILL has not ended is forgotten.
+    /// The next process is launched before the previous one and its descendants have ended.
+    LaunchesEarly,
+    /// A process that survived KILL is forgotten.
     ForgetsStuck,
     /// A crash loop goes on for ever.
     NeverGivesUp,
-    /// Nobody is told of a failure.
+    /// Waiting requests do not learn of a failure.
     SilentFailure,
-    /// A health call that was answered is not followed by another.
+    /// No probe follows a successful one.
     ForgetsProbe,
-    /// A hang is never found.
+    /// A hang is never detected.
     NeverHangs,
-    /// Failures are never forgiven.
+    /// Health never resets the backoff.
     NeverForgives,
     /// KILL never follows TERM.
     NeverKills,
-    /// A stop leaves what still starts.
+    /// A stop during a launch leaves the process behind.
     StopForgetsLaunch,
-    /// A process that an earlier daemon has left is not looked for.
+    /// The daemon does not look for the process of an earlier daemon.
     NeverAdopts,
-    /// An eviction does not ask whether a session runs.
+    /// An eviction does not check for running sessions.
     EvictsBusy,
     /// A request does not wait for the end of an eviction.
     DoesNotWait,
-    /// The user's own service is ended as an opencode of ours.
+    /// The user's own service is signalled like our own opencode.
     SignalsService,
     /// The user's own service is started although no request needs it.
     StartsUnneeded,
@@ -61,36 +61,36 @@ pub enum Bug {
 
 /// Each bug, with the promise that it breaks.
 const BUGS: [(Bug, &str); 21] = [
-    (Bug::OldExit, "a living process is buried"),
-    (Bug::KeepWins, "a stop leaves something behind"),
-    (Bug::ImpatientStart, "an opencode that lives is ended"),
-    (Bug::LackIsSilence, "an opencode that lives is ended"),
-    (Bug::ImpatientHang, "an opencode that lives is ended"),
-    (Bug::IgnoresBusy, "an opencode that lives is ended"),
+    (Bug::OldExit, "the daemon reaps a living process"),
+    (Bug::KeepWins, "a stop leaves processes behind"),
+    (Bug::ImpatientStart, "the daemon ends an opencode that works"),
+    (Bug::LackIsSilence, "the daemon ends an opencode that works"),
+    (Bug::ImpatientHang, "the daemon ends an opencode that works"),
+    (Bug::IgnoresBusy, "the daemon ends an opencode that works"),
     (Bug::CutsTurns, "a restart for memory cuts a turn"),
-    (Bug::Hasty, "two of ours live"),
-    (Bug::ForgetsStuck, "a process is launched beside one that is held"),
-    (Bug::NeverGivesUp, "opencode fails again and again, and is not given up"),
-    (Bug::SilentFailure, "who waits is told of no failure"),
-    (Bug::ForgetsProbe, "nothing happens any more"),
-    (Bug::NeverHangs, "after the last fault opencode does not get ready"),
-    (Bug::NeverForgives, "after a long time of health a failure is not forgiven"),
-    (Bug::NeverKills, "time stands still"),
-    (Bug::StopForgetsLaunch, "a stop leaves something behind"),
-    (Bug::NeverAdopts, "two of ours live"),
+    (Bug::LaunchesEarly, "two opencodes live at once"),
+    (Bug::ForgetsStuck, "the daemon launches a second process"),
+    (Bug::NeverGivesUp, "opencode fails repeatedly and is not given up"),
+    (Bug::SilentFailure, "a waiting request does not learn of a failure"),
+    (Bug::ForgetsProbe, "no further event is due"),
+    (Bug::NeverHangs, "opencode does not get ready after the last fault"),
+    (Bug::NeverForgives, "a long time of health does not reset the backoff"),
+    (Bug::NeverKills, "virtual time stands still"),
+    (Bug::StopForgetsLaunch, "a stop leaves processes behind"),
+    (Bug::NeverAdopts, "two opencodes live at once"),
     (Bug::EvictsBusy, "an eviction cuts a turn"),
     (Bug::DoesNotWait, "an eviction cuts a request"),
-    (Bug::SignalsService, "the user's service is signalled"),
-    (Bug::StartsUnneeded, "the user's service is started, and nobody needs it"),
+    (Bug::SignalsService, "the daemon signals the user's service"),
+    (Bug::StartsUnneeded, "the daemon starts the user's service without need"),
 ];
 
-/// How long a run takes by itself.
+/// The duration of a run unless the environment sets one.
 const DEFAULT_RUN: Duration = Duration::from_secs(5);
 
-/// Fewer lives than a run has in that time, on two slow cores and without optimisation.
+/// Fewer lives than a default run simulates on two slow cores without optimisation.
 const LIVES: u64 = 300;
 
-/// Numbers by chance, decided by a seed (splitmix64, by Sebastiano Vigna).
+/// Pseudo-random numbers from a seed (splitmix64, by Sebastiano Vigna).
 pub struct Dice(u64);
 
 impl Dice {
@@ -102,23 +102,23 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    /// A number below this.
+    /// A number from 0 to `end` - 1.
     fn below(&mut self, end: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(end)) >> 64) as u64
     }
 
-    /// True so many times out of a thousand.
-    fn often(&mut self, per_mille: u64) -> bool {
+    /// True with this probability, in thousandths.
+    fn chance(&mut self, per_mille: u64) -> bool {
         self.below(1000) < per_mille
     }
 
-    /// A time between these, in milliseconds.
+    /// A duration between these numbers of milliseconds.
     fn time(&mut self, from: u64, to: u64) -> Duration {
         Duration::from_micros(from * 1000 + self.below((to - from).max(1) * 1000))
     }
 }
 
-/// What a run has seen.
+/// The statistics of a run.
 #[derive(Default)]
 struct Report {
     lives: u64,
@@ -127,7 +127,7 @@ struct Report {
     faults: BTreeMap<&'static str, u64>,
 }
 
-/// Runs one life after the other, from this seed on, until the time is over or a promise is broken.
+/// Simulates one life after the other, from this seed on, until the time is over or a promise is broken.
 fn run(seed: u64, lives: u64, limit: Duration, bug: Option<Bug>) -> (Report, Result<(), (u64, String)>) {
     let (begun, mut report) = (Instant::now(), Report::default());
     for seed in seed..seed.saturating_add(lives) {

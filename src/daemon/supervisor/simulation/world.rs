@@ -1,7 +1,7 @@
-//! The world of a simulation: an opencode or several, a disk, clients, and chance.
+//! The simulated world: opencode processes, a disk, clients, and random faults.
 //!
-//! What the supervisor's thread and its helpers do for real is done here in virtual time, with the
-//! same steps in the same order, and may end between any two of them.
+//! The world repeats the steps of the supervisor's thread and its helpers in virtual time and in the same
+//! order, and may kill the daemon between any two of them.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
@@ -11,31 +11,31 @@ use rustix::process::Signal;
 
 use self::instances::{DIRECTORIES, Request, Step};
 use super::{Bug, Dice};
-use crate::daemon::engine::{Manners, SERVICE_MANNERS, Verb};
+use crate::daemon::engine::{Lifecycle, SERVICE_LIFECYCLE, Verb};
 use crate::daemon::instances::account::Account;
 use crate::daemon::instances::fence::Fences;
 use crate::daemon::supervisor::limits::Limits;
 use crate::daemon::supervisor::policy::{
-    Action, Answer, Checked, End, Ends, Event, Launched, Memory, News, Policy, Probe,
+    Action, Answer, Checked, End, Event, Launched, Memory, Notice, Policy, Probe, StopScope,
 };
 use crate::error::Error;
 use crate::wire::Phase;
 
-/// How long a life lasts before the world calms down.
-const TROUBLE: Duration = Duration::from_secs(3600);
-/// Within this time after the last fault opencode is ready: a hang that uses the processor is given ten
-/// minutes, and there may be a start that does too.
+/// How long random faults last, at most, before the world calms down.
+const FAULT_TIME: Duration = Duration::from_secs(3600);
+/// opencode must be ready within this time after the last fault: a busy hang is given ten minutes, and a
+/// busy start may follow it.
 const RECOVERY: Duration = Duration::from_secs(1500);
-/// So many events at one moment, and nothing moves any more.
-const SPIN: u32 = 10_000;
+/// This many events at one moment mean that virtual time stands still.
+const MAX_AT_ONCE: u32 = 10_000;
 
-/// What a life was like.
+/// The result of a life.
 pub struct Outcome {
-    /// Events that the policy has handled.
+    /// How many events the policy has handled.
     pub steps: u64,
-    /// How long it was.
+    /// The virtual time of the life.
     pub lived: Duration,
-    /// How often what happened.
+    /// How often each fault happened.
     pub faults: BTreeMap<&'static str, u64>,
     /// A broken promise, and the last steps before it.
     pub broken: Option<String>,
@@ -45,56 +45,62 @@ pub struct Outcome {
 #[derive(Debug)]
 struct Engine {
     alive: bool,
-    /// It was told to become opencode.
-    told: bool,
-    /// What it has started still lives, for example the real one behind a wrapper.
-    leaves: bool,
-    /// In this daemon's life it was launched, or adopted.
+    /// The daemon has released the process to run opencode.
+    execed: bool,
+    /// Descendants live on after the process, for example the real opencode behind a wrapper.
+    has_descendants: bool,
+    /// The current daemon has launched or adopted the process.
     proved: bool,
     listens_at: Option<Instant>,
     answers_at: Option<Instant>,
     crashes_at: Option<Instant>,
     takes_port: bool,
-    /// It answers nothing.
+    /// The process answers no request.
     silent: bool,
-    deaf: bool,
-    refuses: bool,
-    /// Since when it uses the processor.
+    /// The process no longer listens.
+    not_listening: bool,
+    /// The process rejects our password.
+    rejects_password: bool,
+    /// When the process began to use processor time.
     busy: Option<Instant>,
-    /// Its log grows while it starts.
+    /// The log grows during the start.
     prints: bool,
     too_large: bool,
-    /// The instances that it has loaded.
+    /// Which instances are loaded.
     loaded: [bool; DIRECTORIES.len()],
-    /// In which of them a session runs.
+    /// Which of them have a running session.
     turns: [bool; DIRECTORIES.len()],
-    /// One did at the last look.
+    /// A session ran at the last probe.
     seen_turn: bool,
-    swallows: u32,
+    /// How many TERM signals the process ignores.
+    ignored_terms: u32,
     unkillable: bool,
+    /// KILL was sent to an unkillable process: the kernel ends it later.
     doomed: bool,
-    used: Duration,
-    used_at: Instant,
-    /// It listened when it was adopted: it was ready before. Not known before the first look.
+    /// Processor time, and when it was last updated.
+    cpu_time: Duration,
+    cpu_updated_at: Instant,
+    /// The process listened at the first probe after its adoption, so it was ready before. None before that
+    /// probe.
     was_ready: Option<bool>,
-    /// It was told to end.
+    /// TERM was sent, or a disposal has begun.
     asked_to_end: bool,
     started: Instant,
     ready_since: Option<Instant>,
-    /// How long it had been ready when it ended.
-    fell_after: Option<Duration>,
-    /// When it was first asked without an answer since, and how often.
+    /// How long the process had been ready when it ended.
+    healthy_for: Option<Duration>,
+    /// The first probe without an answer since the last sign of life, and how many there were.
     unanswered: Option<(Instant, u32)>,
-    /// It was busy all that time.
+    /// The process was busy all that time.
     busy_throughout: bool,
 }
 
 impl Engine {
     fn used(&mut self, now: Instant) -> Duration {
-        let passed = now.duration_since(self.used_at);
-        self.used += if self.busy.is_some() { passed / 2 } else { passed / 2000 };
-        self.used_at = now;
-        self.used
+        let passed = now.duration_since(self.cpu_updated_at);
+        self.cpu_time += if self.busy.is_some() { passed / 2 } else { passed / 2000 };
+        self.cpu_updated_at = now;
+        self.cpu_time
     }
 }
 
@@ -106,40 +112,40 @@ struct Client {
     suspect: Option<u64>,
 }
 
-/// What happens at some time.
-enum Happening {
-    /// The policy of this daemon gets an event.
+/// An occurrence in the world. The first number of most is the daemon that it belongs to, the second the job.
+enum Occurrence {
+    /// The policy gets an event.
     Message(u64, Event),
-    /// A process was started for this job; the user's service only if that was wanted.
+    /// A process is spawned; the user's service only if the flag is set.
     Spawned(u64, u64, bool),
-    /// It is to be written down.
+    /// The process is recorded.
     Record(u64, u64, usize),
-    /// It is told to become opencode.
-    Tell(u64, u64, usize),
-    /// A command has done this with the user's service.
-    Ordered(u64, u64, Verb),
+    /// The process is released to run opencode.
+    Exec(u64, u64, usize),
+    /// A command of the user's service is done.
+    ServiceCommanded(u64, u64, Verb),
     /// A process ends.
     End(usize),
-    /// What a process left is ended.
+    /// The descendants of a process have ended; with the flag, this answers the job that reaps it.
     Sweep(u64, u64, usize, bool),
-    /// The opencode of an earlier daemon is looked for.
+    /// The search for the opencode of an earlier daemon is over.
     Look(u64, u64),
-    /// Something goes wrong, or right, or somebody comes.
-    Weather,
-    /// A daemon is started.
+    /// A random fault, the end of one, or a request.
+    Fault,
+    /// A daemon starts.
     Daemon,
-    /// Somebody asks again.
-    Person,
-    /// A turn of this process ends.
+    /// A client tries again.
+    Retry,
+    /// A turn of this process, in this directory, ends.
     TurnEnds(usize, usize),
-    /// Something happens to the account of this daemon.
+    /// A step in the account of instances.
     Instance(u64, Step),
 }
 
 struct Scheduled {
     at: Instant,
     number: u64,
-    what: Happening,
+    what: Occurrence,
 }
 
 impl PartialEq for Scheduled {
@@ -161,9 +167,9 @@ impl Ord for Scheduled {
 
 pub struct World {
     dice: Dice,
-    /// opencode is the user's own service: a life long.
+    /// All opencodes of this life are the user's own service.
     shared: bool,
-    /// A request has asked for opencode since it was last ready.
+    /// A request has needed opencode since it was last ready.
     needed: bool,
     bug: Option<Bug>,
     limits: Limits,
@@ -172,38 +178,42 @@ pub struct World {
     number: u64,
     agenda: BinaryHeap<Reverse<Scheduled>>,
     policy: Option<Policy>,
-    /// Counts the daemons: what one has begun ends with it.
+    /// The number of the current daemon: the jobs of a daemon end with it.
     daemon: u64,
-    /// Messages to this daemon that are on their way.
+    /// Messages under way to this daemon.
     pending: u32,
     engines: Vec<Engine>,
     /// The process that the daemon holds.
     held: Option<usize>,
-    /// It is watched, as this generation.
+    /// The generation as which that process is watched.
     watched: Option<u64>,
-    /// The engine that the disk names.
+    /// The process that the state file names.
     disk: Option<usize>,
     disk_fails: bool,
-    lacks: bool,
+    /// The daemon runs out of threads and descriptors.
+    out_of_resources: bool,
     no_binary: bool,
+    /// Random faults are over.
     calm: bool,
-    /// The last stop has been asked for: no daemon follows.
+    /// The final stop was requested: no daemon follows.
     is_over: bool,
     clients: Vec<Client>,
     account: Account,
-    /// When it is looked at next.
+    /// When the account is checked next.
     account_due: Option<Instant>,
-    /// Requests that have entered, by number.
+    /// Requests in progress, by number.
     requests: BTreeMap<u64, Request>,
-    stop_asked: Option<(Instant, bool)>,
+    /// When a stop was requested, and whether it keeps opencode.
+    stop_requested: Option<(Instant, bool)>,
+    /// opencode is being restarted for its memory.
     recycled: bool,
-    /// The last start of an opencode failed so, since the last time that it was given up.
+    /// The failures within the window since opencode was last given up.
     failed: VecDeque<Instant>,
-    /// The last process ended by itself.
-    fell_by_itself: bool,
-    /// It did so after a long time of health.
+    /// The last process crashed.
+    crashed: bool,
+    /// The last process ended after a long time of health.
     ended_after_health: bool,
-    /// Engines before this one are of the past.
+    /// All engines before this index have ended with their descendants.
     past: usize,
     keeps_history: bool,
     faults: BTreeMap<&'static str, u64>,
@@ -217,7 +227,7 @@ impl World {
     pub fn new(seed: u64, bug: Option<Bug>) -> World {
         let begun = Instant::now();
         let mut dice = Dice(seed);
-        let shared = dice.often(250);
+        let shared = dice.chance(250);
         World {
             dice,
             shared,
@@ -236,7 +246,7 @@ impl World {
             watched: None,
             disk: None,
             disk_fails: false,
-            lacks: false,
+            out_of_resources: false,
             no_binary: false,
             calm: false,
             is_over: false,
@@ -244,10 +254,10 @@ impl World {
             account: Account::new(Some(instances::IDLE_TTL), Fences::default()),
             account_due: None,
             requests: BTreeMap::new(),
-            stop_asked: None,
+            stop_requested: None,
             recycled: false,
             failed: VecDeque::new(),
-            fell_by_itself: false,
+            crashed: false,
             ended_after_health: false,
             past: 0,
             keeps_history: false,
@@ -259,42 +269,44 @@ impl World {
         }
     }
 
-    /// The same, but the last steps are kept, for a message: words cost most of the time.
+    /// The same with a history of the last steps, for the message. Formatting takes most of the time, so
+    /// only a replay has one.
     pub fn with_history(self) -> World {
         World { keeps_history: true, ..self }
     }
 
     // --- A life ---
 
-    /// An hour of trouble, then peace: opencode has to come back. Then a stop, and nothing is left.
+    /// Up to an hour of faults, then calm, in which opencode must get ready; then a stop, which must leave no
+    /// process behind.
     pub fn live(mut self) -> Outcome {
-        self.at(Duration::ZERO, Happening::Daemon);
-        self.at(Duration::from_millis(1), Happening::Weather);
-        let trouble = self.begun + self.dice.time(10_000, TROUBLE.as_millis() as u64);
+        self.at(Duration::ZERO, Occurrence::Daemon);
+        self.at(Duration::from_millis(1), Occurrence::Fault);
+        let trouble = self.begun + self.dice.time(10_000, FAULT_TIME.as_millis() as u64);
         self.until(trouble, |_| false);
-        self.make_peace();
+        self.end_faults();
         let bound = self.now + RECOVERY;
         let works = |world: &World| {
             let is_ready = world.policy.as_ref().is_some_and(|policy| policy.phase() == Phase::Ready);
             is_ready && world.held.is_some_and(|index| !world.engines[index].silent && world.engines[index].alive)
         };
         if !self.until(bound, works) {
-            self.breaks("after the last fault opencode does not get ready");
+            self.violates("opencode does not get ready after the last fault");
         }
         self.is_over = true;
-        self.ask_to_stop(if self.shared { Ends::Service } else { Ends::Ours });
+        self.ask_to_stop(if self.shared { StopScope::Service } else { StopScope::OwnOpencode });
         let bound = self.now + self.limits.stop + Duration::from_secs(1);
         if !self.until(bound, |world| world.policy.is_none()) {
-            self.breaks("a stop does not end");
+            self.violates("a stop does not end");
         }
-        if self.engines.iter().any(|engine| engine.alive || engine.leaves) {
-            self.breaks("a stop leaves something behind");
+        if self.engines.iter().any(|engine| engine.alive || engine.has_descendants) {
+            self.violates("a stop leaves processes behind");
         }
         let lived = self.now.duration_since(self.begun);
         Outcome { steps: self.steps, lived, faults: self.faults, broken: self.broken }
     }
 
-    /// Goes on until then, or until this holds: whether it does.
+    /// Runs until `end`, or until the condition holds; returns whether it does.
     fn until(&mut self, end: Instant, holds: impl Fn(&World) -> bool) -> bool {
         let mut at_once = 0;
         while self.broken.is_none() {
@@ -313,14 +325,14 @@ impl World {
                 return false;
             }
             at_once = if at <= self.now { at_once + 1 } else { 0 };
-            if at_once > SPIN {
-                self.breaks("time stands still");
+            if at_once > MAX_AT_ONCE {
+                self.violates("virtual time stands still");
             }
             self.now = self.now.max(at);
             match self.agenda.peek() {
                 Some(Reverse(next)) if next.at <= self.now => {
                     if let Some(Reverse(Scheduled { what, .. })) = self.agenda.pop() {
-                        self.happen(what);
+                        self.occur(what);
                     }
                 }
                 _ => self.handle(Event::Timer),
@@ -330,46 +342,46 @@ impl World {
         true
     }
 
-    /// From now on everything works, but for what hangs already.
-    fn make_peace(&mut self) {
+    /// Ends all faults except hangs that have begun.
+    fn end_faults(&mut self) {
         self.calm = true;
         // The last fault is often a hang.
-        let last = self.disk.filter(|index| self.engines[*index].told && self.engines[*index].alive);
-        if let Some(index) = last.filter(|_| self.dice.often(200)) {
+        let last = self.disk.filter(|index| self.engines[*index].execed && self.engines[*index].alive);
+        if let Some(index) = last.filter(|_| self.dice.chance(200)) {
             (self.engines[index].silent, self.engines[index].busy_throughout) = (true, false);
         }
-        (self.disk_fails, self.lacks, self.no_binary) = (false, false, false);
+        (self.disk_fails, self.out_of_resources, self.no_binary) = (false, false, false);
         for (index, engine) in self.engines.iter_mut().enumerate() {
-            (engine.unkillable, engine.too_large, engine.swallows) = (false, false, 0);
-            // Whose service it is mends its password.
-            engine.refuses &= !self.shared;
+            (engine.unkillable, engine.too_large, engine.ignored_terms) = (false, false, 0);
+            // The user corrects the password of their service.
+            engine.rejects_password &= !self.shared;
             if engine.alive && engine.doomed {
                 self.number += 1;
-                let what = Happening::End(index);
+                let what = Occurrence::End(index);
                 self.agenda.push(Reverse(Scheduled { at: self.now, number: self.number, what }));
             }
         }
-        // A daemon on its way out is followed by another anyway.
+        // A daemon that is about to end is followed by another anyway.
         if self.policy.is_none() {
-            self.at(Duration::ZERO, Happening::Daemon);
+            self.at(Duration::ZERO, Occurrence::Daemon);
         }
-        // Whoever needs opencode asks again, as people do.
+        // A client tries again every minute.
         for minute in 0..RECOVERY.as_secs() / 60 {
-            self.at(Duration::from_secs(60 * minute + 1), Happening::Person);
+            self.at(Duration::from_secs(60 * minute + 1), Occurrence::Retry);
         }
     }
 
     // --- Bookkeeping ---
 
-    fn at(&mut self, after: Duration, what: Happening) {
+    fn at(&mut self, after: Duration, what: Occurrence) {
         self.number += 1;
         self.agenda.push(Reverse(Scheduled { at: self.now + after, number: self.number, what }));
     }
 
-    /// A message to the daemon of now.
+    /// Sends an event to the current daemon.
     fn message(&mut self, after: Duration, event: Event) {
         self.pending += 1;
-        self.at(after, Happening::Message(self.daemon, event));
+        self.at(after, Occurrence::Message(self.daemon, event));
     }
 
     fn count(&mut self, fault: &'static str) {
@@ -387,7 +399,7 @@ impl World {
         }
     }
 
-    fn breaks(&mut self, promise: &str) {
+    fn violates(&mut self, promise: &str) {
         if self.broken.is_none() {
             let at = self.now.duration_since(self.begun).as_secs_f64();
             let history: Vec<_> = self.history.iter().map(String::as_str).collect();
@@ -396,6 +408,6 @@ impl World {
     }
 }
 
-mod doing;
-mod happening;
+mod daemon;
+mod environment;
 mod instances;

@@ -1,25 +1,25 @@
-//! The account of instances in the world: requests that load them, turns that run in them, and
-//! evictions, with the same steps as the threads around the account.
+//! Instances in the simulated world: requests load them, turns run in them, and the account evicts them, in
+//! the same steps as the threads around the account.
 
 use super::*;
 use crate::daemon::instances::account::{Entry, Eviction, Next, Outcome as Evicted, Turn};
 
-/// The workspaces of this world.
+/// The directories of the simulated workspaces.
 pub(super) const DIRECTORIES: [&str; 3] = ["/a", "/b", "/c"];
-/// Unused for so long, an instance is evicted: short, so that many are.
+/// The idle time before an eviction: short, so that evictions are frequent.
 pub(super) const IDLE_TTL: Duration = Duration::from_secs(60);
 
-/// A request that has entered.
+/// A request in progress.
 pub(super) struct Request {
     directory: usize,
-    /// The opencode that it was sent to.
+    /// The generation of opencode that the request was sent to.
     sent: Option<u64>,
     replied: bool,
 }
 
-/// What happens to requests, turns and evictions.
+/// A step of a request, a turn or an eviction.
 pub(super) enum Step {
-    /// A client asks for an instance.
+    /// A request for an instance arrives.
     Ask(usize),
     /// opencode answers a request.
     Reply(u64),
@@ -27,7 +27,7 @@ pub(super) enum Step {
     Leave(u64),
     /// A turn ends.
     TurnEnds(usize, usize),
-    /// opencode is asked whether a session runs there.
+    /// An eviction checks for running sessions.
     AskWhetherBusy(Eviction),
     /// The instance has been disposed.
     Disposed(Eviction, Instant),
@@ -36,7 +36,7 @@ pub(super) enum Step {
 }
 
 impl World {
-    /// The account of a daemon, which has found or launched this opencode.
+    /// The daemon has launched or adopted an opencode.
     pub(super) fn account_begins(&mut self, generation: u64, adopted: bool) {
         let Some(index) = self.held else { return };
         let loaded: Vec<_> = (0..DIRECTORIES.len())
@@ -47,12 +47,12 @@ impl World {
         self.look_at_account();
     }
 
-    /// The account of an opencode that has ended.
+    /// The daemon's opencode has ended.
     pub(super) fn account_ends(&mut self, generation: u64) {
         self.account.ended(generation, None, "", self.now);
     }
 
-    /// Evicts what is due, and comes back when the next is.
+    /// Begins the evictions that are due, and schedules the next check.
     pub(super) fn look_at_account(&mut self) {
         loop {
             match self.account.next(self.now) {
@@ -72,9 +72,9 @@ impl World {
         }
     }
 
-    /// A step that ends with this daemon.
+    /// Schedules a step that a death of the daemon cancels.
     pub(super) fn step(&mut self, after: Duration, step: Step) {
-        self.at(after, Happening::Instance(self.daemon, step));
+        self.at(after, Occurrence::Instance(self.daemon, step));
     }
 
     pub(super) fn instance(&mut self, step: Step) {
@@ -92,7 +92,7 @@ impl World {
                 self.engines[index].turns[directory] = false;
                 let generation = self.policy.as_ref().map_or(0, Policy::generation);
                 if self.held == Some(index) && self.watched == Some(generation) {
-                    // Its event stream says that a session is idle now.
+                    // The event stream reports that the session is idle.
                     let used = crate::daemon::instances::account::Sign::Used;
                     self.account.told(generation, DIRECTORIES[directory], used, || true, self.now);
                     self.look_at_account();
@@ -106,7 +106,7 @@ impl World {
                 let done = engine.is_some_and(|index| self.engines[index].alive && !self.engines[index].silent);
                 if let (Some(index), true) = (engine, done) {
                     if self.requests.values().any(|request| request.directory == directory && request.sent.is_some()) {
-                        self.breaks("an eviction cuts a request");
+                        self.violates("an eviction cuts a request");
                     }
                     self.engines[index].loaded[directory] = false;
                 }
@@ -121,7 +121,7 @@ impl World {
         }
     }
 
-    /// A client asks for an instance: it waits while that is being disposed, and for opencode.
+    /// A request for an instance arrives; it waits while that instance is being disposed.
     fn ask_instance(&mut self, directory: usize) {
         let again = |world: &mut World| world.step(Duration::from_millis(200), Step::Ask(directory));
         let is_held = self.account.enter(DIRECTORIES[directory], self.now) == Entry::Wait;
@@ -159,17 +159,17 @@ impl World {
         let directory = request.directory;
         self.account.replied(generation, DIRECTORIES[directory]);
         self.engines[index].loaded[directory] = true;
-        if self.dice.often(500) && !self.engines[index].turns[directory] {
+        if self.dice.chance(500) && !self.engines[index].turns[directory] {
             self.count("a turn");
             self.engines[index].turns[directory] = true;
             let after = self.dice.time(1000, 600_000);
-            // A turn is opencode's: it outlives its daemon.
-            self.at(after, Happening::TurnEnds(index, directory));
+            // A turn runs in opencode, so it outlives the daemon.
+            self.at(after, Occurrence::TurnEnds(index, directory));
         }
         self.look_at_account();
     }
 
-    /// An eviction asks before it disposes.
+    /// An eviction checks for running sessions before it disposes the instance.
     fn ask_whether_busy(&mut self, eviction: Eviction) {
         let directory = index_of(&eviction);
         let is_ready = self
@@ -182,7 +182,7 @@ impl World {
             Some(index) if self.engines[index].turns[directory] && self.bug != Some(Bug::EvictsBusy) => Evicted::Busy,
             Some(index) => {
                 if self.engines[index].turns[directory] {
-                    self.breaks("an eviction cuts a turn");
+                    self.violates("an eviction cuts a turn");
                 }
                 self.count("an eviction");
                 let since = self.account.dispose(&eviction.directory, self.now);

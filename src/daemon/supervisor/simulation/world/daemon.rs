@@ -1,13 +1,13 @@
-//! What the daemon does in the world: its policy is given events, its actions are carried out, and the
-//! promises are looked at after each.
+//! The simulated daemon: gives events to the policy, carries out its actions, and checks the promises
+//! after each.
 
 use super::*;
 
-/// How much later than a promise an end may come: a health call and the pause before it.
+/// The tolerance of the checks of hangs and starts: a health call and the pause before it.
 const SLACK: Duration = Duration::from_secs(16);
 
 impl World {
-    /// The policy handles an event, and what it wants is begun.
+    /// Gives an event to the policy and carries out its actions.
     pub(super) fn handle(&mut self, event: Event) {
         let Some(mut policy) = self.policy.take() else { return };
         self.note(|| format!("-> {event:?}"));
@@ -16,7 +16,7 @@ impl World {
         let mut actions = std::mem::take(&mut self.actions);
         policy.handle(event, self.now, &mut actions);
         if after_health && policy.phase() == Phase::Waiting {
-            self.breaks("after a long time of health a failure is not forgiven");
+            self.violates("a long time of health does not reset the backoff");
         }
         self.policy = Some(policy);
         self.carry_out(actions);
@@ -24,7 +24,7 @@ impl World {
 
     pub(super) fn carry_out(&mut self, mut actions: Vec<Action>) {
         for action in actions.drain(..) {
-            // A daemon may be killed between any two things that it does.
+            // The daemon may be killed between any two actions.
             if !self.calm && self.dice.below(3000) == 0 {
                 self.kill_daemon();
                 break;
@@ -36,19 +36,17 @@ impl World {
         self.after();
     }
 
-    /// What an event means for the promises; whether it ends a long time of health.
+    /// Records an event for the promises; returns whether it ends a long time of health.
     fn before(&mut self, event: &Event) -> bool {
         let is_failure = match event {
             Event::VersionKnown { result: Err(e), .. } | Event::Launched { result: Err(e), .. } => {
-                !matches!(e, Error::Overloaded(_)) && self.stop_asked.is_none()
+                !matches!(e, Error::Overloaded(_)) && self.stop_requested.is_none()
             }
-            Event::Buried { end: End { port_taken: false, .. }, .. } => {
-                self.fell_by_itself && self.stop_asked.is_none()
-            }
-            Event::Stop { ends } => {
-                let (since, keeps) = self.stop_asked.unwrap_or((self.now, true));
-                let keeps_now = *ends == Ends::Nothing || self.shared && *ends == Ends::Ours;
-                self.stop_asked = Some((since, keeps && keeps_now));
+            Event::Reaped { end: End { port_taken: false, .. }, .. } => self.crashed && self.stop_requested.is_none(),
+            Event::Stop { scope } => {
+                let (since, keeps) = self.stop_requested.unwrap_or((self.now, true));
+                let keeps_now = *scope == StopScope::DaemonOnly || self.shared && *scope == StopScope::OwnOpencode;
+                self.stop_requested = Some((since, keeps && keeps_now));
                 false
             }
             Event::Need | Event::Suspect { .. } => {
@@ -60,10 +58,10 @@ impl World {
         if is_failure {
             self.fails();
         }
-        is_failure && matches!(event, Event::Buried { .. }) && self.ended_after_health
+        is_failure && matches!(event, Event::Reaped { .. }) && self.ended_after_health
     }
 
-    /// A start or a process has failed: so often within the window, and opencode stays down.
+    /// Records the failure of a start or a process; too many within the window, and opencode must be given up.
     fn fails(&mut self) {
         let window = self.limits.failure_window;
         while self.failed.front().is_some_and(|at| self.now.duration_since(*at) > window) {
@@ -77,28 +75,30 @@ impl World {
             Action::Adopt { job } => {
                 let after = self.dice.time(0, 20);
                 self.pending += 1;
-                self.at(after, Happening::Look(self.daemon, job));
+                self.at(after, Occurrence::Look(self.daemon, job));
             }
             Action::AskVersion { job, limit } => {
                 let (after, result) = self.version(limit);
                 self.message(after, Event::VersionKnown { job, result });
             }
-            // The answer comes by itself; here it is only not sooner.
+            // The job is answered in any case, here at its usual time.
             Action::Cancel => {}
             Action::Launch { job, start } => {
                 if self.held.is_some() {
-                    self.breaks("a process is launched beside one that is held");
+                    self.violates("the daemon launches a second process");
                 }
                 if self.shared && start && !self.needed {
-                    self.breaks("the user's service is started, and nobody needs it");
+                    self.violates("the daemon starts the user's service without need");
                 }
                 let after = self.dice.time(0, 5);
                 self.pending += 1;
-                self.at(after, Happening::Spawned(self.daemon, job, start));
+                self.at(after, Occurrence::Spawned(self.daemon, job, start));
             }
-            Action::Order { job, verb } => {
-                let Some(index) = self.held.take() else { return self.breaks("no service is ended") };
-                if self.stop_asked.is_none() && !self.recycled {
+            Action::CommandService { job, verb } => {
+                let Some(index) = self.held.take() else {
+                    return self.violates("the daemon ends a service it does not hold");
+                };
+                if self.stop_requested.is_none() && !self.recycled {
                     self.may_end(index);
                 }
                 let generation = self.policy.as_ref().map_or(0, Policy::generation);
@@ -106,7 +106,7 @@ impl World {
                 (self.watched, self.recycled) = (None, false);
                 let after = self.dice.time(100, 20_000);
                 self.pending += 1;
-                self.at(after, Happening::Ordered(self.daemon, job, verb));
+                self.at(after, Occurrence::ServiceCommanded(self.daemon, job, verb));
             }
             Action::Watch => {
                 let generation = self.policy.as_ref().map_or(0, Policy::generation);
@@ -119,15 +119,15 @@ impl World {
             }
             Action::Probe { limit, .. } => self.probe(limit),
             Action::Dispose { job, limit } => {
-                let Some(index) = self.held else { return self.breaks("nothing is disposed") };
+                let Some(index) = self.held else { return self.violates("the daemon disposes without a process") };
                 let now = self.now;
                 let answers = self.engines[index].alive && !self.engines[index].silent;
                 if self.recycled && self.engines[index].seen_turn {
-                    self.breaks("a restart for memory cuts a turn");
+                    self.violates("a restart for memory cuts a turn");
                 }
                 let after = if answers { self.dice.time(5, 1500).min(limit) } else { limit };
                 if answers {
-                    // Their instances are disposed, and what runs in them is ended properly.
+                    // Disposing the instances ends their running sessions properly.
                     self.engines[index].turns = Default::default();
                     self.engines[index].loaded = Default::default();
                 }
@@ -136,70 +136,71 @@ impl World {
                 self.message(after, Event::Disposed { job });
             }
             Action::Signal(signal) => self.signal(signal),
-            Action::Bury { job, .. } => {
-                let Some(index) = self.held.take() else { return self.breaks("nothing is buried") };
+            Action::Reap { job, .. } => {
+                let Some(index) = self.held.take() else { return self.violates("the daemon reaps without a process") };
                 // A service that refuses its own password is left alone.
                 if self.engines[index].alive && !self.shared {
-                    return self.breaks("a living process is buried");
+                    return self.violates("the daemon reaps a living process");
                 }
                 let generation = self.policy.as_ref().map_or(0, Policy::generation);
                 self.account_ends(generation);
                 (self.watched, self.recycled) = (None, false);
-                // What ignores TERM is killed after the grace.
-                let after = if self.engines[index].leaves { self.dice.time(1, 3000) } else { self.dice.time(0, 20) };
+                // Descendants that ignore TERM are killed after the grace period.
+                let after =
+                    if self.engines[index].has_descendants { self.dice.time(1, 3000) } else { self.dice.time(0, 20) };
                 self.pending += 1;
-                self.at(after, Happening::Sweep(self.daemon, job, index, true));
+                self.at(after, Occurrence::Sweep(self.daemon, job, index, true));
             }
             Action::Release => {
                 (self.held, self.watched) = (None, None);
             }
-            Action::Tell(news) => self.told(&news),
-            Action::Note(_) => {}
+            Action::Publish(notice) => self.published(&notice),
+            Action::Log(_) => {}
         }
     }
 
     fn version(&mut self, limit: Duration) -> (Duration, crate::error::Result<Checked>) {
-        let manners = match self.dice.often(500) {
-            _ if self.shared => SERVICE_MANNERS,
-            true => Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false },
-            false => Manners { disposes: false, kill_after: Duration::from_secs(15), is_service: false },
+        let lifecycle = match self.dice.chance(500) {
+            _ if self.shared => SERVICE_LIFECYCLE,
+            true => Lifecycle { disposes: true, kill_after: Duration::from_secs(5), is_service: false },
+            false => Lifecycle { disposes: false, kill_after: Duration::from_secs(15), is_service: false },
         };
         if self.no_binary {
             return (Duration::ZERO, Err(Error::OpencodeNotFound(String::new())));
         }
-        if self.lacks && self.dice.often(700) {
+        if self.out_of_resources && self.dice.chance(700) {
             return (Duration::ZERO, Err(Error::Overloaded("processes")));
         }
-        if !self.calm && self.dice.often(10) {
-            self.count("a version that does not come");
+        if !self.calm && self.dice.chance(10) {
+            self.count("a version check that times out");
             return (limit, Err(Error::OpencodeStartFailed(String::new())));
         }
-        // Mostly it is remembered.
-        let after = if self.dice.often(900) { Duration::ZERO } else { self.dice.time(200, 900) };
-        (after, Ok(Checked { manners, age: Duration::ZERO }))
+        // The version is mostly on record.
+        let after = if self.dice.chance(900) { Duration::ZERO } else { self.dice.time(200, 900) };
+        (after, Ok(Checked { lifecycle, age: Duration::ZERO }))
     }
 
-    /// A look at the process, and perhaps a health call.
+    /// Probes the process.
     fn probe(&mut self, limit: Duration) {
-        let Some(index) = self.held else { return self.breaks("nothing is asked for its health") };
+        let Some(index) = self.held else { return self.violates("the daemon probes without a process") };
         let generation = self.policy.as_ref().map_or(0, Policy::generation);
         let (now, calm) = (self.now, self.calm);
-        if self.lacks && self.dice.often(800) {
+        if self.out_of_resources && self.dice.chance(800) {
             self.count("a health call that is not sent");
-            let answer = Answer::NotAsked(Error::Overloaded("connections"));
+            let answer = Answer::NotSent(Error::Overloaded("connections"));
             let probe = Probe { answer, cpu: None, log: 0, heard: false, memory: None };
             return self.message(Duration::ZERO, Event::Probed { generation, probe });
         }
         let engine = &mut self.engines[index];
-        let listens = engine.alive && !engine.deaf && engine.listens_at.is_some_and(|at| at <= now);
+        let listens = engine.alive && !engine.not_listening && engine.listens_at.is_some_and(|at| at <= now);
         let answers = listens && !engine.silent && engine.answers_at.is_some_and(|at| at <= now);
-        let longest = if calm || self.dice.often(990) { 5 } else { 4000 };
+        let longest = if calm || self.dice.chance(990) { 5 } else { 4000 };
         let latency = self.dice.time(0, longest);
         let answered = answers && latency < limit;
         let cpu = Some(engine.used(now));
         let log = if engine.prints { now.duration_since(engine.started).as_secs() } else { 0 };
-        let answer = match (listens, answered, engine.refuses) {
-            (false, ..) if engine.alive => Answer::Deaf,
+        let answer = match (listens, answered, engine.rejects_password) {
+            (false, ..) if engine.alive => Answer::NotListening,
             (true, true, true) => Answer::Refused(Error::OpencodeAuthFailed(1)),
             (true, true, false) => Answer::Healthy,
             (true, false, _) | (false, ..) => Answer::Silent(Error::OpencodeTimeout("")),
@@ -214,7 +215,7 @@ impl World {
                 }
                 engine.unanswered.get_or_insert((now, 0)).1 += 1;
             }
-            Answer::Deaf | Answer::Refused(_) | Answer::NotAsked(_) => {}
+            Answer::NotListening | Answer::Refused(_) | Answer::NotSent(_) => {}
         }
         let heard = answers && !answered;
         if heard {
@@ -227,19 +228,19 @@ impl World {
     }
 
     fn signal(&mut self, signal: Signal) {
-        let Some(index) = self.held else { return self.breaks("a process that is not held is signalled") };
+        let Some(index) = self.held else { return self.violates("the daemon signals a process it does not hold") };
         let now = self.now;
         if self.shared {
-            return self.breaks("the user's service is signalled");
+            return self.violates("the daemon signals the user's service");
         }
         if !self.engines[index].proved {
-            return self.breaks("a process that is not proved ours is signalled");
+            return self.violates("the daemon signals a process that is not proved ours");
         }
         if !self.engines[index].alive {
             return;
         }
-        // What the process does after the first signal is no reason against the next.
-        if self.stop_asked.is_none() && !self.recycled && !self.engines[index].asked_to_end {
+        // Once it may be signalled, a process may be signalled again, even if it answers in between.
+        if self.stop_requested.is_none() && !self.recycled && !self.engines[index].asked_to_end {
             self.may_end(index);
         }
         let engine = &mut self.engines[index];
@@ -251,47 +252,47 @@ impl World {
                 Some(self.dice.time(3000, 120_000))
             }
             Signal::KILL => Some(Duration::from_millis(1)),
-            _ if engine.swallows > 0 => {
-                engine.swallows -= 1;
+            _ if engine.ignored_terms > 0 => {
+                engine.ignored_terms -= 1;
                 None
             }
             _ if engine.unkillable => None,
             _ => Some(self.dice.time(1, 2000)),
         };
         if let Some(after) = ends {
-            self.at(after, Happening::End(index));
+            self.at(after, Occurrence::End(index));
         }
     }
 
-    /// Whether a process has deserved to be ended: it answered nothing for long, and was not busy.
+    /// Checks that a process may be ended: it has hung for long enough, or its start has.
     fn may_end(&mut self, index: usize) {
         let (now, limits) = (self.now, &self.limits);
         let engine = &self.engines[index];
         let was_ready = engine.ready_since.is_some();
         let silent = engine.unanswered.map(|(since, count)| (now.duration_since(since) + SLACK, count));
         let deserved = match silent {
-            _ if engine.deaf || engine.refuses || engine.doomed => true,
+            _ if engine.not_listening || engine.rejects_password || engine.doomed => true,
             Some((silent, count)) if was_ready || engine.was_ready == Some(true) => {
                 let limit = if engine.busy_throughout { limits.hang_busy } else { limits.hang };
                 count >= limits.hang_probes && silent >= limit
             }
             _ if was_ready => false,
-            // A start, or what is left of one that an earlier daemon has begun.
+            // A start, perhaps one that an earlier daemon has begun.
             _ => {
                 let took = now.duration_since(engine.started) + SLACK;
-                // The last look may have been before it became busy.
+                // The last probe may have come before it became busy.
                 let is_busy = engine.busy.is_some_and(|since| now.duration_since(since) > SLACK);
                 took >= if engine.prints || is_busy { limits.ready_at_most } else { limits.ready }
             }
         };
         if !deserved {
-            self.breaks("an opencode that lives is ended");
+            self.violates("the daemon ends an opencode that works");
         }
     }
 
-    fn told(&mut self, news: &News) {
-        match news {
-            News::Ready { .. } => {
+    fn published(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Ready { .. } => {
                 let now = self.now;
                 self.needed = false;
                 if let Some(index) = self.held {
@@ -299,51 +300,51 @@ impl World {
                     (engine.unanswered, engine.ready_since) = (None, Some(now));
                 }
             }
-            News::Failed { .. } => {
+            Notice::Failed { .. } => {
                 self.failed.clear();
                 self.count("opencode given up");
             }
-            News::TooLarge { recycled } => self.recycled = *recycled,
-            News::Starting | News::Exited { .. } => {}
+            Notice::TooLarge { recycled } => self.recycled = *recycled,
+            Notice::Starting | Notice::Exited { .. } => {}
         }
     }
 
     /// The promises that hold at any time.
     fn after(&mut self) {
         if self.failed.len() >= self.limits.failures {
-            self.breaks("opencode fails again and again, and is not given up");
+            self.violates("opencode fails repeatedly and is not given up");
         }
-        while self.engines.get(self.past).is_some_and(|engine| !engine.alive && !engine.leaves) {
+        while self.engines.get(self.past).is_some_and(|engine| !engine.alive && !engine.has_descendants) {
             self.past += 1;
         }
-        let told = || self.engines.iter().enumerate().skip(self.past).filter(|(_, engine)| engine.told);
-        let unrecorded = told().any(|(index, engine)| engine.alive && self.disk != Some(index));
-        if told().filter(|(_, engine)| engine.alive || engine.leaves).count() > 1 {
-            self.breaks("two of ours live");
+        let execed = || self.engines.iter().enumerate().skip(self.past).filter(|(_, engine)| engine.execed);
+        let unrecorded = execed().any(|(index, engine)| engine.alive && self.disk != Some(index));
+        if execed().filter(|(_, engine)| engine.alive || engine.has_descendants).count() > 1 {
+            self.violates("two opencodes live at once");
         } else if unrecorded {
-            self.breaks("a living process is not on disk");
+            self.violates("a living process is not on disk");
         }
         let Some(policy) = &self.policy else { return };
         let phase = policy.phase();
         if policy.is_stopped() {
-            let (since, keeps) = self.stop_asked.unwrap_or((self.now, true));
+            let (since, keeps) = self.stop_requested.unwrap_or((self.now, true));
             if self.now.duration_since(since) > self.limits.stop {
-                self.breaks("a stop takes too long");
+                self.violates("a stop takes too long");
             }
             let stuck = self.engines.iter().any(|engine| engine.unkillable || engine.doomed);
-            // A service that the daemon had not found is none of its business.
+            // A service that the daemon has not found may stay.
             if !keeps
                 && !stuck
                 && !self.shared
-                && self.engines.iter().any(|engine| engine.told && (engine.alive || engine.leaves))
+                && self.engines.iter().any(|engine| engine.execed && (engine.alive || engine.has_descendants))
             {
-                self.breaks("a stop leaves something behind");
+                self.violates("a stop leaves processes behind");
             }
             return self.end_daemon();
         }
         let rests = policy.next_deadline().is_none() && self.pending == 0;
         if rests && phase != Phase::Failed {
-            return self.breaks("nothing happens any more");
+            return self.violates("no further event is due");
         }
         let (failures, checks, generation) = (policy.failures(), policy.checks(), policy.generation());
         let (stopping, is_ready) = (policy.is_stopping(), phase == Phase::Ready);
@@ -353,24 +354,24 @@ impl World {
             !(stopping || failed || is_ready && trusted)
         });
         if rests && !self.clients.is_empty() {
-            self.breaks("who waits is told of no failure");
+            self.violates("a waiting request does not learn of a failure");
         }
     }
 
-    /// The daemon has ended in good order.
+    /// The daemon has stopped.
     fn end_daemon(&mut self) {
         self.policy = None;
         self.forget();
         if !self.is_over {
             let after = self.dice.time(0, 5000);
-            self.at(after, Happening::Daemon);
+            self.at(after, Occurrence::Daemon);
         }
     }
 
-    /// What ends with a daemon.
+    /// Discards the state that ends with a daemon.
     fn forget(&mut self) {
         self.daemon += 1;
-        (self.pending, self.held, self.watched, self.stop_asked, self.recycled) = (0, None, None, None, false);
+        (self.pending, self.held, self.watched, self.stop_requested, self.recycled) = (0, None, None, None, false);
         self.failed.clear();
         self.clients.clear();
         self.requests.clear();
@@ -380,13 +381,13 @@ impl World {
         }
     }
 
-    /// The daemon is killed: nothing that it has begun goes on, but for what the kernel does.
+    /// Kills the daemon: its jobs end with it.
     pub(super) fn kill_daemon(&mut self) {
         self.note(|| "the daemon is killed".to_owned());
         self.count("a daemon killed");
         self.policy = None;
         self.forget();
         let after = self.dice.time(0, 3000);
-        self.at(after, Happening::Daemon);
+        self.at(after, Occurrence::Daemon);
     }
 }

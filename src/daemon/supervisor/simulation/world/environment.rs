@@ -1,48 +1,48 @@
-//! What happens in the world by itself, and what becomes of what the daemon has begun.
+//! Occurrences outside the daemon: random faults, requests, and the progress of jobs that it has begun.
 
 use super::*;
 
 impl World {
-    pub(super) fn happen(&mut self, what: Happening) {
+    pub(super) fn occur(&mut self, what: Occurrence) {
         match what {
-            Happening::Message(daemon, event) => {
+            Occurrence::Message(daemon, event) => {
                 if daemon == self.daemon && self.policy.is_some() {
                     self.pending -= 1;
                     self.handle(event);
                 }
             }
-            Happening::Daemon => self.start_daemon(),
-            Happening::Weather => self.weather(),
-            Happening::Person => self.client(None),
-            Happening::TurnEnds(index, directory) => self.instance(Step::TurnEnds(index, directory)),
-            Happening::Instance(daemon, step) => {
+            Occurrence::Daemon => self.start_daemon(),
+            Occurrence::Fault => self.random_fault(),
+            Occurrence::Retry => self.client(None),
+            Occurrence::TurnEnds(index, directory) => self.instance(Step::TurnEnds(index, directory)),
+            Occurrence::Instance(daemon, step) => {
                 if daemon == self.daemon && self.policy.is_some() {
                     self.instance(step);
                 }
             }
-            Happening::End(index) => self.end(index),
-            Happening::Look(daemon, job) => {
+            Occurrence::End(index) => self.end(index),
+            Occurrence::Look(daemon, job) => {
                 if daemon == self.daemon {
                     self.look(job);
                 }
             }
-            Happening::Spawned(daemon, job, start) => {
+            Occurrence::Spawned(daemon, job, start) => {
                 if daemon == self.daemon {
                     if self.shared { self.find_service(job, start) } else { self.spawn(job) }
                 }
             }
-            Happening::Ordered(daemon, job, verb) => self.ordered(daemon, job, verb),
-            Happening::Record(daemon, job, index) => self.record(daemon, job, index),
-            Happening::Tell(daemon, job, index) => self.tell(daemon, job, index),
-            Happening::Sweep(daemon, job, index, reports) => {
+            Occurrence::ServiceCommanded(daemon, job, verb) => self.service_commanded(daemon, job, verb),
+            Occurrence::Record(daemon, job, index) => self.record(daemon, job, index),
+            Occurrence::Exec(daemon, job, index) => self.publish_event(daemon, job, index),
+            Occurrence::Sweep(daemon, job, index, reports) => {
                 if daemon == self.daemon {
-                    self.engines[index].leaves = false;
+                    self.engines[index].has_descendants = false;
                     if self.disk == Some(index) && !self.engines[index].alive {
                         self.disk = None;
                     }
                     self.pending -= 1;
                     if reports {
-                        self.bury(job, index);
+                        self.reap(job, index);
                     } else {
                         self.message(Duration::ZERO, Event::Adopted { job, found: None });
                     }
@@ -57,23 +57,23 @@ impl World {
         }
         self.note(|| "a daemon starts".to_owned());
         self.daemon += 1;
-        // The user's service is looked for, whatever the disk says.
+        // The user's service is found by its registration, not by the state file.
         let recorded = self.disk.is_some() && !self.shared;
         let mut actions = std::mem::take(&mut self.actions);
         let mut policy = Policy::new(self.limits.clone(), recorded && self.bug != Some(Bug::NeverAdopts), &mut actions);
         policy.bug = self.bug;
         self.policy = Some(policy);
         self.carry_out(actions);
-        // Many a stop comes in the middle of a start, and some clients disagree about it.
-        if !self.calm && self.dice.often(150) {
+        // Stops often arrive in the middle of a start, and two clients may want different ones.
+        if !self.calm && self.dice.chance(150) {
             for _ in 0..2 {
-                let (ends, after) = (self.ends(500), self.dice.time(0, 60));
-                self.message(after, Event::Stop { ends });
+                let (scope, after) = (self.random_scope(500), self.dice.time(0, 60));
+                self.message(after, Event::Stop { scope });
             }
         }
     }
 
-    /// The opencode of an earlier daemon is looked for, and what it left is ended if it is gone.
+    /// Finds the opencode of an earlier daemon; if it has ended, ends its descendants.
     fn look(&mut self, job: u64) {
         let Some(index) = self.disk else {
             self.pending -= 1;
@@ -81,8 +81,8 @@ impl World {
         };
         let now = self.now;
         if !self.engines[index].alive {
-            let after = if self.engines[index].leaves { self.dice.time(1, 3000) } else { Duration::ZERO };
-            return self.at(after, Happening::Sweep(self.daemon, job, index, false));
+            let after = if self.engines[index].has_descendants { self.dice.time(1, 3000) } else { Duration::ZERO };
+            return self.at(after, Occurrence::Sweep(self.daemon, job, index, false));
         }
         self.pending -= 1;
         self.count("an opencode adopted");
@@ -90,23 +90,23 @@ impl World {
         (engine.proved, engine.was_ready, engine.asked_to_end) = (true, None, false);
         (engine.unanswered, engine.ready_since) = (None, None);
         let age = now.duration_since(engine.started);
-        let manners = Manners { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
+        let lifecycle = Lifecycle { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
         self.held = Some(index);
-        self.message(Duration::ZERO, Event::Adopted { job, found: Some(Checked { manners, age }) });
+        self.message(Duration::ZERO, Event::Adopted { job, found: Some(Checked { lifecycle, age }) });
     }
 
-    /// A process is started, and waits to be told to become opencode.
+    /// Spawns a process, which waits until it is released to run opencode.
     fn spawn(&mut self, job: u64) {
-        if self.lacks && self.dice.often(700) {
+        if self.out_of_resources && self.dice.chance(700) {
             self.pending -= 1;
             return self.message(Duration::ZERO, Event::Launched { job, result: Err(Error::Overloaded("processes")) });
         }
         let index = self.begin();
         let after = self.dice.time(0, 30);
-        self.at(after, Happening::Record(self.daemon, job, index));
+        self.at(after, Occurrence::Record(self.daemon, job, index));
     }
 
-    /// A process begins.
+    /// Adds a process with random behaviour.
     fn begin(&mut self) -> usize {
         let (now, calm, shared) = (self.now, self.calm, self.shared);
         let dice = &mut self.dice;
@@ -137,39 +137,39 @@ impl World {
         let works = (70..75).contains(&kind);
         let engine = Engine {
             alive: true,
-            told: false,
-            // What a service leaves is its own affair.
-            leaves: dice.often(200) && !shared,
+            execed: false,
+            // The descendants of a service are left alone.
+            has_descendants: dice.chance(200) && !shared,
             proved: true,
             listens_at,
             answers_at,
             crashes_at,
             takes_port: (83..87).contains(&kind),
             silent: false,
-            deaf: false,
-            refuses: !calm && dice.often(20),
+            not_listening: false,
+            rejects_password: !calm && dice.chance(20),
             busy: None,
             prints: works,
             too_large: false,
             loaded: Default::default(),
             turns: Default::default(),
             seen_turn: false,
-            swallows: if dice.often(100) {
+            ignored_terms: if dice.chance(100) {
                 1
-            } else if dice.often(50) && !calm {
+            } else if dice.chance(50) && !calm {
                 u32::MAX
             } else {
                 0
             },
-            unkillable: !calm && dice.often(30),
+            unkillable: !calm && dice.chance(30),
             doomed: false,
-            used: Duration::ZERO,
-            used_at: now,
+            cpu_time: Duration::ZERO,
+            cpu_updated_at: now,
             was_ready: Some(false),
             asked_to_end: false,
             started: now,
             ready_since: None,
-            fell_after: None,
+            healthy_for: None,
             unanswered: None,
             busy_throughout: false,
         };
@@ -179,7 +179,7 @@ impl World {
 
     fn record(&mut self, daemon: u64, job: u64, index: usize) {
         if daemon != self.daemon {
-            // Its standard input has closed: it ends, and has done nothing.
+            // The daemon has died, which closed standard input: the process ends before it runs opencode.
             return self.forget_untold(index);
         }
         if self.disk_fails {
@@ -191,21 +191,21 @@ impl World {
         }
         self.disk = Some(index);
         let after = self.dice.time(0, 3);
-        self.at(after, Happening::Tell(self.daemon, job, index));
+        self.at(after, Occurrence::Exec(self.daemon, job, index));
     }
 
     fn forget_untold(&mut self, index: usize) {
-        (self.engines[index].alive, self.engines[index].leaves) = (false, false);
+        (self.engines[index].alive, self.engines[index].has_descendants) = (false, false);
     }
 
-    fn tell(&mut self, daemon: u64, job: u64, index: usize) {
+    fn publish_event(&mut self, daemon: u64, job: u64, index: usize) {
         if daemon != self.daemon {
             return self.forget_untold(index);
         }
-        self.engines[index].told = true;
+        self.engines[index].execed = true;
         if let Some(at) = self.engines[index].crashes_at {
             let after = at.saturating_duration_since(self.now);
-            self.at(after, Happening::End(index));
+            self.at(after, Occurrence::End(index));
         }
         self.held = Some(index);
         self.pending -= 1;
@@ -219,37 +219,37 @@ impl World {
         }
         self.note(|| format!("process {index} ends"));
         let health = self.engines[index].ready_since.map(|since| self.now.duration_since(since));
-        (self.engines[index].alive, self.engines[index].fell_after) = (false, health);
+        (self.engines[index].alive, self.engines[index].healthy_for) = (false, health);
         if self.held == Some(index) {
             self.tell_exit();
         }
     }
 
-    /// The end of a process is seen, mostly at once; sometimes twice.
+    /// Reports the end of a process, mostly at once, sometimes twice.
     pub(super) fn tell_exit(&mut self) {
         let Some(generation) = self.watched else { return };
-        let after = if self.dice.often(950) { Duration::ZERO } else { self.dice.time(0, 200) };
+        let after = if self.dice.chance(950) { Duration::ZERO } else { self.dice.time(0, 200) };
         self.message(after, Event::Exited { generation });
-        if self.dice.often(100) {
-            self.count("an exit that is told twice");
+        if self.dice.chance(100) {
+            self.count("an exit reported twice");
             let after = self.dice.time(1, 20_000);
             self.message(after, Event::Exited { generation });
         }
     }
 
-    /// Nothing of a process is left.
-    fn bury(&mut self, job: u64, index: usize) {
+    /// Answers the job that reaps a process.
+    fn reap(&mut self, job: u64, index: usize) {
         let engine = &self.engines[index];
         let port_taken = engine.takes_port && engine.ready_since.is_none();
-        // Whose service it is ends it as often as they like.
+        // Users may end their service at any time: only a failed start counts.
         let is_failure = !self.shared || engine.ready_since.is_none() && !engine.alive;
-        self.fell_by_itself = !engine.asked_to_end && is_failure;
-        self.ended_after_health = engine.fell_after.is_some_and(|health| health >= self.limits.healthy);
-        self.message(Duration::ZERO, Event::Buried { job, end: End { port_taken, ..End::default() } });
+        self.crashed = !engine.asked_to_end && is_failure;
+        self.ended_after_health = engine.healthy_for.is_some_and(|health| health >= self.limits.healthy);
+        self.message(Duration::ZERO, Event::Reaped { job, end: End { port_taken, ..End::default() } });
     }
 
-    /// Something goes wrong, or right, or somebody comes.
-    fn weather(&mut self) {
+    /// Lets a random fault begin or end, or a request arrive.
+    fn random_fault(&mut self) {
         if self.calm {
             return;
         }
@@ -258,7 +258,7 @@ impl World {
             5..9 => self.dice.time(0, 40_000),
             _ => self.dice.time(0, 300_000),
         };
-        self.at(after, Happening::Weather);
+        self.at(after, Occurrence::Fault);
         match self.dice.below(100) {
             0..20 => self.client(None),
             20..30 => {
@@ -267,38 +267,38 @@ impl World {
                 self.client(Some(old));
             }
             30..36 => {
-                let ends = self.ends(400);
-                self.ask_to_stop(ends);
-                // Somebody else may want something else.
-                if self.dice.often(300) {
-                    let (ends, after) = (self.ends(500), self.dice.time(0, 8000));
-                    self.message(after, Event::Stop { ends });
+                let scope = self.random_scope(400);
+                self.ask_to_stop(scope);
+                // Another client may want a different stop.
+                if self.dice.chance(300) {
+                    let (scope, after) = (self.random_scope(500), self.dice.time(0, 8000));
+                    self.message(after, Event::Stop { scope });
                 }
             }
             36..38 if self.policy.is_some() => self.kill_daemon(),
             38..41 => {
                 self.count("a disk that fails, or works again");
-                self.disk_fails = !self.disk_fails && self.dice.often(500);
+                self.disk_fails = !self.disk_fails && self.dice.chance(500);
             }
             41..47 => {
                 self.count("a lack of threads and descriptors, or its end");
-                self.lacks = !self.lacks && self.dice.often(500);
+                self.out_of_resources = !self.out_of_resources && self.dice.chance(500);
             }
             47..48 => {
                 self.count("a binary that goes, or comes back");
-                self.no_binary = !self.no_binary && self.dice.often(300);
+                self.no_binary = !self.no_binary && self.dice.chance(300);
             }
-            _ => self.trouble(),
+            _ => self.engine_fault(),
         }
     }
 
-    /// Something happens to the process.
-    fn trouble(&mut self) {
+    /// Lets a random fault of the process begin or end.
+    fn engine_fault(&mut self) {
         let now = self.now;
-        let Some(index) = self.disk.filter(|index| self.engines[*index].alive && self.engines[*index].told) else {
+        let Some(index) = self.disk.filter(|index| self.engines[*index].alive && self.engines[*index].execed) else {
             return;
         };
-        let (kind, swap) = (self.dice.below(100), self.dice.often(500));
+        let (kind, swap) = (self.dice.below(100), self.dice.chance(500));
         let engine = &mut self.engines[index];
         engine.used(now);
         match kind {
@@ -308,10 +308,10 @@ impl World {
                 engine.busy_throughout &= engine.busy.is_some();
                 engine.turns[0] |= engine.busy.is_some();
                 engine.loaded[0] |= engine.busy.is_some();
-                self.count("an opencode that hangs, idle or busy, or is back");
+                self.count("an opencode that hangs, idle or busy, or answers again");
             }
             12..14 if engine.ready_since.is_some() => {
-                engine.deaf = true;
+                engine.not_listening = true;
                 self.count("an opencode that no longer listens");
             }
             14..22 => {
@@ -334,7 +334,7 @@ impl World {
         }
     }
 
-    /// A request needs opencode.
+    /// Sends a request that needs opencode.
     fn client(&mut self, suspect: Option<u64>) {
         let Some(policy) = &self.policy else { return };
         let deadline = self.now + self.dice.time(1000, 60_000);
@@ -346,25 +346,25 @@ impl World {
         self.message(Duration::ZERO, event);
     }
 
-    pub(super) fn ask_to_stop(&mut self, ends: Ends) {
+    pub(super) fn ask_to_stop(&mut self, scope: StopScope) {
         if self.policy.is_some() {
             self.count("a stop");
-            self.message(Duration::ZERO, Event::Stop { ends });
+            self.message(Duration::ZERO, Event::Stop { scope });
         }
     }
 
-    /// What a stop ends: nothing, so many times out of a thousand.
-    fn ends(&mut self, nothing: u64) -> Ends {
-        match (self.dice.often(nothing), self.shared && self.dice.often(300)) {
-            (true, _) => Ends::Nothing,
-            (false, false) => Ends::Ours,
-            (false, true) => Ends::Service,
+    /// A random kind of stop; one that keeps opencode with this probability, in thousandths.
+    fn random_scope(&mut self, nothing: u64) -> StopScope {
+        match (self.dice.chance(nothing), self.shared && self.dice.chance(300)) {
+            (true, _) => StopScope::DaemonOnly,
+            (false, false) => StopScope::OwnOpencode,
+            (false, true) => StopScope::Service,
         }
     }
 
-    /// The user's service is looked for, and started if that is wanted.
+    /// Finds the user's service; with `start`, starts it if it does not run.
     fn find_service(&mut self, job: u64, start: bool) {
-        let running = self.disk.filter(|index| self.engines[*index].alive && self.engines[*index].told);
+        let running = self.disk.filter(|index| self.engines[*index].alive && self.engines[*index].execed);
         if let Some(index) = running {
             self.count("a service found");
             let engine = &mut self.engines[index];
@@ -381,10 +381,10 @@ impl World {
         self.message(Duration::ZERO, Event::Launched { job, result: Ok(Launched::Absent) });
     }
 
-    /// A command has ended the user's service, and perhaps started another; or has failed. It goes on when
-    /// its daemon is killed.
-    fn ordered(&mut self, daemon: u64, job: u64, verb: Verb) {
-        if self.calm || self.dice.often(900) {
+    /// A command has stopped or restarted the user's service, or failed. The command runs on when its daemon
+    /// is killed.
+    fn service_commanded(&mut self, daemon: u64, job: u64, verb: Verb) {
+        if self.calm || self.dice.chance(900) {
             self.count("a service ended by its own command");
             let running: Vec<usize> = (0..self.engines.len()).filter(|index| self.engines[*index].alive).collect();
             for index in running {
@@ -392,14 +392,14 @@ impl World {
             }
             if verb == Verb::Restart {
                 let next = self.begin();
-                self.engines[next].told = true;
+                self.engines[next].execed = true;
                 self.disk = Some(next);
             }
         }
         if daemon == self.daemon {
             self.pending -= 1;
-            (self.fell_by_itself, self.ended_after_health) = (false, false);
-            self.message(Duration::ZERO, Event::Buried { job, end: End::default() });
+            (self.crashed, self.ended_after_health) = (false, false);
+            self.message(Duration::ZERO, Event::Reaped { job, end: End::default() });
         }
     }
 }
