@@ -1,63 +1,63 @@
-//! What the events of opencode say, whatever its line.
+//! The parsed events of opencode, independent of its line.
 
-/// What an event of opencode says of an instance.
+/// What an event shows about an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sign {
-    /// It does something by itself.
+    /// The instance is active by itself.
     Alive,
-    /// Somebody uses it.
+    /// A client uses the instance.
     Used,
-    /// It has been disposed.
+    /// The instance was disposed.
     Disposed,
 }
 
-/// Which instance an event is about.
+/// The instance that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// That of this directory.
+    /// The instance of this directory.
     Directory(String),
-    /// That of the directory of this session.
+    /// The instance of this session's directory.
     Session(String),
 }
 
-/// An event of opencode, as far as instances are concerned.
+/// An event about an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// What it says.
+pub struct InstanceEvent {
+    /// What the event shows.
     pub sign: Sign,
-    /// Of which instance.
+    /// The instance.
     pub place: Place,
-    /// A session that is in this directory from now on.
+    /// A session that was created in this directory, or moved to it.
     pub session: Option<String>,
 }
 
-/// What an event says of the turns of a session.
+/// An event about the turns of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Turn {
-    /// Where the session is.
+pub struct TurnEvent {
+    /// The instance of the session.
     pub place: Place,
-    /// Its id; an error can be about none.
+    /// The id of the session; some errors have none.
     pub session: Option<String>,
-    /// What is said.
+    /// The step.
     pub step: Step,
 }
 
-/// What is said of the turns of a session.
+/// A step in the turns of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A turn runs. Said once in 2.x, and again and again in 1.x.
+    /// A turn runs. 2.x reports that once, 1.x repeatedly.
     Runs,
     /// No turn runs.
     Idle,
-    /// Something went wrong in a turn. An abort is among that.
+    /// A turn failed or was aborted.
     Failed {
-        /// OpenCode's name of the kind of error.
+        /// OpenCode's name for the kind of error.
         name: String,
-        /// For a person; may be empty.
+        /// A message for people; may be empty.
         message: String,
     },
-    /// The session has this title; none when it has none.
+    /// The session has a new title, or none.
     Titled(Option<String>),
-    /// The session is no more.
+    /// The session was deleted.
     Deleted,
 }

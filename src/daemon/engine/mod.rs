@@ -1,10 +1,10 @@
-//! opencode itself: how it is found, started and asked. What both lines of it share is here: process,
-//! endpoint, proof. Where they differ, [`v1`] and [`v2`] have the same functions; the rest of the
-//! daemon asks an [`Endpoint`] and knows no line.
+//! opencode itself: its command line and its protocol. This module has the parts that both lines share;
+//! [`v1`] and [`v2`] have the same functions where the lines differ. The rest of the daemon calls an
+//! [`Endpoint`] and does not depend on the line.
 //!
-//! Invariant: credentials are written only to a connection that is opencode's own. The supervisor
-//! has seen that the process holds the listening socket before it makes an [`Endpoint`], and each
-//! connection is proven to lead to that socket (`agent`).
+//! Invariant: credentials go only to opencode's own socket. The supervisor makes an [`Endpoint`] only after
+//! it has seen that the process holds the listening socket, and each connection is proven to lead to that
+//! socket (`agent`).
 
 mod events;
 mod pool;
@@ -12,7 +12,7 @@ mod routing;
 mod v1;
 mod v2;
 
-pub use self::events::{Place, Sign, Step, Told, Turn};
+pub use self::events::{InstanceEvent, Place, Sign, Step, TurnEvent};
 pub use self::routing::{
     DIRECTORY_HEADER, PLACE_HEADERS, PLACE_PARAMETER, Subject, TOKEN_PARAMETER, chooses_place, directory_filter,
     place_parameter, relocate, subject, takes_ticket,
@@ -41,17 +41,17 @@ use crate::state::{Auth, PASSWORD_VARIABLE, Ports, USERNAME_VARIABLE, random_byt
 use crate::system::{limits, signals};
 use crate::wire::from_json;
 
-/// The largest answer that is read whole; `/path` and `/session/status` are far below. Bytes.
+/// The largest answer that is read; `/path` and `/session/status` are far smaller. Bytes.
 const ANSWER_LIMIT: u64 = 8 * 1024 * 1024;
 
-/// A running opencode that can be asked.
+/// The address of a running opencode, for calls.
 #[derive(Clone)]
 pub struct Endpoint {
-    /// Where it listens, proven to be its own socket.
+    /// The listening socket, proven to be opencode's own.
     pub listener: Listener,
-    /// Counts the processes of this daemon.
+    /// The number of the process in this daemon.
     pub generation: u64,
-    /// Which protocol it speaks.
+    /// The protocol that it speaks.
     pub line: Line,
     /// The value of the `Authorization` header.
     pub authorization: Arc<str>,
@@ -59,14 +59,14 @@ pub struct Endpoint {
     pool: Arc<Pool>,
 }
 
-/// Why a call brought no answer.
+/// The failure of a call to opencode.
 #[derive(Debug)]
 pub enum CallError {
-    /// The process has ended or does not listen: it may be worth asking its successor.
+    /// The process has ended or does not listen: its successor may answer.
     Gone(String),
-    /// Not in time.
+    /// No answer before the deadline.
     TimedOut,
-    /// It answered, and the answer is a failure.
+    /// opencode answered with a failure, or the daemon ran out of a resource.
     Failed(Error),
 }
 
@@ -81,13 +81,13 @@ impl From<CallError> for Error {
 }
 
 impl Endpoint {
-    /// opencode at a listener, which takes these credentials (the value of the `Authorization` header).
+    /// The opencode at a listener, with the `Authorization` that it accepts.
     pub fn new(listener: Listener, generation: u64, line: Line, authorization: Arc<str>) -> Endpoint {
         Endpoint { agent: listener.agent(), listener, generation, line, authorization, pool: Arc::default() }
     }
 
-    /// A proven connection that has carried a request before, if there is one. opencode may be closing it
-    /// at this moment: it is only for a request that may be sent again.
+    /// An idle connection that was proven when it was made, if there is one. opencode may be closing it at
+    /// this moment, so only requests that may be sent again can use it.
     pub fn kept(&self) -> Option<TcpStream> {
         self.pool.take(&self.listener.process)
     }
@@ -97,7 +97,7 @@ impl Endpoint {
         self.pool.put(stream);
     }
 
-    /// Closes the connections that have been kept for too long; all of them if it is no longer used.
+    /// Closes connections that have been idle for too long; all of them if opencode is no longer used.
     pub fn close_kept(&self, is_used: bool) {
         match is_used {
             true => self.pool.close_idle(),
@@ -105,15 +105,15 @@ impl Endpoint {
         }
     }
 
-    /// A proven connection, for a request that is routed.
+    /// Opens a proven connection for a routed request.
     ///
     /// # Errors
-    /// Of these, only [`CallError::Gone`] says something about opencode.
+    /// Only [`CallError::Gone`] says something about opencode.
     pub fn connect(&self, deadline: Instant) -> std::result::Result<TcpStream, CallError> {
         self.listener.connect(deadline).map_err(|e| self.unreachable(&e))
     }
 
-    /// What it means that no connection could be had.
+    /// The error for a failed connection.
     fn unreachable(&self, e: &io::Error) -> CallError {
         match e.kind() {
             _ if limits::is_exhausted(e) => CallError::Failed(Error::Overloaded("connections")),
@@ -122,7 +122,7 @@ impl Endpoint {
         }
     }
 
-    /// Sends a request; the reply with its head read.
+    /// Sends a request and reads the head of the reply.
     fn send(
         &self,
         (method, target): (&str, &str),
@@ -144,17 +144,17 @@ impl Endpoint {
             .map_err(|e| self.failed(e))
     }
 
-    /// What it means that a call failed.
+    /// The error for a failed call.
     fn failed(&self, e: ureq::Error) -> CallError {
         match e {
             e if agent::is_timeout(&e) => CallError::TimedOut,
             ureq::Error::Io(e) => self.unreachable(&e),
-            // Not HTTP, cut short, or beyond the limits.
+            // Not HTTP, truncated, or too large.
             e => fault(&format!("invalid response: {e}")),
         }
     }
 
-    /// Sends a request and reads the reply whole; one that refuses the credentials is an error.
+    /// Sends a request and reads the whole reply. Status 401 is an error.
     fn request(
         &self,
         request: (&str, &str),
@@ -192,23 +192,23 @@ impl Endpoint {
         }
     }
 
-    /// What an event says of an instance; `None` when it is about none, or none that is understood.
-    pub fn understand(&self, event: &[u8]) -> Option<Told> {
+    /// Parses an event about an instance; `None` for other events.
+    pub fn instance_event(&self, event: &[u8]) -> Option<InstanceEvent> {
         match self.line {
-            Line::V1 => v1::understand(event),
-            Line::V2 => v2::understand(event),
+            Line::V1 => v1::instance_event(event),
+            Line::V2 => v2::instance_event(event),
         }
     }
 
-    /// What an event says of turns, in order: none of most events, two of the end of a turn that failed.
-    pub fn turns(&self, event: &[u8]) -> Vec<Turn> {
+    /// The steps of turns in an event, in order: none in most events, two at the end of a turn that failed.
+    pub fn turn_events(&self, event: &[u8]) -> Vec<TurnEvent> {
         match self.line {
-            Line::V1 => v1::turn(event).into_iter().collect(),
-            Line::V2 => v2::turns(event),
+            Line::V1 => v1::turn_event(event).into_iter().collect(),
+            Line::V2 => v2::turn_events(event),
         }
     }
 
-    /// The version, once it is ready to be asked.
+    /// Makes a health call; returns the version.
     ///
     /// # Errors
     /// [`Error::OpencodeUnsupported`] for a 2.x that is too old.
@@ -227,7 +227,7 @@ impl Endpoint {
         }
     }
 
-    /// The directories whose instances are loaded; `None` where opencode has no list of them.
+    /// The directories of the loaded instances; `None` from 1.x, which has no list.
     pub fn loaded(&self, deadline: Instant) -> CallResult<Option<Vec<String>>> {
         match self.line {
             Line::V1 => Ok(None),
@@ -235,7 +235,7 @@ impl Endpoint {
         }
     }
 
-    /// The sessions that are running.
+    /// The running sessions, of this directory or of all.
     pub fn running(&self, directory: &Path, deadline: Instant) -> CallResult<Running> {
         match self.line {
             Line::V1 => v1::running_sessions(self, directory, deadline).map(Running::Here),
@@ -243,8 +243,8 @@ impl Endpoint {
         }
     }
 
-    /// The directory of a session, where opencode says so without loading anything; `None` when there is
-    /// no such session.
+    /// The directory of a session; `None` when there is no such session, and from 1.x, which would load an
+    /// instance to find out.
     pub fn session_directory(&self, id: &str, deadline: Instant) -> CallResult<Option<String>> {
         match self.line {
             Line::V1 => Ok(None),
@@ -252,14 +252,14 @@ impl Endpoint {
         }
     }
 
-    /// The title of a session, for display: absent when it has none, or when opencode does not say in time. 1.x
-    /// loads the instance of the directory.
+    /// The title of a session, for display: `None` when it has none, or when the call fails. 1.x loads the
+    /// instance of the directory.
     pub fn session_title(&self, directory: &Path, id: &str, deadline: Instant) -> Option<String> {
         self.session(directory, id, deadline).ok()??.title
     }
 
-    /// The sessions of a directory, the most recently updated first; opencode lists no more than some
-    /// hundred. 1.x loads the instance.
+    /// The sessions of a directory, the most recently updated first; opencode lists about a hundred at most.
+    /// 1.x loads the instance.
     pub fn sessions(&self, directory: &Path, deadline: Instant) -> CallResult<Vec<SessionInfo>> {
         match self.line {
             Line::V1 => v1::sessions(self, directory, deadline),
@@ -283,16 +283,16 @@ impl Endpoint {
         }
     }
 
-    /// Ends the running turns of these sessions, where that has to come before a disposal.
+    /// Ends the running turns of these sessions before a disposal, if the line needs that.
     pub fn interrupt(&self, sessions: &[String], deadline: Instant) -> CallResult<()> {
         match self.line {
-            // A disposal ends them, in good order.
+            // A disposal ends turns properly.
             Line::V1 => Ok(()),
             Line::V2 => sessions.iter().try_for_each(|id| v2::interrupt(self, id, deadline)),
         }
     }
 
-    /// Disposes an instance that is loaded; 1.x loads it first if it is not.
+    /// Disposes an instance; 1.x first loads an instance that is not loaded.
     pub fn dispose(&self, directory: &Path, deadline: Instant) -> CallResult<()> {
         match self.line {
             Line::V1 => v1::dispose(self, directory, deadline),
@@ -308,11 +308,11 @@ impl Endpoint {
         }
     }
 
-    /// Ends every instance with its children in good order, where that is a call of its own.
+    /// Disposes all instances with their children, if the line has a call for that.
     pub fn dispose_all(&self, deadline: Instant) -> CallResult<()> {
         match self.line {
             Line::V1 => v1::dispose_all(self, deadline),
-            // TERM does.
+            // 2.x disposes them at TERM.
             Line::V2 => Ok(()),
         }
     }
@@ -341,19 +341,19 @@ pub fn lifecycle(line: Line) -> Lifecycle {
     }
 }
 
-/// Whether an exit status is that of a good end at TERM or INT, which others may have sent.
-pub fn is_good_end(line: Line, status: ExitStatus) -> bool {
+/// Whether opencode exits with this status after TERM or INT, which others may have sent.
+pub fn is_clean_exit(line: Line, status: ExitStatus) -> bool {
     status.code()
         == Some(match line {
-            Line::V1 => v1::GOOD_END,
-            Line::V2 => v2::GOOD_END,
+            Line::V1 => v1::CLEAN_EXIT,
+            Line::V2 => v2::CLEAN_EXIT,
         })
 }
 
-/// What a call to opencode brings.
+/// The result of a call to opencode.
 pub type CallResult<T> = std::result::Result<T, CallError>;
 
-/// A reply of opencode, read whole.
+/// A whole reply of opencode.
 struct Reply {
     status: u16,
     is_json: bool,
@@ -361,7 +361,7 @@ struct Reply {
 }
 
 impl Reply {
-    /// Its JSON, when it has succeeded.
+    /// The JSON of a successful reply.
     fn json(&self, request: (&str, &str)) -> CallResult<Value> {
         self.success(request)?;
         let unexpected = |why: &str| self.unexpected(request, why);
@@ -372,7 +372,7 @@ impl Reply {
         from_json(&self.body).map_err(|e| unexpected(&format!("the answer is not JSON: {e}")))
     }
 
-    /// Requires that it has succeeded.
+    /// Requires a status of success.
     fn success(&self, request: (&str, &str)) -> CallResult<()> {
         if matches!(self.status, 200 | 204) {
             return Ok(());
@@ -386,46 +386,46 @@ impl Reply {
     }
 }
 
-/// An answer that is not what opencode answers.
+/// The error for an invalid answer.
 fn fault(why: &str) -> CallError {
     CallError::Failed(Error::OpencodeFault(why.to_owned()))
 }
 
-/// The sessions that are running.
+/// The ids of the running sessions.
 #[derive(Debug)]
 pub enum Running {
-    /// These, in the instance that was asked about.
+    /// Those of the requested instance.
     Here(Vec<String>),
-    /// These, in any instance.
+    /// Those of all instances.
     Anywhere(Vec<String>),
 }
 
 impl Running {
-    /// Whether there is none.
+    /// Whether no session runs.
     pub fn is_empty(&self) -> bool {
         let (Running::Here(sessions) | Running::Anywhere(sessions)) = self;
         sessions.is_empty()
     }
 }
 
-/// What opencode says of a session.
+/// A session of opencode.
 #[derive(Clone, Debug)]
 pub struct SessionInfo {
-    /// Its id.
+    /// The id.
     pub id: String,
-    /// Absent when it has none.
+    /// The title, if it has one.
     pub title: Option<String>,
-    /// Where it works.
+    /// The working directory.
     pub directory: Option<String>,
-    /// Unix milliseconds.
+    /// When it was last updated, Unix milliseconds.
     pub updated_at: Option<u64>,
 }
 
 impl SessionInfo {
-    /// From an object with `id`, `title`, `time.updated`, and `directory` (1.x) or `location.directory`.
+    /// Parses an object with `id`, `title`, `time.updated`, and `directory` (1.x) or `location.directory`.
     fn of(session: &Value) -> Option<SessionInfo> {
         let text = |name: &str| session[name].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
-        // Numbers may have a fraction.
+        // opencode may send numbers with a fraction.
         let updated = &session["time"]["updated"];
         let updated_at = updated.as_u64().or_else(|| updated.as_f64().map(|ms| ms as u64));
         let directory = text("directory").or_else(|| session["location"]["directory"].as_str().map(str::to_owned));
@@ -433,15 +433,15 @@ impl SessionInfo {
     }
 }
 
-/// How often a random port may turn out to be taken: with most of them free, twice is rare.
+/// How many random ports to try: with most of them free, two taken ones in a row are rare.
 const PORT_TRIES: usize = 100;
 
-/// Where opencode is to listen: the address and port asked for, else those used last, else random
-/// ones. opencode 1.18 answers some requests without the password, and loads a directory for them:
-/// a web page can send such requests to a known address, and cannot search 2^40 of them.
+/// Chooses the address where opencode listens: the host and port of the options, else those used last, else
+/// random ones. opencode 1.18 answers some requests without the password and loads a directory for them: a
+/// web page can send such requests to a known address, but cannot search 2^40 addresses.
 ///
 /// # Errors
-/// `port_in_use` for a port that was asked for; `opencode_start_failed` when no port is free.
+/// `port_in_use` for the port of the options; `opencode_start_failed` when no port is free.
 pub fn choose_address(options: &EngineOptions, ports: &Ports) -> Result<SocketAddrV4> {
     let last = ports.opencode_address();
     let ip = match options.host.or(last.map(|last| *last.ip())) {
@@ -459,7 +459,7 @@ pub fn choose_address(options: &EngineOptions, ports: &Ports) -> Result<SocketAd
     }
     for _ in 0..PORT_TRIES {
         let port = u16::from_ne_bytes(random_bytes()?);
-        // Those below 1024 are root's.
+        // Ports below 1024 are reserved to root.
         if port >= 1024 && is_free(SocketAddrV4::new(ip, port)) {
             return Ok(SocketAddrV4::new(ip, port));
         }
@@ -469,8 +469,8 @@ pub fn choose_address(options: &EngineOptions, ports: &Ports) -> Result<SocketAd
     Ok(SocketAddrV4::new(ip, port))
 }
 
-/// A random address of 127.0.0.0/8 outside of 127.0.0.0/16, where other programs have theirs;
-/// 127.0.0.1 where the loopback interface has no other.
+/// A random address of 127.0.0.0/8 outside 127.0.0.0/16, which other programs use; 127.0.0.1 if the
+/// loopback interface has no other.
 fn random_loopback() -> Result<Ipv4Addr> {
     loop {
         let ip = match random_bytes::<3>()? {
@@ -484,12 +484,12 @@ fn random_loopback() -> Result<Ipv4Addr> {
     }
 }
 
-/// Whether nothing listens there.
+/// Whether nothing listens at an address.
 pub fn is_free(address: SocketAddrV4) -> bool {
     TcpListener::bind(address).is_ok()
 }
 
-/// The command that asks a binary for its version.
+/// The command `opencode --version`.
 pub fn version_command(binary: &Path, cwd: &Path) -> Command {
     let mut command = Command::new(binary);
     for name in SERVICE_VARIABLES {
@@ -499,10 +499,10 @@ pub fn version_command(binary: &Path, cwd: &Path) -> Command {
     command
 }
 
-/// Reads what `--version` prints.
+/// Parses the output of `--version`.
 ///
 /// # Errors
-/// `opencode_unsupported` for another major version than 1 and 2, and for previews of 2.x.
+/// `opencode_unsupported` for major versions other than 1 and 2, and for previews of 2.x.
 pub fn check_version(binary: &Path, output: &str) -> Result<(String, Line)> {
     let version = parse_version(output);
     if let Some((version, line)) = version.and_then(|version| Some((version.to_owned(), Line::of(version)?))) {
@@ -512,7 +512,7 @@ pub fn check_version(binary: &Path, output: &str) -> Result<(String, Line)> {
     Err(Error::OpencodeUnsupported { path: binary.to_owned(), version, shared: false })
 }
 
-/// The credentials that opencode wants, as values of the `Authorization` header.
+/// The credentials of our own opencode, as values of the `Authorization` header.
 #[derive(Clone)]
 pub struct Credentials {
     v1: Arc<str>,
@@ -520,13 +520,13 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// Those of the auth file. The user name is 1.x's.
+    /// The credentials in the auth file. Its user name applies to 1.x; 2.x has a fixed one.
     pub fn new(auth: &Auth) -> Credentials {
         let value = |user: &str| basic(user, &auth.opencode_password).into();
         Credentials { v1: value(&auth.opencode_username), v2: value(V2_USERNAME) }
     }
 
-    /// Those of a line.
+    /// The credentials for a line.
     pub fn of(&self, line: Line) -> &Arc<str> {
         match line {
             Line::V1 => &self.v1,
@@ -535,17 +535,16 @@ impl Credentials {
     }
 }
 
-/// The command that starts opencode: this program, which waits for [`go`] and then
-/// becomes opencode under the same process id.
+/// The command that starts opencode: this program, which waits for [`unblock`] and then becomes opencode
+/// with the same pid.
 ///
-/// Why: what proves that the process is ours has to be on disk before it can do anything, or a
-/// daemon killed at the wrong moment leaves an opencode that the next one does not know, and
-/// starts a second over the same HOME. If the daemon dies first, the pipe closes and nothing
-/// has been started.
+/// The identity of the process must be on disk before opencode runs: otherwise a daemon that is killed in
+/// between leaves an opencode that the next daemon does not know, and a second one starts over the same
+/// HOME. If the daemon dies first, the pipe closes and the process ends without running opencode.
 ///
-/// It also takes `opencode.lock` and passes it on as the standard input of opencode, which reads nothing
-/// there: as long as opencode lives, no daemon starts another one over the same data directory, even one
-/// that cannot see the process, from another container, or that has lost its record.
+/// The process also takes `opencode.lock` and passes it on as the standard input of opencode, which does not
+/// read it. While opencode lives, no daemon starts another one over the same data directory, not even a
+/// daemon in another container that cannot see the process, or one that has lost its record.
 pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &Auth, lock: &Path) -> Command {
     let mut command = launcher(binary, Some(lock));
     command.args(["serve", "--hostname", &address.ip().to_string(), "--port", &address.port().to_string()]);
@@ -556,9 +555,9 @@ pub fn launch_command(binary: &Path, line: Line, address: SocketAddrV4, auth: &A
     command
 }
 
-/// The command of opencode's that starts, restarts or stops the user's own service, behind [`go`] as
-/// [`launch_command`]. The service has its own password, and may outlive every opencode of ours: neither
-/// our password nor our marker is passed on.
+/// The command of opencode that starts, restarts or stops the user's own service; like [`launch_command`],
+/// it waits for [`unblock`]. The service has its own password and may outlive our opencode, so it inherits
+/// neither our password nor our marker.
 pub fn service_command(binary: &Path, verb: Verb) -> Command {
     let mut command = launcher(binary, None);
     command.args(["service", verb.name()]);
@@ -568,10 +567,10 @@ pub fn service_command(binary: &Path, verb: Verb) -> Command {
     command
 }
 
-/// This program as it becomes another one, whose arguments are still to come, with this
-/// lock.
+/// The command of this program that becomes `binary`, with the lock that it takes before. The caller adds
+/// the arguments.
 fn launcher(binary: &Path, lock: Option<&Path>) -> Command {
-    // Not current_exe(): that is a path, which after an upgrade is another program's or nobody's.
+    // Not current_exe(): after an upgrade its path may be missing, or name another program.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("openwork")
@@ -588,19 +587,19 @@ fn launcher(binary: &Path, lock: Option<&Path>) -> Command {
     command
 }
 
-/// What its own command does with the user's service.
+/// A subcommand of `opencode service`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
-    /// Starts it, if it does not run.
+    /// Starts the service unless it runs.
     Start,
-    /// Ends it, and starts another.
+    /// Ends the service and starts another.
     Restart,
-    /// Ends it.
+    /// Ends the service.
     Stop,
 }
 
 impl Verb {
-    /// As opencode spells it.
+    /// The spelling on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Verb::Start => "start",
@@ -610,8 +609,8 @@ impl Verb {
     }
 }
 
-/// What is not passed on: what is about the daemon alone, and what `openwork env` says of one
-/// workspace, which the agent's shells of all would believe.
+/// Variables that opencode must not inherit: those of the daemon itself, and those that `openwork env` sets
+/// for one workspace, which would mislead the agent's shells in all others.
 const NOT_PASSED_ON: [&str; 6] = [
     ALLOCATOR_MARK,
     USERNAME_VARIABLE,
@@ -621,8 +620,8 @@ const NOT_PASSED_ON: [&str; 6] = [
     "OPENCODE_BASE_URL",
 ];
 
-/// What git says to a hook about the one repository it runs in (`git rev-parse --local-env-vars`, and
-/// the quarantine of a push): opencode would work in that repository whatever the workspace.
+/// Variables that git sets for a hook about its repository (`git rev-parse --local-env-vars`, and the
+/// quarantine of a push): with them, opencode would work in that repository in every workspace.
 const ABOUT_ONE_REPOSITORY: [&str; 17] = [
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
     "GIT_COMMON_DIR",
@@ -646,8 +645,8 @@ const ABOUT_ONE_REPOSITORY: [&str; 17] = [
 /// The hidden command of this program behind [`launch_command`].
 pub const LAUNCH_COMMAND: &str = "__launch";
 
-/// Lets a launched process become opencode, by its standard input.
-pub fn go(stdin: Option<ChildStdin>) -> io::Result<()> {
+/// Lets a launched process become opencode, by a byte on its standard input.
+pub fn unblock(stdin: Option<ChildStdin>) -> io::Result<()> {
     let mut stdin = stdin.ok_or(io::ErrorKind::BrokenPipe)?;
     stdin.write_all(b"\n")
 }
@@ -655,19 +654,20 @@ pub fn go(stdin: Option<ChildStdin>) -> io::Result<()> {
 /// The launched process: leaves the daemon's session, waits until the daemon has recorded it, locks
 /// `opencode.lock`, then becomes opencode. Returns only on failure.
 pub fn exec_once_recorded(command: &[std::ffi::OsString]) -> u8 {
-    // In a session of the daemon's, opencode would be orphaned by the daemon's end, and the kernel would
-    // send HUP to it as soon as anything in its group is stopped.
+    // In the daemon's session, the end of the daemon would orphan opencode's process group, and the kernel
+    // would send HUP to it as soon as any member is stopped.
     let _ = rustix::process::setsid();
     let mut word = [0];
     if !matches!(io::stdin().read(&mut word), Ok(1)) {
         return 1; // the daemon has died: start nothing
     }
     let Some(([limit, lock, program], arguments)) = command.split_first_chunk() else { return 1 };
-    // A command of the user's service has none: the service is no opencode of ours.
+    // Commands of the user's service take no lock: the service is not our own opencode.
     let locked = if lock.is_empty() { Ok(None) } else { lock::try_exclusive(Path::new(lock)) };
     let stdin = match locked {
         Ok(Some(lock)) => lock.file.into(),
-        // Held by a command that an earlier opencode left behind: the daemon has made sure of that.
+        // A command that an earlier opencode left behind holds the lock; the daemon has checked that no
+        // opencode does.
         Ok(None) => Stdio::null(),
         Err(e) => {
             let _ = writeln!(io::stderr(), "openwork: {e}");

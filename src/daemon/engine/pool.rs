@@ -1,8 +1,8 @@
-//! Connections to opencode that have carried a request and are good for another.
+//! Idle connections to opencode that can serve further requests.
 //!
-//! Invariants: a pool is a part of one [`super::Endpoint`], so of one process and one listening socket,
-//! and ends with it; each connection was proven when it was made; one that has ended, or on which
-//! anything has come that was not asked for, is not used again.
+//! Invariants: a pool belongs to one [`super::Endpoint`], so to one process and one listening socket, and
+//! ends with it; each connection was proven when it was made; a connection that was closed, or that received
+//! data nobody requested, is not used again.
 
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use crate::system::wait;
 
-/// The most connections that are kept: a client that asks for more at once than a browser does (6) makes
-/// new ones for the others.
+/// The most idle connections: more than the concurrent requests of a browser (6). Requests beyond that open
+/// new ones.
 const POOL_LIMIT: usize = 8;
-/// How long a connection is kept. Node's server, which 2.x may run on, closes one after 5 s; Bun's was
-/// seen to keep it for more than two minutes.
+/// How long an idle connection is kept. Node's server, on which 2.x may run, closes it after 5 s; Bun's
+/// keeps it for more than two minutes.
 const POOL_TIME: Duration = Duration::from_secs(4);
 
-/// The connections, each with the time since which it is idle; the last one was used last.
+/// The connections, each with the time since when it is idle, the most recently used last.
 #[derive(Default)]
 pub struct Pool(Mutex<Vec<(Instant, TcpStream)>>);
 
@@ -27,7 +27,7 @@ impl Pool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a connection out whose process lives, and of which nothing else is known.
+    /// Takes out a connection that is open and silent, if its process lives.
     pub fn take(&self, process: &OwnedFd) -> Option<TcpStream> {
         self.close_idle();
         loop {
@@ -38,7 +38,7 @@ impl Pool {
         }
     }
 
-    /// Puts a connection in after a reply that was complete, and whose end was certain.
+    /// Puts in a connection after a complete reply of known length.
     pub fn put(&self, stream: TcpStream) {
         let mut connections = self.lock();
         if connections.len() == POOL_LIMIT {

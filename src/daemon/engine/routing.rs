@@ -1,5 +1,5 @@
-//! What a routed request says of the instance that it is about: which headers, parameters and bodies
-//! choose a place, and what a path is about.
+//! How routed requests choose an instance: the headers, parameters and bodies that name a location, and the
+//! subject of each path.
 
 use std::path::Path;
 
@@ -8,38 +8,38 @@ use crate::error::Result;
 use crate::framing::percent_decode;
 use crate::line::Line;
 
-/// The query parameter by which web pages give credentials where they can set no header: the part
-/// of the Basic credentials behind the scheme, percent-encoded.
+/// The query parameter for the credentials of web pages that cannot set a header: the Basic credentials
+/// without the scheme, percent-encoded.
 pub const TOKEN_PARAMETER: &str = "auth_token";
 
 /// The header that chooses the instance: its directory, percent-encoded once.
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
-/// The headers that choose a place; the second one an experimental workspace of opencode's.
+/// The headers that choose a location; the second names an experimental workspace of opencode.
 pub const PLACE_HEADERS: [&str; 2] = [DIRECTORY_HEADER, "x-opencode-workspace"];
 
-/// Whether a query parameter with this decoded name chooses a place: a directory, or an experimental
-/// workspace of opencode's, which may be anywhere. opencode compares with case today.
+/// Whether a query parameter with this decoded name chooses a location: a directory, or an experimental
+/// workspace of opencode. Ignores case, although opencode compares with case today.
 pub fn chooses_place(parameter: &[u8]) -> bool {
     // `location[directory]` and `location[workspace]` are parts of `location`.
     let name = parameter.split(|byte| *byte == b'[').next().unwrap_or_default();
     [&b"directory"[..], b"workspace", b"location"].iter().any(|place| name.eq_ignore_ascii_case(place))
 }
 
-/// What a request is about.
+/// The subject of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Subject {
-    /// The instance that the request chooses, which is loaded.
+    /// The chosen instance, which the request loads.
     Instance,
-    /// A session to be created in the directory that the body names, or in the chosen one.
+    /// A new session, in the directory that the body names, else in the chosen one.
     Creation,
-    /// A session, wherever it is; whether the call loads the instance there.
+    /// A session in any directory; `loads`: the request loads the instance there.
     Session { id: String, loads: bool },
-    /// The whole process, or nothing of opencode's.
+    /// The whole process, or nothing that opencode knows.
     Process,
 }
 
-/// What a request is about.
+/// The subject of a request.
 pub fn subject(line: Line, method: &str, path: &str) -> Subject {
     match line {
         Line::V1 => v1::subject(path),
@@ -47,8 +47,8 @@ pub fn subject(line: Line, method: &str, path: &str) -> Subject {
     }
 }
 
-/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
-/// a filter of a list.
+/// The parameter that replaces `directory` in the query at paths where `directory` is also the filter of a
+/// list.
 pub fn directory_filter(line: Line, path: &str, directory: &Path) -> Option<String> {
     match line {
         Line::V1 => v1::directory_filter(path, directory),
@@ -64,7 +64,7 @@ pub fn place_parameter(line: Line, path: &str, directory: &Path) -> Option<Strin
     }
 }
 
-/// The body of a [`Subject::Creation`], put into this directory whatever it says.
+/// Rewrites the body of a [`Subject::Creation`] to this directory.
 ///
 /// # Errors
 /// `bad_request` when it is not a JSON object.
@@ -72,20 +72,20 @@ pub fn relocate(body: &[u8], directory: &str) -> Result<Vec<u8>> {
     v2::relocate(body, directory)
 }
 
-/// The parameter by which a request chooses the instance for itself, in 2.x.
+/// The parameter by which a request to 2.x chooses the instance.
 pub const PLACE_PARAMETER: &[u8] = b"location[directory]";
 
-/// The segments of a path as opencode's router compares them: without empty ones, percent-decoded, in
-/// lower case, up to a `;` or `#` (find-my-way 9, with the options that opencode gives it).
+/// The segments of a path as opencode's router compares them: without empty segments, percent-decoded, in
+/// lower case, up to a `;` or `#` (find-my-way 9 with opencode's options).
 pub(super) fn segments(path: &str) -> Vec<Vec<u8>> {
     let path = path.split([';', '#']).next().unwrap_or_default();
     let segments = path.split('/').filter(|segment| !segment.is_empty());
     segments.map(|segment| percent_decode(segment).unwrap_or_else(|| segment.into()).to_ascii_lowercase()).collect()
 }
 
-/// Whether a call may have a ticket in its query for credentials: a terminal's WebSocket, opened by a
-/// web page that can set no header. opencode gives tickets to users with credentials, takes each once,
-/// and checks it. Other spellings of the path, which no client uses, need credentials.
+/// Whether a request carries a ticket in its query instead of credentials: the WebSocket of a terminal,
+/// opened by a web page that cannot set a header. opencode issues tickets to users with credentials, and
+/// checks that each is used once. Other spellings of the path, which no client uses, need credentials.
 pub fn takes_ticket(path: &str, query: &str) -> bool {
     let path = path.strip_prefix("/api").unwrap_or(path);
     let id = path.strip_prefix("/pty/").and_then(|rest| rest.strip_suffix("/connect"));

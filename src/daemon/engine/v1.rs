@@ -1,6 +1,6 @@
-//! opencode 1.x: `v2.rs` beside this has the same functions.
+//! The protocol of opencode 1.x; `v2.rs` has the same functions.
 //!
-//! Source of the protocol: the OpenAPI document of 1.18.33 (`GET /doc`), and measurements of it.
+//! Sources of the protocol: the OpenAPI document of 1.18.33 (`GET /doc`), and measurements of that version.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,20 +10,20 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::routing::{Subject, segments};
-use super::{CallResult, Endpoint, Lifecycle, Place, SessionInfo, Sign, Step, Told, Turn, fault};
+use super::{CallResult, Endpoint, InstanceEvent, Lifecycle, Place, SessionInfo, Sign, Step, TurnEvent, fault};
 use crate::framing::percent_encode;
 use crate::line::{V1_PASSWORD, V1_USERNAME};
 use crate::state::Auth;
 use crate::wire::from_json;
 
-/// How long a disposal may take: mostly some milliseconds.
+/// The time limit for a disposal, which mostly takes some milliseconds.
 pub const DISPOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// What it disposes is disposed before TERM, so that little is left for it to do then.
+/// A call disposes all instances before TERM, so little work is left for TERM.
 pub const LIFECYCLE: Lifecycle = Lifecycle { disposes: true, kill_after: Duration::from_secs(5), is_service: false };
 
-/// The exit status of a good end.
-pub const GOOD_END: i32 = 0;
+/// The exit status after TERM or INT.
+pub const CLEAN_EXIT: i32 = 0;
 
 /// The event stream of all instances.
 pub const EVENTS: &str = "/global/event";
@@ -42,7 +42,7 @@ pub fn health(endpoint: &Endpoint, deadline: Instant) -> CallResult<String> {
     }
 }
 
-/// `GET /path`: the directories of an instance, which is loaded.
+/// `GET /path`: the directories of an instance. Loads the instance.
 pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Map<String, Value>> {
     match endpoint.ask("GET", "/path", Some(directory), deadline)? {
         Value::Object(path) if path.get("directory").is_some_and(Value::is_string) => Ok(path),
@@ -50,7 +50,7 @@ pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallRes
     }
 }
 
-/// `GET /session/status`: the ids of the sessions that are running in an instance, which is loaded.
+/// `GET /session/status`: the ids of the running sessions of an instance. Loads the instance.
 pub fn running_sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Vec<String>> {
     match endpoint.ask("GET", "/session/status", Some(directory), deadline)? {
         Value::Object(sessions) => {
@@ -75,24 +75,24 @@ pub fn session(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instan
     let target = format!("/session/{}", percent_encode(id.as_bytes()));
     let reply = endpoint.request(("GET", &target), Some(directory), None, deadline)?;
     match reply.status {
-        // What cannot be an id is 400.
+        // Status 400: the text cannot be an id.
         400 | 404 => Ok(None),
         _ => Ok(SessionInfo::of(&reply.json(("GET", &target))?)),
     }
 }
 
-/// `POST /session/:id/abort`: ends the running turn of a session of this directory. Loads the instance.
+/// `POST /session/:id/abort`: ends the running turn of a session in this directory. Loads the instance.
 pub fn abort(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instant) -> CallResult<()> {
     let target = format!("/session/{}/abort", percent_encode(id.as_bytes()));
     endpoint.ask("POST", &target, Some(directory), deadline).map(|_| ())
 }
 
-/// `POST /instance/dispose`. Loads the instance first if it was not loaded.
+/// `POST /instance/dispose`. Loads the instance first if it is not loaded.
 pub fn dispose(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<()> {
     endpoint.ask("POST", "/instance/dispose", Some(directory), deadline).map(|_| ())
 }
 
-/// `POST /global/dispose`: ends every instance with its children, in good order.
+/// `POST /global/dispose`: disposes all instances with their children.
 pub fn dispose_all(endpoint: &Endpoint, deadline: Instant) -> CallResult<()> {
     endpoint.ask("POST", "/global/dispose", None, deadline).map(|_| ())
 }
@@ -109,7 +109,7 @@ struct Event<'a> {
 struct Payload<'a> {
     #[serde(rename = "type")]
     kind: String,
-    /// Looked into only where that is of use: some are large.
+    /// Parsed only for events about turns, since some are large.
     #[serde(borrow)]
     properties: Option<&'a RawValue>,
 }
@@ -147,9 +147,9 @@ struct Info {
     title: Option<String>,
 }
 
-/// What an event says of a turn. 1.18 tells of each step of a turn that the session is busy, and twice of
-/// its end (`session.status` and `session.idle`).
-pub fn turn(event: &[u8]) -> Option<Turn> {
+/// Parses an event about a turn; `None` for other events. 1.18 reports a busy session for each step of a
+/// turn, and the end of a turn twice (`session.status` and `session.idle`).
+pub fn turn_event(event: &[u8]) -> Option<TurnEvent> {
     let Event { directory, payload: Payload { kind, properties } } = from_json(event).ok()?;
     let directory = directory.filter(|directory| directory.starts_with('/'))?;
     let what = kind.strip_prefix("session.")?;
@@ -169,27 +169,27 @@ pub fn turn(event: &[u8]) -> Option<Turn> {
         }
         _ => return None,
     };
-    Some(Turn { place: Place::Directory(directory), session, step })
+    Some(TurnEvent { place: Place::Directory(directory), session, step })
 }
 
-/// What an event says of an instance; `None` when it is about none.
-pub fn understand(event: &[u8]) -> Option<Told> {
+/// Parses an event about an instance; `None` for other events.
+pub fn instance_event(event: &[u8]) -> Option<InstanceEvent> {
     let Event { directory, payload: Payload { kind, .. } } = from_json(event).ok()?;
-    // Events about no instance have no directory, or "global".
+    // Events about no instance have no directory, or the directory "global".
     let directory = directory.filter(|directory| directory.starts_with('/'))?;
     let sign = match kind.split('.').next().unwrap_or_default() {
         "server" if kind == "server.instance.disposed" => Sign::Disposed,
         "server" | "global" => return None,
-        // What somebody does; the rest an instance does by itself (watching files, say).
+        // Events that clients cause; the others come from the instance itself (watching files, say).
         "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => Sign::Used,
         _ => Sign::Alive,
     };
-    Some(Told { sign, place: Place::Directory(directory), session: None })
+    Some(InstanceEvent { sign, place: Place::Directory(directory), session: None })
 }
 
-/// The parameter that takes the place of `directory` in the query at paths where `directory` is also
-/// a filter: it limits the list of sessions to those of that directory, which the header does not.
-/// opencode decodes the value once more than usual, except for its early form of the 2.x protocol.
+/// The parameter that replaces `directory` in the query at paths where `directory` is also a filter: only
+/// the parameter limits the list of sessions to a directory, not the header. opencode decodes the value once
+/// more than usual, except in its early form of the 2.x protocol.
 pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
     let once = percent_encode(directory.as_os_str().as_encoded_bytes());
     let segments = segments(path);
@@ -201,8 +201,8 @@ pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
     Some(format!("directory={value}"))
 }
 
-/// What a request is about: all load the instance but those about none, and those of the early form of
-/// the 2.x protocol (`/api`), which has instances of its own.
+/// The subject of a request. All requests load the instance, except those about none, and those of the early
+/// form of the 2.x protocol (`/api`), which has instances of its own.
 pub fn subject(path: &str) -> Subject {
     let segments = segments(path);
     match segments.iter().map(Vec::as_slice).collect::<Vec<_>>()[..] {
@@ -219,7 +219,7 @@ mod tests {
     fn statuses_are_turns() {
         let step = |kind: &str, properties: &str| {
             let event = format!(r#"{{"directory":"/a","payload":{{"type":"{kind}","properties":{properties}}}}}"#);
-            let turn = turn(event.as_bytes())?;
+            let turn = turn_event(event.as_bytes())?;
             assert_eq!(turn.place, Place::Directory("/a".to_owned()));
             Some((turn.session, turn.step))
         };
@@ -248,6 +248,6 @@ mod tests {
         ] {
             assert_eq!(step(kind, other), None, "{kind} {other}");
         }
-        assert_eq!(turn(br#"{"payload":{"type":"session.idle","properties":{"sessionID":"ses_1"}}}"#), None);
+        assert_eq!(turn_event(br#"{"payload":{"type":"session.idle","properties":{"sessionID":"ses_1"}}}"#), None);
     }
 }

@@ -1,10 +1,10 @@
-//! opencode 2.x: `v1.rs` beside this has the same functions.
+//! The protocol of opencode 2.x; `v1.rs` has the same functions.
 //!
-//! What it has loaded it calls *locations*; each is known by exactly the string that was sent. It lists
-//! them, and which sessions run, without loading anything.
+//! 2.x calls its instances *locations* and identifies each by the exact string in the request. It lists the
+//! loaded locations and the running sessions without loading a location.
 //!
-//! Sources of the protocol: measurements of a server built from its sources of August 2026, and the
-//! sources of 2.0.18 to 2.3 for what is newer.
+//! Sources of the protocol: measurements of a server built from the sources of August 2026, and for newer
+//! parts the sources of 2.0.18 to 2.3.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,36 +14,38 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::routing::{Subject, segments};
-use super::{CallError, CallResult, Endpoint, Lifecycle, Place, SessionInfo, Sign, Step, Told, Turn, fault};
+use super::{
+    CallError, CallResult, Endpoint, InstanceEvent, Lifecycle, Place, SessionInfo, Sign, Step, TurnEvent, fault,
+};
 use crate::error::Error;
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::{Line, V1_PASSWORD, V2_PASSWORD};
 use crate::state::Auth;
 use crate::wire::from_json;
 
-/// How long a disposal may take. opencode answers after the teardown: 4.2 s with one MCP server that
+/// The time limit for a disposal. opencode answers after the teardown: 4.2 s with one MCP server that
 /// ignores TERM.
 pub const DISPOSE_LIMIT: Duration = Duration::from_secs(30);
 
-/// It has no call that disposes everything: TERM does, and took up to 6.8 s.
+/// 2.x has no call that disposes all locations: it disposes them at TERM, which took up to 6.8 s.
 pub const LIFECYCLE: Lifecycle = Lifecycle { disposes: false, kill_after: Duration::from_secs(15), is_service: false };
 
-/// The exit status of a good end.
-pub const GOOD_END: i32 = 130;
+/// The exit status after TERM or INT.
+pub const CLEAN_EXIT: i32 = 130;
 
 /// The event stream of the whole process.
 pub const EVENTS: &str = "/api/event";
 
 /// The credentials in the environment of `opencode serve`. The user is always `opencode`.
 pub fn credentials(auth: &Auth) -> [(&'static str, String); 2] {
-    // The first wins; the second is set too, so that an inherited value is not passed on.
+    // The first takes precedence; the second replaces an inherited value.
     [(V2_PASSWORD, auth.opencode_password.clone()), (V1_PASSWORD, auth.opencode_password.clone())]
 }
 
-/// `GET /api/info`: the version. Earlier versions have the route under other names.
+/// `GET /api/info`: the version. Versions that are too old have this route under other names.
 pub fn health(endpoint: &Endpoint, deadline: Instant) -> CallResult<String> {
     let reply = endpoint.request(("GET", "/api/info"), None, None, deadline)?;
-    // 503 while it starts.
+    // The status is 503 while opencode starts.
     if reply.status == 404 {
         let version = "a 2.x without GET /api/info".to_owned();
         return Err(CallError::Failed(Error::OpencodeUnsupported { path: "opencode".into(), version, shared: false }));
@@ -54,8 +56,8 @@ pub fn health(endpoint: &Endpoint, deadline: Instant) -> CallResult<String> {
     }
 }
 
-/// The query parameter that chooses a location. Always the resolved path of a directory: opencode takes
-/// each spelling for a location of its own.
+/// The query parameter that chooses a location. Always pass a resolved path: opencode takes each spelling of
+/// a directory for a different location.
 pub fn location(directory: &Path) -> String {
     format!("location%5Bdirectory%5D={}", percent_encode(directory.as_os_str().as_encoded_bytes()))
 }
@@ -64,15 +66,15 @@ fn at_location(path: &str, directory: &Path) -> String {
     format!("{path}?{}", location(directory))
 }
 
-/// `GET /api/location`: the location, which is loaded, in the form of `GET /path` of 1.x.
+/// `GET /api/location`, in the form of `GET /path` of 1.x. Loads the location.
 pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<Map<String, Value>> {
     let answer = endpoint.ask("GET", &at_location("/api/location", directory), Some(directory), deadline)?;
-    // Another directory would mean that opencode takes the parameter for something else.
+    // Another directory would mean that opencode did not understand the parameter.
     if answer["directory"].as_str().map(Path::new) != Some(directory) {
         return Err(fault("GET /api/location: the answer is about another directory"));
     }
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    // opencode has our environment. It tells these directories no more; they are where they were.
+    // 2.x no longer returns these directories; they follow from the environment, which it has from us.
     let home = variable("HOME").unwrap_or_default();
     let below = |name: &str, default: &str| variable(name).unwrap_or_else(|| format!("{home}/{default}"));
     let path = json!({
@@ -88,7 +90,7 @@ pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallRes
     }
 }
 
-/// `GET /api/session/active`: the ids of the running sessions of the whole process.
+/// `GET /api/session/active`: the ids of all running sessions.
 pub fn active_sessions(endpoint: &Endpoint, deadline: Instant) -> CallResult<Vec<String>> {
     let answer = endpoint.ask("GET", "/api/session/active", None, deadline)?;
     let active = answer["data"].as_object().ok_or_else(|| fault("GET /api/session/active: no data"))?;
@@ -140,9 +142,9 @@ pub fn loaded(endpoint: &Endpoint, deadline: Instant) -> CallResult<Vec<String>>
     Ok(list.iter().filter_map(|entry| Some(entry["directory"].as_str()?.to_owned())).collect())
 }
 
-/// `DELETE /api/debug/location`. Always with its directory: without one, opencode disposes the
-/// location of its own working directory. Not to be called while a session runs there: its MCP
-/// servers would live on for ever as soon as the location is loaded again.
+/// `DELETE /api/debug/location`, always with a directory: without one, opencode disposes the location of its
+/// own working directory. Do not call this while a session runs there: once the location is loaded again,
+/// its MCP servers would live for ever.
 pub fn dispose(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallResult<()> {
     let target = at_location("/api/debug/location", directory);
     endpoint.request(("DELETE", &target), Some(directory), None, deadline)?.success(("DELETE", &target))
@@ -169,34 +171,35 @@ struct Data {
     location: Option<Location>,
 }
 
-/// What an event says of a location; `None` when it is about none.
-pub fn understand(event: &[u8]) -> Option<Told> {
+/// Parses an event about a location; `None` for other events.
+pub fn instance_event(event: &[u8]) -> Option<InstanceEvent> {
     let Event { kind, location, data } = from_json(event).ok()?;
     let directory = |location: Option<Location>| location.and_then(|location| location.directory);
     let (session, moved) = data.map_or((None, None), |data| (data.session, directory(data.location)));
-    // Creation and move say in their data where the session is from now on.
+    // The data of events about the creation and move of a session has its new directory.
     let place = moved.or(directory(location)).filter(|directory| directory.starts_with('/'));
     let sign = match kind.split('.').next().unwrap_or_default() {
-        // What somebody does. Some ninety events of a boot and ten of an eviction are none of these.
+        // Events that clients cause. None of the ninety or so events of loading a location, and the ten of an
+        // eviction, are among them.
         "session" | "permission" | "form" | "pty" | "shell" => Sign::Used,
         _ if kind == "location.shutdown" => Sign::Disposed,
         _ => Sign::Alive,
     };
     match (place, session) {
-        (Some(directory), session) => Some(Told { sign, place: Place::Directory(directory), session }),
-        // Starts and ends of turns do not say where.
-        (None, Some(session)) => Some(Told { sign, place: Place::Session(session), session: None }),
+        (Some(directory), session) => Some(InstanceEvent { sign, place: Place::Directory(directory), session }),
+        // Events about the start and the end of a turn have no directory.
+        (None, Some(session)) => Some(InstanceEvent { sign, place: Place::Session(session), session: None }),
         (None, None) => None,
     }
 }
 
-/// An event of `GET /api/event` that is about a turn.
+/// An event of `GET /api/event` about a session.
 #[derive(Deserialize)]
-struct TurnEvent<'a> {
+struct SessionEvent<'a> {
     #[serde(rename = "type")]
     kind: String,
     location: Option<Location>,
-    /// Looked into only where that is of use: some are large.
+    /// Parsed only for events about turns, since some are large.
     #[serde(borrow)]
     data: Option<&'a RawValue>,
 }
@@ -224,11 +227,11 @@ struct Failure {
     message: Option<String>,
 }
 
-/// What an event says of turns, in order. `session.execution.*` begin and end them; early versions have
-/// `session.status` and `session.idle` of 1.x too.
-pub fn turns(event: &[u8]) -> Vec<Turn> {
+/// The steps of turns in an event, in order. `session.execution.*` start and end turns; early versions also
+/// send `session.status` and `session.idle` as 1.x does.
+pub fn turn_events(event: &[u8]) -> Vec<TurnEvent> {
     let understood = || {
-        let TurnEvent { kind, location, data } = from_json(event).ok()?;
+        let SessionEvent { kind, location, data } = from_json(event).ok()?;
         let what = kind.strip_prefix("session.")?;
         let is_about_turns = what.starts_with("execution.")
             || matches!(what, "created" | "renamed" | "updated" | "deleted" | "status" | "idle");
@@ -247,7 +250,7 @@ pub fn turns(event: &[u8]) -> Vec<Turn> {
             let Failure { kind, message } = error.unwrap_or(Failure { kind: None, message: None });
             ends_with(kind, message)
         }
-        // By its user, a shutdown, or a newer turn.
+        // By the user, a shutdown, or a newer turn.
         ("execution.interrupted", ..) => ends_with(Some("interrupted".to_owned()), reason),
         ("status", Some(status), _) => vec![if status.kind == "idle" { Step::Idle } else { Step::Runs }],
         ("created" | "renamed" | "updated", ..) if title.is_some() => {
@@ -260,11 +263,11 @@ pub fn turns(event: &[u8]) -> Vec<Turn> {
         Some(directory) => Place::Directory(directory),
         None => Place::Session(session.clone()),
     };
-    let turn = |step| Turn { place: place.clone(), session: Some(session.clone()), step };
+    let turn = |step| TurnEvent { place: place.clone(), session: Some(session.clone()), step };
     steps.into_iter().map(turn).collect()
 }
 
-/// What a request is about.
+/// The subject of a request.
 pub fn subject(method: &str, path: &str) -> Subject {
     let segments = segments(path);
     let segments: Vec<&[u8]> = segments.iter().map(Vec::as_slice).collect();
@@ -286,7 +289,7 @@ pub fn subject(method: &str, path: &str) -> Subject {
     }
 }
 
-/// Whether a call about a session only reads what is stored, and so loads nothing.
+/// Whether a request about a session only reads stored data, so that it does not load the location.
 fn reads_session(method: &str, rest: &[&[u8]]) -> bool {
     let is_stored = match rest {
         [_, _] | [_, _, b"message" | b"export" | b"log", ..] => true,
@@ -295,29 +298,29 @@ fn reads_session(method: &str, rest: &[&[u8]]) -> bool {
     is_stored && matches!(method, "GET" | "HEAD")
 }
 
-/// The id of a session in a path, as it is spelled there: ids are compared with case.
+/// The id of a session in a path, with its case: ids are case-sensitive.
 fn session_id(path: &str) -> Option<String> {
     let mut segments = path.split([';', '#']).next()?.split('/').filter(|segment| !segment.is_empty());
     segments.find(|segment| segment.eq_ignore_ascii_case("session"))?;
     String::from_utf8(percent_decode(segments.next()?)?).ok()
 }
 
-/// The parameter that puts a request into this location, at the paths that have locations. The header
-/// alone would do; clients send it, and so the parameter is what opencode is tried with.
+/// The parameter that chooses the location of a request, at paths that take one. The header alone would do,
+/// but clients send the parameter, so that way is better tested in opencode.
 pub fn place_parameter(path: &str, directory: &Path) -> Option<String> {
     let is_api = segments(path).first().is_some_and(|first| first == b"api");
     is_api.then(|| location(directory))
 }
 
-/// The parameter that takes the place of `directory` in the query of `GET /api/session`, where it is a
-/// filter, compared literally.
+/// The parameter that replaces `directory` in the query of `GET /api/session`, where it is a filter that
+/// opencode compares literally.
 pub fn directory_filter(path: &str, directory: &Path) -> Option<String> {
     let segments = segments(path);
     let is_list = segments.iter().map(Vec::as_slice).eq([&b"api"[..], b"session"]);
     is_list.then(|| format!("directory={}", percent_encode(directory.as_os_str().as_encoded_bytes())))
 }
 
-/// The body of a creation or import, put into this directory whatever it says.
+/// Rewrites the body of a creation or import to this directory.
 ///
 /// # Errors
 /// `bad_request` when it is not a JSON object.
@@ -325,7 +328,7 @@ pub fn relocate(body: &[u8], directory: &str) -> crate::error::Result<Vec<u8>> {
     let bad = |why: String| Error::BadRequest(format!("the body of a session has to be a JSON object: {why}"));
     let body = if body.trim_ascii().is_empty() { b"{}" } else { body };
     let mut object: Map<String, Value> = from_json(body).map_err(|e| bad(e.to_string()))?;
-    // Whole, or an experimental workspace in it would win.
+    // Replace the whole location: an experimental workspace in it would take precedence.
     object.insert("location".to_owned(), json!({"directory": directory}));
     serde_json::to_vec(&object).map_err(|e| bad(e.to_string()))
 }
@@ -369,17 +372,23 @@ mod tests {
 
     #[test]
     fn turns_name_a_session_and_other_events_a_directory() {
-        let told = |event: &str| understand(event.as_bytes());
+        let told = |event: &str| instance_event(event.as_bytes());
         let at = |directory: &str| Place::Directory(directory.to_owned());
         let created = told(
             r#"{"id":"evt_1","created":1,"type":"session.created","location":{"directory":"/a"},
                 "data":{"sessionID":"ses_1","location":{"directory":"/b"}}}"#,
         );
-        assert_eq!(created, Some(Told { sign: Sign::Used, place: at("/b"), session: Some("ses_1".to_owned()) }));
+        assert_eq!(
+            created,
+            Some(InstanceEvent { sign: Sign::Used, place: at("/b"), session: Some("ses_1".to_owned()) })
+        );
         let started = told(r#"{"id":"evt_1","type":"session.execution.started","data":{"sessionID":"ses_1"}}"#);
-        assert_eq!(started, Some(Told { sign: Sign::Used, place: Place::Session("ses_1".to_owned()), session: None }));
+        assert_eq!(
+            started,
+            Some(InstanceEvent { sign: Sign::Used, place: Place::Session("ses_1".to_owned()), session: None })
+        );
         let booted = told(r#"{"id":"evt_1","type":"plugin.added","location":{"directory":"/a"},"data":{"id":"x"}}"#);
-        assert_eq!(booted, Some(Told { sign: Sign::Alive, place: at("/a"), session: None }));
+        assert_eq!(booted, Some(InstanceEvent { sign: Sign::Alive, place: at("/a"), session: None }));
         let shut_down = told(r#"{"id":"evt_1","type":"location.shutdown","location":{"directory":"/a"},"data":{}}"#);
         assert_eq!(shut_down.unwrap().sign, Sign::Disposed);
         for kind in ["permission.requested", "form.created", "pty.exited", "shell.created"] {
@@ -392,7 +401,7 @@ mod tests {
     #[test]
     fn executions_are_turns() {
         let steps = |event: &str| {
-            let turns = turns(event.as_bytes());
+            let turns = turn_events(event.as_bytes());
             assert!(turns.iter().all(|turn| turn.session.as_deref() == Some("ses_1")), "{turns:?}");
             assert!(turns.iter().all(|turn| turn.place == Place::Session("ses_1".to_owned())), "{turns:?}");
             turns.into_iter().map(|turn| turn.step).collect::<Vec<_>>()
@@ -418,10 +427,10 @@ mod tests {
             assert_eq!(of(kind, ""), []);
         }
         for other in [r#"{"type":"session.execution.started","data":{}}"#, r#"{"type":"server.connected"}"#, "x"] {
-            assert_eq!(turns(other.as_bytes()), []);
+            assert_eq!(turn_events(other.as_bytes()), []);
         }
         let located = r#"{"type":"session.idle","location":{"directory":"/a"},"data":{"sessionID":"ses_1"}}"#;
-        assert_eq!(turns(located.as_bytes())[0].place, Place::Directory("/a".to_owned()));
+        assert_eq!(turn_events(located.as_bytes())[0].place, Place::Directory("/a".to_owned()));
     }
 
     #[test]

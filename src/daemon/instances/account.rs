@@ -8,16 +8,16 @@
 //! The life of an instance in the reports of a caller:
 //!
 //! ```text
-//! begin                          a new opencode, and what it has loaded
-//!   enter                        a request wants the instance: it waits while Entry::Wait
-//!     send                       the request goes to opencode: it waits while Turn::Wait
+//! begin                          a new opencode, and the instances it has loaded
+//!   enter                        a request for the instance arrives; it waits while Entry::Wait
+//!     send                       the request goes to opencode; it waits while Turn::Wait
 //!       replied                  opencode answers: the instance is loaded
 //!   leave                        the request is over
-//!   told                         an event of opencode's: loaded, used, disposed, by whomever
-//!   listed                       opencode's own list of what it has loaded, where it has one
-//!   next → Evict … evicted       nobody uses it any more
-//!   dispose … disposed           our own disposal, within an eviction or for a user
-//! ended                          opencode is gone, and with it all it had loaded
+//!   observe                      an event of opencode: any client loaded, used or disposed the instance
+//!   listed                       opencode's own list of loaded instances, if it has one
+//!   next → Evict … evicted       the instance was idle for too long
+//!   dispose … disposed           our own disposal, for an eviction or for a user
+//! ended                          opencode has ended, and its instances with it
 //! ```
 //!
 //! Invariants: an instance with a request under way is not evicted; a request waits while its instance is
@@ -42,7 +42,7 @@ pub const REVIVAL: Duration = Duration::from_secs(10);
 const DOUBLINGS: u32 = 6;
 /// How long after our own disposal its event may arrive: opencode first sends the earlier events of the
 /// instance.
-const TOLD_WITHIN: Duration = Duration::from_secs(10);
+const EVENT_DELAY: Duration = Duration::from_secs(10);
 /// How long other instances wait while a suspect is loaded, and a suspect while others are: loading takes 10
 /// s at most, unless something is wrong.
 pub const ALONE: Duration = Duration::from_secs(10);
@@ -144,7 +144,7 @@ enum Load {
     /// A request through openwork that loads it was sent at this time; no reply yet.
     Loading(Instant),
     /// An event mentioned it at this time: a direct client has loaded it, or is loading it.
-    Told(Instant),
+    Reported(Instant),
     /// It has answered a request.
     Loaded,
 }
@@ -264,8 +264,8 @@ impl Account {
             self.instances.iter().filter(|(_, i)| is(i)).map(|(directory, _)| directory.clone()).collect()
         };
         let loading = if failure.is_some() { of(&|i| i.is_loading(now)) } else { Vec::new() };
-        let told_lately = |i: &Instance| matches!(i.load, Load::Told(at) if now.duration_since(at) < ALONE);
-        let certain = loading.len() == 1 && of(&told_lately).is_empty();
+        let recently_reported = |i: &Instance| matches!(i.load, Load::Reported(at) if now.duration_since(at) < ALONE);
+        let certain = loading.len() == 1 && of(&recently_reported).is_empty();
         let mut fenced = Vec::new();
         if let Some(Failure { how, output }) = &failure {
             let output = if output.is_empty() { format!("opencode {how}") } else { output.clone() };
@@ -360,7 +360,7 @@ impl Account {
             .filter(|(other, _)| suspect || self.fences.is_suspect(other, now))
             .filter_map(|(_, instance)| match instance.load {
                 Load::Loading(since) => Some(since + ALONE),
-                Load::Cold | Load::Told(_) | Load::Loaded => None,
+                Load::Cold | Load::Reported(_) | Load::Loaded => None,
             })
             .filter(|until| *until > now)
             .max()
@@ -371,7 +371,7 @@ impl Account {
     pub fn replied(&mut self, generation: u64, directory: &str) -> bool {
         let Some(instance) = self.current(generation, directory) else { return false };
         instance.unanswered = instance.unanswered.saturating_sub(1);
-        let was_loading = matches!(instance.load, Load::Loading(_) | Load::Told(_));
+        let was_loading = matches!(instance.load, Load::Loading(_) | Load::Reported(_));
         if was_loading {
             instance.load = Load::Loaded;
             self.fences.loaded(directory);
@@ -426,12 +426,12 @@ impl Account {
 
     /// An event of opencode about an instance. `ours` is called when the account does not know whether the
     /// directory is a workspace.
-    pub fn told(&mut self, generation: u64, directory: &str, sign: Sign, ours: impl FnOnce() -> bool, now: Instant) {
+    pub fn observe(&mut self, generation: u64, directory: &str, sign: Sign, ours: impl FnOnce() -> bool, now: Instant) {
         if generation != self.generation || self.is_over() {
             return;
         }
         match sign {
-            Sign::Disposed => self.told_disposed(directory, now),
+            Sign::Disposed => self.observe_disposed(directory, now),
             Sign::Alive | Sign::Used => {
                 self.found(directory, ours, now);
                 if let (Sign::Used, Some(instance)) = (sign, self.instances.get_mut(directory)) {
@@ -448,7 +448,7 @@ impl Account {
         if instance.is_loaded() {
             return;
         }
-        instance.load = Load::Told(now);
+        instance.load = Load::Reported(now);
         instance.ours = instance.ours || ours();
         instance.used = now;
         instance.not_before = None;
@@ -459,7 +459,7 @@ impl Account {
         self.revision += 1;
     }
 
-    fn told_disposed(&mut self, directory: &str, now: Instant) {
+    fn observe_disposed(&mut self, directory: &str, now: Instant) {
         let own = self.own_disposals.iter().position(|(own, _)| own == directory);
         match own.map(|own| self.own_disposals.swap_remove(own)) {
             // Apply our disposal again: earlier events of the instance have marked it as loaded meanwhile.
@@ -515,9 +515,9 @@ impl Account {
             }
         }
         // An instance first mentioned after the request may be missing from the list.
-        let told_before = |load: Load| !matches!(load, Load::Told(at) if at > asked);
+        let reported_before = |load: Load| !matches!(load, Load::Reported(at) if at > asked);
         let absent = |(directory, instance): (&String, &Instance)| {
-            let is_absent = instance.is_loaded() && told_before(instance.load) && !directories.contains(directory);
+            let is_absent = instance.is_loaded() && reported_before(instance.load) && !directories.contains(directory);
             is_absent.then(|| directory.clone())
         };
         for directory in self.instances.iter().filter_map(absent).collect::<Vec<_>>() {
@@ -531,7 +531,7 @@ impl Account {
 
     /// Our own disposal begins: requests wait for it. Returns its start, for [`Account::disposed`].
     pub fn dispose(&mut self, directory: &str, now: Instant) -> Instant {
-        self.own_disposals.retain(|(_, since)| now.duration_since(*since) < TOLD_WITHIN);
+        self.own_disposals.retain(|(_, since)| now.duration_since(*since) < EVENT_DELAY);
         self.own_disposals.push((directory.to_owned(), now));
         self.instances.entry(directory.to_owned()).or_insert_with(|| Instance::new(now)).held += 1;
         now
@@ -544,7 +544,7 @@ impl Account {
         }
         if done && generation == self.generation && !self.is_over() {
             self.gone(directory, since);
-            self.disposed.retain(|_, at| now.duration_since(*at) < TOLD_WITHIN);
+            self.disposed.retain(|_, at| now.duration_since(*at) < EVENT_DELAY);
             self.disposed.insert(directory.to_owned(), now);
         }
         self.forget_unused(directory);

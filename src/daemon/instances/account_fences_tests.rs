@@ -53,12 +53,12 @@ fn load_continues_after_its_client_gives_up() {
 fn load_by_a_direct_client_is_not_blamed_but_shares_the_blame() {
     let mut story = Story::new();
     // A direct client is loading it, and a fence could not keep that client away.
-    story.told(A, Sign::Alive);
+    story.event(A, Sign::Alive);
     story.begin_loading(A);
     assert!(story.crash().is_empty());
     assert!(!story.account.fences().is_suspect(A, story.now));
     for _ in 0..3 {
-        story.told(A, Sign::Alive);
+        story.event(A, Sign::Alive);
         story.begin_loading(B);
         // Either instance may be at fault.
         assert!(story.crash().is_empty());

@@ -66,9 +66,9 @@ impl Story {
         assert_eq!(self.send(directory), Turn::Go);
     }
 
-    fn told(&mut self, directory: &str, sign: Sign) {
+    fn event(&mut self, directory: &str, sign: Sign) {
         let ours = directory != "/stranger";
-        self.account.told(self.account.generation(), directory, sign, || ours, self.now);
+        self.account.observe(self.account.generation(), directory, sign, || ours, self.now);
     }
 
     /// opencode ends by itself, and another is started. Returns the fenced directories.
@@ -155,7 +155,7 @@ fn use_postpones_eviction() {
     story.request(A);
     for sign in [Sign::Used, Sign::Alive] {
         story.pass(secs(40));
-        story.told(A, sign);
+        story.event(A, sign);
     }
     // Activity of the instance itself does not count as use.
     assert_eq!(story.due(A), Some(TTL - secs(40)));
@@ -228,17 +228,17 @@ fn request_sent_during_a_disposal_reloads_the_instance() {
     story.account.disposed(1, A, since, true, story.now);
     assert!(story.account.is_loaded(A));
     // The late event of that disposal does not undo the load either.
-    story.told(A, Sign::Disposed);
+    story.event(A, Sign::Disposed);
     assert!(story.account.is_loaded(A));
     // A second disposal event means that another client disposed it.
     story.reply(A);
-    story.told(A, Sign::Disposed);
+    story.event(A, Sign::Disposed);
     assert!(!story.account.is_loaded(A));
 }
 
 #[test]
 fn event_of_an_own_disposal_may_arrive_for_ten_seconds() {
-    for (later, is_own) in [(Duration::ZERO, true), (TOLD_WITHIN - secs(1), true), (TOLD_WITHIN, false)] {
+    for (later, is_own) in [(Duration::ZERO, true), (EVENT_DELAY - secs(1), true), (EVENT_DELAY, false)] {
         let mut story = Story::new();
         story.request(A);
         let since = story.account.dispose(A, story.now);
@@ -248,7 +248,7 @@ fn event_of_an_own_disposal_may_arrive_for_ten_seconds() {
         story.account.disposed(1, B, since, true, story.now);
         story.pass(Duration::from_millis(1));
         story.request(A);
-        story.told(A, Sign::Disposed);
+        story.event(A, Sign::Disposed);
         assert_eq!(story.account.is_loaded(A), is_own, "{later:?}");
     }
 }
@@ -258,7 +258,7 @@ fn foreign_disposal_does_not_hide_a_load_under_way() {
     let mut story = Story::new();
     story.request(A);
     story.begin_loading(A);
-    story.told(A, Sign::Disposed);
+    story.event(A, Sign::Disposed);
     assert!(story.account.is_loaded(A));
     story.reply(A);
     story.leave(A);
@@ -286,7 +286,7 @@ fn concurrent_evictions_are_limited() {
 #[test]
 fn each_revival_doubles_the_idle_time() {
     let mut story = Story::new();
-    story.told(A, Sign::Alive);
+    story.event(A, Sign::Alive);
     let mut expected = TTL;
     for n in 0..DOUBLINGS + 3 {
         assert_eq!(story.due(A), Some(expected), "{n}");
@@ -294,14 +294,14 @@ fn each_revival_doubles_the_idle_time() {
         let eviction = story.eviction();
         story.evict(&eviction);
         story.pass(REVIVAL - secs(1));
-        story.told(A, Sign::Alive);
+        story.event(A, Sign::Alive);
         expected = TTL * (1 << (n + 1).min(DOUBLINGS));
     }
     story.pass(story.due(A).unwrap());
     let eviction = story.eviction();
     story.evict(&eviction);
     story.pass(REVIVAL);
-    story.told(A, Sign::Alive);
+    story.event(A, Sign::Alive);
     assert_eq!(story.due(A), Some(TTL));
 }
 
@@ -324,7 +324,7 @@ fn evictions_are_remembered_for_as_long_as_a_client_may_revive() {
         }
     }
     assert_eq!(story.account.evicted.len(), 2, "the first was evicted too long ago");
-    story.told(B, Sign::Alive);
+    story.event(B, Sign::Alive);
     assert_eq!(story.due(B), Some(TTL * 2));
 }
 
@@ -342,7 +342,7 @@ fn request_does_not_double_the_idle_time() {
 #[test]
 fn only_present_and_former_workspaces_are_evicted() {
     let mut story = Story::new();
-    story.told("/stranger", Sign::Used);
+    story.event("/stranger", Sign::Used);
     assert!(story.account.is_loaded("/stranger"));
     assert_eq!(story.due("/stranger"), None);
     story.pass(TTL * 2);
@@ -367,7 +367,7 @@ fn new_opencode_has_loaded_nothing() {
     assert_eq!(story.account.usage(B).streams, 1);
     // Reports about the earlier opencode are dropped.
     story.account.replied(1, B);
-    story.account.told(1, A, Sign::Used, || true, story.now);
+    story.account.observe(1, A, Sign::Used, || true, story.now);
     story.account.listed(1, &[A.to_owned()], story.now, |_| true, story.now);
     assert_eq!(story.account.send(1, B, story.now), Turn::Over);
     assert!(!story.account.is_loaded(A) && !story.account.is_loaded(B));
@@ -377,7 +377,7 @@ fn new_opencode_has_loaded_nothing() {
 fn ended_opencode_loads_nothing() {
     let mut story = Story::new();
     assert!(story.account.ended(1, None, "1.0.0", story.now).is_empty());
-    story.told(A, Sign::Used);
+    story.event(A, Sign::Used);
     story.enter(A);
     assert_eq!(story.send(A), Turn::Over);
     assert!(!story.account.is_loaded(A));
@@ -443,7 +443,7 @@ fn whose_a_directory_is_is_forgotten_with_its_opencode() {
     story.request(A);
     story.crash();
     // Meanwhile the workspace was removed, and a client that calls opencode directly loads it.
-    story.account.told(story.account.generation(), A, Sign::Used, || false, story.now);
+    story.account.observe(story.account.generation(), A, Sign::Used, || false, story.now);
     assert_eq!((story.account.is_loaded(A), story.due(A)), (true, None));
 }
 
@@ -475,8 +475,8 @@ fn nothing_is_remembered_of_what_is_neither_loaded_nor_used() {
         let since = story.account.dispose(&directory, story.now);
         story.account.disposed(1, &directory, since, true, story.now);
         story.request(&directory);
-        story.told(&directory, Sign::Disposed);
-        story.told(&directory, Sign::Disposed);
+        story.event(&directory, Sign::Disposed);
+        story.event(&directory, Sign::Disposed);
     }
     assert_eq!(story.account.instances.len(), 0);
 }
@@ -498,16 +498,16 @@ fn revision_changes_only_with_the_loaded_instances() {
     story.leave(A);
     story.request(A);
     story.account.touch(A, story.now);
-    story.told(A, Sign::Used);
+    story.event(A, Sign::Used);
     check(&story, false);
-    story.told("/stranger", Sign::Alive);
+    story.event("/stranger", Sign::Alive);
     check(&story, true);
     story.account.register("/stranger");
     check(&story, true);
     story.account.register("/stranger");
     story.account.register("/unknown");
     check(&story, false);
-    story.told(A, Sign::Disposed);
+    story.event(A, Sign::Disposed);
     check(&story, true);
     story.account.ended(1, None, "1.0.0", story.now);
     check(&story, true);
@@ -522,7 +522,7 @@ fn disposal_in_an_earlier_opencode_changes_nothing() {
     let since = story.account.dispose(A, story.now);
     story.crash();
     // A client that calls opencode directly has loaded it in the next one.
-    story.told(A, Sign::Used);
+    story.event(A, Sign::Used);
     story.account.disposed(1, A, since, true, story.now);
     assert!(story.account.is_loaded(A));
     assert_eq!(story.account.enter(A, story.now), Entry::Entered);
@@ -550,10 +550,10 @@ fn list_decides_what_is_loaded() {
     story.pass(secs(1));
     // Loaded or mentioned after the request for the list: the list says nothing about them.
     story.begin_loading("/sent");
-    story.told("/told", Sign::Alive);
+    story.event("/reported", Sign::Alive);
     story.account.listed(1, &[B.to_owned(), "/stranger".to_owned()], asked, |d| d != "/stranger", story.now);
     let loaded: BTreeMap<_, _> = story.account.loaded().collect();
-    let expected = [("/b", true), ("/sent", true), ("/stranger", false), ("/told", true)];
+    let expected = [("/b", true), ("/reported", true), ("/sent", true), ("/stranger", false)];
     assert_eq!(loaded.into_iter().map(|(d, ours)| (d.as_str(), ours)).collect::<Vec<_>>(), expected);
     assert_eq!(story.due(B), Some(TTL));
 }
@@ -567,7 +567,7 @@ fn list_is_ignored_for_instances_under_disposal() {
     };
     story.request(A);
     let since = story.account.dispose(A, story.now);
-    story.told(A, Sign::Disposed);
+    story.event(A, Sign::Disposed);
     let asked = story.now;
     assert!(!listed(&mut story, asked), "while it is being disposed");
     story.pass(secs(1));
@@ -588,7 +588,7 @@ fn disposals_are_remembered_for_ten_seconds() {
     };
     story.pass(secs(1));
     dispose(&mut story, A);
-    story.pass(TOLD_WITHIN - secs(1));
+    story.pass(EVENT_DELAY - secs(1));
     dispose(&mut story, B);
     // The list was asked for before either, and is answered only now.
     story.account.listed(1, &[A.to_owned(), B.to_owned()], asked, |_| true, story.now);

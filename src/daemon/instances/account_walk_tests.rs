@@ -51,7 +51,7 @@ impl World {
     fn deliver(&mut self) {
         for (directory, sign) in std::mem::take(&mut self.events) {
             let generation = self.account.generation();
-            self.account.told(generation, directory, sign, || World::is_ours(directory), self.now);
+            self.account.observe(generation, directory, sign, || World::is_ours(directory), self.now);
         }
     }
 

@@ -1,14 +1,14 @@
-//! The instances of opencode: which are loaded, who uses them, the eviction of those nobody uses,
-//! and the fences around workspaces whose loading ends opencode.
+//! The instances of opencode: which are loaded and used, the eviction of idle ones, and the fences around
+//! workspaces whose loading crashes opencode.
 //!
-//! opencode 1.x keeps every instance for ever, has no list of them, and loads one by being asked
-//! about it. Hence the [`Account`] of what is routed, and of what opencode's events tell of clients
-//! that call opencode directly. It is written into the state file (behind), for the daemon that
-//! adopts this opencode. opencode 2.x has a list: whenever its events hint at something that the
-//! account does not know, and before each disposal, it is asked for. The account decides; this module
-//! has its lock, its clock and its threads.
+//! opencode 1.x keeps every instance for ever, offers no list of them, and any question about an instance
+//! loads it. So the daemon keeps an [`Account`], from the requests that it routes and from opencode's own
+//! events, which include clients that call opencode directly. The account is written to the state file with
+//! a delay, for a daemon that adopts this opencode. opencode 2.x has a list: the daemon requests it when an
+//! event contradicts the account, and before each disposal. The account makes the decisions; this module
+//! adds the lock, the clock and the threads.
 //!
-//! Invariant: the lock is never held over I/O.
+//! Invariant: no I/O while the lock is held.
 
 pub(super) mod account;
 pub(super) mod fence;
@@ -27,7 +27,7 @@ pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
 use self::turns::Turns;
-use super::engine::{CallResult, Endpoint, Place, Step, Told, Turn as Turned};
+use super::engine::{CallResult, Endpoint, InstanceEvent, Place, Step, TurnEvent};
 use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
@@ -36,24 +36,24 @@ use crate::log::now_ms;
 use crate::state::{FenceRecord, Store};
 use crate::workspace::Workspace;
 
-/// How long a request waits for a disposal under way, which mostly takes some milliseconds: as long as
-/// one may take.
+/// How long a request waits for a disposal under way: the time limit of a disposal, which mostly takes some
+/// milliseconds.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long opencode may take to say what it has loaded and what runs: it reads a table in memory.
+/// The time limit for the lists of loaded instances and running sessions: opencode reads them from memory.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
-/// The pause between a hint and the question that it causes: some ninety events tell of one boot.
+/// The pause between an event and the request for the list: loading one instance sends some ninety events.
 const LIST_PAUSE: Duration = Duration::from_millis(100);
-/// The pause before events are listened to again, when they ended and opencode did not.
+/// The pause before the daemon subscribes again after the event stream broke off while opencode lives.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
-/// How long the head of the event stream may take.
+/// The time limit for the head of the event stream.
 const LISTEN_LIMIT: Duration = Duration::from_secs(10);
-/// The longest event that is read whole; longer ones (a large diff) are only skipped. Bytes.
+/// The longest event that is parsed; longer ones (a large diff) are skipped. Bytes.
 const EVENT_LIMIT: u64 = 1024 * 1024;
-/// How long the end of opencode may take to be reported: one that no longer listens and does not
-/// heed TERM is killed after 5 s, and looked at for 5 s before.
+/// How long the supervisor may take to report the end of opencode: a process that no longer listens is
+/// probed for 5 s, and killed 5 s after TERM.
 const BLAME_LIMIT: Duration = Duration::from_secs(15);
-/// By how much the two clocks may drift apart before due times are translated anew: less than
-/// anybody notices, more than the scheduler takes between two readings. Milliseconds.
+/// How far the monotonic and the wall clock may drift apart before due times are translated anew: too
+/// little to notice, and more than the scheduler takes between two readings. Milliseconds.
 const CLOCK_DRIFT: u64 = 100;
 
 /// The instances of opencode.
@@ -62,27 +62,27 @@ pub struct Instances {
     events: &'static Events,
     inner: Mutex<Inner>,
     changed: Condvar,
-    /// The directories of sessions. A session stays where it is, whatever process serves it.
+    /// The directories of sessions. They outlive a restart of opencode.
     sessions: Mutex<HashMap<String, String>>,
     turns: Mutex<Turns>,
 }
 
 struct Inner {
     account: Account,
-    /// The revision of the account that the store was told of.
+    /// The revision of the account that the store has.
     noted: u64,
-    /// The last opencode whose end has been reported, and its consequences written down.
+    /// The last opencode whose end was reported, and its fences written.
     reported: u64,
     /// The version of opencode, once known.
     version: Option<String>,
-    /// When the evicting thread looks next; `None`: when it is woken.
+    /// When the evicting thread wakes next; `None`: only when it is notified.
     next_look: Option<Instant>,
-    /// When opencode is asked for its list.
+    /// When to request opencode's list.
     list_at: Option<Instant>,
     clock: Clock,
 }
 
-/// The two clocks, read at the same moment.
+/// The monotonic and the wall clock, read at the same moment.
 #[derive(Clone, Copy)]
 struct Clock {
     at: Instant,
@@ -94,8 +94,8 @@ impl Clock {
         Clock { at: Instant::now(), unix_ms: now_ms() }
     }
 
-    /// A moment to come, in Unix milliseconds. The same moment gives the same number, until the
-    /// wall clock is set or the machine has slept.
+    /// Translates a time to Unix milliseconds. The same time gives the same number until the wall clock is
+    /// set or the machine has slept.
     fn unix_ms(&mut self, at: Instant) -> u64 {
         let now = Clock::now();
         let expected = self.unix_ms + now.at.duration_since(self.at).as_millis() as u64;
@@ -109,30 +109,31 @@ impl Clock {
     }
 }
 
-/// How an instance is used.
+/// The usage of an instance.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
-    /// It is loaded.
+    /// Whether the instance is loaded.
     pub loaded: bool,
-    /// Requests under way, streams among them.
+    /// Requests in progress, streams among them.
     pub streams: usize,
-    /// When it is due to be evicted, Unix milliseconds; none while in use, or never.
+    /// When the instance is due for eviction, Unix milliseconds; none while it is in use, or without an idle
+    /// limit.
     pub evict_at: Option<u64>,
-    /// It may not be loaded.
+    /// Whether a fence prevents loading the instance.
     pub fenced: bool,
 }
 
-/// A request under way; it counts as use until it is dropped.
+/// A request in progress; the instance counts as used until this is dropped.
 pub struct Use<'a> {
     instances: &'a Instances,
     workspace: &'a Workspace,
-    /// The opencode that the request was sent to and that has not replied yet.
+    /// The opencode that the request was sent to, until it replies.
     unanswered: Cell<Option<u64>>,
 }
 
 impl Use<'_> {
-    /// The request is about to be sent to this opencode, and loads the instance. Waits while another
-    /// instance has to be loaded alone. False when that opencode has ended.
+    /// Call this before sending the request, which loads the instance, to this opencode. Waits while another
+    /// instance must be loaded alone. Returns false when that opencode has ended.
     ///
     /// # Errors
     /// `workspace_fenced`; `opencode_timeout` at the deadline.
@@ -157,7 +158,7 @@ impl Use<'_> {
         }
     }
 
-    /// opencode has begun to answer.
+    /// Call this when the reply begins.
     pub fn replied(&self) {
         if let Some(generation) = self.unanswered.take() {
             let mut inner = self.instances.lock();
@@ -167,9 +168,9 @@ impl Use<'_> {
         }
     }
 
-    /// After the connection to this opencode broke before a reply: why, if opencode ended while the
-    /// request loaded the instance. Such a request is not to be sent again. None when opencode lives,
-    /// when it was stopped, or when the instance had been loaded before.
+    /// Call this when the connection to this opencode broke before a reply. If opencode crashed while the
+    /// request loaded the instance, returns the error; the request must not be sent again then. `None` when
+    /// opencode lives, when openwork stopped it, or when the instance was loaded before.
     pub fn blame(&self, supervisor: &Handle, endpoint: &Endpoint) -> Option<Error> {
         let deadline = Instant::now() + BLAME_LIMIT;
         let generation = self.unanswered.get().filter(|generation| *generation == endpoint.generation)?;
@@ -177,7 +178,7 @@ impl Use<'_> {
             return None;
         }
         let mut inner = self.instances.lock();
-        // The supervisor reports the end, and then starts another.
+        // The supervisor reports the end before it starts the next opencode.
         while inner.account.generation() == generation && inner.reported != generation && Instant::now() < deadline {
             inner = self.instances.wait(inner, deadline);
         }
@@ -215,8 +216,8 @@ fn fenced(inner: &mut Inner, workspace: &Workspace) -> Error {
 }
 
 impl Instances {
-    /// Nothing is loaded; the fences are those of the state file. An instance unused for `idle_ttl`
-    /// is disposed; never when absent.
+    /// No instances yet, and the fences of the state file. An instance unused for `idle_ttl` is evicted;
+    /// without `idle_ttl`, never.
     pub fn new(store: &'static Store, events: &'static Events, idle_ttl: Option<Duration>) -> Instances {
         let mut fences = Fences::default();
         fences.restore(store.snapshot().fences.iter().map(|record| {
@@ -246,8 +247,9 @@ impl Instances {
         self.changed.wait_timeout(inner, rest).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// After a change of the account: notes what is loaded, and wakes the evicting thread if it would
-    /// otherwise look too late. Use makes due times later, so that it mostly need not be woken.
+    /// Call this after a change of the account: passes the loaded instances to the store, and wakes the
+    /// evicting thread if that has no due time. Using an instance postpones its due time, so a thread that
+    /// has one need not be woken.
     fn settle(&self, inner: &mut Inner) {
         if inner.noted != inner.account.revision() {
             inner.noted = inner.account.revision();
@@ -267,8 +269,8 @@ impl Instances {
 
     // --- The supervisor's reports ---
 
-    /// Another opencode has been started or adopted: what it has loaded, and which of that is no
-    /// workspace's (not known for what an earlier version has written).
+    /// Another opencode was started or adopted, with these loaded instances. `strangers` are those whose
+    /// directory is no workspace; `None` in a state file of an earlier version.
     pub fn begin(&self, generation: u64, loaded: Vec<String>, strangers: Option<&[String]>) {
         let state = self.store.snapshot();
         let loaded = loaded.into_iter().map(|directory| {
@@ -281,32 +283,32 @@ impl Instances {
         turns::lock(&self.turns).begin();
         let mut inner = self.lock();
         inner.account.begin(generation, loaded, Instant::now());
-        // What is loaded comes from the state file, or is nothing: there is no news in it.
+        // The state file already has these instances.
         inner.noted = inner.account.revision();
         self.settle(&mut inner);
         self.changed.notify_all();
     }
 
-    /// opencode is of this version: fences that another version has earned are lifted.
+    /// Records the version of opencode, and lifts the fences that another version caused.
     pub fn version_is(&self, version: &str) {
         let mut inner = self.lock();
         inner.version = Some(version.to_owned());
         let lifted = inner.account.fences().version_is(version);
         drop(inner);
         if lifted {
-            crate::log!("opencode is of another version: fences around workspaces are lifted");
+            crate::log!("opencode has another version: lifted the fences around workspaces");
             self.write_fences();
         }
     }
 
-    /// opencode has ended: with a failure by itself, without one because we wanted it to.
+    /// opencode has ended; `failure` is `None` when openwork stopped it.
     pub fn ended(&self, generation: u64, failure: Option<Failure>) {
         let mut inner = self.lock();
         let version = inner.version.clone().unwrap_or_default();
         let fenced = inner.account.ended(generation, failure, &version, Instant::now());
         inner.noted = inner.account.revision();
         drop(inner);
-        // What is told of a fence is on disk before.
+        // Fences are on disk before their events are published.
         if !fenced.is_empty() {
             self.write_fences();
         }
@@ -316,15 +318,15 @@ impl Instances {
         for (directory, Fence { output, .. }) in fenced {
             let workspace = state.local_at(&directory);
             let workspace_id = workspace.map(|workspace| workspace.id.clone());
-            crate::log!("fenced {directory}: loading it has ended opencode twice");
+            crate::log!("fenced {directory}: opencode ended twice while loading it");
             self.events.publish(EventKind::InstanceFenced { workspace_id, directory, output });
         }
     }
 
-    /// Puts the fences into the state file. They hold in this daemon even if that fails.
+    /// Writes the fences to the state file. They hold in this daemon even if that fails.
     fn write_fences(&self) {
         let written = self.store.update(|state| {
-            // Read in here: changes of the file come one after the other.
+            // Read inside the update: updates are serialised, so the last one writes the latest fences.
             let mut inner = self.lock();
             let before = std::mem::take(&mut state.fences);
             let all = inner.account.fences().all();
@@ -350,8 +352,8 @@ impl Instances {
 
     // --- Requests ---
 
-    /// Refuses what needs the instance of a fenced workspace, before it costs anything. While the
-    /// version of opencode is not known yet, nothing is refused: it may lift the fence.
+    /// Refuses requests that need the instance of a fenced workspace before they cost anything. Refuses none
+    /// while the version of opencode is unknown, since a new version lifts the fence.
     ///
     /// # Errors
     /// `workspace_fenced`.
@@ -363,7 +365,7 @@ impl Instances {
         }
     }
 
-    /// Lifts the fence of a directory; whether there was one.
+    /// Lifts the fence of a directory; returns whether there was one.
     pub fn reset(&self, directory: &str) -> bool {
         let was_fenced = self.lock().account.fences().reset(directory);
         if was_fenced {
@@ -372,7 +374,7 @@ impl Instances {
         was_fenced
     }
 
-    /// A request for the instance of a workspace begins. A disposal under way is waited for.
+    /// Begins a request for the instance of a workspace, after a disposal under way.
     ///
     /// # Errors
     /// `opencode_timeout` at the deadline.
@@ -397,19 +399,19 @@ impl Instances {
         Ok(Use { instances: self, workspace, unanswered: Cell::new(None) })
     }
 
-    /// Somebody means to use an instance.
+    /// Counts as use of an instance.
     pub fn touch(&self, directory: &str) {
         self.lock().account.touch(directory, Instant::now());
     }
 
-    /// A directory is, or was until now, a workspace's: its instance is evicted like any other.
+    /// A directory is a workspace, or was until now: its instance may be evicted.
     pub fn register(&self, directory: &str) {
         let mut inner = self.lock();
         inner.account.register(directory);
         self.settle(&mut inner);
     }
 
-    /// Disposes an instance; requests for it wait meanwhile.
+    /// Disposes an instance, while requests for it wait.
     ///
     /// # Errors
     /// Those of the call.
@@ -432,7 +434,7 @@ impl Instances {
         self.lock().version.as_deref().and_then(Line::of)
     }
 
-    /// Asks opencode for its list of what is loaded, if it has one.
+    /// Updates the account from opencode's list of loaded instances, if it has one.
     ///
     /// # Errors
     /// Those of the call.
@@ -463,7 +465,7 @@ impl Instances {
         inner.account.generation() == generation && inner.account.is_loaded(directory)
     }
 
-    /// How an instance is used.
+    /// The usage of an instance.
     pub fn usage(&self, directory: &str) -> Usage {
         let mut inner = self.lock();
         let account::Usage { loaded, streams, due } = inner.account.usage(directory);
@@ -474,7 +476,7 @@ impl Instances {
 
     // --- Eviction ---
 
-    /// Disposes instances as they become due, for as long as the daemon lives.
+    /// Evicts instances as they become due, for as long as the daemon lives.
     pub fn evict(&'static self, supervisor: &'static Handle) {
         let mut inner = self.lock();
         loop {
@@ -483,7 +485,7 @@ impl Instances {
                 inner.list_at = None;
                 drop(inner);
                 if let Some(endpoint) = supervisor.ready_now() {
-                    // Without an answer, the next hint asks again.
+                    // After a failure, the next event causes another request.
                     let _ = self.list(&endpoint, now + ASK_LIMIT);
                 }
                 inner = self.lock();
@@ -493,7 +495,7 @@ impl Instances {
                 Next::Evict(eviction) => {
                     drop(inner);
                     let shared = eviction.clone();
-                    // One that takes long must not hold up the others.
+                    // In a thread of its own, since a slow eviction must not delay the others.
                     if Builder::new().spawn(move || self.evict_one(supervisor, &shared)).is_err() {
                         self.evict_one(supervisor, &eviction);
                     }
@@ -547,13 +549,13 @@ impl Instances {
 
     // --- opencode's own events ---
 
-    /// Listens to opencode's own events until the supervisor stops and the daemon ends.
+    /// Follows opencode's own events until the supervisor stops.
     pub fn listen(&self, supervisor: &Handle) {
         while let Some(endpoint) = supervisor.wait_ready() {
             if let Err(e) = self.listen_once(supervisor, &endpoint) {
                 crate::log!("the event stream of opencode broke off: {e}");
             }
-            // When opencode has ended, the next one is waited for without a pause.
+            // Returns at once when opencode has ended: no pause before the next one.
             supervisor.wait_while(endpoint.generation, LISTEN_PAUSE);
         }
     }
@@ -561,7 +563,7 @@ impl Instances {
     fn listen_once(&self, supervisor: &Handle, endpoint: &Endpoint) -> io::Result<()> {
         let lost = |e| io::Error::other(crate::error::Error::from(e).to_string());
         let mut reader = BufReader::new(endpoint.events(Instant::now() + LISTEN_LIMIT).map_err(lost)?);
-        // What happened before the stream began is in the list.
+        // The list covers events from before the subscription.
         self.list_soon(&mut self.lock(), endpoint);
         let mut line = Vec::new();
         loop {
@@ -571,33 +573,33 @@ impl Instances {
             }
             supervisor.heard(endpoint.generation);
             let Some(data) = line.strip_prefix(b"data:") else { continue };
-            if let Some(told) = endpoint.understand(data) {
-                self.observe(endpoint, told);
+            if let Some(event) = endpoint.instance_event(data) {
+                self.observe(endpoint, event);
             }
-            for turn in endpoint.turns(data) {
-                self.tell(endpoint, turn);
+            for turn in endpoint.turn_events(data) {
+                self.publish_turn(endpoint, turn);
             }
         }
     }
 
-    /// Tells what is new of a turn.
-    fn tell(&self, endpoint: &Endpoint, Turned { place, session, step }: Turned) {
-        // Released before the event is published, which has a lock of its own.
-        let told = turns::lock(&self.turns).observe(session.as_deref(), step);
-        let Some(mut told) = told else { return };
+    /// Publishes a change of a turn.
+    fn publish_turn(&self, endpoint: &Endpoint, TurnEvent { place, session, step }: TurnEvent) {
+        // Release the lock before the event is published: locks are never nested.
+        let change = turns::lock(&self.turns).observe(session.as_deref(), step);
+        let Some(mut change) = change else { return };
         let Some(directory) = self.directory_of(endpoint, place) else { return };
-        if let (Line::V2, Some(id), None) = (endpoint.line, &told.id, &told.title) {
-            // Its events do not say; and to ask loads nothing.
+        if let (Line::V2, Some(id), None) = (endpoint.line, &change.id, &change.title) {
+            // Events of 2.x lack the title, and requesting it loads no instance.
             let deadline = Instant::now() + ASK_LIMIT;
-            told.title = endpoint.session_title(Path::new(&directory), id, deadline);
-            turns::lock(&self.turns).observe(Some(id), Step::Titled(told.title.clone()));
+            change.title = endpoint.session_title(Path::new(&directory), id, deadline);
+            turns::lock(&self.turns).observe(Some(id), Step::Titled(change.title.clone()));
         }
         let state = self.store.snapshot();
         let workspace = state.local_at(&directory).cloned();
-        self.events.publish(told.event(directory, workspace));
+        self.events.publish(change.event(directory, workspace));
     }
 
-    /// The directory of what an event is about.
+    /// The directory that an event is about.
     fn directory_of(&self, endpoint: &Endpoint, place: Place) -> Option<String> {
         match place {
             Place::Directory(directory) => Some(directory),
@@ -605,7 +607,7 @@ impl Instances {
         }
     }
 
-    fn observe(&self, endpoint: &Endpoint, Told { sign, place, session }: Told) {
+    fn observe(&self, endpoint: &Endpoint, InstanceEvent { sign, place, session }: InstanceEvent) {
         let Some(directory) = self.directory_of(endpoint, place) else { return };
         if let Some(id) = session {
             self.remember_session(&id, &directory);
@@ -614,8 +616,9 @@ impl Instances {
         let ours = || self.store.snapshot().local_at(&directory).is_some();
         let mut inner = self.lock();
         match endpoint.line {
-            Line::V1 => inner.account.told(endpoint.generation, &directory, sign, ours, now),
-            // It has a list, and tells of what is not loaded too: of a session that is created, say.
+            Line::V1 => inner.account.observe(endpoint.generation, &directory, sign, ours, now),
+            // 2.x also sends events about instances that are not loaded (a session was created, say), so only
+            // its list shows whether one is.
             Line::V2 => {
                 if sign == Sign::Used {
                     inner.account.touch(&directory, now);
@@ -628,7 +631,7 @@ impl Instances {
         self.settle(&mut inner);
     }
 
-    /// Has opencode be asked for its list, if it has one.
+    /// Schedules a request for opencode's list, if it has one.
     fn list_soon(&self, inner: &mut Inner, endpoint: &Endpoint) {
         if endpoint.line == Line::V2 && inner.list_at.is_none() {
             inner.list_at = Some(Instant::now() + LIST_PAUSE);

@@ -1,5 +1,5 @@
-//! Which sessions run, and in which directory each is: asked for where opencode says so without loading
-//! anything, and remembered.
+//! The running sessions and their directories, requested from opencode without loading an instance, and
+//! cached.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,15 +10,14 @@ use super::Instances;
 use crate::daemon::engine::{CallResult, Endpoint, Running};
 use crate::line::Line;
 
-/// The most sessions whose directories are remembered; each is some hundred bytes.
+/// The most sessions whose directories are cached, at some hundred bytes each.
 const SESSIONS: usize = 4096;
 
 impl Instances {
-    /// The ids of the sessions that are running in an instance. An opencode that has no list of what is
-    /// loaded loads it.
+    /// The ids of the sessions that run in an instance. 1.x loads the instance.
     ///
     /// # Errors
-    /// Those of the calls: what cannot be known is no zero.
+    /// Those of the calls: a failure never counts as no sessions.
     pub fn running(&self, endpoint: &Endpoint, directory: &str, deadline: Instant) -> CallResult<Vec<String>> {
         match endpoint.running(Path::new(directory), deadline)? {
             Running::Here(sessions) => Ok(sessions),
@@ -34,10 +33,10 @@ impl Instances {
         }
     }
 
-    /// Directory and id of each session that is running, in one directory or anywhere; nothing is loaded.
+    /// The directory and id of each running session, in one directory or in all. Loads no instance.
     ///
     /// # Errors
-    /// Those of the calls: what cannot be known is no zero.
+    /// Those of the calls: a failure never counts as no sessions.
     pub fn all_running(
         &self,
         endpoint: &Endpoint,
@@ -46,7 +45,7 @@ impl Instances {
     ) -> CallResult<Vec<(String, String)>> {
         let mut running = Vec::new();
         match endpoint.line {
-            // What runs can only run in an instance that is loaded.
+            // Sessions run only in loaded instances.
             Line::V1 => {
                 for directory in self.loaded().into_iter().filter(|directory| only.is_none_or(|only| only == directory))
                 {
@@ -54,7 +53,7 @@ impl Instances {
                     running.extend(ids.into_iter().map(|id| (directory.clone(), id)));
                 }
             }
-            // One question is about all, those in disposed instances among them.
+            // One call covers all directories, including those whose instance was disposed.
             Line::V2 => {
                 let (Running::Here(ids) | Running::Anywhere(ids)) = endpoint.running(Path::new("/"), deadline)?;
                 for id in ids {
@@ -67,15 +66,14 @@ impl Instances {
         Ok(running)
     }
 
-    /// Whether a session is running anywhere: in one of these instances, which are loaded, or wherever
-    /// opencode says so itself.
+    /// Whether any session runs. 1.x is asked about each of these loaded instances.
     ///
     /// # Errors
-    /// Those of the calls: what cannot be known is no zero.
+    /// Those of the calls: a failure never counts as no sessions.
     pub fn any_running(&self, endpoint: &Endpoint, loaded: &[String], deadline: Instant) -> CallResult<bool> {
         match endpoint.line {
             Line::V1 => {}
-            // One question is about all.
+            // One call covers all directories.
             Line::V2 => return Ok(!endpoint.running(Path::new("/"), deadline)?.is_empty()),
         }
         for directory in loaded {
@@ -86,7 +84,7 @@ impl Instances {
         Ok(false)
     }
 
-    /// The directory of a session, remembered or asked for; `None` when opencode knows no such session.
+    /// The directory of a session, from the cache or from opencode; `None` when opencode has no such session.
     ///
     /// # Errors
     /// Those of the call.
@@ -107,7 +105,7 @@ impl Instances {
 
     pub(super) fn remember_session(&self, id: &str, directory: &str) {
         let mut sessions = self.sessions();
-        // Each can be asked for again.
+        // opencode can be asked again for each.
         if sessions.len() >= SESSIONS {
             sessions.clear();
         }

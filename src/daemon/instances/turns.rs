@@ -1,4 +1,4 @@
-//! The beginning, the end and the errors of each turn, each told once, from what opencode's events say.
+//! Reduces opencode's events to the start, the end and the errors of each turn, once each.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,53 +7,55 @@ use crate::daemon::engine::Step;
 use crate::daemon::events::{EventKind, EventSession, SessionError};
 use crate::workspace::Workspace;
 
-/// The most sessions that are remembered; each takes some hundred bytes, and what is forgotten costs a
-/// title or a repeated event.
+/// The most sessions to remember, at some hundred bytes each. Forgetting one costs its title, or repeats an
+/// event.
 const SESSIONS: usize = 4096;
-/// The longest message of an error that is passed on, in characters: some have a whole reply in them.
+/// The longest error message that is published, in characters: some contain a whole reply.
 const MESSAGE_LIMIT: usize = 1000;
 
-/// What is new of a session.
+/// A change of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum News {
-    /// A turn has begun.
+pub enum Change {
+    /// A turn has started.
     Started,
-    /// No turn runs any more.
+    /// The turn has ended.
     Idle,
-    /// Something went wrong in a turn. An abort is among that.
+    /// A turn failed or was aborted.
     Error {
-        /// OpenCode's name of the kind of error.
+        /// OpenCode's name for the kind of error.
         name: String,
-        /// For a person; may be empty.
+        /// A message for people; may be empty.
         message: String,
     },
 }
 
-/// News of a session.
+/// A change, and the session that it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// Its id; an error can be about none.
+pub struct SessionChange {
+    /// The id of the session; some errors have none.
     pub id: Option<String>,
-    /// Its title, once an event has told it.
+    /// The title of the session, if known.
     pub title: Option<String>,
-    /// What is new.
-    pub news: News,
+    /// The change.
+    pub change: Change,
 }
 
-impl Told {
-    /// As an event of the daemon's.
+impl SessionChange {
+    /// The change as an event of the daemon.
     pub fn event(self, directory: String, workspace: Option<Arc<Workspace>>) -> EventKind {
-        let Told { id, title, news } = self;
+        let SessionChange { id, title, change } = self;
         let session = EventSession { session_id: id, title, workspace, directory };
-        match news {
-            News::Started => EventKind::SessionStarted(session),
-            News::Idle => EventKind::SessionIdle(session),
-            News::Error { name, message } => EventKind::SessionError { session, error: SessionError { name, message } },
+        match change {
+            Change::Started => EventKind::SessionStarted(session),
+            Change::Idle => EventKind::SessionIdle(session),
+            Change::Error { name, message } => {
+                EventKind::SessionError { session, error: SessionError { name, message } }
+            }
         }
     }
 }
 
-/// The sessions that events have told of.
+/// The sessions known from events.
 #[derive(Debug, Default)]
 pub struct Turns(HashMap<String, Known>);
 
@@ -63,14 +65,14 @@ struct Known {
     runs: Option<bool>,
 }
 
-/// The turns, also after a panic of another thread: each change of them is whole.
+/// Locks the turns. After a panic of another thread they are still consistent, since each update is atomic.
 pub fn lock(turns: &Mutex<Turns>) -> MutexGuard<'_, Turns> {
     turns.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Turns {
-    /// What opencode says of a turn; what of it is new.
-    pub fn observe(&mut self, session: Option<&str>, step: Step) -> Option<Told> {
+    /// Records an event of opencode; returns the change, if the event brings one.
+    pub fn observe(&mut self, session: Option<&str>, step: Step) -> Option<SessionChange> {
         match (step, session) {
             (Step::Titled(title), Some(id)) => {
                 self.known(id).title = title;
@@ -83,34 +85,34 @@ impl Turns {
             (Step::Runs, Some(id)) => self.runs(id, true),
             (Step::Idle, Some(id)) => self.runs(id, false),
             (Step::Failed { name, message }, session) => {
-                let news = News::Error { name, message: message.chars().take(MESSAGE_LIMIT).collect() };
+                let change = Change::Error { name, message: message.chars().take(MESSAGE_LIMIT).collect() };
                 let title = session.and_then(|id| self.0.get(id)?.title.clone());
-                Some(Told { id: session.map(str::to_owned), title, news })
+                Some(SessionChange { id: session.map(str::to_owned), title, change })
             }
             (Step::Titled(_) | Step::Deleted | Step::Runs | Step::Idle, None) => None,
         }
     }
 
-    /// Another opencode: nothing runs in it that is known.
+    /// Another opencode began: whether turns run in it is unknown.
     pub fn begin(&mut self) {
         for known in self.0.values_mut() {
             known.runs = None;
         }
     }
 
-    fn runs(&mut self, id: &str, runs: bool) -> Option<Told> {
+    fn runs(&mut self, id: &str, runs: bool) -> Option<SessionChange> {
         let known = self.known(id);
         let is_new = known.runs.replace(runs) != Some(runs);
-        let news = if runs { News::Started } else { News::Idle };
+        let change = if runs { Change::Started } else { Change::Idle };
         let title = known.title.clone();
-        is_new.then(|| Told { id: Some(id.to_owned()), title, news })
+        is_new.then(|| SessionChange { id: Some(id.to_owned()), title, change })
     }
 
     fn known(&mut self, id: &str) -> &mut Known {
         if self.0.len() >= SESSIONS && !self.0.contains_key(id) {
             self.0.retain(|_, known| known.runs == Some(true));
         }
-        // All of them run: no machine has so many turns at once.
+        // No machine has this many running turns: the records are wrong.
         if self.0.len() >= SESSIONS {
             self.0.clear();
         }
@@ -122,25 +124,25 @@ impl Turns {
 mod tests {
     use super::*;
 
-    fn news(turns: &mut Turns, id: &str, step: Step) -> Option<News> {
-        turns.observe(Some(id), step).map(|told| told.news)
+    fn change(turns: &mut Turns, id: &str, step: Step) -> Option<Change> {
+        turns.observe(Some(id), step).map(|change| change.change)
     }
 
     #[test]
     fn each_turn_is_reported_once() {
         let mut turns = Turns::default();
         for _ in 0..2 {
-            assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
-            assert_eq!(news(&mut turns, "ses_1", Step::Runs), None);
-            assert_eq!(news(&mut turns, "ses_1", Step::Idle), Some(News::Idle));
-            assert_eq!(news(&mut turns, "ses_1", Step::Idle), None);
+            assert_eq!(change(&mut turns, "ses_1", Step::Runs), Some(Change::Started));
+            assert_eq!(change(&mut turns, "ses_1", Step::Runs), None);
+            assert_eq!(change(&mut turns, "ses_1", Step::Idle), Some(Change::Idle));
+            assert_eq!(change(&mut turns, "ses_1", Step::Idle), None);
         }
-        // The first word of a turn that began under an earlier daemon.
-        assert_eq!(news(&mut turns, "ses_2", Step::Idle), Some(News::Idle));
-        // The turn of an opencode that has ended: the next one starts anew.
-        assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
+        // The end of a turn that started under an earlier daemon.
+        assert_eq!(change(&mut turns, "ses_2", Step::Idle), Some(Change::Idle));
+        // opencode ended during a turn: the next start is reported again.
+        assert_eq!(change(&mut turns, "ses_1", Step::Runs), Some(Change::Started));
         turns.begin();
-        assert_eq!(news(&mut turns, "ses_1", Step::Runs), Some(News::Started));
+        assert_eq!(change(&mut turns, "ses_1", Step::Runs), Some(Change::Started));
     }
 
     #[test]
@@ -148,10 +150,10 @@ mod tests {
         let mut turns = Turns::default();
         let failed = || Step::Failed { name: "MessageAbortedError".to_owned(), message: "x".repeat(2000) };
         assert_eq!(turns.observe(Some("ses_1"), Step::Titled(Some("mend".to_owned()))), None);
-        let told = turns.observe(Some("ses_1"), failed()).unwrap();
-        assert_eq!((told.id.as_deref(), told.title.as_deref()), (Some("ses_1"), Some("mend")));
+        let change = turns.observe(Some("ses_1"), failed()).unwrap();
+        assert_eq!((change.id.as_deref(), change.title.as_deref()), (Some("ses_1"), Some("mend")));
         let message = "x".repeat(MESSAGE_LIMIT);
-        assert_eq!(told.news, News::Error { name: "MessageAbortedError".to_owned(), message });
+        assert_eq!(change.change, Change::Error { name: "MessageAbortedError".to_owned(), message });
         assert_eq!(turns.observe(Some("ses_1"), Step::Deleted), None);
         assert_eq!(turns.observe(Some("ses_1"), failed()).unwrap().title, None);
         let bare = turns.observe(None, failed()).unwrap();

@@ -279,10 +279,11 @@ impl Worker {
             state.ports.keep_opencode_address(address);
             Ok(())
         });
-        let told = written.and_then(|()| {
-            engine::go(process.take_stdin()).map_err(|e| Error::OpencodeStartFailed(format!("it ended at once: {e}")))
+        let unblocked = written.and_then(|()| {
+            engine::unblock(process.take_stdin())
+                .map_err(|e| Error::OpencodeStartFailed(format!("it ended at once: {e}")))
         });
-        if let Err(e) = told {
+        if let Err(e) = unblocked {
             process.signal(Signal::KILL); // it has not run opencode yet, so nothing is lost
             process.reap(Duration::ZERO, &[]);
             self.forget();
@@ -352,7 +353,7 @@ impl Worker {
         command.current_dir(self.data_dir.opencode_cwd()).stdout(log).stderr(log_too);
         crate::log!("running {what}");
         let failed = |why: String| Error::OpencodeStartFailed(format!("`{what}` {why}"));
-        match process::run(&mut command, engine::go, &self.stopping, Instant::now() + limit) {
+        match process::run(&mut command, engine::unblock, &self.stopping, Instant::now() + limit) {
             Ok(status) if status.success() => Ok(()),
             Ok(status) => {
                 let output = log::tail(&log_path, log_start, LAST_LINES).unwrap_or_default().join("\n");
@@ -402,7 +403,7 @@ impl Worker {
             // A workspace may have caused the hang.
             Cause::Failure => true,
             Cause::Itself => {
-                !status.is_some_and(|status| was_sent_a_signal(status) || engine::is_good_end(line, status))
+                !status.is_some_and(|status| was_sent_a_signal(status) || engine::is_clean_exit(line, status))
             }
             Cause::Wanted => false,
         };

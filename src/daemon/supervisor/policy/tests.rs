@@ -544,7 +544,7 @@ fn oversized_opencode_is_recycled_after_its_sessions() {
     weighed(&mut story, true, true);
     assert!(story.did("Publish(TooLarge { recycled: false })"));
     weighed(&mut story, true, true);
-    assert!(story.actions.is_empty(), "told once");
+    assert!(story.actions.is_empty(), "reported once");
     weighed(&mut story, true, false);
     assert!(story.did("Publish(TooLarge { recycled: true })") && story.policy.phase() == PhaseName::Stopping);
     let job = story.job();

@@ -94,7 +94,7 @@ impl World {
                 if self.held == Some(index) && self.watched == Some(generation) {
                     // The event stream reports that the session is idle.
                     let used = crate::daemon::instances::account::Sign::Used;
-                    self.account.told(generation, DIRECTORIES[directory], used, || true, self.now);
+                    self.account.observe(generation, DIRECTORIES[directory], used, || true, self.now);
                     self.look_at_account();
                 }
             }
