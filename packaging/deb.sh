@@ -19,16 +19,11 @@ root=$out/root
 rm -rf "$root"
 DESTDIR=$root ZSH_FUNCTIONS=share/zsh/vendor-completions packaging/install.sh "$binary"
 doc=$root/usr/share/doc/openwork
-put() { install -D -m 644 "$1" "$root/$2"; }
-put share/openapi.json usr/share/doc/openwork/openapi.json
-put README.md usr/share/doc/openwork/README.md
-for page in docs/*.md; do put "$page" "usr/share/doc/openwork/$page"; done
-put CHANGELOG.md usr/share/doc/openwork/NEWS.md
 packaging/notices.sh >"$doc/third-party-notices"
 cat >"$doc/changelog" <<EOF
 openwork ($version) unstable; urgency=medium
 
-  * See NEWS.md for what is new in this version.
+  * See CHANGELOG.md for what is new in this version.
 
  -- $DEBFULLNAME <$DEBEMAIL>  $(LC_ALL=C date --utc --date "@$SOURCE_DATE_EPOCH" '+%a, %d %b %Y %H:%M:%S +0000')
 EOF
@@ -46,8 +41,8 @@ License: Expat
 EOF
     sed -n '/^Permission is hereby/,$p' LICENSE | sed 's/^$/./; s/^/ /'
 } >"$doc/copyright"
-find "$doc" -type f ! -name copyright -size +3 -exec gzip -9n {} +
-gzip -9n "$doc/changelog" "$root/usr/share/man/man1/openwork.1"
+# The pages stay as they are: they link to each other.
+gzip -9n "$doc"/{changelog,third-party-notices,openapi.json} "$root/usr/share/man/man1/openwork.1"
 
 mkdir -p "$root/DEBIAN" "$out/debian"
 printf 'Source: openwork\n\nPackage: openwork\nArchitecture: any\n' >"$out/debian/control"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the binary and share/ as packages do: `[DESTDIR=DIR] packaging/install.sh BINARY [PREFIX]`.
+# Install the binary, share/ and the documentation: `[DESTDIR=DIR] packaging/install.sh BINARY [PREFIX]`.
 # PREFIX is /usr unless it is given. ZSH_FUNCTIONS and FISH_COMPLETIONS, below the prefix, are for
 # distributions with directories of their own for the completions of packages.
 set -euo pipefail
@@ -18,3 +18,4 @@ for unit in share/systemd/openwork.{service,socket}; do
     sed "s|/usr/bin/openwork|$prefix/bin/openwork|g" "$unit" |
         install -D -m 644 /dev/stdin "$root/lib/systemd/user/${unit##*/}"
 done
+packaging/docs.sh "$root/share/doc/openwork"

@@ -9,7 +9,7 @@ pkgs.rustPlatform.buildRustPackage {
   inherit (manifest) version;
   src = pkgs.lib.cleanSource ../..;
   cargoLock.lockFile = ../../Cargo.lock;
-  # The tests run these; bash and coreutils are there anyway.
+  # The tests run these; bash, coreutils, grep and sed are there anyway.
   nativeCheckInputs = [ pkgs.util-linux ];
   postInstall = ''
     bash packaging/install.sh "$out/bin/openwork" "$out"

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::docs;
 use crate::support::{Host, on_terminal, wait_for};
 
 fn tables(host: &Host) -> Value {
@@ -313,6 +314,57 @@ fn shared_openapi_matches_the_served_one() {
     let served = host.http("GET", "/doc").send().json();
     assert_eq!(served, serde_json::from_str::<Value>(&shared("openapi.json")).unwrap());
     assert_eq!(served["info"]["version"], env!("CARGO_PKG_VERSION"));
+}
+
+/// Relative paths of all files below a directory, sorted.
+fn files_below(root: &Path) -> Vec<PathBuf> {
+    let (mut files, mut directories) = (Vec::new(), vec![root.to_owned()]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { directories.push(path) } else { files.push(path.strip_prefix(root).unwrap().to_owned()) }
+        }
+    }
+    files.sort();
+    files
+}
+
+/// Packages install only a part of the sources, and pages link to more than that.
+#[test]
+fn installed_pages_link_only_to_installed_files() {
+    let host = Host::new();
+    let root = host.path("root");
+    let mut install = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/install.sh"));
+    install.arg(host.binary()).arg("/opt/it").env("DESTDIR", &root);
+    let output = install.output().expect("bash, which this test needs");
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+
+    let prefix = root.join("opt/it");
+    let (pages, others): (Vec<PathBuf>, Vec<PathBuf>) =
+        files_below(&prefix).into_iter().partition(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let others: Vec<&str> = others.iter().map(|path| path.to_str().unwrap()).collect();
+    assert_eq!(
+        others,
+        [
+            "bin/openwork",
+            "lib/systemd/user/openwork.service",
+            "lib/systemd/user/openwork.socket",
+            "share/bash-completion/completions/openwork",
+            "share/doc/openwork/docs/recording.svg",
+            "share/doc/openwork/openapi.json",
+            "share/fish/vendor_completions.d/openwork.fish",
+            "share/man/man1/openwork.1",
+            "share/zsh/site-functions/_openwork",
+        ]
+    );
+    let count: usize = pages.iter().map(|page| docs::assert_links_resolve(&prefix.join(page))).sum();
+    assert!(count > 20, "only {count} links found in {pages:?}");
+    // Links are all that changes: an example with the look of a link stays.
+    let prompt = docs::read(&prefix.join("share/doc/openwork/docs/prompt.md"));
+    assert_eq!(prompt, docs::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/prompt.md")));
+
+    let unit = docs::read(&prefix.join("lib/systemd/user/openwork.service"));
+    assert_eq!(exec_start(&unit)[0], "/opt/it/bin/openwork");
 }
 
 // --- The unit for systemd ---
