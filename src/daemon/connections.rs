@@ -1,13 +1,12 @@
-//! The open connections of the public port: how many there may be, which of them wait for a request,
-//! and which go first.
+//! The open connections of the public port: their limit, the idle ones that wait for a request, and the
+//! choice of connections to close when slots run short.
 //!
-//! Invariants: the number of connections is bounded by [`CONNECTION_LIMIT`] and by the descriptors
-//! the process may have; connections of other users never take the last slots; a connection of
-//! another user that has proven nothing makes room for one of the owner's; a connection that waits
-//! for a request has no thread, and one that has served a request before makes room for any other.
+//! Invariants: [`CONNECTION_LIMIT`] and the descriptors of the process limit the number of connections; other
+//! users never get the last slots; an unproven connection of another user makes room for one of the owner;
+//! an idle connection has no thread; an idle connection that has served a request makes room for any other.
 //!
-//! The kernel knows whose a connection is, but each look costs two calls to it: for the choice of the
-//! connections that go first it is asked only when slots are short.
+//! The kernel knows which user a connection belongs to, but each query takes two system calls, so the choice
+//! of connections to close makes it only when slots run short.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,30 +25,29 @@ use crate::error::{Error, Result};
 use crate::system::socket;
 use crate::system::wait::{Flag, Watch};
 
-/// The most connections at once: each may be a thread and up to [`PER_CONNECTION`] descriptors.
+/// The most connections at once: each may take a thread and up to [`PER_CONNECTION`] descriptors.
 pub const CONNECTION_LIMIT: usize = 1024;
-/// One slot in so many is kept for the owner: 64 of 1,024 are enough for all clients of one person,
-/// and at least one is kept when descriptors are few.
+/// One slot in this many is reserved for the owner: 64 of 1,024 are enough for all clients of one person.
+/// At least one is reserved when descriptors are few.
 const OWNERS_SHARE: usize = 16;
-/// The descriptors a connection may come to need: its own, and three for a connection to the control
-/// plane, whose end tiny_http holds twice. One to opencode, or an event stream, needs fewer.
+/// The most descriptors per connection: its own, and three for a connection to the control plane, whose end
+/// tiny_http holds twice. A connection to opencode, or an event stream, needs fewer.
 const PER_CONNECTION: u64 = 4;
-/// The descriptors kept for everything else: some 20 of the daemon itself, and those of connections
-/// whose slot is free already while tiny_http has yet to close its ends. It does not survive a lack.
+/// The descriptors reserved for everything else: some 20 of the daemon itself, and those that tiny_http has
+/// yet to close after a slot is free. tiny_http does not survive running out of descriptors.
 const RESERVE: u64 = 64;
-/// How long requests under way may take when the daemon stops: their replies are short.
+/// How long requests in progress may take when the daemon stops: their replies are short.
 pub const DRAIN_TIME: Duration = Duration::from_secs(1);
-/// How long a thread waits for the next request before its connection waits without it: clients that
-/// ask one thing after another do so within this time, and a thread costs more than a request.
-const BETWEEN: Duration = Duration::from_millis(20);
-/// The same while more than half of the slots are taken, since only connections without a thread make
-/// room for others: enough to read what is there.
-const BETWEEN_MANY: Duration = Duration::from_millis(1);
-/// How long a connection that is ended may take to give its slot back: its thread only has to wake.
+/// How long a thread waits for the next request before it parks its connection: most clients that send
+/// several requests send the next within this time, and starting a thread costs more than a request.
+const PARK_DELAY: Duration = Duration::from_millis(20);
+/// The same while more than half of the slots are taken: only parked connections can make room for others.
+/// Long enough to read a request that has arrived.
+const PARK_DELAY_WHEN_FULL: Duration = Duration::from_millis(1);
+/// How long a connection that was shut down may take to free its slot: its thread only has to wake.
 const ENDING_TIME: Duration = Duration::from_millis(250);
 
-/// The numbers under which [`Connections::watch`] knows what is no connection; connections have higher
-/// ones.
+/// Numbers for [`Connections::watch`] other than those of connections, which are higher.
 const LISTENER: u64 = 0;
 const CLOSING: u64 = 1;
 const SOONER: u64 = 2;
@@ -58,35 +56,35 @@ const SOONER: u64 = 2;
 pub struct Connections {
     open: Mutex<Open>,
     closed: Condvar,
-    /// The connections that wait for a request, and what else the thread that accepts waits for.
+    /// Everything that the accepting thread waits for: parked connections, the listener, the flags.
     watch: Watch,
-    /// Raised when that thread would wake too late for a connection that waits.
+    /// Raised to wake the accepting thread for a connection that is due earlier than its next wake-up.
     sooner: Flag,
 }
 
 struct Open {
-    /// The number of the last connection.
+    /// The number of the newest connection.
     last: u64,
-    /// By number, which is the order in which they were opened.
+    /// All connections by number, so in the order of their arrival.
     by_id: BTreeMap<u64, Entry>,
-    /// Those that wait for a request without a thread, by the time at which they are closed.
+    /// The parked connections, by the time when they are closed.
     waiting: BTreeMap<(Instant, u64), Slot>,
-    /// How many there may be, as computed for the last one that was accepted.
+    /// The limit of connections, as computed for the newest one.
     limit: usize,
-    /// When the thread that accepts wakes by itself.
+    /// When the accepting thread wakes next.
     wakes_at: Option<Instant>,
-    /// The daemon ends: no more connections are taken in, and none waits for a request.
+    /// The daemon is ending: it admits no connection and parks none.
     closed: bool,
 }
 
 struct Entry {
     connection: Arc<Connection>,
-    /// With the number, the key in [`Open::waiting`].
+    /// Set while the connection is parked: with its number, the key in [`Open::waiting`].
     waits_until: Option<Instant>,
 }
 
 impl Open {
-    /// Ends the wait of a connection.
+    /// Takes a parked connection out.
     fn take(&mut self, id: u64) -> Option<Slot> {
         let until = self.by_id.get_mut(&id)?.waits_until.take()?;
         self.waiting.remove(&(until, id))
@@ -98,28 +96,28 @@ pub struct Connection {
     /// The socket.
     pub stream: TcpStream,
     peer: SocketAddr,
-    /// Whether the client has proven that the connection is worth its slot: by being the owner's, or with
-    /// credentials or a ticket. A request alone proves nothing, since every user can ask `/health`.
+    /// Whether the connection is worth its slot: it belongs to the owner, or sent credentials or an accepted
+    /// ticket. A request alone proves nothing, since every user may call `/health`.
     proven: AtomicBool,
-    /// Set to true only by the kernel's word.
+    /// Whether the connection belongs to the owner; set to true only after the kernel has confirmed it.
     is_owners: OnceLock<bool>,
 }
 
-/// The slot of a connection. Dropping it ends the connection, also when serving it panics. Not to be
-/// dropped under the lock of [`Connections`].
+/// The slot of a connection. Dropping it closes the connection, even when serving it panics. Do not drop it
+/// while holding the lock of [`Connections`].
 pub struct Slot {
     connections: &'static Connections,
     id: u64,
-    /// Its connection.
+    /// The connection.
     pub connection: Arc<Connection>,
-    /// When the connection is closed if no request has begun to come.
+    /// When the connection is closed unless a request arrives.
     waits_until: Instant,
     /// The connection has served a request, so its client expects that it may be closed.
     has_served: bool,
 }
 
 impl Slot {
-    /// Notes that the connection has served a request, and waits this long for the next one.
+    /// Records that the connection has served a request, and may be idle for `keep_time`.
     pub fn served(&mut self, keep_time: Duration) {
         self.has_served = true;
         self.waits_until = Instant::now() + keep_time;
@@ -134,23 +132,23 @@ impl Drop for Slot {
     }
 }
 
-/// What a client has sent while its connection waited.
+/// What an idle connection has received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sent {
+enum Received {
     Nothing,
     /// The first bytes of a request.
     Bytes,
-    /// Its end of the connection.
+    /// The client closed the connection.
     End,
 }
 
 impl Connection {
-    /// A connection that was accepted.
+    /// An accepted connection.
     pub fn new(stream: TcpStream, peer: SocketAddr) -> Connection {
         Connection { stream, peer, proven: AtomicBool::new(false), is_owners: OnceLock::new() }
     }
 
-    /// Notes that the connection is worth its slot.
+    /// Records that the connection is worth its slot.
     pub fn prove(&self) {
         self.proven.store(true, Ordering::Relaxed);
     }
@@ -160,13 +158,14 @@ impl Connection {
         self.proven.load(Ordering::Relaxed)
     }
 
-    /// Requires that the client belongs to the user of the daemon, or to root.
+    /// Requires that the client belongs to the daemon's user, or to root.
     ///
-    /// The kernel is asked until it has said yes. What it says is about the socket at the other end,
-    /// from which all bytes of this connection come, so a yes holds for as long as the connection lives.
+    /// A confirmation by the kernel is cached: it is about the socket at the other end, the source of all
+    /// bytes of this connection. A refusal is not.
     ///
     /// # Errors
-    /// `forbidden_user`, also when the client has gone; `overloaded` without a descriptor for the look.
+    /// `forbidden_user`, also when the client has closed the connection; `overloaded` when descriptors run
+    /// out.
     pub fn check_user(&self) -> Result<()> {
         if self.is_owners.get() == Some(&true) {
             return Ok(());
@@ -182,7 +181,7 @@ impl Connection {
         }
     }
 
-    /// The same for the choice of the connections that go first: also a no is remembered.
+    /// The same for the choice of connections to close, with refusals cached too.
     fn is_owners(&self) -> bool {
         match self.is_owners.get() {
             Some(is_owners) => *is_owners,
@@ -193,29 +192,29 @@ impl Connection {
         }
     }
 
-    /// What the client has sent that was not read.
-    fn sent(&self) -> Sent {
+    /// Whether the client has sent unread bytes, or has closed the connection.
+    fn received(&self) -> Received {
         match recv(&self.stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Ok((1.., _)) => Sent::Bytes,
-            Err(Errno::AGAIN | Errno::INTR) => Sent::Nothing,
-            Ok((0, _)) | Err(_) => Sent::End,
+            Ok((1.., _)) => Received::Bytes,
+            Err(Errno::AGAIN | Errno::INTR) => Received::Nothing,
+            Ok((0, _)) | Err(_) => Received::End,
         }
     }
 }
 
-/// What [`Connections::wait`] has waited for.
+/// The result of [`Connections::wait`].
 #[derive(Default)]
 pub struct Ready {
-    /// Connections on which a request has begun to come.
+    /// Connections that have received the beginning of a request.
     pub requests: Vec<Slot>,
     /// A connection can be accepted.
     pub connection: bool,
-    /// The flag is raised.
+    /// The flag for the end is raised.
     pub closing: bool,
 }
 
 impl Connections {
-    /// No connections yet. `listener` is what they are accepted from, and `closing` ends that.
+    /// No connections yet. `listener` accepts them until `closing` is raised.
     ///
     /// # Errors
     /// Those of the operating system.
@@ -242,7 +241,7 @@ impl Connections {
     /// Gives a connection a slot.
     ///
     /// # Errors
-    /// `overloaded` when there is none for it.
+    /// `overloaded` when no slot is free and none can be freed.
     pub fn admit(&'static self, connection: &Arc<Connection>) -> Result<Slot> {
         let full = || Error::Overloaded("connections");
         let usable = usable_descriptors();
@@ -250,12 +249,12 @@ impl Connections {
         let owners = (limit / OWNERS_SHARE).max(1);
         let open = || self.lock().by_id.len();
         let has_room = || open() < limit && has_descriptors(&connection.stream, usable);
-        if open() + owners >= limit && !connection.is_owners() && !self.end_one_that_waits() {
+        if open() + owners >= limit && !connection.is_owners() && !self.close_idle() {
             return Err(full());
         }
         if !has_room() {
-            if !self.end_one_that_waits() {
-                self.end_a_strangers();
+            if !self.close_idle() {
+                self.close_unproven();
             }
             if !has_room() {
                 return Err(full());
@@ -270,22 +269,21 @@ impl Connections {
         Ok(Slot { connections: self, id, connection: connection.clone(), waits_until, has_served: false })
     }
 
-    /// How long the thread of a connection waits for a request, before the connection waits without it.
+    /// How long the thread of a connection waits for a request before it parks the connection.
     pub fn patience(&self, slot: &Slot) -> Duration {
         let open = self.lock();
         match (open.closed, open.by_id.len() * 2 > open.limit) {
-            // One look: the client expects that an idle connection is closed.
-            (true, _) if slot.has_served => BETWEEN_MANY,
-            // A client that has just connected expects a reply, and nothing waits without a thread any more.
+            // Check once: the client expects that an idle connection may be closed.
+            (true, _) if slot.has_served => PARK_DELAY_WHEN_FULL,
+            // A client that has just connected expects a reply, and connections are no longer parked.
             (true, _) => slot.waits_until.saturating_duration_since(Instant::now()),
-            (false, true) => BETWEEN_MANY,
-            (false, false) => BETWEEN,
+            (false, true) => PARK_DELAY_WHEN_FULL,
+            (false, false) => PARK_DELAY,
         }
     }
 
-    /// Lets a connection wait for a request without a thread: until one begins to come, or until the
-    /// time is over for which the slot says that it waits. Returns a connection that can only wait with a
-    /// thread, since the daemon ends.
+    /// Parks a connection: it waits for a request without a thread, until the slot's time is over. While the
+    /// daemon is ending, returns a connection that still expects a reply, for its thread to wait.
     pub fn park(&self, slot: Slot) -> Option<Slot> {
         let mut open = self.lock();
         if open.closed {
@@ -309,13 +307,13 @@ impl Connections {
         None
     }
 
-    /// Waits for something to do, and closes the connections that have waited for too long.
+    /// Waits for the next event, and closes the connections that have been idle for too long.
     ///
     /// # Errors
     /// Those of the operating system.
     pub fn wait(&self) -> io::Result<Ready> {
         let mut ready = Ready { requests: self.take_overdue(), ..Ready::default() };
-        // What came at the last moment is not kept waiting.
+        // Requests that arrived at the last moment do not wait any longer.
         let deadline = if ready.requests.is_empty() { self.lock().wakes_at } else { Some(Instant::now()) };
         for number in self.watch.wait(deadline)? {
             match number {
@@ -326,7 +324,7 @@ impl Connections {
                     let slot = self.lock().take(id);
                     let Some(slot) = slot else { continue };
                     self.watch.remove(&slot.connection.stream);
-                    if slot.connection.sent() != Sent::End {
+                    if slot.connection.received() != Received::End {
                         ready.requests.push(slot);
                     }
                 }
@@ -335,8 +333,8 @@ impl Connections {
         Ok(ready)
     }
 
-    /// Closes the connections that have waited for too long. Returns those on which a request has just
-    /// begun to come.
+    /// Closes the connections that have been idle for too long, and returns those that have just received a
+    /// request.
     fn take_overdue(&self) -> Vec<Slot> {
         let mut open = self.lock();
         let later = open.waiting.split_off(&(Instant::now(), 0));
@@ -348,27 +346,28 @@ impl Connections {
         }
         open.wakes_at = open.waiting.first_key_value().map(|((until, _), _)| *until);
         drop(open);
-        self.close_but(overdue.into_values(), |slot| slot.connection.sent() == Sent::Bytes)
+        self.close_except(overdue.into_values(), |slot| slot.connection.received() == Received::Bytes)
     }
 
-    /// Closes connections that have waited, and returns the others.
-    fn close_but(&self, slots: impl Iterator<Item = Slot>, stays: impl Fn(&Slot) -> bool) -> Vec<Slot> {
+    /// Closes parked connections, except those for which `stays` holds, which it returns.
+    fn close_except(&self, slots: impl Iterator<Item = Slot>, stays: impl Fn(&Slot) -> bool) -> Vec<Slot> {
         slots.inspect(|slot| self.watch.remove(&slot.connection.stream)).filter(stays).collect()
     }
 
-    /// Closes the connection that has waited longest for another request; false when there is none.
-    fn end_one_that_waits(&self) -> bool {
+    /// Closes the parked connection that is due first, of those that have served a request; false when there
+    /// is none.
+    fn close_idle(&self) -> bool {
         let mut open = self.lock();
         let mut waiting = open.waiting.iter().filter(|(_, slot)| slot.has_served);
-        let found = waiting.find(|(_, slot)| slot.connection.sent() != Sent::Bytes).map(|((_, id), _)| *id);
+        let found = waiting.find(|(_, slot)| slot.connection.received() != Received::Bytes).map(|((_, id), _)| *id);
         let slot = found.and_then(|id| open.take(id));
         drop(open);
         slot.is_some()
     }
 
-    /// Ends the oldest connection of another user that has proven nothing, if there is one, and
-    /// waits until its slot is free.
-    fn end_a_strangers(&self) {
+    /// Closes the oldest unproven connection of another user, if there is one, and waits until its slot is
+    /// free.
+    fn close_unproven(&self) {
         let unproven: Vec<_> = {
             let open = self.lock();
             let all = open.by_id.iter().map(|(id, entry)| (*id, &entry.connection));
@@ -393,13 +392,13 @@ impl Connections {
         }
     }
 
-    /// Whether the daemon ends, so that a connection is closed after its reply.
+    /// Whether the daemon is ending: connections are closed after their reply.
     pub fn is_closed(&self) -> bool {
         self.lock().closed
     }
 
-    /// Takes no more connections in, and closes the idle ones. Returns those whose clients expect a reply:
-    /// a request has begun to come, or the connection is new.
+    /// Stops admitting connections, and closes the idle ones. Returns those whose clients expect a reply: a
+    /// request has begun to arrive, or the connection is new.
     pub fn close(&self) -> Vec<Slot> {
         let mut open = self.lock();
         open.closed = true;
@@ -408,15 +407,15 @@ impl Connections {
             entry.waits_until = None;
         }
         drop(open);
-        self.close_but(waiting.into_values(), |slot| match slot.connection.sent() {
-            Sent::Bytes => true,
-            Sent::Nothing => !slot.has_served,
-            Sent::End => false,
+        self.close_except(waiting.into_values(), |slot| match slot.connection.received() {
+            Received::Bytes => true,
+            Received::Nothing => !slot.has_served,
+            Received::End => false,
         })
     }
 
-    /// Ends all connections after their reply or after [`DRAIN_TIME`]; with `at_once`, it does not wait
-    /// for those that have proven nothing. [`Connections::close`] comes first.
+    /// Closes all connections after their reply, or after [`DRAIN_TIME`]; with `at_once`, closes unproven ones
+    /// without waiting. Call [`Connections::close`] first.
     pub fn drain(&self, at_once: bool) {
         let deadline = Instant::now() + DRAIN_TIME;
         let mut open = self.lock();
@@ -435,14 +434,14 @@ impl Connections {
     }
 }
 
-/// Whether more descriptors are free than are kept.
+/// Whether more descriptors are free than are reserved.
 fn has_descriptors(any: &TcpStream, usable: u64) -> bool {
-    // The kernel gives the lowest that is free.
+    // The kernel returns the lowest free descriptor.
     let lowest = fcntl_dupfd_cloexec(any, 0).map(|free| free.as_raw_fd() as u64);
     lowest.is_ok_and(|lowest| lowest < usable)
 }
 
-/// How many descriptors connections may use: all but those that are kept.
+/// How many descriptors connections may use: all but the reserved ones.
 fn usable_descriptors() -> u64 {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX));
     limit - RESERVE.min(limit / 4)

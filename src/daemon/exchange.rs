@@ -1,10 +1,10 @@
-//! One routed request on its way: the request to opencode and the reply back, copied as the bytes
-//! come by one thread in `poll` over both sockets.
+//! The exchange of one routed request: a thread in `poll` over both sockets copies the request to opencode
+//! and the reply to the client as the bytes arrive.
 //!
-//! Invariants: of the request, exactly one head and its body reach opencode; of the reply, the same
-//! reach the client; memory does not depend on the length of a body or stream; the end of either
-//! side is passed to the other at once; a connection is good for another request only if this one
-//! and its reply passed whole, their ends were certain, and nothing came after them.
+//! Invariants: exactly one head and its body reach opencode, and exactly one the client; memory does not
+//! depend on the length of a body or stream; the end of either side is passed to the other at once; a
+//! connection is reused only if the request and the reply were complete, their framing gave their ends, and
+//! no bytes followed.
 //!
 //! Sources of the format: RFC 9110 (7.6 on intermediaries, 7.8 on upgrades, 15.2 on interim
 //! replies), RFC 9112.
@@ -27,17 +27,18 @@ use crate::framing::{Body, HEADER_LIMIT, ReplyHead, find, parse_reply_head};
 use crate::system::wait::{Flag, timespec};
 use crate::timed::Timed;
 
-/// The first size of a buffer: events are smaller, and many streams are open for days. Bytes.
+/// The initial size of a buffer: larger than most events, and small since many streams stay open for days.
+/// Bytes.
 const SMALL_BUFFER: usize = 8 * 1024;
-/// The size a filled buffer grows to: fewer system calls for a large body. Bytes.
+/// The size of a buffer after a read has filled it: a large body takes fewer system calls. Bytes.
 const LARGE_BUFFER: usize = 128 * 1024;
-/// The size of the kernel's buffers between two sockets. By itself the kernel grows them to megabytes
-/// for a large body, which have left the processor's cache when the other side reads them: copying
-/// takes almost twice as long. Bytes.
+/// The size of the kernel's socket buffers for a large body. The kernel would grow them to megabytes, which
+/// have left the processor's cache when the other side reads them: copying would take almost twice as long.
+/// Bytes.
 const SOCKET_BUFFER: usize = 128 * 1024;
 /// The largest head of a reply; opencode's are below 1 KB. Bytes.
 const REPLY_HEAD_LIMIT: usize = 64 * 1024;
-/// How long a client may take to read the rest of an interim reply before an error: it is short.
+/// How long a client may take to read the rest of an interim reply before an error reply; it is short.
 const INTERIM_TIME: Duration = Duration::from_secs(1);
 
 /// Headers that are about one connection (RFC 9110, 7.6.1).
@@ -54,17 +55,17 @@ pub fn push_header(head: &mut Vec<u8>, header: &httparse::Header<'_>) {
     }
 }
 
-/// A client whose request is to be routed.
+/// A client with a request to route.
 pub struct Client<'a> {
-    /// Its connection.
+    /// The client's connection.
     pub connection: &'a Connection,
-    /// Its request.
+    /// The head of the request.
     pub request: &'a Head<'a>,
-    /// The bytes that have come after the head.
+    /// The bytes that were read after the head.
     pub rest: &'a [u8],
-    /// The allowed origin, if a web page asks.
+    /// The allowed origin of a web page.
     pub origin: Option<&'a str>,
-    /// The connection may serve another request, as far as the head of this one says.
+    /// The head of the request allows the connection to serve another one.
     pub keeps: bool,
 }
 
@@ -75,13 +76,13 @@ impl Client<'_> {
     }
 }
 
-/// Bytes on their way in one direction. No call waits, whatever the sockets are set to.
+/// The bytes in transit in one direction. No call blocks, even on blocking sockets.
 struct Flow {
-    /// As long as what it began with, until something is read into it.
+    /// Holds only the first bytes until the first read allocates a full buffer.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
-    /// The side that sends them has ended.
+    /// The sending side has ended.
     ended: bool,
 }
 
@@ -98,22 +99,22 @@ impl Flow {
         self.start == self.end
     }
 
-    /// Whether there is room to read into, or can be made.
+    /// Whether the buffer has room for a read, or can get it.
     fn has_room(&self) -> bool {
         !self.ended && (self.is_empty() || self.end < self.buffer.len())
     }
 
-    /// Reads what has come; returns the number of bytes. At the end it sets `ended`. `other` is the socket
-    /// to which the bytes go.
+    /// Reads the bytes that have arrived and returns their number; sets `ended` at the end. `other` is the
+    /// socket that they will be written to.
     fn read(&mut self, stream: &TcpStream, other: &TcpStream) -> io::Result<usize> {
         if self.is_empty() {
             let size = self.buffer.len();
             if size < SMALL_BUFFER {
                 self.buffer = vec![0; SMALL_BUFFER];
             } else if self.end == size && size < LARGE_BUFFER {
-                // One read has filled the buffer: this is no stream of small events.
+                // A read filled the buffer, so this is not a stream of small events.
                 self.buffer = vec![0; LARGE_BUFFER];
-                // A failure costs only speed.
+                // A failure only costs speed.
                 let _ = set_socket_recv_buffer_size(stream, SOCKET_BUFFER);
                 let _ = set_socket_send_buffer_size(other, SOCKET_BUFFER);
             }
@@ -133,7 +134,7 @@ impl Flow {
         }
     }
 
-    /// Writes as much as the socket takes.
+    /// Writes as much as the socket accepts.
     fn write(&mut self, stream: &TcpStream) -> io::Result<()> {
         while !self.is_empty() {
             match send(stream, self.pending(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
@@ -160,9 +161,9 @@ impl Flow {
     }
 }
 
-/// The connection headers of an event stream. The connection serves no other request, but with
-/// `close` node's client takes a stream that breaks off for a complete one, and OpenCode's SDK
-/// does not connect again.
+/// The connection headers of an event stream. The connection serves no further request, but with `close`,
+/// Node's client would take a stream that breaks off for a complete one, and OpenCode's SDK would not
+/// reconnect.
 const STAYS_OPEN: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
 
 fn is_event_stream(reply: &ReplyHead) -> bool {
@@ -173,32 +174,32 @@ fn is_chunked(reply: &ReplyHead) -> bool {
     find(&reply.headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"))
 }
 
-/// How far the reply has come.
+/// The progress of the reply.
 enum Reply {
-    /// Its head is incomplete.
+    /// The head is incomplete.
     Head,
-    /// Its body is being passed on.
+    /// The body is being passed on.
     Body(Body),
-    /// It is an upgrade: both directions are bytes.
+    /// After an upgrade: both directions are raw bytes.
     Tunnel,
 }
 
-/// What [`Exchange::wait_for_reply`] has waited for.
+/// The result of [`Exchange::wait_for_reply`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// The head of a reply.
+    /// The head of a reply has arrived.
     Reply,
-    /// The head of the reply to an upgrade that opencode accepts.
+    /// opencode has accepted an upgrade.
     Tunnel,
-    /// The client has gone, and wants no reply.
+    /// The client has closed its connection.
     ClientGone,
 }
 
-/// The head of a reply up to its last header line, with those headers that pass; the caller ends it.
+/// The status line of a reply and the headers for which `passes` holds; the caller adds the final empty line.
 fn rewrite_head(head: &[u8], passes: impl Fn(&httparse::Header<'_>) -> bool) -> Vec<u8> {
     let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
     let mut parsed = httparse::Response::new(&mut headers);
-    let _ = parsed.parse(head); // it has been parsed before
+    let _ = parsed.parse(head); // the same head was parsed before
     let line = head.iter().position(|byte| *byte == b'\n').map_or(head.len(), |at| at + 1);
     let mut bytes = head[..line].to_vec();
     for header in parsed.headers.iter().filter(|header| passes(header)) {
@@ -207,40 +208,40 @@ fn rewrite_head(head: &[u8], passes: impl Fn(&httparse::Header<'_>) -> bool) -> 
     bytes
 }
 
-/// Which connections are good for another request after an exchange.
+/// Which connections can serve another request after an exchange.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
-    /// The client's, which has been told so.
+    /// The client's connection; the reply has told the client so.
     pub client: bool,
-    /// The one to opencode.
+    /// The connection to opencode.
     pub upstream: bool,
 }
 
-/// A request and its reply on their way.
+/// A request and its reply in transit.
 pub struct Exchange<'a> {
     client: &'a Client<'a>,
     upstream: &'a TcpStream,
     up: Flow,
     down: Flow,
-    /// The interim replies (1xx) that the client has not read yet.
+    /// Interim replies (1xx) that the client has not read yet.
     interim: Flow,
-    /// What is left of the body of the request.
+    /// The rest of the body of the request.
     body: Body,
-    /// Bytes after the request: they belong to the tunnel, if there will be one, and else to nothing.
+    /// Bytes after the request. They belong to the tunnel of an upgrade; otherwise they are dropped.
     early: &'a [u8],
     reply: Reply,
     is_upgrade: bool,
     /// The end of the client's side was passed on.
     half_closed: bool,
-    /// Which connections are good for another request, once this one is over.
+    /// Which connections can serve another request after this one.
     kept: Kept,
 }
 
 impl<'a> Exchange<'a> {
-    /// A request with its new head, and a connection to opencode on which nothing was sent.
+    /// An exchange of a request with its rewritten head, over a connection to opencode that is idle.
     ///
     /// # Errors
-    /// `bad_request` when the body that has come is malformed.
+    /// `bad_request` when the bytes of the body so far are malformed.
     pub fn new(
         client: &'a Client<'a>,
         upstream: &'a TcpStream,
@@ -269,13 +270,13 @@ impl<'a> Exchange<'a> {
         })
     }
 
-    /// Sends the request, and waits for the head of the reply; the client gets nothing of it yet.
-    /// Interim replies are passed on. `deadline` limits the wait.
+    /// Sends the request and waits for the head of the reply, without passing the reply on yet. Passes interim
+    /// replies on. `deadline` limits the wait.
     ///
     /// # Errors
-    /// What the client is to be told. `opencode_error` when opencode ends without a reply.
+    /// The error to reply with; `opencode_error` when opencode ends without a reply.
     pub fn wait_for_reply(&mut self, deadline: Option<Instant>, stop: &Flag) -> Result<Answer> {
-        // A new connection takes a head at once. A failure shows below.
+        // A new connection accepts a head at once. `step` reports a failure.
         let _ = self.up.write(self.upstream);
         loop {
             let goes_on = self.step(deadline, stop).inspect_err(|_| self.end_interim());
@@ -288,15 +289,15 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// Passes the reply on to its end, or the tunnel both ways. A failure can no longer be told: the
-    /// connection just ends.
+    /// Passes the reply on to its end, or the tunnel both ways. An error reply is no longer possible: after a
+    /// failure the connection just ends.
     pub fn pass_on(mut self, stop: &Flag) -> Kept {
         let mut goes_on = self.down.write(self.client.stream()).is_ok();
         while goes_on && !self.is_over() {
             goes_on = self.step(None, stop).unwrap_or(false);
         }
         let is_whole = matches!(&self.reply, Reply::Body(body) if body.is_done()) && self.down.is_empty();
-        // What is left of the request, or the end of the client's side, would be taken for a part of the
+        // opencode would take unsent bytes of the request, or the end of the client's side, for a part of the
         // next request.
         let is_sent = self.body.is_done() && self.up.is_empty() && !self.half_closed;
         Kept {
@@ -305,7 +306,7 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// Writes the rest of an interim reply, so that what follows it is not taken for a part of it.
+    /// Writes the rest of an interim reply, so that an error reply can follow it.
     fn end_interim(&mut self) {
         let stream = self.client.stream();
         if !self.interim.is_empty() {
@@ -313,17 +314,18 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// Waits for something to do and does it; false when the client or the reply has gone.
+    /// Waits until a socket is ready, and copies bytes; false when the client has closed the connection or the
+    /// reply broke off.
     fn step(&mut self, deadline: Option<Instant>, stop: &Flag) -> Result<bool> {
         let tunnel = matches!(self.reply, Reply::Tunnel);
         let waits_for_head = matches!(self.reply, Reply::Head);
         let reads_client = self.up.has_room() && (tunnel || !self.body.is_done());
-        // The next interim reply is not read before the client has taken the last.
+        // Read the next interim reply only after the client has read the last one.
         let reads_upstream = self.down.has_room() && self.interim.is_empty();
         let writes_client = !self.interim.is_empty() || !(waits_for_head || self.down.is_empty());
         let mut client_events = PollFlags::empty();
         let mut upstream_events = PollFlags::empty();
-        // The end of the client's side shows without a read of bytes that must not be passed on.
+        // RDHUP reports the end of the client's side without reading bytes that must not be passed on.
         let waits_for_end = !self.half_closed && !tunnel && self.body.is_done() && self.up.is_empty();
         client_events.set(PollFlags::RDHUP, waits_for_end);
         client_events.set(PollFlags::IN, reads_client);
@@ -337,7 +339,7 @@ impl<'a> Exchange<'a> {
             PollFd::from_borrowed_fd(client.as_fd(), client_events),
             PollFd::from_borrowed_fd(self.upstream.as_fd(), upstream_events),
         ];
-        // A side that has ended, and of which nothing is wanted, would be ready for ever.
+        // poll would always report a socket that has ended, even with no events requested.
         let watched = if upstream_events.is_empty() { 2 } else { 3 };
         match poll(&mut fds[..watched], timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -348,7 +350,7 @@ impl<'a> Exchange<'a> {
             return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
         }
         let gone = PollFlags::ERR | PollFlags::HUP;
-        // A client that has gone, rather than only finished sending, wants no reply.
+        // The client has closed the connection, not only its sending side: it expects no reply.
         if client_ready.intersects(gone) {
             return Ok(false);
         }
@@ -358,10 +360,10 @@ impl<'a> Exchange<'a> {
         if upstream_ready.intersects(PollFlags::IN | gone) && reads_upstream && !self.read_upstream()? {
             return Ok(false);
         }
-        // Mostly the socket takes bytes at once, so nothing asks it first.
+        // The socket mostly accepts bytes at once, so write without polling first.
         let sent = self.up.write(self.upstream);
         if let Err(e) = sent {
-            // opencode may have replied before it closed; that reply is still to be read or passed on.
+            // opencode may have replied before it closed the connection: read and pass on that reply.
             if self.down.ended && matches!(self.reply, Reply::Head) {
                 return Err(broken(&e));
             }
@@ -375,7 +377,7 @@ impl<'a> Exchange<'a> {
         Ok(written.is_ok())
     }
 
-    /// Drops what the client sends from now on: nobody takes it any more.
+    /// Discards the rest of the request: opencode no longer reads it.
     fn forget_client(&mut self) {
         self.kept = Kept::default();
         self.up = Flow::new(Vec::new());
@@ -387,7 +389,7 @@ impl<'a> Exchange<'a> {
     /// Reads the next bytes of the request, or of a tunnel.
     fn read_client(&mut self) -> Result<()> {
         let before = self.up.end - self.up.start;
-        // A client that has broken off has ended.
+        // A broken connection counts as the end of the client's side.
         let count = self.up.read(self.client.stream(), self.upstream).unwrap_or_else(|_| {
             self.up.ended = true;
             0
@@ -396,18 +398,18 @@ impl<'a> Exchange<'a> {
             let new = &self.up.pending()[before..];
             let belonging = self.body.advance(new).map_err(bad_chunks)?;
             self.up.end -= count - belonging;
-            // The beginning of another request is dropped here, so its rest would be misread.
+            // The beginning of the next request is dropped here, so the connection cannot serve it.
             self.kept.client &= belonging == count;
         }
         Ok(())
     }
 
-    /// Reads the next bytes of the reply; false when it is broken and the client has its beginning.
+    /// Reads the next bytes of the reply; false when it is malformed after its beginning was passed on.
     fn read_upstream(&mut self) -> Result<bool> {
         let before = self.down.end - self.down.start;
         match (self.down.read(self.upstream, self.client.stream()), &mut self.reply) {
             (Err(e), Reply::Head) => return Err(broken(&e)),
-            // The bytes before the break are passed on; opencode takes no more.
+            // Pass on the bytes before the break; opencode reads no more of the request.
             (Err(_), _) => {
                 self.down.ended = true;
                 self.forget_client();
@@ -462,7 +464,7 @@ impl<'a> Exchange<'a> {
                 self.down.replace(rest);
                 continue;
             }
-            // The end of an interim reply that the client has not read yet comes before the reply.
+            // The rest of an unread interim reply goes before the reply.
             bytes.splice(..0, self.interim.pending().iter().copied());
             self.interim.replace(Vec::new());
             let mut body = reply.body;
@@ -482,21 +484,21 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// Which connections are good for another request after a reply with this head.
+    /// Which connections can serve another request after a reply with this head.
     fn kept_after(&self, reply: &ReplyHead) -> Kept {
         let has_no_body = self.client.request.method == "HEAD" || matches!(reply.status, 204 | 304);
-        // A client that is still sending its request, or has sent more than that, may be misread. What it
-        // sends from now on is not read before the reply is over.
+        // While the client still sends the request, or has sent bytes after it, the start of the next request
+        // is uncertain. Bytes that arrive from now on stay unread until the reply is over.
         let is_read = self.body.is_done() && self.early.is_empty();
         let is_framed = reply.version == 1 && (has_no_body || reply.is_framed);
         Kept {
             client: self.kept.client && is_read && is_framed && !is_event_stream(reply),
-            // A body where there should be none would be taken for the next reply.
+            // A body in a reply that must not have one would be taken for the next reply.
             upstream: self.kept.upstream && reply.is_kept && reply.is_framed && !has_no_body,
         }
     }
 
-    /// The head of a reply as the client gets it.
+    /// The head of a reply, rewritten for the client.
     fn reply_head(&self, head: &[u8], reply: &ReplyHead) -> Vec<u8> {
         let is_tunnel = reply.status == 101 && self.is_upgrade;
         let mut bytes = rewrite_head(head, |header| {
@@ -510,7 +512,7 @@ impl<'a> Exchange<'a> {
             let is_stream = is_event_stream(reply) && is_chunked(reply);
             match is_stream && !self.client.request.has_token("connection", "close") {
                 true => bytes.extend_from_slice(STAYS_OPEN),
-                // A reply that ends with the connection has to say so.
+                // A reply that ends with the connection must say `close`.
                 false => bytes.extend_from_slice(connection_headers(self.kept.client).as_bytes()),
             }
         }
@@ -519,9 +521,9 @@ impl<'a> Exchange<'a> {
         bytes
     }
 
-    /// Passes the end of the client's side on, once, and after all bytes before it.
+    /// Passes the end of the client's side on, once, after all bytes before it.
     fn pass_end_of_client(&mut self, hung_up: bool) {
-        // Bytes that the client has sent before its end are still to be read.
+        // Bytes that the client sent before may still be unread.
         let body_is_over = self.body.is_done() && !matches!(self.reply, Reply::Tunnel);
         let ended = self.up.ended || (hung_up && body_is_over);
         if ended && !self.half_closed && self.up.is_empty() {
@@ -530,7 +532,7 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// Whether all is passed on.
+    /// Whether the exchange is complete.
     fn is_over(&mut self) -> bool {
         if !self.down.is_empty() {
             return false;
@@ -548,7 +550,7 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// How long until the deadline.
+/// The time until the deadline.
 fn remaining(deadline: Instant) -> Result<Timespec> {
     let rest = deadline.saturating_duration_since(Instant::now());
     if rest.is_zero() {
@@ -562,5 +564,5 @@ fn broken(e: &io::Error) -> Error {
 }
 
 fn bad_chunks(e: io::Error) -> Error {
-    Error::BadRequest(format!("the body is not as it is framed: {e}"))
+    Error::BadRequest(format!("the body does not match its framing: {e}"))
 }

@@ -1,12 +1,11 @@
-//! `/w/<ws>/…`: a stable base URL of OpenCode per workspace; and `/api/…`, at which the clients of 2.x
-//! arrive that drop the path of a base URL. This page decides who may pass, which workspace and
-//! directory a request is for, and whether it is sent again; [`super::exchange`] carries it.
+//! The routes to opencode: `/w/<ws>/…`, a stable base URL per workspace, and `/api/…`, for clients of 2.x
+//! that drop the path of a base URL. This module checks credentials, finds the workspace and directory of a
+//! request, and decides whether to send it again; [`super::exchange`] copies the bytes.
 //!
-//! Invariants: a request is passed on only with opencode's own credentials, checked here, or with a
-//! ticket that opencode checks; whoever has neither learns nothing about workspaces; a request below
-//! `/w/` reaches exactly the directory of its workspace, unless it names a session, and then that of
-//! the session; one below `/api/` acts where it says; a request that may change something is sent at
-//! most once.
+//! Invariants: a request passes only with opencode's own credentials, checked here, or with a ticket that
+//! opencode checks; a client without either learns nothing about workspaces; a request below `/w/` reaches
+//! the directory of its workspace, or the directory of the session that it names; a request below `/api/`
+//! reaches the directory that it chooses; a request that may change anything is sent at most once.
 //!
 //! Source of the format: RFC 9110 (7.6 on intermediaries, 9.2.2 on repeating requests).
 
@@ -30,23 +29,23 @@ use crate::timed::Timed;
 use crate::wire::TIMEOUT_HEADER;
 use crate::workspace::Workspace;
 
-/// A request that takes longer than this is use of the workspace also when it ends.
+/// A request longer than this counts as use of the workspace at its end, too.
 const LONG: Duration = Duration::from_secs(1);
-/// How long opencode may take to accept a ticket, and how long the refusal of one takes in any case:
-/// its time shall not tell whether there is such a workspace.
+/// How long opencode may take to accept a ticket. Every refusal takes this long, so that its time does not
+/// reveal whether a workspace exists.
 const TICKET_TIME: Duration = HEAD_TIME;
 
-/// How long opencode may take to say where a session is: it reads a row of its database.
+/// The time limit for the directory of a session: opencode reads one row of its database.
 const SESSION_LIMIT: Duration = Duration::from_secs(5);
-/// The longest body of a session that is created or imported: it is read whole, to put the session into
-/// its workspace. An import has a whole conversation, images included. Bytes.
+/// The longest body of a request that creates or imports a session. It is read into memory, to set the
+/// directory. An import has a whole conversation with its images. Bytes.
 const SESSION_BODY_LIMIT: usize = 64 * 1024 * 1024;
-/// How much of such a body is read at once. Bytes.
+/// The size of a single read of such a body. Bytes.
 const PIECE: usize = 64 * 1024;
 
-/// The path prefix of requests that are routed to a workspace.
+/// The path prefix of requests to a workspace.
 const PREFIX: &str = "/w/";
-/// The path prefix of requests that choose a directory for themselves.
+/// The path prefix of requests that choose their own directory.
 const ROOT_PREFIX: &str = "/api/";
 
 /// Whether a request at this path is routed.
@@ -56,28 +55,28 @@ pub fn is_routed(path: &str) -> bool {
 
 /// The parts of the target of a routed request.
 struct Target<'a> {
-    /// Decoded.
+    /// Percent-decoded.
     selector: String,
-    /// As it is spelled; at least `/`.
+    /// Not decoded; at least `/`.
     path: &'a str,
-    /// As it is spelled.
+    /// Not decoded.
     query: Option<&'a str>,
 }
 
-/// What is left of the connections after a request was routed.
+/// The state of the connections after a request was routed.
 pub struct Routed {
-    /// The connection to opencode, unless it is kept. The caller closes it after the client's: the client
-    /// is to see the end first.
+    /// The connection to opencode, unless it went back to the pool. The caller closes it after the client's
+    /// connection, so that the client sees the end first.
     pub upstream: Option<TcpStream>,
-    /// The client's connection is good for another request.
+    /// The client's connection can serve another request.
     pub keeps: bool,
 }
 
-/// Routes a request. Returns when the reply, or the stream, has ended.
+/// Routes a request. Returns after the end of the reply or stream.
 ///
 /// # Errors
-/// The error to reply with, as long as the client has no part of a reply. After that the connection
-/// just ends.
+/// The error to reply with. After the beginning of a reply was passed on, there is none: the connection just
+/// ends.
 pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     match has_credentials(daemon, client.request)? {
         true => {
@@ -87,19 +86,18 @@ pub fn route(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed
                 false => route_anywhere(daemon, client, stop),
             }
         }
-        // Before anything else is looked at: an error about the target would tell a stranger
-        // something.
+        // Checked first: an error about the target would reveal workspaces to strangers.
         false => route_ticket(daemon, client, stop),
     }
 }
 
-/// Routes a request that has opencode's credentials to the workspace in its path.
+/// Routes a request with opencode's credentials to the workspace in its path.
 fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     let request = client.request;
     let Target { selector, path, query } = split(request.target)?;
     let workspace = find(daemon, &selector)?;
     let directory = workspace.local_path()?;
-    // Neither opencode nor an instance is woken for a fenced workspace.
+    // A request for a fenced workspace starts neither opencode nor an instance.
     let known = daemon.instances.line().map(|line| engine::subject(line, request.method, path));
     if matches!(known, Some(Subject::Instance)) {
         daemon.instances.check_fence(&workspace)?;
@@ -107,7 +105,7 @@ fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Resu
     let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
     let endpoint = daemon.supervisor.endpoint(deadline)?;
     let mut keeps = client.keeps;
-    let (booked, loads, body) = match engine::subject(endpoint.line, request.method, path) {
+    let (used, loads, body) = match engine::subject(endpoint.line, request.method, path) {
         Subject::Instance => (Some(workspace.clone()), true, None),
         Subject::Process => (Some(workspace.clone()), false, None),
         Subject::Creation => {
@@ -119,89 +117,95 @@ fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Resu
     };
     let client = &Client { keeps, ..*client };
     let target = |line| target(line, path, query, directory);
-    carry(daemon, client, stop, &Passage { target: &target, directory: Some(directory), body, booked, loads }, deadline)
+    forward(
+        daemon,
+        client,
+        stop,
+        &Forwarding { target: &target, directory: Some(directory), body, used, loads },
+        deadline,
+    )
 }
 
-/// Routes a request that has opencode's credentials and chooses a directory for itself. Use is booked on
-/// the workspace that is exactly that directory, if there is one.
+/// Routes a request with opencode's credentials that chooses its own directory. It counts as use of the
+/// workspace at exactly that directory, if there is one.
 fn route_anywhere(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Routed> {
     let request = client.request;
     let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
     let endpoint = daemon.supervisor.endpoint(deadline)?;
     if endpoint.line == Line::V1 {
-        // 1.x has clients that keep the path of a base URL, and an early form of this protocol.
+        // Clients of 1.x keep the path of a base URL; `/api/` of 1.x is an early form of the 2.x protocol.
         return Err(Error::NotFound(request.path().to_owned()));
     }
-    let (booked, loads) = match engine::subject(endpoint.line, request.method, request.path()) {
+    let (used, loads) = match engine::subject(endpoint.line, request.method, request.path()) {
         Subject::Instance => (chosen(request).and_then(|directory| workspace_at(daemon, &directory)), true),
-        // The body, which says where, is not read; opencode's event does.
+        // The body has the directory, but is not read here; opencode's event will report it.
         Subject::Process | Subject::Creation => (None, false),
         Subject::Session { id, loads } => (workspace_of(daemon, &endpoint, &id), loads),
     };
     let target = |_| request.target.to_owned();
-    carry(daemon, client, stop, &Passage { target: &target, directory: None, body: None, booked, loads }, deadline)
+    forward(daemon, client, stop, &Forwarding { target: &target, directory: None, body: None, used, loads }, deadline)
 }
 
-/// How a request passes.
-struct Passage<'a> {
+/// How to send a request to opencode.
+struct Forwarding<'a> {
     /// The target for opencode.
     target: &'a dyn Fn(Line) -> String,
-    /// The directory that is chosen for it; the client's own choice where there is none.
+    /// The directory to set; `None` keeps the client's choice.
     directory: Option<&'a Path>,
-    /// The body that takes the place of the client's, which has been read.
+    /// A new body that replaces the client's, which was read already.
     body: Option<Vec<u8>>,
-    /// The workspace that it is use of, if any.
-    booked: Option<Arc<Workspace>>,
-    /// It loads that instance.
+    /// The workspace that the request counts as use of.
+    used: Option<Arc<Workspace>>,
+    /// The request loads the instance of that workspace.
     loads: bool,
 }
 
-/// Carries a request to opencode, and the reply back.
-fn carry(
+/// Sends a request to opencode, and passes the reply back.
+fn forward(
     daemon: &Daemon,
     client: &Client<'_>,
     stop: &Flag,
-    passage: &Passage<'_>,
+    forwarding: &Forwarding<'_>,
     mut deadline: Instant,
 ) -> Result<Routed> {
     let request = client.request;
     let begun = Instant::now();
     let timeout = request.only(TIMEOUT_HEADER)?;
     let touch = || {
-        if let Some(workspace) = &passage.booked {
+        if let Some(workspace) = &forwarding.used {
             daemon.store.touch(&workspace.id);
         }
     };
-    let entered = match &passage.booked {
+    let entered = match &forwarding.used {
         Some(workspace) => Some(daemon.instances.enter(workspace, deadline)?),
         None => None,
     };
     touch();
-    // Without a limit of the client's own, a reply may take as long as a turn of the agent. Should
-    // opencode hang, the supervisor ends it, and that ends the wait.
+    // Without a limit from the client, a reply may take as long as a turn of the agent. If opencode hangs,
+    // the supervisor ends it, which ends the wait.
     let patience = timeout.map(|_| deadline);
     let is_upgrade = is_upgrade(request)?;
-    // The body has been read from the client, and goes with the head.
+    // The client's body was read already; its replacement is sent with the head.
     let without_body = Head { framing: Framing::Length(0), ..*request };
     let bodiless = Client { request: &without_body, rest: &[], ..*client };
-    let client = if passage.body.is_some() { &bodiless } else { client };
+    let client = if forwarding.body.is_some() { &bodiless } else { client };
     let mut tries = 0;
     let routed = loop {
-        // One that is kept may be closing, which a request that is sent only once must not find out.
-        let (endpoint, upstream) = connect(daemon, tries == 0 && is_harmless(request), deadline)?;
-        // False when opencode has ended while the request waited for its turn: nothing was sent.
-        if let Some(entered) = entered.as_ref().filter(|_| passage.loads) {
+        // opencode may be closing an idle connection, so only a request that may be sent again uses one.
+        let (endpoint, upstream) = connect(daemon, tries == 0 && is_safe(request), deadline)?;
+        // False when opencode ended while the request waited for its turn: it was not sent yet.
+        if let Some(entered) = entered.as_ref().filter(|_| forwarding.loads) {
             if !entered.loads(endpoint.generation, deadline)? {
                 continue;
             }
         }
         tries += 1;
-        let target = (passage.target)(endpoint.line);
+        let target = (forwarding.target)(endpoint.line);
         let new = Rewritten {
             target: &target,
-            directory: passage.directory,
+            directory: forwarding.directory,
             authorization: Some(&*endpoint.authorization),
-            body: passage.body.as_deref(),
+            body: forwarding.body.as_deref(),
         };
         let head = rewrite(request, &new, endpoint.listener.address, is_upgrade);
         let mut exchange = Exchange::new(client, &upstream, head, is_upgrade)?;
@@ -220,7 +224,7 @@ fn carry(
             }
             Ok(Answer::ClientGone) => break Routed { upstream: Some(upstream), keeps: false },
             Err(Error::OpencodeFault(why)) => {
-                // A request that ends opencode by loading its instance would end the next one too.
+                // A request that crashed opencode by loading its instance would crash the next opencode too.
                 let blamed = entered.as_ref().and_then(|entered| entered.blame(&daemon.supervisor, &endpoint));
                 let error = blamed.unwrap_or(Error::OpencodeFault(why));
                 if !may_send_again(request, &error, tries) {
@@ -232,27 +236,27 @@ fn carry(
             Err(e) => return Err(e),
         }
     };
-    // The end of a stream is use of the workspace as much as its beginning.
+    // The end of a stream counts as use of the workspace, like its beginning.
     if begun.elapsed() > LONG {
         touch();
     }
     Ok(routed)
 }
 
-/// The workspace that is exactly this directory.
+/// The workspace at exactly this directory.
 fn workspace_at(daemon: &Daemon, directory: &str) -> Option<Arc<Workspace>> {
     daemon.store.snapshot().local_at(directory).cloned()
 }
 
-/// The workspace in whose directory a session is; none when opencode does not know the session, and
-/// answers so itself.
+/// The workspace of a session; `None` when opencode does not know the session, in which case its own reply
+/// says so.
 fn workspace_of(daemon: &Daemon, endpoint: &Endpoint, session: &str) -> Option<Arc<Workspace>> {
     let deadline = Instant::now() + SESSION_LIMIT;
     let directory = daemon.instances.session_directory(endpoint, session, deadline).ok().flatten()?;
     workspace_at(daemon, &directory)
 }
 
-/// The directory that a request of 2.x chooses for itself.
+/// The directory that a request of 2.x chooses.
 fn chosen(request: &Head<'_>) -> Option<String> {
     let given = |value: Vec<u8>| String::from_utf8(value).ok().filter(|value| !value.is_empty());
     let query = request.target.split_once('?').map_or("", |(_, query)| query);
@@ -262,11 +266,11 @@ fn chosen(request: &Head<'_>) -> Option<String> {
     parameter.or_else(|| given(percent_decode(request.only(DIRECTORY_HEADER).ok().flatten()?)?))
 }
 
-/// Reads the body of a request whole; whether nothing came after it.
+/// Reads the whole body of a request; the flag tells whether no bytes followed it.
 ///
 /// # Errors
-/// `too_large`; `unsupported_media_type` for a body that is compressed; `bad_request` when it does not
-/// come as it is framed, or in time.
+/// `too_large`; `unsupported_media_type` for a compressed body; `bad_request` when it is malformed, or
+/// incomplete at the deadline.
 fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> {
     let request = client.request;
     if let Some(coding) = request.only("content-encoding")?.filter(|coding| !coding.eq_ignore_ascii_case("identity")) {
@@ -300,25 +304,25 @@ fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> 
         match stream.read(&mut buffer) {
             Ok(0) => return Err(Error::BadRequest("the body ended early".to_owned())),
             Ok(count) => ends_whole = take(&mut framed, &buffer[..count])?,
-            Err(e) => return Err(Error::BadRequest(format!("the body did not come: {e}"))),
+            Err(e) => return Err(Error::BadRequest(format!("cannot read the body: {e}"))),
         }
     }
     Ok((body, ends_whole))
 }
 
-/// Whether a request whose connection ended without a reply is sent again, to the same opencode or to the
-/// next: once, and only if it changes nothing.
+/// Whether to send a request again, to the same opencode or its successor, after the connection ended
+/// without a reply: once, and only if the request changes nothing.
 fn may_send_again(request: &Head<'_>, error: &Error, tries: u32) -> bool {
-    matches!(error, Error::OpencodeFault(_)) && is_harmless(request) && tries == 1
+    matches!(error, Error::OpencodeFault(_)) && is_safe(request) && tries == 1
 }
 
 /// Whether a request changes nothing, and has no body (RFC 9110, 9.2.2).
-fn is_harmless(request: &Head<'_>) -> bool {
+fn is_safe(request: &Head<'_>) -> bool {
     matches!(request.method, "GET" | "HEAD") && request.framing == Framing::Length(0)
 }
 
-/// The deadline for the wait for another opencode. The client's own limit, if there is one, is for the
-/// whole request; without one the wait begins anew, however old the request is.
+/// The deadline of the wait for the next opencode. A limit from the client covers the whole request; without
+/// one, the default limit starts again.
 fn next_deadline(timeout: Option<&str>, deadline: Instant, now: Instant) -> Result<Instant> {
     match timeout {
         Some(_) => Ok(deadline),
@@ -326,9 +330,9 @@ fn next_deadline(timeout: Option<&str>, deadline: Instant, now: Instant) -> Resu
     }
 }
 
-/// Routes the WebSocket of a terminal, opened with a ticket by a web page that can set no header.
-/// Only opencode knows whether the ticket is good, so until it accepts the request counts for
-/// nothing: it wakes, loads and touches nothing, and its connection goes first when slots are short.
+/// Routes the WebSocket of a terminal, opened with a ticket by a web page that cannot set a header. Only
+/// opencode can check the ticket. Until it accepts, the request starts and loads nothing and does not count
+/// as use, and its connection is among the first to be closed when slots run short.
 ///
 /// # Errors
 /// `unauthorized`, the same for an unknown workspace and a bad ticket, after the same time.
@@ -343,14 +347,13 @@ fn route_ticket(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Result<Rou
     Err(Error::Unauthorized)
 }
 
-/// The target of a request that a ticket may take the place of credentials for: it opens a WebSocket
-/// and has no body.
+/// The target of a request that may use a ticket instead of credentials: it opens a WebSocket and has no body.
 fn ticket_target<'a>(request: &Head<'a>) -> Option<Target<'a>> {
     let is_websocket = is_upgrade(request).ok()? && request.has_token("upgrade", "websocket");
     let is_bare_get = request.method == "GET" && request.framing == Framing::Length(0);
     let target = match request.path().starts_with(PREFIX) {
         true => split(request.target).ok()?,
-        // At the root, the directory says which workspace is meant.
+        // At the root, the directory selects the workspace.
         false => {
             let (path, query) = cut(request.target);
             Target { selector: chosen(request)?, path, query }
@@ -360,11 +363,11 @@ fn ticket_target<'a>(request: &Head<'a>) -> Option<Target<'a>> {
     (is_websocket && is_bare_get && has_ticket).then_some(target)
 }
 
-/// Asks opencode whether a ticket is good; if so, serves the terminal to its end. `None` when there
-/// is no such instance, or opencode does not accept the ticket in time.
+/// Lets opencode check a ticket; if it accepts, serves the terminal to its end. `None` when there is no such
+/// instance, or opencode does not accept the ticket in time.
 ///
 /// # Errors
-/// When the terminal cannot be served for a reason that a good ticket has nothing to do with.
+/// Failures that do not depend on the ticket.
 fn try_ticket(
     daemon: &Daemon,
     client: &Client<'_>,
@@ -374,7 +377,7 @@ fn try_ticket(
 ) -> Result<Option<TcpStream>> {
     let state = daemon.store.snapshot();
     let is_at_root = !client.request.path().starts_with(PREFIX);
-    // Only an id: names and paths can be guessed. At the root, opencode's protocol has the path.
+    // Only an id, since names and paths can be guessed. At the root, opencode's protocol requires the path.
     let found = if is_at_root { state.local_at(selector) } else { state.get(selector) };
     let Some(workspace) = found else { return Ok(None) };
     let (Ok(directory), Some(endpoint)) = (workspace.local_path(), daemon.supervisor.ready_now()) else {
@@ -389,12 +392,12 @@ fn try_ticket(
     let new = Rewritten { target: &target, directory: Some(directory), authorization: None, body: None };
     let head = rewrite(client.request, &new, endpoint.listener.address, true);
     let mut exchange = Exchange::new(client, &upstream, head, true)?;
-    // Any other reply than the tunnel would tell a stranger something.
+    // Any other reply could reveal something to a stranger.
     if !matches!(exchange.wait_for_reply(Some(deadline), stop), Ok(Answer::Tunnel)) {
         return Ok(None);
     }
     client.connection.prove();
-    // The ticket was good, so a user with credentials has asked for this terminal.
+    // opencode accepted the ticket, so it came from a user with credentials.
     let _entered = daemon.instances.enter(workspace, deadline)?;
     exchange.pass_on(stop);
     Ok(Some(upstream))
@@ -403,7 +406,7 @@ fn try_ticket(
 /// Whether a request has opencode's credentials, in its header or its query.
 ///
 /// # Errors
-/// `bad_request` when it has two of them.
+/// `bad_request` for two `Authorization` headers.
 fn has_credentials(daemon: &Daemon, request: &Head<'_>) -> Result<bool> {
     let given = match request.only("authorization")? {
         // The scheme is compared without case (RFC 9110, 11.1).
@@ -416,17 +419,17 @@ fn has_credentials(daemon: &Daemon, request: &Head<'_>) -> Result<bool> {
     let Some(given) = given else { return Ok(false) };
     let is = |given: &str, expected: &str| is_same(given.as_bytes(), expected.trim_start_matches("Basic ").as_bytes());
     if let Some(authorization) = daemon.supervisor.shared() {
-        // The user's service may have been replaced, with another password, and not been found yet.
+        // A new service with another password may have replaced the one that the daemon last found.
         let is_last = authorization.is_some_and(|last| is(&given, &last));
         return Ok(is_last || service::authorization().is_some_and(|registered| is(&given, &registered)));
     }
     let [configured, fixed] = &daemon.authorizations;
-    // As long as opencode may be 2.x, whose clients know only one user.
+    // While opencode may be 2.x: its clients use only the fixed user name.
     let takes_fixed = daemon.instances.line() != Some(Line::V1);
     Ok(is(&given, configured) | (is(&given, fixed) && takes_fixed))
 }
 
-/// The credentials in the query, for web pages that can set no header.
+/// The credentials in the query, for web pages that cannot set a header.
 fn token_parameter(target: &str) -> Option<String> {
     let (_, query) = target.split_once('?')?;
     let mut parameters = query.split('&').filter_map(|parameter| parameter.split_once('='));
@@ -434,18 +437,17 @@ fn token_parameter(target: &str) -> Option<String> {
     String::from_utf8(percent_decode(value)?).ok()
 }
 
-/// Compares in a time that does not depend on where the difference is.
+/// Compares in a time that does not depend on the position of the difference.
 fn is_same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
-/// Whether a request asks for another protocol.
+/// Whether a request asks for a protocol upgrade.
 fn is_upgrade(request: &Head<'_>) -> Result<bool> {
     Ok(request.has_token("connection", "upgrade") && request.only("upgrade")?.is_some())
 }
 
-/// The local workspace that is meant, if its directory exists: opencode would answer for a directory
-/// that does not.
+/// The local workspace of a selector. Its directory must exist: opencode would answer even for a missing one.
 fn find(daemon: &Daemon, selector: &str) -> Result<Arc<Workspace>> {
     let workspace = daemon.store.snapshot().find(selector)?.clone();
     match workspace.local_path()?.is_dir() {
@@ -454,11 +456,11 @@ fn find(daemon: &Daemon, selector: &str) -> Result<Arc<Workspace>> {
     }
 }
 
-/// Takes the target of a routed request apart.
+/// Splits the target of a routed request.
 ///
 /// # Errors
-/// `bad_request` for a selector that is not percent-encoded UTF-8, `workspace_not_found` for `-`,
-/// which only a command line knows.
+/// `bad_request` for a selector that is not percent-encoded UTF-8; `workspace_not_found` for `-`, which only
+/// the command line supports.
 fn split(target: &str) -> Result<Target<'_>> {
     let rest = target.strip_prefix(PREFIX).unwrap_or_default();
     let (selector, rest) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
@@ -472,7 +474,7 @@ fn split(target: &str) -> Result<Target<'_>> {
     Ok(Target { selector, path: if path.is_empty() { "/" } else { path }, query })
 }
 
-/// A target without its query, and the query.
+/// Splits a target into path and query.
 fn cut(target: &str) -> (&str, Option<&str>) {
     target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)))
 }
@@ -483,8 +485,8 @@ fn parameter_name(parameter: &str) -> Vec<u8> {
     percent_decode(&name).unwrap_or_default()
 }
 
-/// The target for opencode: as it is spelled, without the parameters that choose a place, which would
-/// win over the header. Where `directory` is also a filter, it becomes the workspace's directory.
+/// The target for opencode: unchanged except for the parameters that choose a location, which would take
+/// precedence over the header. Where `directory` is also a filter, it becomes the workspace's directory.
 fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> String {
     let parameters = query.into_iter().flat_map(|query| query.split('&'));
     let (places, kept): (Vec<&str>, Vec<&str>) =
@@ -502,8 +504,8 @@ fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> Stri
     target
 }
 
-/// Connects to opencode, which is woken if it is down. Nothing has been sent before, so a failure
-/// may be repeated. `reuses` takes a connection that has carried a request before, if there is one.
+/// Connects to opencode, and starts it if it is down. Nothing was sent yet, so a failure may be retried.
+/// `reuses` allows an idle connection that has carried a request before.
 fn connect(daemon: &Daemon, reuses: bool, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
     daemon.supervisor.call(deadline, |endpoint| {
         let kept = if reuses { endpoint.kept() } else { None };
@@ -512,18 +514,18 @@ fn connect(daemon: &Daemon, reuses: bool, deadline: Instant) -> Result<(Endpoint
     })
 }
 
-/// What is written anew of a request.
+/// The parts of a request to replace.
 struct Rewritten<'a> {
     target: &'a str,
-    /// Takes the place of the client's choice of a place.
+    /// Replaces the client's choice of a location.
     directory: Option<&'a Path>,
-    /// Takes the place of the client's spelling of it.
+    /// Replaces the client's credentials.
     authorization: Option<&'a str>,
-    /// Takes the place of the client's body.
+    /// Replaces the client's body.
     body: Option<&'a [u8]>,
 }
 
-/// The head for opencode, and the body if that is written anew.
+/// The head for opencode, followed by a replaced body.
 fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, address: SocketAddrV4, is_upgrade: bool) -> Vec<u8> {
     let Rewritten { target, directory, authorization, body } = new;
     let mut head = format!("{} {target} HTTP/1.{}\r\nHost: {address}\r\n", request.method, request.version);
@@ -552,7 +554,7 @@ fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, address: SocketAddrV4, is_up
             || chooses_place
             || (body.is_some() && is_one_of(&is_of_body, header));
         let keeps_upgrade = is_upgrade && is_one_of(&["upgrade"], header);
-        // opencode needs the framing of the body, even if a client calls it a matter of its connection.
+        // opencode needs the framing of the body, even if the client lists it in `Connection`.
         let is_framing = is_one_of(&["content-length", "transfer-encoding"], header);
         let is_named = request.has_token("connection", header.name) && !is_framing;
         if keeps_upgrade || !(is_replaced || is_hop_by_hop(header.name) || is_named) {
