@@ -2,14 +2,20 @@
 # Print the licences of all crates that are linked into the binary, with their texts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo fetch --locked >&2
-sources=${CARGO_HOME:-$HOME/.cargo}/registry/src
-[[ ! -d vendor ]] || sources=$PWD
-cargo tree --locked --edges normal --prefix none --no-dedupe --format '{p}	{l}' | sed '1d; s/ v/-/; s/ ([^)]*)//' |
+# Crates come from cargo's registry, a vendor directory or the distribution: cargo knows from where.
+declare -A directory_of
+while IFS= read -r manifest; do
+    # Both stand at the head of [package] in manifests as published.
+    name=$(sed -n '/^name = "\(.*\)"/{s//\1/p;q}' "$manifest")
+    version=$(sed -n '/^version = "\(.*\)"/{s//\1/p;q}' "$manifest")
+    directory_of[$name-$version]=${manifest%/Cargo.toml}
+done < <(cargo metadata --locked --format-version 1 | grep -o '"manifest_path":"[^"]*"' | cut -d '"' -f 4)
+
+cargo tree --locked --edges normal --prefix none --no-dedupe --format $'{p}\t{l}' | sed '1d; s/ v/-/; s/ ([^)]*)//' |
     LC_ALL=C sort -u | while IFS=$'\t' read -r crate license; do
         printf '=== %s: %s\n\n' "$crate" "$license"
         found=
-        for file in "$sources"/*/"$crate"/{LICEN[SC]E,COPYING,COPYRIGHT,NOTICE,UNLICENSE}* "$sources"/*/"${crate%-*}"/{LICEN[SC]E,COPYING,NOTICE}*; do
+        for file in "${directory_of[$crate]}"/{LICEN[SC]E,COPYING,COPYRIGHT,NOTICE,UNLICENSE}*; do
             [[ -f $file ]] || continue
             found=1
             printf -- '--- %s\n' "${file##*/}"
