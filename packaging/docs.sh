@@ -16,7 +16,6 @@ for page in README.md docs/*.md; do
         file=${link%%#*}
         # What is no file of the sources is a web address, or looks like a link in an example.
         if [[ ! -e $(dirname "$page")/$file || -e $directory/$file ]]; then continue; fi
-        pattern=$(sed 's/[][\.*^$|]/\\&/g' <<<"$link")
-        sed -i "s|\[\([^]]*\)\]($pattern)|\1|g" "$into/$page"
+        sed -i "s|\[\([^]]*\)\](${link//./\\.})|\1|g" "$into/$page"
     done
 done

@@ -18,4 +18,4 @@ for unit in share/systemd/openwork.{service,socket}; do
     sed "s|/usr/bin/openwork|$prefix/bin/openwork|g" "$unit" |
         install -D -m 644 /dev/stdin "$root/lib/systemd/user/${unit##*/}"
 done
-packaging/docs.sh "$root/share/doc/openwork"
+bash packaging/docs.sh "$root/share/doc/openwork"

@@ -40,6 +40,7 @@ until_true() {
     echo "ok: $what"
 }
 show() { systemctl --user show --property "$1" --value openwork.service; }
+# shellcheck disable=SC2053 # the value may be a pattern
 is() { [[ $(show "$1") == $2 ]]; }
 health() { curl --silent --max-time 20 http://127.0.0.1:16174/health; }
 engine() { health | sed -n 's/.*"opencode":{"pid":\([0-9]*\).*/\1/p'; }

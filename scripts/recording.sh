@@ -51,6 +51,7 @@ record() {
 record "for p in $projects; do openwork add ~/code/\$p; done"
 record "for p in $projects; do openwork path \$p; done  # OpenCode itself answers"
 record 'openwork instance list'
+# shellcheck disable=SC2016 # the shell that is recorded expands it
 record 'kill -9 $(openwork status --json | jq .opencode.pid)'
 record 'openwork path shop  # the next call finds it started again'
 record 'openwork status'
