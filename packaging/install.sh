@@ -14,8 +14,8 @@ put share/completions/openwork.bash share/bash-completion/completions/openwork
 put share/completions/_openwork "${ZSH_FUNCTIONS:-share/zsh/site-functions}/_openwork"
 put share/completions/openwork.fish "${FISH_COMPLETIONS:-share/fish/vendor_completions.d}/openwork.fish"
 # For users to enable: the daemon belongs to a user, and starts when it is needed.
-for unit in share/systemd/openwork.{service,socket}; do
-    sed "s|/usr/bin/openwork|$prefix/bin/openwork|g" "$unit" |
-        install -D -m 644 /dev/stdin "$root/lib/systemd/user/${unit##*/}"
+for unit in openwork.service openwork.socket; do
+    put "share/systemd/$unit" "lib/systemd/user/$unit"
+    sed -i "s|/usr/bin/openwork|$prefix/bin/openwork|g" "$root/lib/systemd/user/$unit"
 done
 bash packaging/docs.sh "$root/share/doc/openwork"
