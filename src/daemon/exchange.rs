@@ -566,3 +566,52 @@ fn broken(e: &io::Error) -> Error {
 fn bad_chunks(e: io::Error) -> Error {
     Error::BadRequest(format!("the body does not match its framing: {e}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use rustix::net::sockopt::{socket_recv_buffer_size, socket_send_buffer_size};
+
+    use super::*;
+    use crate::system::wait::wait_until_readable;
+
+    /// Both ends of a connection.
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    }
+
+    /// A stream of small events, open for days, keeps its small buffer. A large body gets a large buffer, and
+    /// socket buffers of a size that does not slow it down.
+    #[test]
+    fn only_a_large_body_gets_large_buffers() {
+        const LARGE: usize = 400_000;
+        let (opencode, upstream) = connection();
+        let (client, _other_end) = connection();
+        let mut flow = Flow::new(Vec::new());
+        let pass = |flow: &mut Flow| {
+            assert!(wait_until_readable(&upstream, Instant::now() + Duration::from_secs(60)));
+            let count = flow.read(&upstream, &client).unwrap();
+            flow.start = flow.end;
+            count
+        };
+        for _ in 0..3 {
+            (&opencode).write_all(b"data: {}\n\n").unwrap();
+            assert_eq!(pass(&mut flow), 10);
+            assert!((4096..=16384).contains(&flow.buffer.len()), "{}", flow.buffer.len());
+        }
+        thread::scope(|scope| {
+            scope.spawn(|| (&opencode).write_all(&vec![b'b'; LARGE]).unwrap());
+            let mut count = 0;
+            while count < LARGE {
+                count += pass(&mut flow);
+            }
+        });
+        assert!(flow.buffer.len() >= 64 * 1024, "{}", flow.buffer.len());
+        let kernel = [socket_recv_buffer_size(&upstream).unwrap(), socket_send_buffer_size(&client).unwrap()];
+        assert!(kernel.iter().all(|size| (100_000..1_000_000).contains(size)), "{kernel:?}");
+    }
+}
