@@ -446,3 +446,31 @@ fn usable_descriptors() -> u64 {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX));
     limit - RESERVE.min(limit / 4)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_wait_for_less_once_half_of_the_slots_are_taken() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let closing = Flag::new().unwrap();
+        let connections: &'static Connections = Box::leak(Box::new(Connections::new(&listener, &closing).unwrap()));
+        let mut clients = Vec::new();
+        let mut admit = || {
+            clients.push(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+            let (stream, peer) = listener.accept().unwrap();
+            connections.admit(&Arc::new(Connection::new(stream, peer))).unwrap()
+        };
+        let (first, mut second, _third) = (admit(), admit(), admit());
+        connections.lock().limit = 6;
+        assert_eq!(connections.patience(&first), PARK_DELAY);
+        connections.lock().limit = 5;
+        assert_eq!(connections.patience(&first), PARK_DELAY_WHEN_FULL);
+        // The daemon ends: the client of a new connection still expects a reply, that of an idle one does not.
+        assert_eq!(connections.close().len(), 0);
+        assert!(connections.patience(&first) > PARK_DELAY);
+        second.served(HEAD_TIME);
+        assert_eq!(connections.patience(&second), PARK_DELAY_WHEN_FULL);
+    }
+}
