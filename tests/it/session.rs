@@ -1,11 +1,13 @@
 //! OpenCode's sessions: list, abort, and wait.
 
+use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use crate::support::sessions::{ids, wait_until_asked, web_and_api};
-use crate::support::wait_for;
+use crate::support::{read_reply, wait_for};
 
 #[test]
 fn running_sessions_are_listed_first() {
@@ -136,6 +138,24 @@ fn stop_names_the_sessions_it_ends() {
     assert_eq!(host.openwork(["daemon", "stop", "--keep-opencode"]).json()["sessions"], json!([]));
     let stopped = host.openwork(["daemon", "stop"]).json();
     assert_eq!(ids(&stopped), ["ses_fake"]);
+}
+
+#[test]
+fn request_that_waits_for_opencode_is_answered_when_the_daemon_stops() {
+    let (host, ..) = web_and_api();
+    let hold = host.path("fake/hold-disposals");
+    fs::write(&hold, "").unwrap();
+    let stopping = host.openwork(["daemon", "stop"]).spawn();
+    wait_for("opencode to be stopping", || host.phase() == "stopping");
+    let mut asking = host.connect();
+    let request = format!("GET /sessions HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n\r\n", host.port());
+    asking.write_all(request.as_bytes()).unwrap();
+    // Connections are accepted in order.
+    host.health();
+    fs::remove_file(&hold).unwrap();
+    let reply = read_reply(&mut asking, "GET").unwrap_or_else(|e| panic!("{e}"));
+    reply.refused(503, "opencode_unavailable");
+    assert!(stopping.wait().status.success());
 }
 
 #[test]
