@@ -276,10 +276,15 @@ fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> 
     if let Some(coding) = request.only("content-encoding")?.filter(|coding| !coding.eq_ignore_ascii_case("identity")) {
         return Err(Error::UnsupportedMediaType(format!("application/json with content-encoding {coding}")));
     }
-    let too_large = || Error::TooLarge { what: "body", limit: SESSION_BODY_LIMIT, status: 413 };
+    let check_length = |length: u64| match length > SESSION_BODY_LIMIT as u64 {
+        true => Err(Error::TooLarge { what: "body", limit: SESSION_BODY_LIMIT, status: 413 }),
+        false => Ok(()),
+    };
     let mut framed = match request.framing {
-        Framing::Length(length) if length > SESSION_BODY_LIMIT as u64 => return Err(too_large()),
-        Framing::Length(length) => Body::length(length),
+        Framing::Length(length) => {
+            check_length(length)?;
+            Body::length(length)
+        }
         Framing::Chunked => Body::chunked(),
     };
     let malformed = |e: io::Error| Error::BadRequest(format!("the body is malformed: {e}"));
@@ -296,7 +301,7 @@ fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> 
             }
             bytes = &bytes[count..];
         }
-        if body.len() > SESSION_BODY_LIMIT { Err(too_large()) } else { Ok(bytes.is_empty()) }
+        check_length(body.len() as u64).map(|()| bytes.is_empty())
     };
     let mut ends_whole = take(&mut framed, client.rest)?;
     let mut buffer = vec![0; PIECE];

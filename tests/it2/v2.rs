@@ -1,13 +1,13 @@
 //! opencode 2.x alone: where requests act, sessions, disposals, versions, clients.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use crate::support::{
-    Host, LOADING_CALL, Reply, Signal, basic, copy_program, fake_opencode, kill, wait_for, wait_gone,
+    Host, LOADING_CALL, Reply, Signal, basic, copy_program, fake_opencode, kill, read_to_close, wait_for, wait_gone,
 };
 
 /// A host with a warm opencode and two workspaces, `a` and `b`.
@@ -80,20 +80,34 @@ fn request_below_w_acts_in_its_workspace() {
         body.len(),
     );
     stream.write_all(head.as_bytes()).unwrap();
-    let reply = String::from_utf8(crate::support::read_to_close(&mut stream)).unwrap();
+    let reply = String::from_utf8(read_to_close(&mut stream)).unwrap();
     assert!(reply.contains("100 Continue") && reply.contains("HTTP/1.1 200 OK"), "{reply}");
     assert_eq!(host.recorded("created"), vec![a.to_str().unwrap(); 5]);
     let bodies = host.recorded("bodies");
     let first: Value = serde_json::from_str(&bodies[0]).unwrap();
     assert_eq!(first, json!({"title": "t", "location": {"directory": a}}));
 
+    // What came after the body is no second request.
+    let mut stream = host.connect();
+    let two = head.replace("Expect: 100-continue\r\n", "") + &head;
+    stream.write_all(two.as_bytes()).unwrap();
+    let reply = Reply::parse(&read_to_close(&mut stream)).unwrap();
+    assert_eq!((reply.status, reply.header("connection")), (200, Some("close")));
+    assert_eq!(host.recorded("created").len(), 6);
+
     host.routed("POST", "/w/a/api/session").body("[]").send().refused(400, "bad_request");
     let compressed = host.routed("POST", "/w/a/api/session").header("Content-Encoding", "gzip").body("x");
     compressed.send().refused(415, "unsupported_media_type");
-    let too_large = format!("POST /w/a/api/session HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n", host.port())
-        + &format!("Authorization: {}\r\nContent-Length: 67108865\r\n\r\n", host.credentials());
-    Reply::parse(&host.send_raw(too_large)).unwrap().refused(413, "too_large");
-    assert_eq!(host.recorded("created").len(), 5);
+    // 64 MiB are not too long, but have to come.
+    for (length, status, code) in [(67_108_864, 400, "bad_request"), (67_108_865, 413, "too_large")] {
+        let declared = format!("POST /w/a/api/session HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n", host.port())
+            + &format!("Authorization: {}\r\nContent-Length: {length}\r\n\r\n", host.credentials());
+        let mut stream = host.connect();
+        stream.write_all(declared.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        Reply::parse(&read_to_close(&mut stream)).unwrap().refused(status, code);
+    }
+    assert_eq!(host.recorded("created").len(), 6);
     assert_eq!(host.instance(&b), [""; 0]);
 }
 
