@@ -773,6 +773,8 @@ impl Serves for Server {
                 ok(stream, JSON, b"true")
             }
             ("GET", "/interim") => interim(stream, request.number("count")),
+            ("POST", "/raw") => return raw(stream, &request.query("reply").unwrap_or_default()),
+            ("GET", "/long-head") => long_head(stream, request.number("bytes")),
             ("GET", "/pty/x/connect") if request.is("upgrade", "websocket") => {
                 return tunnel(&mut body.reader, stream);
             }
@@ -933,6 +935,18 @@ fn interim(mut stream: &TcpStream, count: u64) -> io::Result<Next> {
         write!(stream, "HTTP/1.1 103 Early Hints\r\nLink: <{number}{}>\r\n\r\n", "x".repeat(1000))?;
     }
     ok(stream, JSON, b"true")
+}
+
+/// These bytes instead of a reply.
+fn raw(mut stream: &TcpStream, bytes: &str) -> io::Result<Next> {
+    stream.write_all(bytes.as_bytes())?;
+    Ok(Next::Close)
+}
+
+/// A reply with a header of this length.
+fn long_head(stream: &TcpStream, bytes: u64) -> io::Result<Next> {
+    reply(stream, "200 OK", &format!("X-Long: {}\r\n", "l".repeat(bytes as usize)), b"true")?;
+    Ok(Next::Close)
 }
 
 fn die_mid(mut stream: &TcpStream) -> io::Result<Next> {

@@ -41,8 +41,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{
-    base64, chunk, chunked_with_trailers, close_after, die_mid, download, head, interim, json, json_list, leave, ok,
-    reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Serves, Settings, JSON,
+    base64, chunk, chunked_with_trailers, close_after, die_mid, download, head, interim, json, json_list, leave,
+    long_head, ok, raw, reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Serves, Settings, JSON,
 };
 
 /// How many events tell of a boot: 75 `plugin.added` and the first state of everything.
@@ -53,9 +53,9 @@ const EVICT_EVENTS: usize = 10;
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 /// What a test asks for and the real one does not have.
-const MADE_UP: [&str; 11] = [
+const MADE_UP: [&str; 13] = [
     "echo", "download", "upload", "slow", "chunked", "leave", "die-first", "die-mid", "interim", "end-streams",
-    "stop-listening",
+    "stop-listening", "raw", "long-head",
 ];
 
 struct Server {
@@ -351,6 +351,8 @@ impl Serves for Server {
             (_, ["close-after"]) => close_after(stream),
             (_, ["two-replies"]) => two_replies(stream),
             ("GET", ["interim"]) => interim(stream, request.number("count")),
+            ("POST", ["raw"]) => return raw(stream, &request.query("reply").unwrap_or_default()),
+            ("GET", ["long-head"]) => long_head(stream, request.number("bytes")),
             ("POST", ["end-streams"]) => {
                 for stream in self.state().streams.drain(..) {
                     let _ = stream.send(None);

@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::http::NoReply;
+use crate::support::http::{NoReply, Request};
 use crate::support::random::Random;
 use crate::support::{
-    DEADLINE, ESTABLISHED, Host, Reply, Signal, kill, passed, poll, raise_limit, read_reply, read_to_close, resources,
+    DEADLINE, ESTABLISHED, Host, Reply, Signal, kill, local, passed, poll, raise_limit, read_reply, read_to_close, resources,
     sockets, spelled, until, wait_for, wait_gone, whole_reply,
 };
 
@@ -340,6 +340,23 @@ fn of_two_requests_at_once_one_is_answered() {
     assert!(echoes(&host).iter().all(|target| target.contains("?one")));
 }
 
+/// Closing a socket with unread bytes resets the connection: the client would lose what is still under way.
+#[test]
+fn reply_before_unread_requests_arrives_whole() {
+    /// More than the buffer of a client that does not read, and less than both sides take together.
+    const BYTES: usize = 250_000;
+    let (host, _) = host();
+    for connect in [Host::connect, Host::served] {
+        let mut stream = connect(&host);
+        let request = request(&host, &format!("GET /w/p/download?bytes={BYTES}"), "", "");
+        // More requests than the daemon reads with the first.
+        stream.write_all(request.repeat(500).as_bytes()).unwrap();
+        wait_for("the daemon to end the connection", || sockets(host.port(), ESTABLISHED).is_empty());
+        let reply = Reply::parse(&read_to_close(&mut stream)).unwrap();
+        assert_eq!((reply.header("connection"), reply.body.len()), (Some("close"), BYTES));
+    }
+}
+
 #[test]
 fn head_timeout_starts_with_the_first_byte() {
     let (host, _) = host();
@@ -610,6 +627,29 @@ fn new_connection_is_answered_during_a_restart() {
         })
     });
     assert!(is_answered);
+}
+
+#[test]
+fn requests_in_flight_at_a_stop_get_their_reply() {
+    let (host, _) = host();
+    let ask_until_gone = || {
+        let (address, mut replies) = (local(host.port()), Vec::new());
+        while let Ok(reply) = Request::new(address, "GET", "/workspaces").send() {
+            replies.push(reply);
+        }
+        replies
+    };
+    let stop = |_| {
+        host.openwork(["daemon", "start"]).ok();
+        let replies = thread::scope(|scope| {
+            let clients: Vec<_> = (0..8).map(|_| scope.spawn(ask_until_gone)).collect();
+            host.openwork(["daemon", "stop"]).ok();
+            clients.into_iter().flat_map(|client| client.join().unwrap()).collect::<Vec<_>>()
+        });
+        replies.len() >= 16 && replies.iter().all(|reply| reply.status == 200)
+    };
+    // A busy machine may take longer for a request than a stop waits.
+    wait_for("three stops in a row to end no request", || (0..3).all(stop));
 }
 
 #[test]

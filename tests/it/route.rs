@@ -522,6 +522,58 @@ fn interim_replies_reach_a_slow_reader_complete() {
     assert!(!String::from_utf8(old).unwrap().contains(" 103 "));
 }
 
+#[test]
+fn interim_reply_before_a_malformed_reply_reaches_the_client() {
+    let (host, ..) = host();
+    let hint = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n";
+    let target = raw(&format!("{hint}nonsense\r\n\r\n"));
+    let reply = host.send_raw(head(&host, &format!("POST {target}"), "Content-Length: 0\r\n"));
+    let rest = String::from_utf8(reply).unwrap();
+    let rest = rest.strip_prefix(hint).unwrap_or_else(|| panic!("{rest}"));
+    Reply::parse(rest.as_bytes()).unwrap().refused(502, "opencode_error");
+}
+
+/// The target of a call that opencode answers with exactly these bytes.
+fn raw(bytes: &str) -> String {
+    let encoded: String = bytes.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    format!("/w/p/raw?reply={encoded}")
+}
+
+#[test]
+fn malformed_reply_is_an_error_of_opencode() {
+    let (host, ..) = host();
+    for bytes in [
+        "nonsense\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nab",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        "HTTP/1.1 200 OK\r\nX: cut off",
+        "",
+    ] {
+        let reply = host.routed("POST", &raw(bytes)).send();
+        let error = reply.refused(502, "opencode_error");
+        assert!(error["message"].as_str().unwrap().contains("reply"), "{bytes:?}: {error}");
+    }
+    // The client has the beginning of this one, and sees that it breaks off.
+    let broken = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
+    let stream = host.connect();
+    let request = head(&host, &format!("POST {}", raw(&(broken.to_owned() + "zz\r\n"))), "Content-Length: 0\r\n");
+    let reply = Reply::parse(&host.send_raw_on(stream, request));
+    assert!(reply.is_none_or(|reply| reply.status == 502 || reply.whole_body().is_none()), "taken for a whole reply");
+    assert_eq!(host.starts().len(), 1, "opencode is not blamed for its replies");
+}
+
+#[test]
+fn long_head_of_a_reply_passes_up_to_its_limit() {
+    let (host, ..) = host();
+    for bytes in [100, 9_000, 20_000, 60_000] {
+        let reply = host.routed("GET", &format!("/w/p/long-head?bytes={bytes}")).send();
+        assert_eq!((reply.status, reply.header("x-long").unwrap().len()), (200, bytes));
+        assert_eq!(reply.body, b"true");
+    }
+    let error = host.routed("GET", "/w/p/long-head?bytes=70000").send().refused(502, "opencode_error");
+    assert!(error["message"].as_str().unwrap().contains("too long"), "{error}");
+}
+
 // --- Upgrades ---
 
 /// Opens a tunnel and sends `at_once` with the request. Returns the tunnel and the echo.
