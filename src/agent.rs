@@ -6,7 +6,6 @@
 //!
 //! One request per connection, no proxies, no redirects; an error status is a reply like any other.
 
-use std::fmt;
 use std::io;
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
@@ -22,7 +21,7 @@ use ureq::{Agent, Body};
 use crate::system::{socket, wait};
 
 /// A listening socket on loopback, known to be held by the right process.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Listener {
     /// Where it listens.
     pub address: SocketAddrV4,
@@ -30,12 +29,6 @@ pub struct Listener {
     pub socket: u32,
     /// The process that holds the socket, or the leader of that process's group.
     pub process: Arc<OwnedFd>,
-}
-
-impl fmt::Debug for Listener {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Listener({})", self.address)
-    }
 }
 
 impl Listener {

@@ -1,7 +1,6 @@
 //! The table of commands: each row has the function that makes its [`Command`].
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -34,12 +33,6 @@ pub struct CommandRow {
     /// Builds the command from what was given; the number of arguments has been checked.
     #[serde(skip)]
     pub make: fn(&mut Given<'_>) -> Result<Command>,
-}
-
-impl fmt::Debug for CommandRow {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name)
-    }
 }
 
 impl CommandRow {
