@@ -77,17 +77,15 @@ pub fn path(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> CallRes
     // 2.x no longer returns these directories; they follow from the environment, which it has from us.
     let home = variable("HOME").unwrap_or_default();
     let below = |name: &str, default: &str| variable(name).unwrap_or_else(|| format!("{home}/{default}"));
-    let path = json!({
-        "home": home,
-        "state": below("XDG_STATE_HOME", ".local/state") + "/opencode",
-        "config": below("XDG_CONFIG_HOME", ".config") + "/opencode",
-        "worktree": answer["project"]["directory"],
-        "directory": answer["directory"],
-    });
-    match path {
-        Value::Object(path) => Ok(path),
-        _ => Ok(Map::new()),
-    }
+    let (state, config) = (below("XDG_STATE_HOME", ".local/state"), below("XDG_CONFIG_HOME", ".config"));
+    let path = [
+        ("home", Value::from(&*home)),
+        ("state", Value::from(state + "/opencode")),
+        ("config", Value::from(config + "/opencode")),
+        ("worktree", answer["project"]["directory"].clone()),
+        ("directory", answer["directory"].clone()),
+    ];
+    Ok(path.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
 /// `GET /api/session/active`: the ids of all running sessions.
