@@ -292,9 +292,21 @@ fn missing_and_invalid_values_are_refused() {
         &["daemon", "start", "--daemon-port", "65536"],
         &["daemon", "start", "--daemon-port", "http"],
         &["daemon", "start", "--opencode-port", "-1"],
+        &["daemon", "start", "--cors", "localhost:5173"],
+        &["daemon", "start", "--cors", "http://localhost/page"],
+        &["daemon", "start", "--max-memory", "1k"],
         &["logs", "-n", "many"],
+        &["logs", "--follow", "--json"],
+        &["service", "print", "--program="],
+        &["daemon", "restart", "--no-autostart"],
     ] {
         host.openwork(args).fails(2, "usage");
+    }
+    // A workspace may be called so.
+    let error = host.openwork(["api", "post", "/session"]).fails(2, "usage");
+    assert_eq!(error["message"], r#""post" could be a method or a workspace"#);
+    for header in ["Host: other", "authorization: Basic x", "X-Openwork-Timeout: 1", "no value", ": x", "X: a\nb"] {
+        host.openwork(["api", "/path", "--header", header]).fails(2, "usage");
     }
     for (variable, value) in [("OPENWORK_DAEMON_PORT", "http"), ("OPENWORK_OPENCODE_PORT", "65536")] {
         let error = host.openwork(["daemon", "start"]).env(variable, value).fails(2, "usage");
@@ -482,6 +494,27 @@ fn every_command_prints_one_json_object() {
 /// Tests that need a terminal. The harness checks in every test that there is no colour without one.
 mod with_script {
     use super::*;
+
+    #[test]
+    #[ignore = "needs script(1), for a terminal"]
+    fn terminal_shows_what_a_long_wait_is_for() {
+        let host = Host::new();
+        host.openwork(["daemon", "start"]).ok();
+        host.add(host.project("p"));
+        host.hang(true);
+        let typescript = host.path("typescript");
+        let command = format!("\"{}\" workspace path p --timeout 60", host.binary().display());
+        let on_a_terminal = format!("exec script -qefc '{command}' '{}' >/dev/null", typescript.display());
+        let waiting = host.openwork([""; 0]).after(&on_a_terminal).spawn();
+        let shown = || fs::read_to_string(&typescript).unwrap_or_default();
+        wait_for("the terminal to say what is waited for", || shown().contains("waiting for opencode …"));
+        host.hang(false);
+        waiting.wait();
+        // It is erased before the result.
+        let text = shown();
+        let (_, after) = text.split_once("waiting for opencode …").unwrap();
+        assert!(after.starts_with("\r\x1b[K") && after.contains("projects/p"), "{text:?}");
+    }
 
     #[test]
     #[ignore = "needs script(1), for a terminal"]

@@ -119,6 +119,9 @@ fn reset_lifts_the_fence() {
     poison(&host, &[&bad]);
     host.openwork(["workspace", "path", "bad"]).fails(5, "opencode_unavailable");
     assert_eq!(host.http("POST", "/instances/bad/reset").ok()["reset"], false);
+    assert_eq!(host.openwork(["instance", "reset", "bad"]).ok().stdout, "there was no fence around bad\n");
+    fence(&host);
+    assert_eq!(host.openwork(["instance", "reset", "bad"]).ok().stdout, "lifted the fence of bad\n");
 
     host.openwork(["workspace", "add-remote", "http://h.example", "--name", "far"]).ok();
     host.openwork(["instance", "reset", "far"]).fails(1, "workspace_is_remote");

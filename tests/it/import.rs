@@ -33,9 +33,7 @@ fn state_file_of_another_orchestrator_is_imported() {
     let (web, api) = (host.project("web"), host.project("api"));
     host.add(&api);
     let gone = host.path("projects/gone");
-    let file = write(
-        &host,
-        &json!({
+    let other = json!({
             "version": 1, "activeId": "ws-1", "daemon": {"pid": 1, "port": 2},
             "workspaces": [
                 {"id": "ws-1", "name": "Website", "path": web, "workspaceType": "local", "createdAt": 5},
@@ -43,8 +41,8 @@ fn state_file_of_another_orchestrator_is_imported() {
                 {"id": "ws-3", "name": "gone", "path": gone, "workspaceType": "local"},
                 {"id": "ws-4", "name": "far", "path": "", "workspaceType": "remote", "baseUrl": "https://Example.com/", "directory": "/srv"},
             ],
-        }),
-    );
+    });
+    let file = write(&host, &other);
     let first = import(&host, &file).json();
     let expected = [("added", "Website"), ("kept", "api"), ("refused", "path_not_found"), ("added", "far")];
     assert_eq!(outcomes(&first), expected);
@@ -53,6 +51,19 @@ fn state_file_of_another_orchestrator_is_imported() {
     assert_eq!(host.names(), ["api", "Website", "far"]);
     // The active workspace of the other program does not replace ours.
     assert_eq!(host.openwork(["workspace", "current"]).ok().stdout, "api\n");
+
+    // For people; the names are taken from the paths where another workspace has them.
+    let (blog, docs) = (host.project("blog"), host.project("docs"));
+    let entries = json!({"workspaces": [{"name": "Website", "path": blog}, {"path": docs}, {"name": 5}]});
+    let text = import(&host, &write(&host, &entries)).ok().stdout;
+    let lines: Vec<&str> = text.lines().collect();
+    let expected = [format!("added blog ({})", blog.display()), format!("added docs ({})", docs.display())];
+    assert_eq!(lines[..2], expected);
+    assert!(lines[2].starts_with("refused not a workspace: "), "{text}");
+    for name in ["blog", "docs"] {
+        host.openwork(["workspace", "remove", name]).ok();
+    }
+    let file = write(&host, &other);
 
     // Importing again changes nothing.
     let again = import(&host, &file).json();

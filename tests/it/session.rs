@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use crate::support::sessions::{ids, wait_until_asked, web_and_api};
-use crate::support::{read_reply, wait_for};
+use crate::support::{Host, read_reply, wait_for};
 
 #[test]
 fn running_sessions_are_listed_first() {
@@ -29,6 +29,15 @@ fn running_sessions_are_listed_first() {
     assert!(table.lines().next().unwrap().starts_with("ID "), "{table}");
     assert!(table.lines().nth(1).unwrap().contains("mend {it}"), "{table}");
     assert_eq!(host.http("GET", "/workspaces/web/sessions").ok()["sessions"], list["sessions"]);
+}
+
+#[test]
+fn empty_list_of_sessions_says_so() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    // Nothing is loaded, so nothing is asked.
+    assert_eq!(host.openwork(["session", "list", "--all"]).ok().stdout, "no sessions\n");
+    assert_eq!(host.openwork(["session", "list", "--all", "--quiet"]).ok().stdout, "");
 }
 
 #[test]
