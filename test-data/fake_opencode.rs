@@ -38,7 +38,8 @@
 //! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
 //! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` does,
-//! no disposal ends; while `hold-memory` does, FAKE_MEMORY is not taken.
+//! no disposal ends; while `hold-memory` does, FAKE_MEMORY is not taken. The lines of `answers`, each a path and
+//! a body, take the place of what it answers on these paths.
 //!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
@@ -160,6 +161,12 @@ impl Settings {
     fn starts(&self) -> u64 {
         let text = self.file("starts").and_then(|path| fs::read_to_string(path).ok());
         text.map_or(1, |text| text.lines().count() as u64)
+    }
+
+    /// What a test has it answer on this path, whatever it is asked.
+    fn answer(&self, path: &str) -> Option<String> {
+        let answers = self.file("answers").and_then(|file| fs::read_to_string(file).ok())?;
+        answers.lines().find_map(|line| line.strip_prefix(path)?.strip_prefix(' ').map(str::to_owned))
     }
 
     fn is_hanging(&self) -> bool {
@@ -620,6 +627,10 @@ fn converse(server: &impl Serves, stream: TcpStream) -> io::Result<()> {
             (&stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let next = match authorized {
+            true if settings.answer(request.path()).is_some() => {
+                let answer = settings.answer(request.path()).unwrap_or_default();
+                ok(&stream, if answer.starts_with('<') { "text/html" } else { JSON }, answer.as_bytes())?
+            }
             true => server.route(&request, &mut reader, &stream)?,
             false => server.unauthorized(&stream)?,
         };

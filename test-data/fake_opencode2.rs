@@ -18,6 +18,7 @@
 //! | `FAKE_REVIVE=DIR` | an attached client loads this directory again as soon as it is evicted |
 //! | `FAKE_NO_WEB_UI` | an unknown path outside `/api` is a 404, and not a web page |
 //! | `FAKE_SERVICE_FAILS` | `opencode service …` fails |
+//! | `FAKE_SERVICE_LATE=SECONDS\|never` | `opencode service start` returns this long before there is a service |
 //! | `FAKE_NO_SHUTDOWN_EVENT` | an eviction is not told by `location.shutdown`, as before 2.0.5 |
 //!
 //! Beside those of `fake_opencode.rs` it records `leaks`: directories that were evicted while a
@@ -143,7 +144,13 @@ pub fn service(verb: &str, settings: &Settings) {
         }
     }
     if matches!(verb, "start" | "restart") {
-        if registered_process().is_none() {
+        if let Some(late) = settings.text("FAKE_SERVICE_LATE") {
+            let script = "[ $0 = never ] || { sleep \"$0\"; exec \"$1\" serve --service; }";
+            let mut server = Command::new("setsid");
+            server.args(["sh", "-c", script, late]).arg(std::env::current_exe().expect("its own program"));
+            server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            server.spawn().expect("starting setsid");
+        } else if registered_process().is_none() {
             let program = std::env::current_exe().expect("its own program");
             let mut server = Command::new("setsid");
             server.arg(program).args(["serve", "--service"]);

@@ -13,8 +13,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::support::{
-    AUTH, ESTABLISHED, Host, IS_V2, LOADING_CALL, START_TIME, Signal, VERSION, close, copy_program, fake_opencode,
-    is_alive, kill, sockets, stat_field, until, wait_for, wait_gone,
+    AUTH, ESTABLISHED, Host, IS_V2, LOADING_CALL, START_TIME, STATE, Signal, VERSION, close, copy_program,
+    fake_opencode, is_alive, kill, sockets, stat_field, until, wait_for, wait_gone, write_program,
 };
 
 // --- Several workspaces, one process ---
@@ -376,6 +376,52 @@ fn unsupported_major_version_is_refused() {
 }
 
 #[test]
+fn stop_does_not_wait_for_a_version() {
+    let mut host = Host::new();
+    let binary = host.path("opencode");
+    write_program(&binary, "#!/bin/sh\ntouch \"$FAKE_OPENCODE_DIR/asked\"\nexec sleep 1000\n");
+    host.set("OPENWORK_OPENCODE_BIN", &binary);
+    let starting = host.openwork(["daemon", "start", "--json"]).spawn();
+    wait_for("the version to be asked for", || host.path("fake/asked").exists());
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(starting.wait().object()["error"]["code"], "opencode_unavailable");
+    assert_eq!(host.processes(), [0; 0]);
+}
+
+#[test]
+fn binary_that_cannot_be_run_is_reported() {
+    let mut host = Host::new();
+    let binary = host.path("opencode");
+    write_program(&binary, "#!/no/such/interpreter\n");
+    host.set("OPENWORK_OPENCODE_BIN", &binary);
+    let error = host.openwork(["daemon", "start"]).fails(5, "opencode_start_failed");
+    assert!(error["message"].as_str().unwrap().contains("cannot be run"), "{error}");
+    // Repaired, it starts without anything else being done.
+    write_program(&binary, &format!("#!/bin/sh\nexec '{}' \"$@\"\n", fake_opencode().display()));
+    host.openwork(["daemon", "start"]).ok();
+}
+
+/// A process that no state file names could never be proved ours again.
+#[test]
+fn opencode_that_cannot_be_recorded_is_not_started() {
+    let host = Host::unprivileged();
+    let p = host.project("p");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&p);
+    let first = host.opencode_pid();
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o500)).unwrap();
+    kill(first, Signal::KILL);
+    wait_gone(first);
+    let error = host.openwork(["workspace", "path", "p"]).fails(1, "state_write_failed");
+    fs::set_permissions(host.data(), fs::Permissions::from_mode(0o700)).unwrap();
+    assert!(error["message"].as_str().unwrap().contains(STATE), "{error}");
+    assert_eq!((host.starts().len(), host.processes()), (1, vec![host.daemon_pid()]));
+    host.openwork(["workspace", "path", "p"]).ok();
+    assert_eq!(host.starts().len(), 2);
+    host.runs_one_of_each();
+}
+
+#[test]
 fn crash_loop_fails_with_the_last_output() {
     let host = Host::new();
     host.exercises(["code opencode_start_failed", "route POST /start"]);
@@ -539,6 +585,41 @@ fn failed_reply_is_an_opencode_error() {
 }
 
 // --- Exits ---
+
+#[test]
+fn answer_of_another_shape_is_an_opencode_error() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    host.add(host.project("p"));
+    let path = &["workspace", "path", "p"];
+    let sessions = &["session", "list", "-w", "p"];
+    let dispose = &["instance", "dispose", "p"];
+    host.openwork(path).ok();
+    let asked: [(&str, &str, &[&str]); 4] = match IS_V2 {
+        false => [
+            ("/path", "[]", path),
+            ("/session", "{}", sessions),
+            ("/session/status", "[]", sessions),
+            ("/session/status", "[]", dispose),
+        ],
+        true => [
+            ("/api/location", r#"{"directory":"/elsewhere"}"#, path),
+            ("/api/session", "[]", sessions),
+            ("/api/session/active", "[]", sessions),
+            ("/api/session/active", "[]", dispose),
+        ],
+    };
+    for (target, other, command) in asked {
+        for body in [other, "null", "not JSON", "<!doctype html>"] {
+            host.answer(target, body);
+            let error = host.openwork(command).fails(5, "opencode_error");
+            assert!(error["message"].as_str().unwrap().contains(target), "{error}");
+        }
+    }
+    host.answer("", "");
+    host.openwork(path).ok();
+    assert_eq!((host.starts().len(), &host.health()["engine"]["restarts"]), (1, &json!(0)));
+}
 
 #[test]
 fn many_requests_cause_one_restart() {

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use crate::support::http::{NoReply, Request};
 use crate::support::random::Random;
 use crate::support::{
-    DEADLINE, ESTABLISHED, Host, Reply, Signal, kill, local, passed, poll, raise_limit, read_reply, read_to_close, resources,
-    sockets, spelled, until, wait_for, wait_gone, whole_reply,
+    DEADLINE, ESTABLISHED, Host, Reply, Signal, kill, local, passed, poll, raise_limit, read_reply, read_to_close,
+    resources, sockets, spelled, until, wait_for, wait_gone, whole_reply,
 };
 
 /// A host with a warm opencode and a workspace `p`.

@@ -465,4 +465,8 @@ fn packaged_unit_has_no_paths_of_the_builder() {
     host.openwork(["service", "print", "--data-dir", "/a\nb"]).fails(2, "usage");
     host.openwork(["service", "print", "--idle-ttl", "soon"]).fails(2, "usage");
     host.openwork(["service"]).ok();
+    // Units of time and size are spelled out.
+    let unit = host.openwork(["service", "print", "--idle-ttl", "2d", "--max-memory", "512K"]).ok().stdout;
+    let expected = [host.binary().to_str().unwrap(), "daemon", "--max-memory=524288", "--idle-ttl=172800s"];
+    assert_eq!(exec_start(&unit), expected);
 }

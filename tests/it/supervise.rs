@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     HEALTH, Host, IS_V2, NOBODY, SESSION, Signal, fake_opencode, is_alive, is_root, kill, stat_field, until, wait_for,
-    wait_gone,
+    wait_gone, write_program,
 };
 
 /// A host whose daemon supervises this many times faster.
@@ -286,9 +286,7 @@ fn opencode_may_run_behind_a_wrapper() {
     // As the scripts of package managers do, it stays while the real one listens.
     let wrapper = host.path("wrapper");
     let script = format!("#!/bin/sh\n'{}' \"$@\"\nexit $?\n", fake_opencode().display());
-    let mut write = Command::new("sh");
-    write.args(["-c", "printf %s \"$0\" > \"$1\" && chmod 755 \"$1\"", &script]).arg(&wrapper);
-    assert!(write.status().unwrap().success());
+    write_program(&wrapper, &script);
     host.set("OPENWORK_OPENCODE_BIN", &wrapper);
     host.openwork(["daemon", "start"]).ok();
     let real = |start: usize| host.starts()[start]["pid"].as_u64().unwrap() as u32;

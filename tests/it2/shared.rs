@@ -378,6 +378,33 @@ fn registration_writable_by_others_is_not_trusted() {
 }
 
 #[test]
+fn service_may_register_late_but_has_to() {
+    let host = sharing();
+    host.behave("FAKE_SERVICE_LATE=0.5");
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(ready_pid(&host), Some(registered(&host).0));
+    host.openwork(["daemon", "stop", "--all"]).ok();
+    host.behave("FAKE_SERVICE_LATE=never");
+    refused(&host, "has left no service of this user");
+    assert_eq!(host.starts().len(), 1);
+}
+
+#[test]
+fn service_that_cannot_be_stopped_is_reported() {
+    let host = sharing();
+    host.openwork(["daemon", "start"]).ok();
+    let (service, _) = registered(&host);
+    host.behave("FAKE_SERVICE_FAILS=1");
+    host.openwork(["daemon", "stop", "--all"]).output();
+    let log = fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains("service stop` ended with") && log.contains("no service today"), "{log}");
+    assert!(is_alive(service), "openwork itself signals no service");
+    host.behave("");
+    opencode_service(&host, "stop");
+    wait_gone(service);
+}
+
+#[test]
 fn registration_naming_another_process_is_not_trusted() {
     let host = sharing();
     host.behave("FAKE_SERVICE_FAILS=1");

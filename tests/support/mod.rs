@@ -133,7 +133,8 @@ impl Host {
         let mut host = Host {
             data: root.join("data"),
             root,
-            openwork: PathBuf::from(env!("CARGO_BIN_EXE_openwork")),
+            // As openwork itself names it, also where target/ is a link.
+            openwork: fs::canonicalize(env!("CARGO_BIN_EXE_openwork")).unwrap(),
             env: Vec::new(),
             user: None,
             transcript: Mutex::default(),
@@ -177,6 +178,10 @@ impl Host {
             host.hand_over(&host.path(name));
         }
         host.openwork = host.path("openwork");
+        // The account cannot write to root's counters.
+        if let Some(profiles) = std::env::var_os("LLVM_PROFILE_FILE") {
+            host.set("LLVM_PROFILE_FILE", Path::new(&profiles).with_file_name("unprivileged-%8m%c.profraw"));
+        }
         host.set("OPENWORK_OPENCODE_BIN", host.path("opencode"));
         for dir in [".", "home", "projects", "fake"] {
             host.hand_over(&host.path(dir));
@@ -506,6 +511,11 @@ impl Host {
     /// Sets the behaviour of the next start: lines of `KEY=VALUE`, which replace the earlier ones.
     pub fn behave(&self, lines: &str) {
         self.write(&self.path("fake/behaviour"), lines);
+    }
+
+    /// Sets the answer of the fake on a path, until the next one is set; none with an empty path.
+    pub fn answer(&self, path: &str, body: &str) {
+        self.write(&self.path("fake/answers"), format!("{path} {body}\n"));
     }
 
     /// While the fake hangs, it answers nothing.
@@ -1087,6 +1097,13 @@ fn temp_dir() -> PathBuf {
 /// writing, and a program that is open for writing cannot be run.
 pub fn copy_program(from: &Path, to: &Path) {
     assert!(Command::new("cp").args([from, to]).status().unwrap().success());
+}
+
+/// Writes a script that can be run, by the shell for the same reason.
+pub fn write_program(path: &Path, text: &str) {
+    let mut write = Command::new("sh");
+    write.args(["-c", "printf %s \"$0\" > \"$1\" && chmod 755 \"$1\"", text]).arg(path);
+    assert!(write.status().unwrap().success());
 }
 
 /// The fake opencode.
