@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Host, Run, STATE, Signal, VERSION, copy_program, fake_opencode, kill, wait_gone};
+use crate::support::{Host, Run, STATE, Signal, VERSION, copy_program, fake_opencode, kill, until, wait_gone};
 
 /// What the doctor says, which ends with this exit status.
 fn report(run: Run, exit: i32) -> Value {
@@ -264,6 +264,39 @@ fn failed_opencode_is_an_error() {
     let report = examine(&host, 1);
     check(&report, "opencode", "wrong", "given up");
     check(&report, "opencode", "wrong", "openwork logs");
+}
+
+#[test]
+fn opencode_that_is_to_be_started_again_is_a_warning() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    // Nobody needs it at the moment.
+    host.behave("FAKE_CRASH_ON_START=9");
+    kill(opencode, Signal::KILL);
+    let report = until("opencode to wait for its next start", || {
+        let report = host.openwork(["doctor", "--json"]).output().object();
+        report.to_string().contains("is started again soon").then_some(report)
+    });
+    check(&report, "opencode", "warning", "openwork logs");
+    host.behave("");
+}
+
+#[test]
+fn another_openwork_on_the_path_is_told() {
+    let mut host = Host::new();
+    let directory = host.path("another");
+    fs::create_dir(&directory).unwrap();
+    let another = directory.join("openwork");
+    copy_program(host.binary(), &another);
+    let path = host.get("PATH").to_owned();
+    host.set("PATH", format!("{}:{path}", directory.display()));
+    let report = host.openwork(["doctor", "--json"]).output().object();
+    check(&report, "openwork", "warning", another.to_str().unwrap());
+    // A link to this one is the same program.
+    fs::remove_file(&another).unwrap();
+    symlink(host.binary(), &another).unwrap();
+    check_ok(&host.openwork(["doctor", "--json"]).output().object(), "openwork");
 }
 
 #[test]

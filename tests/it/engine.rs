@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::support::{
-    AUTH, ESTABLISHED, Host, IS_V2, LOADING_CALL, START_TIME, STATE, Signal, VERSION, close, copy_program,
+    AUTH, ESTABLISHED, HEALTH, Host, IS_V2, LOADING_CALL, START_TIME, STATE, Signal, VERSION, close, copy_program,
     fake_opencode, is_alive, kill, sockets, stat_field, until, wait_for, wait_gone, write_program,
 };
 
@@ -619,6 +619,19 @@ fn answer_of_another_shape_is_an_opencode_error() {
     host.answer("", "");
     host.openwork(path).ok();
     assert_eq!((host.starts().len(), &host.health()["engine"]["restarts"]), (1, &json!(0)));
+}
+
+#[test]
+fn opencode_that_calls_itself_unhealthy_is_waited_for() {
+    let host = Host::new();
+    host.answer(HEALTH, r#"{"healthy":false,"version":null}"#);
+    let starting = host.openwork(["daemon", "start"]).spawn();
+    let asked = || host.requests().iter().filter(|request| request["target"] == HEALTH).count();
+    wait_for("opencode to be asked more than once", || asked() > 1);
+    assert_eq!(host.phase(), "starting");
+    host.answer("", "");
+    assert!(starting.wait().status.success());
+    assert_eq!(host.starts().len(), 1);
 }
 
 #[test]

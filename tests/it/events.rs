@@ -147,6 +147,7 @@ fn events_command_prints_one_line_per_event() {
         host.add(host.project(format!("p{n}")));
         printing.iter().all(|command| command.stdout_so_far().ends_with("}\n"))
     });
+    host.openwork(["events", "--since", "18446744073709551615"]).fails(2, "usage");
     for command in printing {
         kill(command.pid(), Signal::TERM);
         let output = command.wait();

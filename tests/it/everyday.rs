@@ -118,6 +118,20 @@ fn switch_on_a_terminal_asks_for_the_workspace() {
 }
 
 #[test]
+fn switch_on_a_terminal_shows_the_first_of_many_workspaces() {
+    let host = Host::new();
+    let output = host.openwork(["switch"]).on_terminal("1\n").exits(4);
+    assert!(output.stderr.contains("no workspace is active"), "{output:?}");
+    for n in 0..35 {
+        host.add(host.project(format!("p{n:02}")));
+    }
+    let output = host.openwork(["switch"]).on_terminal("p34\n").ok();
+    assert!(output.stdout.contains("\nand 5 more\n"), "{output:?}");
+    assert!(!output.stdout.contains("projects/p30\n"), "{output:?}");
+    assert!(output.stdout.contains("switched to p34 ("), "{output:?}");
+}
+
+#[test]
 fn workspaces_whose_directories_have_gone_are_removed_at_once() {
     let host = Host::new();
     host.exercises(["option --missing"]);

@@ -995,6 +995,22 @@ fn unread_replies_do_no_harm() {
     }
 }
 
+/// A proxy, or a client, would give up on a connection on which nothing comes.
+#[test]
+fn quiet_event_stream_shows_that_it_is_alive() {
+    let gate = Gate::new();
+    let request = gate.request("GET /events", "\r\n");
+    let mut stream = gate.host.connect();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    while !text.contains("\n: still here\n\n") {
+        let mut buffer = [0; 1024];
+        let count = stream.read(&mut buffer).unwrap();
+        assert!(count > 0, "{text}");
+        text.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
+    }
+}
+
 #[test]
 fn burst_of_requests_is_answered() {
     let gate = Gate::new();

@@ -118,6 +118,34 @@ fn restart_to_another_port_starts_a_new_daemon() {
 }
 
 #[test]
+fn environment_too_large_for_a_request_is_passed_on_all_the_same() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());
+    // A megabyte, three times as long when it is encoded.
+    let large = "/".repeat(100_000);
+    let restart = (0..10).fold(host.openwork(["daemon", "restart"]), |run, n| run.env(&format!("LARGE_{n}"), &large));
+    restart.ok();
+    assert_eq!(host.opencode_pid(), opencode);
+    assert_ne!(host.daemon_pid(), daemon);
+    let environ = fs::read(format!("/proc/{}/environ", host.daemon_pid())).unwrap();
+    assert!(environ.len() > 1_000_000, "{}", environ.len());
+}
+
+#[test]
+fn successor_needs_a_predecessor() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let pid = host.daemon_pid();
+    let data_dir = host.data();
+    let output = host.openwork(["__successor", "--data-dir", data_dir.to_str().unwrap()]).output();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stderr.contains("no predecessor has handed over"), "{output:?}");
+    assert_eq!(host.daemon_pid(), pid);
+    host.runs_one_of_each();
+}
+
+#[test]
 fn restart_all_replaces_opencode() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();

@@ -5,12 +5,15 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::thread;
+use std::time::Duration;
+
+use rustix::net::sockopt::set_socket_linger;
 
 use serde_json::{Value, json};
 
 use crate::support::{
-    ALL_EVENTS, ESTABLISHED, EVENTS, Host, IS_V2, Reply, Signal, is_alive, kill, passed, read_to_close, sockets,
-    spelled, wait_for, wait_gone,
+    ALL_EVENTS, ESTABLISHED, EVENTS, Host, IS_V2, Reply, Signal, is_alive, kill, passed, read_reply, read_to_close,
+    sockets, spelled, wait_for, wait_gone,
 };
 
 /// A host with a warm opencode and two workspaces, `p` and `q`.
@@ -429,6 +432,40 @@ fn client_disconnect_reaches_opencode() {
     assert!(host.recorded("streams").contains(&format!("open {target}")));
     drop(events);
     wait_for("its end to be passed on", || host.recorded("streams").contains(&format!("close {target}")));
+}
+
+#[test]
+fn client_that_resets_its_connection_ends_its_request() {
+    let (host, ..) = host();
+    let mut stream = host.connect();
+    stream.write_all(head(&host, "GET /w/p/slow?ms=600000", "").as_bytes()).unwrap();
+    wait_for("the request to reach opencode", || streams(&host, "p") == 1);
+    // Closing it resets it.
+    set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+    drop(stream);
+    wait_for("the request to be over", || streams(&host, "p") == 0);
+}
+
+/// As a server does that refuses a large body.
+#[test]
+fn reply_before_the_end_of_the_body_reaches_the_client() {
+    let (host, ..) = host();
+    let target = raw("HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\ntoo large");
+    for stream in host.connections() {
+        let request = head(&host, &format!("POST {target}"), "Content-Length: 50000000\r\n");
+        thread::scope(|scope| {
+            let mut writer = stream.try_clone().unwrap();
+            scope.spawn(move || {
+                let _ = writer.write_all(request.as_bytes());
+                while writer.write_all(&[b'b'; 100_000]).is_ok() {}
+            });
+            let mut reader = stream.try_clone().unwrap();
+            let reply = read_reply(&mut reader, "POST").unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!((reply.status, &reply.body[..]), (413, &b"too large"[..]));
+            let _ = stream.shutdown(Shutdown::Both);
+        });
+    }
+    assert_eq!(host.health()["engine"]["restarts"], 0);
 }
 
 #[test]

@@ -40,6 +40,19 @@ fn empty_list_of_sessions_says_so() {
     assert_eq!(host.openwork(["session", "list", "--all", "--quiet"]).ok().stdout, "");
 }
 
+/// opencode's list has only the latest, and those of directories that contain the one asked for.
+#[test]
+fn session_list_has_what_runs_and_nothing_of_other_directories() {
+    let (host, web, _) = web_and_api();
+    host.busy(&[&web]);
+    let other = json!([{"id": "ses_other", "title": "t", "directory": "/elsewhere", "time": {"updated": 2}}]);
+    host.answer("/session", &other.to_string());
+    let list = host.openwork(["session", "list", "-w", "web"]).json();
+    assert_eq!(ids(&list), ["ses_fake"]);
+    let session = &list["sessions"][0];
+    assert_eq!((&session["state"], &session["title"]), (&json!("running"), &json!("mend {it}")), "{session}");
+}
+
 #[test]
 fn session_list_uses_the_working_directory() {
     let (host, web, api) = web_and_api();

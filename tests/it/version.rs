@@ -75,6 +75,14 @@ fn status_shows_both_versions() {
     assert_eq!(host.openwork(["status"]).json()["cliVersion"], "0.0.9");
 }
 
+#[test]
+fn doctor_warns_of_another_version() {
+    let (host, _lock) = host("0.0.1");
+    let text = host.openwork(["doctor"]).output().stdout;
+    assert!(text.contains(&format!("the daemon is openwork 0.0.1, this is {OURS}")), "{text}");
+    assert!(text.contains("`openwork daemon restart` starts this version"), "{text}");
+}
+
 /// Tests that need a terminal.
 mod with_script {
     use super::*;

@@ -390,6 +390,21 @@ fn service_may_register_late_but_has_to() {
 }
 
 #[test]
+fn stop_does_not_wait_for_the_start_of_a_service() {
+    let host = sharing();
+    let hold = host.path("fake/hold-service");
+    fs::write(&hold, "").unwrap();
+    let starting = host.openwork(["daemon", "start", "--json"]).spawn();
+    wait_for("the service to be ordered", || orders(&host) == ["start"]);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(starting.wait().object()["error"]["code"], "opencode_unavailable");
+    // The command is the user's as much as the service, and goes on.
+    fs::remove_file(&hold).unwrap();
+    wait_for("the service to register", || registration(&host).exists());
+    opencode_service(&host, "stop");
+}
+
+#[test]
 fn service_that_cannot_be_stopped_is_reported() {
     let host = sharing();
     host.openwork(["daemon", "start"]).ok();

@@ -87,13 +87,20 @@ fn request_below_w_acts_in_its_workspace() {
     let first: Value = serde_json::from_str(&bodies[0]).unwrap();
     assert_eq!(first, json!({"title": "t", "location": {"directory": a}}));
 
+    // In two pieces.
+    let mut stream = host.connect();
+    let (first, rest) = head.split_at(head.len() - 20);
+    stream.write_all(first.as_bytes()).unwrap();
+    host.health();
+    stream.write_all(rest.as_bytes()).unwrap();
+    assert!(String::from_utf8(read_to_close(&mut stream)).unwrap().contains("HTTP/1.1 200 OK"));
     // What came after the body is no second request.
     let mut stream = host.connect();
     let two = head.replace("Expect: 100-continue\r\n", "") + &head;
     stream.write_all(two.as_bytes()).unwrap();
     let reply = Reply::parse(&read_to_close(&mut stream)).unwrap();
     assert_eq!((reply.status, reply.header("connection")), (200, Some("close")));
-    assert_eq!(host.recorded("created").len(), 6);
+    assert_eq!(host.recorded("created").len(), 7);
 
     host.routed("POST", "/w/a/api/session").body("[]").send().refused(400, "bad_request");
     let compressed = host.routed("POST", "/w/a/api/session").header("Content-Encoding", "gzip").body("x");
@@ -107,7 +114,7 @@ fn request_below_w_acts_in_its_workspace() {
         stream.shutdown(Shutdown::Write).unwrap();
         Reply::parse(&read_to_close(&mut stream)).unwrap().refused(status, code);
     }
-    assert_eq!(host.recorded("created").len(), 6);
+    assert_eq!(host.recorded("created").len(), 7);
     assert_eq!(host.instance(&b), [""; 0]);
 }
 
