@@ -718,7 +718,13 @@ impl Serves for Server {
             }
             ("GET", path) if path.starts_with("/session/") => {
                 let content_type = format!("Content-Type: {JSON}\r\n");
-                reply(stream, "404 Not Found", &content_type, b"{\"name\":\"NotFoundError\",\"data\":{}}").map(|()| Next::KeepAlive)
+                // 1.18 answers so to any id that does not start with `ses`.
+                let (status, name) = match path.starts_with("/session/ses") {
+                    true => ("404 Not Found", "NotFoundError"),
+                    false => ("500 Internal Server Error", "UnknownError"),
+                };
+                let body = format!("{{\"name\":\"{name}\",\"data\":{{}}}}");
+                reply(stream, status, &content_type, body.as_bytes()).map(|()| Next::KeepAlive)
             }
             ("POST", "/session/ses_fake/prompt_async") => {
                 // As the real one: each step says that it is busy.

@@ -100,8 +100,9 @@ fn abort_ends_the_running_turn() {
     let reply = host.openwork(["session", "abort", "ses_fake"]).ok();
     assert_eq!(reply.stdout, "no turn is running in mend {it} (ses_fake) in web\n");
     assert_eq!(host.http("POST", "/sessions/ses_fake/abort").ok()["aborted"], false);
-    for unknown in ["ses_none", "-", "../x"] {
-        host.openwork(["session", "abort", unknown]).fails(4, "session_not_found");
+    for unknown in ["ses_none", "nosuch", "-", "../x"] {
+        let error = host.openwork(["session", "abort", unknown]).fails(4, "session_not_found");
+        assert_eq!(error["hint"], "`openwork session list` shows the sessions of a workspace");
     }
 }
 

@@ -25,6 +25,9 @@ pub const LIFECYCLE: Lifecycle = Lifecycle { disposes: true, kill_after: Duratio
 /// The exit status after TERM or INT.
 pub const CLEAN_EXIT: i32 = 0;
 
+/// The beginning of every session's id.
+const SESSION_PREFIX: &str = "ses";
+
 /// The event stream of all instances.
 pub const EVENTS: &str = "/global/event";
 
@@ -72,6 +75,10 @@ pub fn sessions(endpoint: &Endpoint, directory: &Path, deadline: Instant) -> Cal
 
 /// `GET /session/:id`: a session; `None` when there is no such session. Loads the instance.
 pub fn session(endpoint: &Endpoint, directory: &Path, id: &str, deadline: Instant) -> CallResult<Option<SessionInfo>> {
+    // opencode answers 500 to any other id.
+    if !id.starts_with(SESSION_PREFIX) {
+        return Ok(None);
+    }
     let target = format!("/session/{}", percent_encode(id.as_bytes()));
     let reply = endpoint.request(("GET", &target), Some(directory), None, deadline)?;
     match reply.status {
