@@ -217,7 +217,7 @@ fn stop_one(
         Some(address) => address,
         // The opencode of a daemon that was killed, perhaps just now, while it was asked to stop. The
         // next daemon takes that opencode over and ends it in good order; its port does not matter.
-        None if !keep_opencode && has_orphan(client)? => {
+        None if !keep_opencode && orphan(client)?.is_some() => {
             let address =
                 client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?;
             wait_until_taken_over(&soon(STOP_REPLY), &address);
@@ -272,10 +272,10 @@ fn elsewhere(e: std::io::Error) -> Error {
     }
 }
 
-/// Whether an opencode runs whose daemon was killed.
-fn has_orphan(client: &Client) -> Result<bool> {
+/// The pid of an opencode that outlived its daemon.
+fn orphan(client: &Client) -> Result<Option<u32>> {
     let engine = State::read(&client.data_dir.state())?.opencode;
-    Ok(engine.is_some_and(|engine| Process::adopt(&engine.identity()).is_some()))
+    Ok(engine.filter(|engine| Process::adopt(&engine.identity()).is_some()).map(|engine| engine.pid))
 }
 
 /// Restarts the daemon, with `all` opencode too.
@@ -319,7 +319,7 @@ pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenId
 
 /// Shows the state of the daemon and of opencode.
 pub fn status(client: &Client, out: &mut Output) -> Result<()> {
-    let reply = client.read_bytes("/health")?.ok_or(Error::DaemonNotRunning)?;
+    let reply = client.read_bytes("/health")?.ok_or_else(|| not_running(client))?;
     let health: Health = decode(&reply)?;
     // As it is: a newer daemon may say more than this version understands.
     if out.is_json() {
@@ -336,6 +336,18 @@ pub fn status(client: &Client, out: &mut Output) -> Result<()> {
     };
     let replaced = replaced_binary(client);
     out.print(&health, |health| human_status(health, active.as_ref(), replaced.as_ref()))
+}
+
+/// `daemon_not_running`; the hint names the opencode of a daemon that was killed, or that left it running.
+fn not_running(client: &Client) -> Error {
+    let e = Error::DaemonNotRunning;
+    let Ok(Some(opencode)) = orphan(client) else { return e };
+    let (code, status, mut body) = (e.code(), e.http_status(), e.body());
+    body.message = format!("the daemon is not running; its opencode (pid {opencode}) still is");
+    body.hint = Some(
+        "`openwork daemon start` starts a daemon that adopts this opencode; `openwork daemon stop` ends it".to_owned(),
+    );
+    Error::Reported { code, body, status }
 }
 
 /// The opencode that was last started, if its file is another one now.

@@ -55,6 +55,24 @@ fn next_daemon_adopts_opencode_of_a_killed_daemon() {
 }
 
 #[test]
+fn status_names_the_opencode_of_a_killed_daemon() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let opencode = host.opencode_pid();
+    kill_daemon(&host);
+    let error = host.openwork(["status"]).fails(3, "daemon_not_running");
+    assert_eq!(error["message"], format!("the daemon is not running; its opencode (pid {opencode}) still is"));
+    assert!(
+        error["hint"].as_str().unwrap().starts_with("`openwork daemon start` starts a daemon that adopts"),
+        "{error}"
+    );
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.opencode_pid(), opencode);
+    host.openwork(["daemon", "stop"]).ok();
+    assert_eq!(host.openwork(["status"]).fails(3, "daemon_not_running")["message"], "the daemon is not running");
+}
+
+#[test]
 fn stop_ends_opencode_left_by_a_killed_daemon() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
