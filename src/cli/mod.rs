@@ -18,10 +18,10 @@ mod workspace;
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader, IsTerminal};
+use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::iter::once;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -373,21 +373,72 @@ fn repair(client: &Client, out: &mut Output) -> Result<()> {
     })
 }
 
-/// Prints the daemon's events, one a line, until the daemon ends, the reader closes the pipe, or the
-/// given time is over.
+/// How long a daemon that ends may take to be followed by its successor: a restart ends all sessions of
+/// opencode first, within 45 s.
+const SUCCESSOR_LIMIT: Duration = Duration::from_secs(60);
+/// How long no daemon may run between the two of a restart: at another port, the next one starts only after
+/// the first has ended.
+const WITHOUT_DAEMON: Duration = Duration::from_secs(2);
+/// The interval between looks for the successor.
+const SUCCESSOR_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Prints the daemon's events, one a line, until the daemon ends without a successor, the reader closes the
+/// pipe, or the given time is over. Follows a daemon that restarts: a `gap` event stands for events that
+/// were lost meanwhile.
 fn events(client: &Client, out: &mut Output, timeout_given: bool, since: Option<u64>) -> Result<()> {
-    let mut lines = BufReader::new(client.events(timeout_given, since)?);
-    let mut line = Vec::new();
-    while !out.is_closed() {
-        line.clear();
-        match lines.read_until(b'\n', &mut line) {
-            Ok(1..) => {}
-            Err(e) if agent::is_io_timeout(&e) => return Ok(()),
-            Ok(0) | Err(_) => return Err(Error::DaemonNotRunning),
+    // Ids of a daemon begin at its start time in microseconds, so those of a successor are larger.
+    let mut last = since.unwrap_or_else(|| now_ms() * 1000);
+    let mut stream: Box<dyn Read> = Box::new(client.events(timeout_given, since)?);
+    loop {
+        let mut lines = BufReader::new(stream);
+        let mut line = Vec::new();
+        loop {
+            if out.is_closed() {
+                return Ok(());
+            }
+            line.clear();
+            match lines.read_until(b'\n', &mut line) {
+                Ok(1..) => {}
+                Err(e) if agent::is_io_timeout(&e) => return Ok(()),
+                Ok(0) | Err(_) => break,
+            }
+            if let Some(data) = line.strip_prefix(b"data: ") {
+                out.write(data)?;
+            }
+            if let Some(id) =
+                line.strip_prefix(b"id: ").and_then(|id| std::str::from_utf8(id).ok()?.trim().parse().ok())
+            {
+                last = id;
+            }
         }
-        if let Some(data) = line.strip_prefix(b"data: ") {
-            out.write(data)?;
+        stream = match events_of_successor(client, timeout_given, last)? {
+            Some(stream) => stream,
+            None => return Ok(()),
+        };
+    }
+}
+
+/// The events of the next daemon, after those up to `last`. `None` when the given time is over.
+///
+/// # Errors
+/// `daemon_not_running`, with the way to resume, when no daemon follows.
+fn events_of_successor(client: &Client, timeout_given: bool, last: u64) -> Result<Option<Box<dyn Read>>> {
+    let patience = Instant::now() + WITHOUT_DAEMON;
+    let limit = Instant::now() + SUCCESSOR_LIMIT;
+    let next = client.until(if timeout_given { client.deadline } else { limit });
+    loop {
+        std::thread::sleep(SUCCESSOR_INTERVAL);
+        match next.events(timeout_given, Some(last)) {
+            Ok(stream) => return Ok(Some(Box::new(stream))),
+            Err(_) if timeout_given && Instant::now() >= client.deadline => return Ok(None),
+            Err(Error::DaemonNotRunning) if Instant::now() < patience => {}
+            Err(e @ Error::DaemonNotRunning) => {
+                let (code, status, mut body) = (e.code(), e.http_status(), e.body());
+                body.message = "the daemon has ended".to_owned();
+                body.hint = Some(format!("`openwork events --since {last}` starts a daemon and resumes"));
+                return Err(Error::Reported { code, body, status });
+            }
+            Err(e) => return Err(e),
         }
     }
-    Ok(())
 }

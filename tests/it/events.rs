@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Events, Host, Signal, kill, wait_for};
+use crate::support::{Events, Host, Signal, free_port, kill, wait_for};
 
 fn next(events: &mut Events, kind: &str) -> Value {
     let event = events.find(|_| true).expect("the stream to stay open");
@@ -156,6 +156,41 @@ fn events_command_prints_one_line_per_event() {
             assert_eq!(event["type"], "workspace.added");
         }
     }
+}
+
+#[test]
+fn events_command_follows_a_restarted_daemon() {
+    let host = Host::new();
+    host.openwork(["daemon", "start"]).ok();
+    let printing = host.openwork(["events"]).spawn();
+    let printed = || -> Vec<Value> {
+        let text = printing.stdout_so_far();
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let mut n = 0;
+    let mut change = || {
+        n += 1;
+        host.add(host.project(format!("p{n}")));
+        let name = format!("p{n}");
+        printed().iter().any(|event| event["workspace"]["name"] == name.as_str())
+    };
+    wait_for("the command to print", &mut change);
+    // In place, and at another port, where no daemon runs for a moment.
+    let other = free_port().to_string();
+    for restart in [&["daemon", "restart"][..], &["daemon", "restart", "--daemon-port", &other]] {
+        let before = printed().len();
+        host.openwork(restart).ok();
+        wait_for("the command to print again", &mut change);
+        // Some events may be lost meanwhile: that is said.
+        assert_eq!(printed()[before]["type"], "gap", "{:?}", printed());
+    }
+    let last = printed().last().unwrap()["id"].clone();
+    host.openwork(["daemon", "stop"]).ok();
+    let output = printing.wait();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(output.stderr.starts_with("error: the daemon has ended\nhint: `openwork events --since "), "{output:?}");
+    assert!(last.as_u64().is_some(), "{last}");
 }
 
 #[test]
