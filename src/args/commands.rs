@@ -282,7 +282,7 @@ fn logs(given: &mut Given<'_>) -> Result<Command> {
         Some("daemon") => Log::Daemon,
         Some(other) => return Err(choice("log", other, "opencode or daemon")),
     };
-    let lines = given.value("--lines").map(|lines| number("--lines", &lines)).transpose()?;
+    let lines = given.value("--lines").map(|lines| number(given.typed("--lines"), &lines)).transpose()?;
     Ok(Command::Logs { log, follow: given.has("--follow"), lines })
 }
 
@@ -359,24 +359,27 @@ fn api(given: &mut Given<'_>) -> Result<Command> {
         method: method.unwrap_or_else(|| option.unwrap_or(default).to_owned()),
         path,
         data,
-        headers: given.values("--header").into_iter().map(header).collect::<Result<_>>()?,
+        headers: {
+            let typed = given.typed("--header");
+            given.values("--header").into_iter().map(|value| header(typed, value)).collect::<Result<_>>()?
+        },
         include: given.has("--include"),
     }))
 }
 
-/// A header from `NAME:VALUE`.
-fn header(header: OsString) -> Result<(String, String)> {
-    let header = text("--header", header)?;
+/// A header from the `NAME:VALUE` of an option.
+fn header(option: &str, header: OsString) -> Result<(String, String)> {
+    let header = text(option, header)?;
     let is_name = |name: &str| {
         !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.!#$%&'*+^`|~".contains(&b))
     };
     match header.split_once(':') {
         Some((name, _)) if OWN_HEADERS.iter().any(|own| name.eq_ignore_ascii_case(own)) => {
-            Err(Error::usage(format!("--header: openwork sets {name} itself")))
+            Err(Error::usage(format!("{option}: openwork sets {name} itself")))
         }
         Some((name, value)) if is_name(name) && !value.contains(char::is_control) => {
             Ok((name.to_owned(), value.trim().to_owned()))
         }
-        _ => Err(Error::usage(format!("--header: {header:?} is not NAME:VALUE"))),
+        _ => Err(Error::usage(format!("{option}: {header:?} is not NAME:VALUE"))),
     }
 }

@@ -17,6 +17,8 @@ pub struct Given<'e> {
     pub trailing: Vec<OsString>,
     /// The given options, each with its values in order.
     pub options: Vec<(&'static OptionRow, Vec<OsString>)>,
+    /// The long names of the options that were last given by their short names.
+    pub shortened: Vec<&'static str>,
     /// Looks up a variable of the environment.
     pub env: &'e dyn Fn(&str) -> Option<OsString>,
 }
@@ -25,6 +27,12 @@ impl Given<'_> {
     /// Whether a flag was given.
     pub fn has(&self, name: &str) -> bool {
         self.options().any(|row| row.name == name)
+    }
+
+    /// An option by the name that the user typed, for messages: the short one, or this long one.
+    pub fn typed(&self, name: &'static str) -> &'static str {
+        let row = OPTIONS.iter().find(|row| row.name == name).filter(|_| self.shortened.contains(&name));
+        row.and_then(|row| row.short).unwrap_or(name)
     }
 
     /// The options that were given.

@@ -261,7 +261,7 @@ pub fn parse(argv: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Resul
 fn check_options(row: &CommandRow, given: &Given<'_>) -> Result<()> {
     match given.options().find(|option| !option.is_for(row.name)) {
         None => Ok(()),
-        Some(option) => Err(suggest::foreign_option(option, row)),
+        Some(option) => Err(suggest::foreign_option(option, given.typed(option.name), row)),
     }
 }
 

@@ -44,7 +44,7 @@ impl Parsed<'_> {
 /// # Errors
 /// `usage`, with the nearest word that fits.
 pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -> Result<Parsed<'e>> {
-    let SpelledOut { spelled, mut trailing } = spell_out(argv)?;
+    let SpelledOut { spelled, shortened, mut trailing } = spell_out(argv)?;
     let mut arguments = Arguments::from_vec(spelled);
     let mut options = Vec::new();
     for row in OPTIONS {
@@ -68,7 +68,7 @@ pub fn parse<'e>(argv: &[OsString], env: &'e dyn Fn(&str) -> Option<OsString>) -
     let workspace = options.iter().find(|(row, _)| row.name == "--workspace").and_then(|(_, values)| values.last());
     words.extend(workspace.cloned());
     words.rotate_right(usize::from(workspace.is_some()));
-    Ok(Parsed { row, given: Given { words, trailing, options, env }, first })
+    Ok(Parsed { row, given: Given { words, trailing, options, shortened, env }, first })
 }
 
 /// The command of these words, if it passes arguments on to opencode.
@@ -87,20 +87,32 @@ fn unmark(value: &OsStr) -> std::result::Result<OsString, Infallible> {
 /// A command line with every option by its long name, followed by its marked value.
 struct SpelledOut {
     spelled: Vec<OsString>,
+    /// As [`Given::shortened`].
+    shortened: Vec<&'static str>,
     /// The arguments after `--`, or for opencode.
     trailing: Vec<OsString>,
 }
 
 fn spell_out(argv: &[OsString]) -> Result<SpelledOut> {
     let mut spelled: Vec<OsString> = Vec::with_capacity(argv.len());
+    let mut shortened: Vec<&'static str> = Vec::new();
     let mut words: Vec<&OsString> = Vec::new();
     let mut at = 0;
     while let Some(arg) = argv.get(at) {
         if arg == "--" {
-            return Ok(SpelledOut { spelled, trailing: argv[at + 1..].to_vec() });
+            return Ok(SpelledOut { spelled, shortened, trailing: argv[at + 1..].to_vec() });
         }
-        if passes_on(&words).is_some_and(|row| is_for_opencode(row, words.len() - 1, &argv[at..])) {
-            return Ok(SpelledOut { spelled, trailing: argv[at..].to_vec() });
+        if let Some(row) = passes_on(&words) {
+            if let (Some(attached), true) =
+                (arg.as_bytes().strip_prefix(b"-t"), row.name == "attach" && words.len() == 1)
+            {
+                let next = argv.get(at + 1).map(OsString::as_os_str);
+                let target = if attached.is_empty() { next } else { Some(OsStr::from_bytes(attached)) };
+                return Err(suggest::tmux_target(target));
+            }
+            if is_for_opencode(row, words.len() - 1, &argv[at..]) {
+                return Ok(SpelledOut { spelled, shortened, trailing: argv[at..].to_vec() });
+            }
         }
         at += 1;
         if is_word(arg) {
@@ -109,11 +121,15 @@ fn spell_out(argv: &[OsString]) -> Result<SpelledOut> {
             continue;
         }
         let (flags, row, attached) = option(arg, argv)?;
+        let is_short = !arg.as_bytes().starts_with(b"--");
+        shortened.retain(|name| *name != row.name);
+        shortened.extend(flags.iter().copied().chain([row]).filter(|_| is_short).map(|row| row.name));
         spelled.extend(flags.into_iter().map(|flag| flag.name.into()));
         spelled.push(row.name.into());
+        let typed = if is_short { row.short.unwrap_or(row.name) } else { row.name };
         match (row.value, attached) {
             (None, None) => {}
-            (None, Some(_)) => return Err(Error::usage(format!("{} takes no value", row.name))),
+            (None, Some(_)) => return Err(Error::usage(format!("{typed} takes no value"))),
             (Some(_), Some(value)) => spelled.push(marked(&value)),
             (Some(what), None) => match argv.get(at) {
                 Some(value) if !value.as_bytes().starts_with(b"--") => {
@@ -121,19 +137,19 @@ fn spell_out(argv: &[OsString]) -> Result<SpelledOut> {
                     at += 1;
                 }
                 Some(value) => {
-                    return Err(misplaced(row, argv).unwrap_or_else(|| Error::Usage {
-                        message: format!("{} needs a value ({what}), not {}", row.name, shown(value)),
+                    return Err(misplaced(row, typed, argv).unwrap_or_else(|| Error::Usage {
+                        message: format!("{typed} needs a value ({what}), not {}", shown(value)),
                         hint: Some(format!("write {}={} if that is the value", row.name, shown(value))),
                     }));
                 }
                 None => {
-                    let missing = || Error::usage(format!("{} needs a value ({what})", row.name));
-                    return Err(misplaced(row, argv).unwrap_or_else(missing));
+                    let missing = || Error::usage(format!("{typed} needs a value ({what})"));
+                    return Err(misplaced(row, typed, argv).unwrap_or_else(missing));
                 }
             },
         }
     }
-    Ok(SpelledOut { spelled, trailing: Vec::new() })
+    Ok(SpelledOut { spelled, shortened, trailing: Vec::new() })
 }
 
 /// Whether an argument is a word and not an option. A lone `-` is the previously active workspace.
@@ -200,10 +216,10 @@ fn marked(value: &OsStr) -> OsString {
 
 /// The error to report before a missing value of an option: the command is unknown, or does not take the
 /// option.
-fn misplaced(option: &OptionRow, argv: &[OsString]) -> Option<Error> {
+fn misplaced(option: &OptionRow, typed: &str, argv: &[OsString]) -> Option<Error> {
     let words: Vec<&OsString> = argv.iter().filter(|arg| is_word(arg)).collect();
     match find_command(&words) {
-        Ok((Some(row), _)) if !option.is_for(row.name) => Some(suggest::foreign_option(option, row)),
+        Ok((Some(row), _)) if !option.is_for(row.name) => Some(suggest::foreign_option(option, typed, row)),
         Err(e) if argv.first().is_some_and(|first| is_word(first)) => Some(e),
         Ok(_) | Err(_) => None,
     }

@@ -50,11 +50,21 @@ pub fn unknown_option(given: &str, row: Option<&CommandRow>) -> Error {
     Error::Usage { message: format!("unknown option `{given}`"), hint: Some(hint) }
 }
 
-/// The command does not take this option of ours.
-pub fn foreign_option(option: &OptionRow, row: &CommandRow) -> Error {
+/// The command does not take this option of ours. `typed`: the option by its name on the command line.
+pub fn foreign_option(option: &OptionRow, typed: &str, row: &CommandRow) -> Error {
     let habit = by_habit(option.name, Some(row)).or_else(|| by_habit(option.short?, Some(row)));
     let hint = habit.map_or_else(|| format!("`openwork help {}` shows its options", row.name), str::to_owned);
-    Error::Usage { message: format!("`{}` does not take {}", row.name, option.name), hint: Some(hint) }
+    Error::Usage { message: format!("`{}` does not take {typed}", row.name), hint: Some(hint) }
+}
+
+/// The error for `attach -t web`, as with tmux: opencode's clients have no option -t.
+pub fn tmux_target(target: Option<&OsStr>) -> Error {
+    let workspace = target.filter(|target| !target.as_encoded_bytes().starts_with(b"-"));
+    let workspace = workspace.map_or_else(|| "<ws>".into(), OsStr::to_string_lossy);
+    Error::Usage {
+        message: "`attach` does not take -t".to_owned(),
+        hint: Some(format!("did you mean `openwork attach {workspace}`? After `--`, options are opencode's")),
+    }
 }
 
 /// What an option means by the habit of another program, if the command has it.

@@ -590,3 +590,26 @@ fn missing_is_computed_and_not_read_from_the_state_file() {
     let list: Value = serde_json::from_str(&output).unwrap();
     assert_eq!((&list["workspaces"][0]["missing"], &list["workspaces"][1]["missing"]), (&Value::Null, &json!(true)));
 }
+#[test]
+fn messages_name_options_as_typed() {
+    let host = Host::new();
+    let message = |line: &str| {
+        let error = host.openwork(line.split(' ')).fails(2, "usage");
+        error["message"].as_str().unwrap().to_owned()
+    };
+    for (line, expected) in [
+        ("status -f", "`status` does not take -f"),
+        ("status --follow", "`status` does not take --follow"),
+        ("status -n 5", "`status` does not take -n"),
+        ("logs -n", "-n needs a value (N)"),
+        ("logs --lines", "--lines needs a value (N)"),
+        ("logs -n x", "-n: x is not a number"),
+        ("logs -fnx", "-n: x is not a number"),
+        ("logs -n 5 --lines x", "--lines: x is not a number"),
+        ("logs -n --json", "-n needs a value (N), not --json"),
+        ("api /x -H y", "-H: \"y\" is not NAME:VALUE"),
+    ] {
+        assert_eq!(message(line), expected, "{line}");
+    }
+}
+

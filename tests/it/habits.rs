@@ -40,6 +40,8 @@ const HABITS: &[(&str, i32, &str)] = &[
     // tmux
     ("new -s work", 2, "did you mean `openwork open <dir>`?"),
     ("a -t web", 2, "did you mean `openwork attach`?"),
+    ("attach -t web", 2, "did you mean `openwork attach web`?"),
+    ("attach -tweb", 2, "did you mean `openwork attach web`?"),
     ("attach-session -t web", 2, "did you mean `openwork attach`?"),
     ("list-sessions", 2, "did you mean `openwork session list`?"),
     ("switch-client -t web", 2, "did you mean `openwork switch <ws>`?"),
