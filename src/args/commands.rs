@@ -42,6 +42,20 @@ impl CommandRow {
         OPTIONS.iter().filter(move |option| !option.commands.is_empty() && option.is_for(name))
     }
 
+    /// The workspace that the command uses when none is named, for its help; `None` for a command that uses
+    /// none, or needs a name.
+    pub fn default_workspace(&self) -> Option<&'static str> {
+        match self.name {
+            "attach" | "run" | "session list" | "wait" | "prompt" => {
+                Some("OPENWORK_WORKSPACE, else the workspace of the working directory, else the active one")
+            }
+            "workspace info" | "workspace path" | "api" | "env" | "instance dispose" | "instance reset" => {
+                Some("OPENWORK_WORKSPACE, else the active workspace, wherever you are")
+            }
+            _ => None,
+        }
+    }
+
     /// Whether it runs a daemon, starts one, or describes one.
     pub fn takes_daemon_options(&self) -> bool {
         self.autostart || RUNS_DAEMON.contains(&self.name)

@@ -15,8 +15,11 @@ pub struct OptionRow {
     pub env: Option<&'static str>,
     /// The commands that take it; empty for all.
     pub commands: &'static [&'static str],
-    /// What it does, in one line.
+    /// The effect, in one line. An option with a different effect in each command has all of them here.
     pub help: &'static str,
+    /// The effect in each command, for an option that has several.
+    #[serde(skip)]
+    pub help_by_command: &'static [(&'static str, &'static str)],
 }
 
 /// The commands that run, start or describe a daemon.
@@ -41,7 +44,7 @@ const TAKES_WORKSPACE: &[&str] = &[
 ];
 
 const fn flag(name: &'static str, commands: &'static [&'static str], help: &'static str) -> OptionRow {
-    OptionRow { name, short: None, value: None, env: None, commands, help }
+    OptionRow { name, short: None, value: None, env: None, commands, help, help_by_command: &[] }
 }
 
 const fn value(
@@ -50,7 +53,7 @@ const fn value(
     commands: &'static [&'static str],
     help: &'static str,
 ) -> OptionRow {
-    OptionRow { name, short: None, value: Some(value), env: None, commands, help }
+    OptionRow { name, short: None, value: Some(value), env: None, commands, help, help_by_command: &[] }
 }
 
 impl OptionRow {
@@ -62,9 +65,18 @@ impl OptionRow {
         OptionRow { env: Some(env), ..self }
     }
 
+    const fn by_command(self, help_by_command: &'static [(&'static str, &'static str)]) -> OptionRow {
+        OptionRow { help_by_command, ..self }
+    }
+
     /// Whether a command takes it.
     pub fn is_for(&self, command: &str) -> bool {
         self.commands.is_empty() || self.commands.contains(&command)
+    }
+
+    /// The effect in a command.
+    pub fn help_for(&self, command: &str) -> &'static str {
+        self.help_by_command.iter().find(|(of, _)| *of == command).map_or(self.help, |(_, help)| help)
     }
 }
 
@@ -81,10 +93,11 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--name", "NAME", &["workspace add", "workspace add-remote"], "Name the workspace (default: its directory or host)"),
     value("--directory", "DIR", &["workspace add-remote"], "The directory on the remote server"),
     flag("--quiet", &["workspace list", "workspace current", "session list"], "Print only ids").short("-q"),
-    flag("--force", &["instance dispose", "daemon stop", "workspace add"], "Dispose even while a session is running; end a daemon that does not respond; add even / or the home directory"),
+    flag("--force", &["instance dispose", "daemon stop", "workspace add"], "instance dispose: Dispose even while a session is running. daemon stop: End even a daemon that does not respond. workspace add: Add even / or the home directory")
+        .by_command(&[("instance dispose", "Dispose even while a session is running"), ("daemon stop", "End even a daemon that does not respond"), ("workspace add", "Add even / or the home directory")]),
     flag("--names", &["workspace list"], "Print only names"),
     flag("--missing", &["workspace remove"], "Remove every workspace whose directory has gone"),
-    flag("--unset", &["env"], "Print what takes the variables away again"),
+    flag("--unset", &["env"], "Print commands that unset the variables"),
     value("--method", "METHOD", &["api"], "Use this method: GET, POST, …; the word before the path does the same").short("-X"),
     value("--data", "BODY", &["api"], "Send this body: text, @file, or @- for standard input").short("-d"),
     value("--header", "NAME:VALUE", &["api"], "Send this header; repeatable").short("-H"),
@@ -92,12 +105,13 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--shell", "SHELL", &["env"], "Write for sh (also bash, zsh) or fish"),
     flag("--follow", &["logs"], "Keep printing new lines").short("-f"),
     value("--lines", "N", &["logs"], "Print only the last N lines").short("-n"),
-    value("--since", "ID", &["events"], "Begin after this event; what is no longer kept is told by an event `gap`"),
+    value("--since", "ID", &["events"], "Begin after this event; an event `gap` stands for events that are no longer kept"),
     flag("--keep-opencode", &["daemon stop"], "Leave opencode running for the next daemon"),
     value("--program", "FILE", &["service print"], "Have the unit run this openwork (default: the one that prints it)"),
     flag("--socket", &["service print"], "Print the socket unit instead: a connection starts the daemon"),
-    flag("--all", &["daemon stop", "daemon restart", "session list", "wait"], "Stop, or restart, opencode too, even a shared one; every workspace that is loaded"),
-    flag("--when-idle", &["daemon stop", "daemon restart"], "Wait until no session runs, without a limit but --timeout"),
+    flag("--all", &["daemon stop", "daemon restart", "session list", "wait"], "daemon stop: Stop even a shared opencode. daemon restart: Restart opencode too, even a shared one. session list: List the sessions of every loaded workspace. wait: Wait until no session runs in any workspace")
+        .by_command(&[("daemon stop", "Stop even a shared opencode"), ("daemon restart", "Restart opencode too, even a shared one"), ("session list", "List the sessions of every loaded workspace"), ("wait", "Wait until no session runs in any workspace")]),
+    flag("--when-idle", &["daemon stop", "daemon restart"], "First wait until no session runs, with no limit but --timeout"),
     value("--daemon-port", "PORT", RUNS_DAEMON, "Listen on this port (default: the last one, 6174, or any)").env("OPENWORK_DAEMON_PORT"),
     value("--opencode-bin", "FILE", RUNS_DAEMON, "Run this opencode, 1.x or 2.x (default: from PATH, or ~/.opencode/bin)").env("OPENWORK_OPENCODE_BIN"),
     value("--opencode-port", "PORT", RUNS_DAEMON, "Have opencode listen on this port (default: the last one, else a random one)").env("OPENWORK_OPENCODE_PORT"),
@@ -110,3 +124,19 @@ pub const OPTIONS: &[OptionRow] = &[
     value("--daemon-host", "HOST", RUNS_DAEMON, "Only 127.0.0.1 or localhost"),
     value("--opencode-host", "ADDRESS", RUNS_DAEMON, "Have opencode listen on this address of 127.0.0.0/8 (default: the last one, else a random one)"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_help_has_the_effect_in_each_command() {
+        for row in OPTIONS.iter().filter(|row| !row.help_by_command.is_empty()) {
+            let commands: Vec<&str> = row.help_by_command.iter().map(|(command, _)| *command).collect();
+            assert_eq!(commands, row.commands, "{}", row.name);
+            let all: Vec<String> =
+                row.help_by_command.iter().map(|(command, help)| format!("{command}: {help}")).collect();
+            assert_eq!(row.help, all.join(". "));
+        }
+    }
+}

@@ -103,7 +103,8 @@ fn options(row: Option<&CommandRow>, given: &[(&OptionRow, &OsStr)]) -> Found {
     let is_for = |option: &&OptionRow| option.commands.is_empty() || row.is_some_and(|row| option.is_for(row.name));
     let repeats = |option: &OptionRow| ["--header", "--cors"].contains(&option.name);
     let is_new = |option: &&OptionRow| repeats(option) || !given.iter().any(|(row, _)| row.name == option.name);
-    Found::words(OPTIONS.iter().filter(is_for).filter(is_new).map(|option| (option.name, option.help)))
+    let help = |option: &'static OptionRow| row.map_or(option.help, |row| option.help_for(row.name));
+    Found::words(OPTIONS.iter().filter(is_for).filter(is_new).map(|option| (option.name, help(option))))
 }
 
 fn value_of(row: &OptionRow, given: &[(&OptionRow, &OsStr)]) -> Found {

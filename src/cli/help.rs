@@ -107,7 +107,7 @@ fn overview(group: Option<&str>) -> String {
         COMMANDS.iter().filter(in_group).map(|row| (format!("{} {}", row.name, row.args), row.summary.to_owned())),
     );
     text.push_str("\noptions of every command:\n");
-    rows(&mut text, OPTIONS.iter().filter(|row| row.commands.is_empty()).map(described));
+    rows(&mut text, OPTIONS.iter().filter(|row| row.commands.is_empty()).map(|row| described(row, "")));
     text.push_str(NOTES);
     text
 }
@@ -123,13 +123,16 @@ fn siblings(row: &CommandRow) -> String {
 fn command_help(row: &CommandRow) -> String {
     let usage = format!("openwork {} [options] {}", row.name, row.args);
     let mut text = format!("{}\n\nusage: {}\n", row.summary, usage.trim_end());
+    if let Some(default) = row.default_workspace() {
+        let _ = writeln!(text, "  default workspace: {default}");
+    }
     let also: Vec<String> = aliases(row.name).into_iter().map(|alias| format!("openwork {alias}")).collect();
     if !also.is_empty() {
         let _ = writeln!(text, "  also: {}", also.join(", "));
     }
     if row.options().next().is_some() {
         text.push_str("\noptions:\n");
-        rows(&mut text, row.options().map(described));
+        rows(&mut text, row.options().map(|option| described(option, row.name)));
     }
     text.push_str("\nexamples:\n");
     let example = |(line, about): &(&str, &str)| ((*line).to_owned(), (*about).to_owned());
@@ -146,9 +149,9 @@ pub fn spelled(row: &OptionRow) -> String {
     format!("{short}{}{value}", row.name)
 }
 
-fn described(row: &OptionRow) -> (String, String) {
+fn described(row: &OptionRow, command: &str) -> (String, String) {
     let env = row.env.map_or_else(String::new, |env| format!(" [{env}]"));
-    (spelled(row), format!("{}{env}", row.help))
+    (spelled(row), format!("{}{env}", row.help_for(command)))
 }
 
 fn rows(text: &mut String, rows: impl Iterator<Item = (String, String)>) {

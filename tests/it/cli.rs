@@ -66,6 +66,46 @@ fn help_for_a_command_shows_its_options() {
 }
 
 #[test]
+fn shared_option_says_what_it_does_in_each_command() {
+    let host = Host::new();
+    for (command, option, effect) in [
+        ("instance dispose", "--force", "Dispose even while a session is running"),
+        ("daemon stop", "--force", "End even a daemon that does not respond"),
+        ("workspace add", "--force", "Add even / or the home directory"),
+        ("daemon stop", "--all", "Stop even a shared opencode"),
+        ("daemon restart", "--all", "Restart opencode too, even a shared one"),
+        ("session list", "--all", "List the sessions of every loaded workspace"),
+        ("wait", "--all", "Wait until no session runs in any workspace"),
+    ] {
+        let help = host.openwork(["help"].into_iter().chain(command.split(' '))).ok().stdout;
+        let line = help.lines().find(|line| line.trim_start().starts_with(option)).unwrap();
+        assert_eq!(line.trim_start().trim_start_matches(option).trim(), effect, "{command}");
+    }
+}
+
+#[test]
+fn help_names_the_default_workspace() {
+    let host = Host::new();
+    let here = "OPENWORK_WORKSPACE, else the workspace of the working directory, else the active one";
+    let active = "OPENWORK_WORKSPACE, else the active workspace, wherever you are";
+    for (default, commands) in [
+        (here, &["attach", "run", "session list", "wait", "prompt"][..]),
+        (active, &["env", "api", "workspace path", "workspace info", "instance dispose", "instance reset"]),
+    ] {
+        for command in commands {
+            let help = host.openwork(["help"].into_iter().chain(command.split(' '))).ok().stdout;
+            assert!(help.contains(&format!("  default workspace: {default}\n")), "{help}");
+        }
+    }
+    // As it says: two commands that print the workspace, one of each kind.
+    let web = host.project("web");
+    host.add(host.project("api"));
+    host.add(&web);
+    assert!(host.openwork(["info"]).cwd(&web).ok().stdout.contains("/api"));
+    assert_eq!(host.openwork(["wait"]).cwd(&web).ok().stdout, "no session is running in web\n");
+}
+
+#[test]
 fn aliases_show_the_help_of_their_command() {
     let host = Host::new();
     host.exercises(["option --help"]);
