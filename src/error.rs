@@ -61,6 +61,8 @@ macro_rules! errors {
             Refused { status: u16, json: bool },
             /// The doctor has found something wrong, and has printed what.
             Unhealthy,
+            /// A failure with this code was printed with the result of the command.
+            Printed(Code),
             /// A failure that the daemon or the supervisor has already reported as JSON.
             Reported { code: Code, body: ErrorBody, status: u16 },
             /// The directory of a workspace has gone.
@@ -77,6 +79,7 @@ macro_rules! errors {
                     // The call failed, not opencode.
                     Error::Refused { .. } => Code::BadRequest,
                     Error::Unhealthy => Code::Internal,
+                    Error::Printed(code) => *code,
                     Error::DirectoryGone { .. } => Code::PathNotFound,
                     Error::Reported { code, .. } => *code,
                     Error::Io { source, .. } => match source.kind() {
@@ -96,7 +99,7 @@ macro_rules! errors {
                     Error::DirectoryGone { .. } => {
                         Some("`openwork workspace move <ws> <path>` follows a directory that was moved")
                     }
-                    Error::Refused { .. } | Error::Unhealthy | Error::Io { .. } => None,
+                    Error::Refused { .. } | Error::Unhealthy | Error::Printed(_) | Error::Io { .. } => None,
                 };
                 hint.map(str::to_owned)
             }
@@ -109,6 +112,7 @@ macro_rules! errors {
                     $(Error::$variant $(($($value),*))? $({ $($field),* })? => write!(f, $($message)*),)*
                     Error::Refused { status, .. } => write!(f, "opencode answered with status {status}"),
                     Error::Unhealthy => write!(f, "something is wrong"),
+                    Error::Printed(code) => write!(f, "{}", code.name()),
                     Error::DirectoryGone { name, path } => {
                         write!(f, "the directory of workspace {name} has gone: {}", shown(path))
                     }

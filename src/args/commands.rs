@@ -92,8 +92,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row("daemon restart", "", (0, 0), true, "Restart the daemon; opencode keeps running",
         |given| Ok(Command::DaemonRestart { all: given.has("--all"), when_idle: given.has("--when-idle") })),
     row("daemon status", "", (0, 0), false, "The same as status", |_| Ok(Command::Status)),
-    row("workspace add", "<path>", (1, 1), true, "Add a directory",
-        |given| Ok(Command::WorkspaceAdd { path: given.next().into(), name: given.name()?, force: given.has("--force") })),
+    row("workspace add", "<path>...", (1, usize::MAX), true, "Add directories", add),
     row("workspace add-remote", "<base-url>", (1, 1), true, "Add an OpenCode server elsewhere", add_remote),
     row("workspace list", "", (0, 0), false, "List the workspaces; * marks the active one",
         |given| Ok(Command::WorkspaceList { quiet: given.has("--quiet"), names: given.has("--names") })),
@@ -209,6 +208,18 @@ fn help_topic(given: &Given<'_>) -> Result<Option<String>> {
     let (row, _) = find_command(&words)?;
     let group = words.first().map(|word| canonical(word));
     Ok(row.map(|row| row.name).or(group).map(str::to_owned))
+}
+
+fn add(given: &mut Given<'_>) -> Result<Command> {
+    let paths: Vec<PathBuf> = std::mem::take(&mut given.words).into_iter().map(PathBuf::from).collect();
+    let name = given.name()?;
+    if name.is_some() && paths.len() > 1 {
+        return Err(Error::Usage {
+            message: format!("--name is for one directory, not for {}", paths.len()),
+            hint: Some("add them one by one, or leave out --name".to_owned()),
+        });
+    }
+    Ok(Command::WorkspaceAdd { paths, name, force: given.has("--force") })
 }
 
 fn add_remote(given: &mut Given<'_>) -> Result<Command> {

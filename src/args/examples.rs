@@ -14,7 +14,7 @@ pub const EXAMPLES: &[Example] = &[
     ("daemon stop", [("openwork daemon stop", "names the running sessions that it ends"), ("openwork daemon stop --when-idle", "waits for them first")]),
     ("daemon restart", [("openwork daemon restart", "after an update of openwork"), ("openwork daemon restart --all --when-idle", "after an update of opencode, once no session runs")]),
     ("daemon status", [("openwork daemon status", "what runs"), ("openwork daemon status --json", "for a script")]),
-    ("workspace add", [("openwork add .", "the working directory"), ("openwork add ~/code/web --name site", "with a name of its own")]),
+    ("workspace add", [("openwork add .", "the working directory"), ("openwork add ~/code/web ~/code/api", "several directories")]),
     ("workspace add-remote", [("openwork add-remote https://dev.example.com", "a server elsewhere"), ("openwork add-remote http://10.0.0.2:4096 --directory /srv/web --name web", "one directory there")]),
     ("workspace list", [("openwork ls", "* marks the active one"), ("openwork ls --names", "for a menu of your own")]),
     ("workspace switch", [("openwork switch web", "by the name, or its beginning"), ("openwork switch -", "back to the one before")]),

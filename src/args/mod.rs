@@ -49,7 +49,7 @@ pub enum Command {
     DaemonRestart { all: bool, when_idle: bool },
     Status,
     Doctor,
-    WorkspaceAdd { path: PathBuf, name: Option<String>, force: bool },
+    WorkspaceAdd { paths: Vec<PathBuf>, name: Option<String>, force: bool },
     WorkspaceAddRemote(AddRemote),
     WorkspaceList { quiet: bool, names: bool },
     WorkspaceSwitch { selector: Option<OsString> },

@@ -103,7 +103,7 @@ pub fn import(client: &Client, file: &Path) -> Result<Import> {
         };
         match added {
             Ok((outcome, workspace)) => Ok(Imported { outcome, source, workspace: Some(workspace), error: None }),
-            Err(e) if is_of_the_entry(&e) => {
+            Err(e) if is_about_entry(&e) => {
                 Ok(Imported { outcome: Outcome::Refused, source, workspace: None, error: Some(e.body()) })
             }
             Err(e) => Err(e),
@@ -149,11 +149,18 @@ fn add(client: &Client, there: &[Arc<Workspace>], entry: Entry) -> Result<(Outco
     Ok((outcome, reply.workspace.workspace))
 }
 
-/// Whether the entry itself is at fault, and not the daemon.
-fn is_of_the_entry(e: &Error) -> bool {
+/// Whether a failure concerns only the entry, and not the daemon.
+pub fn is_about_entry(e: &Error) -> bool {
     use Code::*;
     matches!(
         e.code(),
-        BadRequest | InvalidUrl | InvalidName | PathNotUtf8 | PathNotDirectory | PathNotFound | PermissionDenied
+        Usage
+            | BadRequest
+            | InvalidUrl
+            | InvalidName
+            | PathNotUtf8
+            | PathNotDirectory
+            | PathNotFound
+            | PermissionDenied
     )
 }

@@ -65,7 +65,7 @@ pub fn main(argv: &[OsString], start: Start) -> u8 {
     match result {
         Ok(()) => 0,
         // The result has been printed: opencode's reply, or what the doctor has found.
-        Err(e @ (Error::Refused { json: true, .. } | Error::Unhealthy)) => e.code().exit_status(),
+        Err(e @ (Error::Refused { json: true, .. } | Error::Unhealthy | Error::Printed(_))) => e.code().exit_status(),
         // The client that started this daemon reports the error to its user.
         Err(e) if start != Start::Foreground => {
             crate::log!("{e}");
@@ -181,7 +181,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
         Command::DaemonRestart { all, when_idle } => daemon::restart(&client()?, out, *all, wanted(*when_idle)),
         Command::Status => daemon::status(&client()?, out),
         Command::Doctor => doctor::examine(invocation, out),
-        Command::WorkspaceAdd { path, name, force } => workspace::add(&client()?, out, path, name.clone(), *force),
+        Command::WorkspaceAdd { paths, name, force } => workspace::add(&client()?, out, paths, name.clone(), *force),
         Command::WorkspaceAddRemote(body) => workspace::add_remote(&client()?, out, body),
         Command::WorkspaceList { quiet, names } => workspace::list(&client()?, out, *quiet, *names),
         Command::WorkspaceCurrent { quiet } => workspace::current(&client()?, out, *quiet),

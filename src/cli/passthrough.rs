@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::client::{Address, Client, failure};
 use super::daemon::{last_line, note_migration};
-use super::output::{Output, Waiting, note};
+use super::output::{Output, Waiting, clean, note};
 use super::workspace::{WORKSPACE_VARIABLE, encoded, named, selector_here, target};
 use crate::args::{Api, Data, Shell};
 use crate::error::{Error, ErrorBody, Result};
@@ -337,10 +337,24 @@ pub fn check_terminal(args: &[OsString]) -> Result<()> {
 
 /// Becomes `opencode run`; returns only on failure.
 pub fn run(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> Error {
-    // opencode goes on with a turn whose client has gone. openwork is no longer there to say so then.
-    let note =
+    // opencode goes on with a turn after its client has ended, and openwork is gone by then.
+    let on_interrupt =
         "after Ctrl-C the turn goes on: `openwork session list` shows it, `openwork session abort <id>` ends it\n";
-    become_opencode(client, selector, Line::run, args, if asks_for_help(args) { "" } else { note })
+    let advice = match (asks_for_help(args), selector) {
+        (true, _) => String::new(),
+        (false, None) => prompt_begins_with_workspace(client, args).unwrap_or_default() + on_interrupt,
+        (false, Some(_)) => on_interrupt.to_owned(),
+    };
+    become_opencode(client, selector, Line::run, args, &advice)
+}
+
+/// A hint for `run web "hi"`: the name of a workspace is part of the prompt there.
+fn prompt_begins_with_workspace(client: &Client, args: &[OsString]) -> Option<String> {
+    let [first, _, ..] = args else { return None };
+    let state = State::read(&client.data_dir.state()).ok()?;
+    let is_named = state.workspaces.iter().any(|workspace| *first == *workspace.name);
+    let first = clean(first.to_str().filter(|_| is_named)?);
+    Some(format!("{first} is part of the prompt; `openwork run -w {first} …` runs in the workspace {first}\n"))
 }
 
 /// Whether opencode is only to say how it is used, or which version it is.

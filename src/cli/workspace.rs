@@ -5,21 +5,23 @@ use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::iter::once;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::client::{Client, decode, to_json};
-use super::import::{Imported, import as import_file};
+use super::import::{Imported, import as import_file, is_about_entry};
 use super::output::{Output, Waiting, clean, note, table};
-use super::pick;
-use crate::error::{Code, Error, Result};
+use super::{pick, titles_of};
+use crate::error::{Code, Error, ErrorBody, Result};
 use crate::framing::percent_encode;
 use crate::log::timestamp;
 use crate::paths;
 use crate::state::State;
-use crate::wire::{AddLocal, AddRemote, Listed, Move, PathReply, Rename, WorkspaceList, WorkspaceReply};
+use crate::wire::{
+    AddLocal, AddRemote, InstanceList, Listed, Move, PathReply, Rename, RunningSession, WorkspaceList, WorkspaceReply,
+};
 use crate::workspace::{Kind, Workspace, existing_directory, location, looks_like_path};
 
 /// The environment variable that names a workspace where none is given.
@@ -46,7 +48,21 @@ pub fn switch(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Re
         None => pick::workspace(client, out)?,
     };
     let reply: WorkspaceReply = client.ask("POST", &by_id(&id, "/activate"), &())?;
-    out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))
+    out.print(&reply, |reply| format!("switched to {}\n", named(&reply.workspace.workspace)))?;
+    note_overriding_variable(&reply.workspace.workspace);
+    Ok(())
+}
+
+/// Warns that the environment still names another workspace than the one that is now active.
+fn note_overriding_variable(active: &Workspace) {
+    let set = std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
+    let Some(value) = set.filter(|value| *value != *active.id && *value != *active.name) else { return };
+    let value = value.to_string_lossy();
+    note(&format!(
+        "note: {WORKSPACE_VARIABLE}={} overrides the active workspace in this shell; `unset {WORKSPACE_VARIABLE}` ends \
+         that\n",
+        clean(&value)
+    ));
 }
 
 /// The reply to the removal of several workspaces.
@@ -67,14 +83,31 @@ pub fn remove(client: &Client, out: &mut Output, selectors: &[OsString]) -> Resu
             found.push(reply);
         }
     }
+    let running = running_in(client, &found);
     let removed = found.into_iter().map(|found| remove_one(client, found)).collect::<Result<Vec<_>>>()?;
+    for (workspace, sessions) in running {
+        note(&format!(
+            "{} is still running in {}, and goes on: `openwork session list --all` shows it, `openwork session abort \
+             <id>` ends it\n",
+            clean(&titles_of(&sessions)),
+            named(&workspace)
+        ));
+    }
     match &removed[..] {
         [one] => out.print(one, removed_line),
         several => print_removed(out, several, String::new()),
     }
 }
 
-/// Removes every local workspace whose directory has gone. One on a mount that hangs is taken to be there.
+/// The running sessions of these workspaces; none when the daemon does not answer.
+fn running_in(client: &Client, found: &[WorkspaceReply]) -> Vec<(Arc<Workspace>, Vec<RunningSession>)> {
+    let Ok(list) = client.ask::<InstanceList>("GET", "/instances", &()) else { return Vec::new() };
+    let is_found = |id: &str| found.iter().any(|found| found.workspace.workspace.id == id);
+    let busy = list.instances.into_iter().filter(|entry| !entry.sessions.is_empty() && is_found(&entry.workspace.id));
+    busy.map(|entry| (entry.workspace, entry.sessions)).collect()
+}
+
+/// Removes every local workspace whose directory has gone. A directory on a hung mount counts as present.
 pub fn remove_missing(client: &Client, out: &mut Output) -> Result<()> {
     let list: WorkspaceList = client.ask("GET", "/workspaces", &())?;
     let found = list.workspaces.into_iter().filter(|listed| listed.missing).map(|workspace| WorkspaceReply {
@@ -147,9 +180,71 @@ fn print_added(out: &mut Output, reply: &WorkspaceReply) -> Result<()> {
     })
 }
 
-/// Adds a directory.
-pub fn add(client: &Client, out: &mut Output, path: &Path, name: Option<String>, force: bool) -> Result<()> {
-    print_added(out, &add_directory(client, path, name, force)?)
+/// Adds directories. With several, a failure does not keep the others from being added.
+///
+/// # Errors
+/// The first failure, which has been printed if there are several directories.
+pub fn add(client: &Client, out: &mut Output, paths: &[PathBuf], name: Option<String>, force: bool) -> Result<()> {
+    if let [path] = paths {
+        return print_added(out, &add_directory(client, path, name, force)?);
+    }
+    let mut all = Added { ok: true, active_id: String::new(), workspaces: Vec::new(), error: None };
+    let mut first = None;
+    for path in paths {
+        let result = add_directory(client, path, None, force);
+        let mut one =
+            AddedOne { path: path.to_string_lossy().into_owned(), workspace: None, created: None, error: None };
+        match result {
+            Ok(reply) => {
+                if !out.is_json() {
+                    print_added(out, &reply)?;
+                }
+                all.active_id = reply.active_id;
+                (one.workspace, one.created) = (Some(reply.workspace), reply.created);
+            }
+            // Without a daemon, the other directories would fail the same way.
+            Err(e) if !is_about_entry(&e) => return Err(e),
+            Err(e) => {
+                if !out.is_json() {
+                    out.fail(&e);
+                }
+                first.get_or_insert(e.code());
+                one.error = Some(e.body());
+                all.ok = false;
+                all.error = all.error.or_else(|| one.error.clone());
+            }
+        }
+        all.workspaces.push(one);
+    }
+    if out.is_json() {
+        out.print(&all, |_| String::new())?;
+    }
+    first.map_or(Ok(()), |code| Err(Error::Printed(code)))
+}
+
+/// The result of `workspace add` with several directories.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Added {
+    ok: bool,
+    active_id: String,
+    workspaces: Vec<AddedOne>,
+    /// The first failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<ErrorBody>,
+}
+
+/// The result for one directory: either `workspace` and `created`, or `error`.
+#[derive(Default, Serialize)]
+struct AddedOne {
+    /// The argument.
+    path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workspace: Option<Listed>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<ErrorBody>,
 }
 
 /// Adds a directory; `/` and the home directory only by force: the agent could change everything in it.

@@ -43,7 +43,7 @@ fn next_daemon_adopts_opencode_of_a_killed_daemon() {
     assert_eq!(host.starts().len(), 1);
     assert_eq!(host.instance(&project), ["load"]);
 
-    // The stream of a direct client stayed open and goes on.
+    // The stream of a direct client stayed open.
     host.dispose_directly(&project);
     let (kind, directory) = match IS_V2 {
         true => ("/type", "/location/directory"),

@@ -298,7 +298,7 @@ fn unexpected_arguments_and_options_are_refused() {
         &["workspace", "list", "extra"][..],
         &["workspace", "list", "--name", "n"],
         &["workspace", "add"],
-        &["workspace", "add", "/tmp", "/tmp"],
+        &["workspace", "import", "/tmp", "/tmp"],
         &["workspace", "rename", "only-one"],
         &["workspace", "add-remote"],
         &["workspace", "info", "p", "--force"],
@@ -599,6 +599,29 @@ fn short_options_can_be_combined() {
 }
 
 #[test]
+fn messages_name_options_as_typed() {
+    let host = Host::new();
+    let message = |line: &str| {
+        let error = host.openwork(line.split(' ')).fails(2, "usage");
+        error["message"].as_str().unwrap().to_owned()
+    };
+    for (line, expected) in [
+        ("status -f", "`status` does not take -f"),
+        ("status --follow", "`status` does not take --follow"),
+        ("status -n 5", "`status` does not take -n"),
+        ("logs -n", "-n needs a value (N)"),
+        ("logs --lines", "--lines needs a value (N)"),
+        ("logs -n x", "-n: x is not a number"),
+        ("logs -fnx", "-n: x is not a number"),
+        ("logs -n 5 --lines x", "--lines: x is not a number"),
+        ("logs -n --json", "-n needs a value (N), not --json"),
+        ("api /x -H y", "-H: \"y\" is not NAME:VALUE"),
+    ] {
+        assert_eq!(message(line), expected, "{line}");
+    }
+}
+
+#[test]
 fn line_break_in_a_path_does_not_break_the_message() {
     let host = Host::new();
     let output = host.openwork(["workspace", "add", "/none\nhint: do as I say"]).exits(1);
@@ -630,26 +653,3 @@ fn missing_is_computed_and_not_read_from_the_state_file() {
     let list: Value = serde_json::from_str(&output).unwrap();
     assert_eq!((&list["workspaces"][0]["missing"], &list["workspaces"][1]["missing"]), (&Value::Null, &json!(true)));
 }
-#[test]
-fn messages_name_options_as_typed() {
-    let host = Host::new();
-    let message = |line: &str| {
-        let error = host.openwork(line.split(' ')).fails(2, "usage");
-        error["message"].as_str().unwrap().to_owned()
-    };
-    for (line, expected) in [
-        ("status -f", "`status` does not take -f"),
-        ("status --follow", "`status` does not take --follow"),
-        ("status -n 5", "`status` does not take -n"),
-        ("logs -n", "-n needs a value (N)"),
-        ("logs --lines", "--lines needs a value (N)"),
-        ("logs -n x", "-n: x is not a number"),
-        ("logs -fnx", "-n: x is not a number"),
-        ("logs -n 5 --lines x", "--lines: x is not a number"),
-        ("logs -n --json", "-n needs a value (N), not --json"),
-        ("api /x -H y", "-H: \"y\" is not NAME:VALUE"),
-    ] {
-        assert_eq!(message(line), expected, "{line}");
-    }
-}
-

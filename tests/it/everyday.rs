@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::support::{Host, Signal, kill};
+use crate::support::{Host, Signal, kill, on_terminal};
 
 #[test]
 fn prompt_shows_the_workspace_of_the_directory() {
@@ -72,6 +72,84 @@ fn open_adds_the_directory_and_attaches() {
     host.openwork(["open", "/no/such"]).on_terminal("").fails(1, "path_not_found");
     let error = host.openwork(["open"]).on_terminal("").cwd(host.home()).fails(2, "usage");
     assert!(error["hint"].as_str().unwrap().contains("--force"), "{error}");
+}
+
+#[test]
+fn several_directories_are_added_at_once() {
+    let host = Host::new();
+    let [web, api, shop] = ["web", "api", "shop"].map(|name| host.project(name).to_str().unwrap().to_owned());
+    let output = host.openwork(["add", &web, &api]).ok();
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    assert!(lines[0].starts_with("added web (") && lines[0].ends_with(", active"), "{output:?}");
+    assert!(lines[1].starts_with("added api (") && lines.len() == 2, "{output:?}");
+
+    // A failure does not keep the others from being added; the first one is the exit status.
+    let output = host.openwork(["add", &api, "/no/such", "~", &shop]).exits(1);
+    assert!(output.stdout.starts_with("already there: api ("), "{output:?}");
+    assert!(output.stdout.lines().nth(1).unwrap().starts_with("added shop ("), "{output:?}");
+    assert!(output.stderr.starts_with("error: no such directory: /no/such\nerror: "), "{output:?}");
+    assert_eq!(host.names(), ["web", "api", "shop"]);
+
+    let output = host.openwork(["add", "--json", "~", &web]).exits(2);
+    let added = output.object();
+    assert_eq!((&added["ok"], &added["error"]["code"]), (&json!(false), &json!("usage")));
+    assert_eq!(added["workspaces"][0]["error"], added["error"]);
+    let [path, created, name] = [
+        &added["workspaces"][1]["path"],
+        &added["workspaces"][1]["created"],
+        &added["workspaces"][1]["workspace"]["name"],
+    ];
+    assert_eq!((path, created, name), (&json!(web), &json!(false), &json!("web")));
+    let added = host.openwork(["add", &web, &api]).json();
+    assert_eq!(added["workspaces"].as_array().unwrap().len(), 2);
+    assert_eq!(added["activeId"], added["workspaces"][0]["workspace"]["id"]);
+
+    host.openwork(["add", &web, &api, "--name", "x"]).fails(2, "usage");
+    host.openwork(["add"]).fails(2, "usage");
+}
+
+#[test]
+fn switch_names_the_variable_that_overrides_it() {
+    let host = Host::new();
+    host.add(host.project("web"));
+    let api = host.add(host.project("api"));
+    let switch = |variable: &str| {
+        let output = host.openwork(["switch", "api"]).env("OPENWORK_WORKSPACE", variable).ok();
+        assert!(output.stdout.starts_with("switched to api ("), "{output:?}");
+        output.stderr
+    };
+    assert_eq!(
+        switch("web"),
+        "note: OPENWORK_WORKSPACE=web overrides the active workspace in this shell; `unset OPENWORK_WORKSPACE` ends \
+         that\n"
+    );
+    for agrees in ["", "api", &api] {
+        assert_eq!(switch(agrees), "");
+    }
+}
+
+#[test]
+fn prompt_that_begins_with_a_workspace_gets_a_hint() {
+    let host = Host::new();
+    host.add(host.project("web"));
+    host.openwork(["daemon", "start"]).ok();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(host.binary());
+        command.args(args).env("OPENWORK_DATA_DIR", host.data()).env_remove("OPENWORK_WORKSPACE");
+        on_terminal(command, "")
+    };
+    let hint = "web is part of the prompt; `openwork run -w web …` runs in the workspace web\n";
+    let printed = run(&["run", "web", "hi"]);
+    // The meaning stays.
+    assert!(printed.contains(hint) && printed.contains("web hi"), "{printed}");
+    for other in
+        [&["run", "web"][..], &["run", "webs", "hi"], &["run", "-w", "web", "web", "hi"], &["run", "web", "--", "hi"]]
+    {
+        let printed = run(other);
+        assert!(!printed.contains("part of the prompt"), "{printed}");
+    }
+    // Without a terminal there is no hint.
+    assert_eq!(host.openwork(["run", "web", "hi"]).ok().stderr, "");
 }
 
 #[test]

@@ -107,6 +107,27 @@ fn abort_ends_the_running_turn() {
 }
 
 #[test]
+fn removing_a_workspace_names_its_running_sessions() {
+    let (host, web, api) = web_and_api();
+    host.busy(&[&web]);
+    // No session runs in the other workspace.
+    assert_eq!(host.openwork(["workspace", "remove", "api"]).ok().stderr, "");
+    host.add(&api);
+    let output = host.openwork(["workspace", "remove", "web", "api"]).ok();
+    assert_eq!(
+        output.stderr,
+        format!(
+            "mend {{it}} is still running in web ({}), and goes on: `openwork session list --all` shows it, `openwork \
+             session abort <id>` ends it\n",
+            web.display()
+        )
+    );
+    // The turn goes on, and can still be ended.
+    assert_eq!(host.openwork(["session", "list", "--all"]).json()["sessions"][0]["state"], "running");
+    assert_eq!(host.openwork(["session", "abort", "ses_fake"]).json()["aborted"], true);
+}
+
+#[test]
 fn wait_returns_when_sessions_are_idle() {
     let (host, web, api) = web_and_api();
     host.exercises(["command wait", "route GET /idle", "route GET /workspaces/:id/idle", "code still_busy"]);
