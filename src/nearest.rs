@@ -1,4 +1,4 @@
-//! The word that was probably meant by one that is not known: a command, an option, a workspace.
+//! Finds the known word that an unknown one probably means: a command, an option, a workspace.
 
 /// The longest word that is compared, in bytes: the time grows with the product of both lengths.
 const LONGEST: usize = 200;

@@ -18,19 +18,19 @@ use crate::wire::{AddRemote, TIMEOUT_HEADER};
 pub struct CommandRow {
     /// One or two words.
     pub name: &'static str,
-    /// The arguments as the help shows them: `<required>`, `[optional]`.
+    /// The arguments in the help: `<required>`, `[optional]`.
     pub args: &'static str,
     /// The least and the greatest number of arguments.
     #[serde(skip)]
     pub count: (usize, usize),
     /// Whether it starts a daemon when none runs.
     pub autostart: bool,
-    /// What it does, in one line.
+    /// The effect, in one line.
     pub summary: &'static str,
     /// Whether it passes arguments on to opencode.
     #[serde(skip)]
     pub passes_on: bool,
-    /// Builds the command from what was given; the number of arguments has been checked.
+    /// Builds the command from the command line, after the number of arguments was checked.
     #[serde(skip)]
     pub make: fn(&mut Given<'_>) -> Result<Command>,
 }
@@ -140,7 +140,7 @@ pub const COMMANDS: &[CommandRow] = &[
     row("help", "[<command>]", (0, 2), false, "Show help", |given| Ok(Command::Help { topic: help_topic(given)? })),
 ];
 
-/// Short forms of words, wherever they stand in the name of a command.
+/// Short forms of words anywhere in the name of a command.
 pub const ALIASES: &[(&str, &str)] = &[
     ("ws", "workspace"),
     ("ls", "list"),
@@ -150,7 +150,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("completion", "completions"),
 ];
 
-/// The first word that may be left out where no other command has the name: `openwork add .`
+/// The first word that may be omitted if no other command has the name: `openwork add .`
 pub const OMISSIBLE: &str = "workspace";
 
 /// A word without its alias.
@@ -196,13 +196,12 @@ pub fn find_command<'w>(words: &[&'w OsString]) -> Result<(Option<&'static Comma
     }
 }
 
-/// Whether a command ends something: the daemon, a session, an entry of the registry. `name` may be without
-/// the first word that can be left out.
+/// Whether a command ends the daemon or a session, or removes a workspace. `name` may omit the first word.
 pub fn is_ending(name: &str) -> bool {
     ["daemon stop", "workspace remove", "remove", "session abort"].contains(&name)
 }
 
-/// The command, or the first word of several, that `help` is asked about.
+/// The topic of `help`: a command, or the first word of several.
 fn help_topic(given: &Given<'_>) -> Result<Option<String>> {
     let words: Vec<&OsString> = given.words.iter().collect();
     let (row, _) = find_command(&words)?;
@@ -262,7 +261,7 @@ fn stop(given: &mut Given<'_>) -> Result<Command> {
     Ok(Command::DaemonStop { keep_opencode, all, force: given.has("--force"), when_idle: given.has("--when-idle") })
 }
 
-/// Refuses a workspace beside `--all`.
+/// Refuses a workspace together with `--all`.
 fn all_or_one(given: &mut Given<'_>) -> Result<(Option<OsString>, bool)> {
     let (selector, all) = (given.optional(), given.has("--all"));
     match (&selector, all) {

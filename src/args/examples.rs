@@ -1,9 +1,9 @@
-//! Two examples for each command, for its help: what it is mostly used for, and one thing more.
+//! Two examples for the help of each command: its most common use, and another one.
 
-/// The name of a command, and two lines of a shell that use it, each with what it does.
+/// The name of a command, and two shell lines that use it, each with its effect.
 type Example = (&'static str, [(&'static str, &'static str); 2]);
 
-/// Every command has its examples; a test parses them all.
+/// The examples of every command; a test parses them all.
 #[rustfmt::skip]
 pub const EXAMPLES: &[Example] = &[
     ("status", [("openwork status", "what runs"), ("openwork status --json | jq .opencode.baseUrl", "a field of it")]),

@@ -1,22 +1,21 @@
-//! What people type by the habit of another program, and what openwork calls that.
+//! Words and options that users know from other programs, and their names in openwork.
 //!
-//! Invariant: no hint is a command that ends something (a test holds the table to that): who mistypes must
-//! not be handed a stop or a removal to confirm. Where the word itself asks for an end, the hint names the
-//! help that has the command.
+//! Invariant, checked by a test: no hint is a command that stops or removes anything, so that nobody who
+//! mistypes a command confirms a stop. For words that mean a stop, the hint names the help that has the command.
 
-/// What a word means here.
+/// The meaning of such a word in openwork.
 #[derive(Clone, Copy, Debug)]
 pub enum Habit {
-    /// A command of openwork's, perhaps with arguments.
+    /// A command of openwork, perhaps with arguments.
     Is(&'static str),
-    /// Something that has no command, or more than one.
+    /// An explanation, where openwork has no command or several.
     Says(&'static str),
 }
 
 use Habit::{Is, Says};
 
-/// Words of other programs that no command of ours has, without the word `workspace` before them: one word,
-/// or the first two of a command line. The longer ones count first.
+/// Words of other programs that no command of openwork has, without the word `workspace`: one word, or the first
+/// two of a command line. Two words take precedence.
 #[rustfmt::skip]
 pub const WORDS: &[(&str, Habit)] = &[
     // tmux, screen
@@ -186,8 +185,8 @@ pub const WORDS: &[(&str, Habit)] = &[
     ("state check", Is("doctor")),
 ];
 
-/// Options of other programs: what they are called here, and the option that the command has to take for
-/// that to be a hint; without one it holds for every command.
+/// Options of other programs: the option that the command must take for the hint to apply (`None`: any
+/// command), and the hint.
 #[rustfmt::skip]
 pub const OPTIONS: &[(&str, Option<&str>, &str)] = &[
     // the calls of curl and gh
@@ -247,7 +246,7 @@ pub const OPTIONS: &[(&str, Option<&str>, &str)] = &[
     ("--config", None, "settings are options and variables: `openwork help daemon run` lists them"),
 ];
 
-/// What these words, of which the first is without its alias, mean by habit.
+/// The meaning of the first words of a command line; `first` without its alias.
 pub fn of_words(first: &str, second: Option<&str>) -> Option<Habit> {
     let find = |words: &str| WORDS.iter().find(|(known, _)| *known == words).map(|(_, habit)| *habit);
     second.and_then(|second| find(&format!("{first} {second}"))).or_else(|| find(first))

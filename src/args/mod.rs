@@ -1,13 +1,13 @@
-//! The command line: tables of commands and options, and the way from argv and environment to a
-//! [`Command`], which is plain data. Nothing is touched here; help, completion, the manual and the
-//! tests that look for gaps read the same tables.
+//! The command line: tables of commands and options, and the parser from argv and environment to a
+//! [`Command`], which is plain data. The parser has no side effects. Help, completion, the manual and the tests
+//! for completeness read the same tables.
 //!
 //! ```text
 //! commands   the table of commands, each row with the function that makes its `Command`
 //! options    the table of options
 //! examples   two of them for the help of each command
 //! parser     argv to words and options
-//! suggest    hints for words that are not known; habits, what they mean in other programs
+//! suggest    hints for unknown words; habits: the words of other programs
 //! values     text to ports, durations, origins, …
 //! ```
 
@@ -31,10 +31,10 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::wire::AddRemote;
 
-/// How long a command may take when `--timeout` does not say.
+/// How long a command may take without `--timeout`.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
-/// The same for the commands that wait for the start or the stop of opencode: both can take half a
-/// minute of their own.
+/// The same for commands that wait for the start or the stop of opencode, each of which can take half a
+/// minute.
 const DEFAULT_DAEMON_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What to do.
@@ -82,21 +82,21 @@ pub enum Command {
     ServicePrint { program: Option<PathBuf>, is_socket: bool },
 }
 
-/// Whose workspace a command works in.
+/// The workspace of a command.
 #[derive(Clone, Copy, Debug)]
 pub enum Wanted<'a> {
-    /// One of the command line.
+    /// Named on the command line.
     Named(&'a OsStr),
-    /// None was named: that of the environment, or of the working directory, or the active one.
+    /// Not named: the workspace of the environment or of the working directory, or the active one.
     Default,
 }
 
 impl Command {
-    /// The workspace that the command works in, and that its failures may be about; `None` for a command
-    /// that takes none, or takes one out of the registry.
+    /// The workspace that the command uses, for messages about its failures; `None` for a command that uses
+    /// none, or removes workspaces.
     pub fn workspace(&self) -> Option<Wanted<'_>> {
         let selector = match self {
-            // Without a selector it asks.
+            // Without a selector, the command asks for one.
             Command::WorkspaceSwitch { selector } => Some(selector.as_ref()?),
             Command::WorkspaceRename { selector, .. } | Command::WorkspaceMove { selector, .. } => Some(selector),
             Command::WorkspaceInfo { selector }
@@ -174,7 +174,7 @@ pub enum Log {
     Daemon,
 }
 
-/// A command with what every command has.
+/// A command, and the options that every command has.
 #[derive(Debug)]
 pub struct Invocation {
     /// What to do.
@@ -195,11 +195,11 @@ pub struct Invocation {
     pub timeout_given: bool,
     /// The options of a daemon that this command starts.
     pub daemon: Options,
-    /// What the user should know about the command line, though it is carried out.
+    /// A warning about the command line, which is carried out nevertheless.
     pub warning: Option<&'static str>,
 }
 
-/// Whether the result is wanted as JSON, even if the rest of the command line has a mistake.
+/// Whether to print JSON, even if the rest of the command line has a mistake.
 pub fn wants_json(argv: &[OsString]) -> bool {
     argv.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json")
 }

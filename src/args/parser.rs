@@ -26,14 +26,14 @@ use crate::error::{Error, Result};
 pub struct Parsed<'e> {
     /// The command; `None` when there is none, or only the first word of several.
     pub row: Option<&'static CommandRow>,
-    /// What was given to it.
+    /// Its arguments and options.
     pub given: Given<'e>,
     /// The first word of the command line, without its alias.
     first: Option<String>,
 }
 
 impl Parsed<'_> {
-    /// What `--help` is about: the command, or the first word of several.
+    /// The topic of `--help`: the command, or the first word of several.
     pub fn topic(&self) -> Option<String> {
         self.row.map(|row| row.name.to_owned()).or_else(|| self.first.clone())
     }
@@ -158,12 +158,12 @@ fn is_word(arg: &OsStr) -> bool {
     !bytes.starts_with(b"-") || bytes == b"-"
 }
 
-/// Whether the arguments of `attach` or `run` are for opencode from here on: from the first one that is
-/// neither the workspace nor an option of openwork's. `words`: how many arguments stand before.
+/// Whether the arguments of `attach` or `run` go to opencode from here on: from the first one that is neither
+/// the workspace nor an option of openwork. `words`: how many arguments precede it.
 fn is_for_opencode(row: &CommandRow, words: usize, rest: &[OsString]) -> bool {
     let Some(arg) = rest.first() else { return false };
     if is_word(arg) {
-        // The first word after `attach` is the workspace; after `run` only one that stands before `--`.
+        // The first word after `attach` is the workspace; after `run` only if `--` follows it.
         let is_workspace = row.args.starts_with("[<ws>]") || rest.get(1).is_some_and(|next| next == "--");
         return words > 0 || !is_workspace;
     }
@@ -189,7 +189,7 @@ fn long(arg: &OsStr, argv: &[OsString]) -> Result<Spelled> {
     }
 }
 
-/// `-x`, or several together, the last one perhaps with its value: `-fn5`.
+/// `-x`, or several combined, the last one perhaps with its value: `-fn5`.
 fn short(arg: &OsStr, argv: &[OsString]) -> Result<Spelled> {
     let mut flags = Vec::new();
     for (at, letter) in arg.as_bytes().iter().enumerate().skip(1) {

@@ -1,5 +1,4 @@
-//! What to say about a word that is not known: what it means by the habit of another program, else the
-//! nearest word that is known.
+//! Hints for unknown words: the openwork name of a word from another program, else the nearest known word.
 
 use std::ffi::OsStr;
 
@@ -9,8 +8,8 @@ use super::options::{OPTIONS, OptionRow};
 use crate::error::Error;
 use crate::nearest::nearest;
 
-/// No command has this word: as its first one, with the `next` behind it, or as the second one of a `group`.
-/// `known`: the words that stand there in commands.
+/// The error for an unknown command: `given` is its first word, followed by `next`, or the second word after
+/// `group`. `known`: the words of commands at that position.
 pub fn unknown_command<'k>(
     group: Option<&str>,
     given: &str,
@@ -23,7 +22,7 @@ pub fn unknown_command<'k>(
         None => habits::of_words(word, next),
     };
     let full = |word: &str| group.map_or_else(|| word.to_owned(), |group| format!("{group} {word}"));
-    // Who mistypes must not be handed a stop or a removal.
+    // Never suggest a stop or a removal for a typo.
     let near = || nearest(word, known.filter(|word| !is_ending(&full(word))));
     let hint = match (habit, group) {
         (Some(Habit::Is(command)), _) => format!("did you mean `openwork {command}`?"),
@@ -37,7 +36,7 @@ pub fn unknown_command<'k>(
     Error::Usage { message: format!("unknown command `{}`", full(given)), hint: Some(hint) }
 }
 
-/// No option has this name. With a command, only options that the command takes are suggested.
+/// The error for an unknown option. With a command, the hint is an option that the command takes.
 pub fn unknown_option(given: &str, row: Option<&CommandRow>) -> Error {
     let takes = |option: &&OptionRow| row.is_none_or(|row| option.is_for(row.name));
     let hint = by_habit(given, row).map(str::to_owned).unwrap_or_else(|| {
@@ -50,7 +49,7 @@ pub fn unknown_option(given: &str, row: Option<&CommandRow>) -> Error {
     Error::Usage { message: format!("unknown option `{given}`"), hint: Some(hint) }
 }
 
-/// The command does not take this option of ours. `typed`: the option by its name on the command line.
+/// The error for an option that the command does not take. `typed`: its name on the command line.
 pub fn foreign_option(option: &OptionRow, typed: &str, row: &CommandRow) -> Error {
     let habit = by_habit(option.name, Some(row)).or_else(|| by_habit(option.short?, Some(row)));
     let hint = habit.map_or_else(|| format!("`openwork help {}` shows its options", row.name), str::to_owned);
@@ -67,13 +66,13 @@ pub fn tmux_target(target: Option<&OsStr>) -> Error {
     }
 }
 
-/// What an option means by the habit of another program, if the command has it.
+/// The hint for an option of another program, if it applies to the command.
 fn by_habit(given: &str, row: Option<&CommandRow>) -> Option<&'static str> {
     let takes = |needed: &str| {
         let is_it = |option: &&OptionRow| option.name == needed;
         row.is_some_and(|row| OPTIONS.iter().find(is_it).is_some_and(|option| option.is_for(row.name)))
     };
-    // Several short options may stand together, and a value behind them.
+    // Several short options may be combined, with a value after them.
     let first = given.get(..2).filter(|_| !given.starts_with("--"));
     let of = |name: &str| {
         let fits = |(known, needs, _): &&(&str, Option<&str>, &str)| *known == name && needs.is_none_or(takes);

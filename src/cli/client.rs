@@ -1,9 +1,9 @@
-//! Finds the daemon, starts it when there is none, and asks it.
+//! Finds the daemon, starts it when none runs, and calls it.
 //!
-//! Invariant: nothing is sent to a port before the listening socket there is known to be held by the
-//! process that `daemon.lock` names, which holds that file open and runs under our own user; each
-//! connection is then proven to lead to that socket (`agent`). A port that a dead daemon had may be
-//! anybody's, and so is the port of a daemon in another container or on another machine.
+//! Invariant: the client sends nothing to a port until it has checked that the process named in
+//! `daemon.lock` holds the listening socket there, holds that file open, and runs under our own user; each
+//! connection is then proven to lead to that socket (`agent`). Any process may have taken the port of a dead
+//! daemon, or the port number of a daemon in another container or on another machine.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -95,7 +95,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Finds the running daemon, and waits for one that is about to listen.
+    /// Finds the running daemon; waits for a daemon that is about to listen.
     ///
     /// # Errors
     /// `daemon_elsewhere`; `daemon_unresponsive` when it does not listen before the deadline.
@@ -272,7 +272,7 @@ impl Client {
         self.read_bytes(target)?.map(|reply| decode(&reply)).transpose()
     }
 
-    /// The same, as it came.
+    /// The same, unparsed.
     ///
     /// # Errors
     /// As for [`Client::read`].
@@ -542,9 +542,9 @@ impl Client {
 /// holds the lock, and holds the listening socket at the port.
 ///
 /// # Errors
-/// When this process lacks a resource for the look.
+/// When this process runs out of a resource that the check needs.
 fn prove(pid: u32, port: u16, lock: &File, path: &Path) -> io::Result<Option<Listener>> {
-    // Held first, looked at after: what is proven is true of the process behind the pidfd.
+    // Open the pidfd before the checks, so that they hold for the process behind it.
     let Some(process) = process::open(pid)?.filter(|_| process::is_ours(pid)) else { return Ok(None) };
     if !system::lock::has_locked(pid, &lock.metadata()?, path) {
         return Ok(None);
@@ -554,7 +554,7 @@ fn prove(pid: u32, port: u16, lock: &File, path: &Path) -> io::Result<Option<Lis
     Ok(socket.map(|socket| Listener { address, socket, process: Arc::new(process) }))
 }
 
-/// The time until a deadline as [`TIMEOUT_HEADER`] says it.
+/// The time until a deadline as a value of [`TIMEOUT_HEADER`].
 fn seconds_until(deadline: Instant) -> String {
     let rest = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     format!("{:.3}", rest.as_secs_f64())

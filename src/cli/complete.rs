@@ -1,6 +1,6 @@
-//! Completion of command lines: a short script for each shell asks `openwork __complete` what could
-//! stand at the cursor. So only the tables of `args` have to be kept true, and workspaces are completed
-//! too; no daemon is asked or started.
+//! Completion of command lines: a short script for each shell asks `openwork __complete` for the candidates
+//! at the cursor. The candidates come from the tables of `args` and, for workspaces, from the state file;
+//! no daemon is called or started.
 //!
 //! `openwork __complete WORD…` takes the words after `openwork` up to the cursor, of which the last may
 //! be empty or incomplete, and prints a line for each candidate: the word, a tab, a description. The
@@ -52,7 +52,7 @@ pub fn print(words: &[OsString]) {
         Found::Files => ":files\n".to_owned(),
         Found::Words(words) => words.iter().map(|(word, about)| format!("{word}\t{}\n", clean(about))).collect(),
     };
-    // A failure has no reader: the shell shows nothing of it.
+    // Ignore a failure: the shell would not show it.
     let _ = io::stdout().write_all(text.as_bytes());
 }
 
@@ -147,7 +147,7 @@ fn next_words(words: &[&OsString]) -> Found {
     }
 }
 
-/// The candidates for an argument, by the way the table writes the arguments of the command.
+/// The candidates for an argument, by its name in the table of commands.
 fn argument(row: &CommandRow, position: usize, is_behind: bool, given: &[(&OptionRow, &OsStr)]) -> Found {
     let arguments: Vec<&str> = row.args.split(' ').map(|argument| argument.trim_matches(['[', ']'])).collect();
     let repeated = arguments.last().and_then(|last| last.strip_suffix("..."));
@@ -174,7 +174,7 @@ fn argument(row: &CommandRow, position: usize, is_behind: bool, given: &[(&Optio
     }
 }
 
-/// The names in the state file.
+/// The names of the workspaces in the state file.
 fn workspaces(given: &[(&OptionRow, &OsStr)]) -> Found {
     let option = given.iter().rev().find(|(row, _)| row.name == "--data-dir").map(|(_, value)| (*value).to_owned());
     let variable = |name| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());

@@ -22,14 +22,14 @@ use crate::system;
 use crate::system::process::{self, Process};
 use crate::wire::{Health, Phase, ProcessInfo, Session, Shutdown, ShutdownReply, WorkspaceReply};
 
-/// How long a daemon may take to reply to a stop: it replies first and stops then.
+/// How long a daemon may take to reply to a stop: it replies before it stops.
 const STOP_REPLY: Duration = Duration::from_secs(10);
-/// How often a daemon is asked whether it has taken over an opencode: that takes some milliseconds.
+/// The interval between checks whether a daemon has adopted an opencode, which takes some milliseconds.
 const TAKE_OVER_INTERVAL: Duration = Duration::from_millis(10);
-/// How long the daemon looks once more whether a session runs, before it stops. Short: a command that is
-/// interrupted meanwhile must not be carried out long after.
+/// The limit for the daemon's own wait until no session runs, before it stops. Short: if the command is
+/// interrupted meanwhile, the daemon must not stop much later.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
-/// How long a daemon that does not respond has for a stop in good order before it is killed.
+/// How long an unresponsive daemon has between TERM and KILL.
 const TERM_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Starts the daemon, and waits until opencode is ready.
@@ -45,8 +45,8 @@ pub fn start(client: &Client, out: &mut Output) -> Result<()> {
     wait_until_ready(client, out, running.is_none())
 }
 
-/// Waits for opencode, and prints where it and the daemon are. A new daemon may have been given options
-/// that its opencode was not started with.
+/// Waits for opencode, and prints the addresses of both. Notes when a new daemon has adopted an opencode that
+/// does not match its options.
 fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<()> {
     let before = last_line(client);
     client.ensure()?;
@@ -67,13 +67,13 @@ fn wait_until_ready(client: &Client, out: &mut Output, is_new: bool) -> Result<(
     })
 }
 
-/// The line of the opencode that was last started, as far as the state file says.
+/// The line of the opencode that was last started, from the state file.
 pub fn last_line(client: &Client) -> Option<Line> {
     let binaries = State::read(&client.data_dir.state()).ok()?.binaries?;
     Line::of(&binaries.opencode?.actual_version?)
 }
 
-/// Tells what it means that opencode is of another line than before.
+/// Notes the consequences of a change of opencode's line.
 pub fn note_migration(before: Option<Line>, health: &Health) {
     let now = health.engine.version.as_deref().and_then(Line::of);
     if let Some(warning) = now.and_then(|now| migration(before, now)) {
@@ -81,7 +81,7 @@ pub fn note_migration(before: Option<Line>, health: &Health) {
     }
 }
 
-/// Whether the daemon has adopted an opencode that is not the one asked for.
+/// Whether the daemon has adopted an opencode that does not match the options.
 fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
     let (Some(options), Some(opencode)) = (&client.autostart, &health.opencode) else { return Ok(false) };
     let binary = State::read(&client.data_dir.state())?.binaries.unwrap_or_default().opencode.map(|known| known.path);
@@ -89,7 +89,7 @@ fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
     let other_port = options.engine.port.is_some_and(|port| port != opencode.port);
     let url = |ip| format!("http://{ip}:{}", opencode.port);
     let other_host = options.engine.host.is_some_and(|ip| url(ip) != opencode.base_url);
-    // A shared one has the port and the program that its user gave it.
+    // The user chose the port and the program of a shared opencode.
     if health.engine.shared {
         return Ok(false);
     }
@@ -99,25 +99,25 @@ fn keeps_another_opencode(client: &Client, health: &Health) -> Result<bool> {
 /// How to stop the daemon.
 #[derive(Clone, Copy)]
 pub struct Stop {
-    /// opencode stays, for the next daemon.
+    /// Leave opencode running for the next daemon.
     pub keep_opencode: bool,
-    /// The user's own service, where the daemon shares it, is stopped too.
+    /// Stop the user's own service too, if the daemon shares it.
     pub all: bool,
-    /// Ends a daemon that does not respond, too.
+    /// End even a daemon that does not respond.
     pub force: bool,
 }
 
-/// A wait for the end of all sessions that comes first.
+/// A preceding wait until no session runs.
 #[derive(Clone, Copy)]
 pub struct WhenIdle {
-    /// The time of the command. Without `is_limit`, it begins when no session runs any more.
+    /// The time limit of the command. Without `is_limit`, it starts after the wait.
     pub timeout: Duration,
-    /// The user has given that time, and it is for the wait too.
+    /// The user set the limit, so it includes the wait.
     pub is_limit: bool,
 }
 
-/// Does something as soon as no session runs. `act` is given how long it may wait for the sessions that
-/// have begun since.
+/// Acts as soon as no session runs. `act` gets the time that it may wait for sessions that have started
+/// since.
 fn when_idle<T>(
     client: &Client,
     when: Option<WhenIdle>,
@@ -127,7 +127,7 @@ fn when_idle<T>(
     let until = is_limit.then_some(client.deadline);
     loop {
         match session::until_idle(&client.until(client.deadline), "/idle", until) {
-            // What runs no more has no sessions.
+            // A daemon that does not run has no sessions.
             Ok(()) | Err(Error::DaemonNotRunning) => {}
             Err(e) => return Err(e),
         }
@@ -144,18 +144,18 @@ fn when_idle<T>(
 struct Stopped {
     ok: bool,
     stopped: bool,
-    /// The sessions that were running, and ended with opencode.
+    /// The running sessions that ended with opencode.
     sessions: Vec<Session>,
     #[serde(skip)]
     keeps_service: bool,
 }
 
-/// What a daemon has said when it was stopped.
+/// A daemon's reply to a stop.
 #[derive(Default)]
 struct Farewell {
-    /// The running sessions that have ended with opencode.
+    /// The running sessions that ended with opencode.
     sessions: Vec<Session>,
-    /// The user's own service was its opencode, and keeps running.
+    /// The daemon shared the user's own service, which keeps running.
     keeps_service: bool,
 }
 
@@ -174,13 +174,13 @@ pub fn stop(client: &Client, out: &mut Output, how: Stop, when: Option<WhenIdle>
     })
 }
 
-/// A line for each session that a stop of opencode has ended.
+/// A line for each session that ended with opencode.
 fn ended(sessions: &[Session]) -> String {
     sessions.iter().map(|session| format!("ended the running turn of {}\n", session::described(session))).collect()
 }
 
-/// Stops the daemon, with `force` also one that does not respond; whether one was running, and what it
-/// has said.
+/// Stops the daemon; with `force`, even one that does not respond. Returns whether a daemon was running, and
+/// its reply.
 fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(bool, Farewell)> {
     let mut stopped = false;
     let mut all = Farewell::default();
@@ -201,9 +201,9 @@ fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(b
     }
 }
 
-/// Stops the daemon that runs now; `None` when there is none, or `stopped` says that this command has
-/// stopped one already: then the user has started the next one. With a limit for `idle`, sessions that
-/// run so long are an error.
+/// Stops the daemon that runs now; `None` when there is none. When this command has already stopped one
+/// (`stopped`), also `None`: somebody has started the next one since. With a limit in `idle`, sessions that
+/// still run then are an error.
 fn stop_one(
     client: &Client,
     Stop { keep_opencode, all, force }: Stop,
@@ -215,8 +215,8 @@ fn stop_one(
     let address = match found? {
         Some(_) if stopped => return Ok(None),
         Some(address) => address,
-        // The opencode of a daemon that was killed, perhaps just now, while it was asked to stop. The
-        // next daemon takes that opencode over and ends it in good order; its port does not matter.
+        // A killed daemon, perhaps killed during this stop, left an opencode. Start a daemon, at any port, that
+        // adopts the opencode and stops it properly.
         None if !keep_opencode && orphan(client)?.is_some() => {
             let address =
                 client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?;
@@ -238,9 +238,8 @@ fn stop_one(
     Ok(Some(farewell))
 }
 
-/// Waits until a daemon has taken over the opencode that it has found, or has given that up: before, it
-/// knows of no sessions, and could not end them in good order. At the client's deadline it is stopped
-/// as it is.
+/// Waits until a daemon has adopted the opencode that it found, or failed to: before, it knows no sessions, and
+/// could not end them properly. Gives up at the client's deadline.
 fn wait_until_taken_over(client: &Client, address: &Address) {
     while Instant::now() < client.deadline {
         match client.ask_at::<Health>(address, "GET", "/health", &()) {
@@ -250,8 +249,8 @@ fn wait_until_taken_over(client: &Client, address: &Address) {
     }
 }
 
-/// Ends a daemon that does not respond, if it is proven to be ours: a process of our user that holds
-/// the lock. Its opencode stays, as after a crash.
+/// Ends a daemon that does not respond, if it is proven ours: a process of our user that holds the lock. Its
+/// opencode stays, as after a crash.
 fn end_unresponsive(client: &Client, unresponsive: Error) -> Result<()> {
     let path = client.data_dir.daemon_lock();
     let Some(file) = lock::if_held(&path)? else { return Ok(()) };
@@ -259,12 +258,12 @@ fn end_unresponsive(client: &Client, unresponsive: Error) -> Result<()> {
     let Some(holder) = holder else { return Err(unresponsive) };
     note(&format!("ending the daemon (pid {}), which does not respond\n", holder.pid));
     holder.end(client.deadline.min(Instant::now() + TERM_PATIENCE));
-    // Killing takes no time, but the deadline may have passed in the attempts before.
+    // KILL takes effect at once, but the earlier attempts may have used up the deadline.
     let patient = Client { data_dir: client.data_dir.clone(), deadline: Instant::now() + STOP_REPLY, autostart: None };
     patient.wait_until_gone(&holder.pidfd)
 }
 
-/// Why the process of a daemon cannot be held.
+/// The error when the process of a daemon cannot be opened.
 fn elsewhere(e: std::io::Error) -> Error {
     match e.kind() {
         std::io::ErrorKind::Unsupported => Error::DaemonElsewhere(e.to_string()),
@@ -283,7 +282,8 @@ pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenId
     if client.autostart.is_none() {
         return Err(Error::usage("`daemon restart` cannot be used with --no-autostart"));
     }
-    // A daemon that works must not be stopped for credentials or a port that its successor cannot have.
+    // Check first that the successor can have its credentials and its port: otherwise, a working daemon would
+    // be stopped for nothing.
     Auth::check_loading(&client.data_dir)?;
     let port = client.autostart.as_ref().and_then(|options| options.port);
     if let (Some(port), Some(address)) = (port, client.find()?) {
@@ -302,7 +302,7 @@ pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenId
             Some(sessions) => sessions,
             // A daemon of 0.1.0 cannot hand over, and at another port there is nothing to hand over.
             None => {
-                // Where the next daemon shares no service, this one's is not restarted but left.
+                // If the next daemon shares no service, leave the service running.
                 let is_shared = client.autostart.as_ref().is_some_and(|options| options.engine.shared);
                 let how = Stop { keep_opencode: !all, all: all && is_shared, force: false };
                 stop_running(client, how, idle)?.1.sessions
@@ -311,7 +311,7 @@ pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenId
         note(&ended(&sessions));
         Ok(())
     })?;
-    // A wait may have lasted longer than the time for the rest.
+    // The wait may have used up the deadline.
     let rest = when.filter(|when| !when.is_limit).map(|when| Instant::now() + when.timeout);
     let client = Client { autostart: client.autostart.clone(), ..client.until(rest.unwrap_or(client.deadline)) };
     wait_until_ready(&client, out, true)
@@ -321,14 +321,14 @@ pub fn restart(client: &Client, out: &mut Output, all: bool, when: Option<WhenId
 pub fn status(client: &Client, out: &mut Output) -> Result<()> {
     let reply = client.read_bytes("/health")?.ok_or_else(|| not_running(client))?;
     let health: Health = decode(&reply)?;
-    // As it is: a newer daemon may say more than this version understands.
+    // Print the reply unchanged: a newer daemon may send fields that this version does not know.
     if out.is_json() {
         out.write(&reply)?;
         return out.write(b"\n");
     }
     let active = match health.active_id.as_str() {
         "" => None,
-        // The active workspace may be gone by now, or missing in the file of another program.
+        // The active workspace may have been removed, or be missing in a file of another program.
         _ => match client.read::<WorkspaceReply>("/workspaces/@active") {
             Err(e) if e.code().exit_status() == Code::NoActiveWorkspace.exit_status() => None,
             other => other?,

@@ -35,14 +35,14 @@ impl Request<'_> {
     }
 }
 
-/// The most memory that is taken for a body before it has come. Bytes.
+/// The most memory that is reserved for a body before it arrives. Bytes.
 const PROMISE_LIMIT: u64 = 4 * 1024 * 1024;
 
-/// A reply whose head has come; the body is read from it.
+/// A reply after its head has arrived; the body is read from it.
 pub struct Response<S: Read> {
     /// 200 to 599, or 101.
     pub status: u16,
-    /// The head as it came.
+    /// The head, unchanged.
     pub head: Vec<u8>,
     headers: Vec<(String, String)>,
     body: Body,
@@ -59,7 +59,7 @@ impl<S: Read> Response<S> {
         loop {
             let head = read_head(&mut reader)?;
             let ReplyHead { status, headers, body, .. } = parse_reply_head(&head, method)?;
-            // 100 Continue and its kind come before the reply; an upgrade is one.
+            // Interim replies such as 100 Continue precede the reply; 101 is the reply to an upgrade.
             if status >= 200 || status == 101 {
                 return Ok(Response { status, head, headers, body, reader });
             }
@@ -92,7 +92,7 @@ impl<S: Read> Response<S> {
 impl<S: Read> Read for Response<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while !self.body.is_done() && !buffer.is_empty() {
-            // Straight into the caller's buffer: a long body is read in large pieces.
+            // Read directly into the caller's buffer, so that a long body takes few reads.
             if let Some(missing) = self.body.missing() {
                 let wanted = usize::try_from(missing).unwrap_or(usize::MAX).min(buffer.len());
                 let count = self.reader.read(&mut buffer[..wanted])?;

@@ -1,5 +1,5 @@
-//! The manual page, for man(1): commands, options and errors come from the tables of `args` and `error`,
-//! so that none is forgotten; the prose is in `assets/manual-*.man`.
+//! The manual page, for man(1). Commands, options and errors come from the tables of `args` and `error`, so
+//! the page is complete; the prose is in `assets/manual-*.man`.
 
 use std::fmt::Write;
 
@@ -36,13 +36,13 @@ pub fn page() -> String {
     wrapped(&page)
 }
 
-/// The date of this version, in the foot of the page: the build must not depend on the day.
+/// The date of this version, for the foot of the page: fixed, so that builds are reproducible.
 const DATE: &str = "2026-11-26";
 /// The longest line of text, by the conventions of roff. Bytes.
 const LINE_LENGTH: usize = 80;
 
-/// The page with its text broken into lines. Requests, the tag after `.TP`, and what is not filled
-/// (`.nf`) keep their lines.
+/// Breaks the text of the page into lines. Requests, the tag after `.TP`, and unfilled text (`.nf`) keep
+/// their lines.
 fn wrapped(page: &str) -> String {
     let mut text = String::with_capacity(page.len());
     let (mut is_tag, mut is_filled) = (false, true);

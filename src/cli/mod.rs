@@ -84,7 +84,7 @@ fn run_daemon(invocation: &Invocation, start: Start) -> Result<()> {
 }
 
 fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
-    // Only for commands that need it: help does not fail without a home directory.
+    // Created only by commands that need it: `help` works without a home directory.
     let client = || -> Result<Client> {
         let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
         data_dir.check_owner()?;
@@ -94,10 +94,10 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
             autostart: invocation.autostart.then(|| absolute_options(&invocation.daemon)).transpose()?,
         })
     };
-    // Those that deal with the daemon itself have their own words for its version.
+    // Commands about the daemon itself report its version in their own way.
     let is_about_daemon = matches!(
         invocation.command,
-        // A prompt asks no daemon.
+        // The prompt does not call the daemon.
         Command::Prompt
             | Command::DaemonStart
             | Command::DaemonStop { .. }
@@ -113,7 +113,7 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
     };
     let result = run_command(&invocation, asking, out);
     match result {
-        // A route that this version has, and the daemon has not.
+        // The daemon is older and lacks the route.
         Err(e) if matches!(e.code(), Code::NotFound | Code::MethodNotAllowed) => match other_version(&client()?) {
             Some(version) => Err(Error::DaemonTooOld { what: format!("`openwork {}`", invocation.name), version }),
             None => Err(e),
@@ -123,14 +123,14 @@ fn run(invocation: Invocation, out: &mut Output) -> Result<()> {
     }
 }
 
-/// A word as a shell takes it.
+/// A word quoted for a shell.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_alphanumeric() || "/-_.=:,%@+~".contains(c);
     if word.chars().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
-/// A failure about a workspace, with what only the command line knows: that the environment has named it, or
-/// that a directory has this name.
+/// Adds to a failure about a workspace what the daemon does not know: that the environment has named the
+/// workspace, or that a directory has this name.
 fn explained(e: Error, command: &Command) -> Error {
     let code = e.code();
     let is_about_workspace = matches!(
@@ -230,7 +230,7 @@ fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out
 
 /// The version of the daemon, if one answers at once and is of another version than this command.
 fn other_version(client: &Client) -> Option<String> {
-    /// All that every version of `/health` has.
+    /// The field of `/health` that all versions have.
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Version {
@@ -291,7 +291,7 @@ fn print_text(out: &mut Output, text: &str) -> Result<()> {
 }
 
 fn service(invocation: &Invocation, program: Option<&Path>) -> Result<String> {
-    // systemd takes no relative path. The file need not exist yet: packages name the one they install.
+    // systemd requires an absolute path. The file need not exist yet: packages name the file that they install.
     let program = program.map_or_else(std::env::current_exe, std::path::absolute);
     let program = program.map_err(|e| Error::Internal(format!("cannot find the program: {e}")))?;
     let data_dir = DataDir::resolve(invocation.data_dir.as_deref(), invocation.xdg_data_home.as_deref())?;
@@ -305,7 +305,7 @@ pub fn complete(words: &[OsString]) -> u8 {
     0
 }
 
-/// The options with an absolute path: the daemon works in another directory.
+/// The options with absolute paths, since the daemon works in another directory.
 fn absolute_options(options: &Options) -> Result<Options> {
     let mut options = options.clone();
     if let Some(binary) = &options.engine.binary {

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::wire::Failure;
 use crate::workspace::is_unprintable;
 
-/// How long a wait may last before the terminal says what for.
+/// How long a wait may last before the terminal shows what the command waits for.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// The widest column that a table pads the others to, in columns of a terminal: longer than most paths.
@@ -152,7 +152,7 @@ fn table_for<'a, const N: usize>(
             *widest = (*widest).max(width(&clean(cell)));
         }
     }
-    // A wider cell sticks out: padding every row for it would be worse.
+    // A wider cell sticks out, which is better than padding every row.
     widths = widths.map(|width| width.min(WIDEST));
     let cuts = screen.is_some_and(|screen| widths.iter().map(|width| width + 2).sum::<usize>() > screen + 2);
     if cuts {
@@ -183,9 +183,9 @@ fn width(text: &str) -> usize {
     if text.is_ascii() { text.len() } else { text.width() }
 }
 
-/// As much of the beginning of a text as fits into so many columns, with `…` for the rest.
+/// Cuts a text to this many columns, with `…` for the rest.
 fn cut(text: &str, columns: usize) -> String {
-    // By prefixes: a sequence of several characters (an emoji) can be narrower than their sum.
+    // Measure prefixes: a sequence of several characters (an emoji) can be narrower than their sum.
     let ends = text.char_indices().map(|(at, c)| at + c.len_utf8());
     let fitting = ends.take_while(|end| width(&text[..*end]) < columns).last().unwrap_or(0);
     format!("{}…", &text[..fitting])

@@ -27,22 +27,22 @@ use crate::state::{Auth, BinaryRecord, State};
 use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
 
-/// The chunk in which bodies are passed on. Bytes.
+/// The size of the chunks in which bodies are copied. Bytes.
 const CHUNK: usize = 64 * 1024;
 /// The largest body that `--json` puts into an object. Bytes.
 const JSON_BODY_LIMIT: usize = 256 * 1024 * 1024;
 
-/// The hosts that no proxy is asked for.
+/// The hosts that clients must reach without a proxy.
 const NO_PROXY_HOSTS: &str = "127.0.0.1,localhost,127.0.0.0/8";
-/// The variables that `env` sets, but those about proxies.
+/// The variables that `env` sets, except those about proxies.
 const VARIABLES: [&str; 6] =
     ["OPENCODE_BASE_URL", V1_USERNAME, V1_PASSWORD, V2_PASSWORD, WORKSPACE_VARIABLE, "OPENWORK_DIRECTORY"];
 
-/// opencode's credentials: those that the daemon has stored, or those of the user's own service, where the
-/// daemon shares that.
+/// opencode's credentials: those that the daemon has stored, or, if the daemon shares the user's own service,
+/// those of the service.
 fn credentials(client: &Client) -> Result<Auth> {
     let state = || State::read(&client.data_dir.state());
-    // Where its service registers, if the daemon shares that; nothing while the daemon has none.
+    // The registration file of the shared service; none while the daemon knows no service.
     let registration = |state: State| state.opencode.and_then(|opencode| opencode.service);
     let known = state()?;
     let has_own = known.opencode.as_ref().is_some_and(|opencode| opencode.service.is_none());
@@ -74,7 +74,7 @@ struct Reply {
     body: Value,
 }
 
-/// Makes a call; the body of the reply goes to standard output as it comes.
+/// Makes a call; the body of the reply goes to standard output as it arrives.
 ///
 /// # Errors
 /// Those of the daemon; [`Error::Refused`], with exit status 1, for a status of 400 or more.
@@ -104,7 +104,7 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
     // Some calls are answered only after a turn of the agent, which may take hours.
     let deadline = timeout_given.then_some(client.deadline);
     let mut response = match &mut body {
-        // A read may be repeated when the daemon was just ending.
+        // If the daemon was just ending, a GET or HEAD may be repeated.
         None if matches!(call.method.as_str(), "GET" | "HEAD") => client
             .with_daemon(|address| client.open(address, &call.method, &target, &headers, deadline, |_| Ok(Ok(()))))?,
         None => client.open(&client.reach()?, &call.method, &target, &headers, deadline, |_| Ok(Ok(())))?,
@@ -147,7 +147,7 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
                 }
             }
         }
-        // On a terminal, the prompt has to start on a line of its own.
+        // On a terminal, the next prompt must start on a new line.
         if last != b'\n' && io::stdout().is_terminal() {
             out.write(b"\n")?;
         }
@@ -173,7 +173,7 @@ fn open_body(data: &Data) -> Result<Body> {
             Body { reader: Box::new(io::Cursor::new(bytes)), length: Some(length) }
         }
         Data::File(path) => {
-            let failed = |e| Error::usage(format!("--data: cannot read {}: {e}", path.display()));
+            let failed = |e| Error::usage(format!("cannot read the body from {}: {e}", path.display()));
             let file = File::open(path).map_err(failed)?;
             let kind = file.metadata().map_err(failed)?.file_type();
             if kind.is_dir() {
@@ -182,7 +182,7 @@ fn open_body(data: &Data) -> Result<Body> {
             if !kind.is_file() {
                 return Ok(Body { reader: Box::new(file), length: None });
             }
-            // The length is found by reading: files of /proc and /sys report another, and a file may
+            // Determine the length by reading: files in /proc and /sys report a wrong one, and a file may
             // grow meanwhile. A large file is sent in chunks as it is read.
             let mut bytes = Vec::new();
             (&file).take(CHUNK as u64).read_to_end(&mut bytes).map_err(failed)?;
@@ -203,7 +203,7 @@ fn send_body(body: &mut Body, stream: &mut impl Write) -> Result<io::Result<()>>
     let mut buffer = vec![0; CHUNK];
     loop {
         let read = body.reader.read(&mut buffer);
-        let count = read.map_err(|e| Error::usage(format!("--data: cannot be read to its end: {e}")))?;
+        let count = read.map_err(|e| Error::usage(format!("cannot read the body: {e}")))?;
         let written = match (body.length, count) {
             (Some(_), 0) => return Ok(Ok(())),
             (None, 0) => return Ok(stream.write_all(b"0\r\n\r\n")),
@@ -286,8 +286,8 @@ pub fn env(client: &Client, out: &mut Output, selector: Option<&OsStr>, shell: S
     })
 }
 
-/// Prints commands for a shell that take away what `env` has set. A list of hosts without proxy that has
-/// more in it than `env` writes is the user's, and stays.
+/// Prints commands for a shell that unset the variables of `env`. If `NO_PROXY` has more hosts than `env`
+/// adds, it is the user's and stays.
 ///
 /// # Errors
 /// When the output cannot be written.
@@ -316,7 +316,7 @@ pub fn attach(client: &Client, selector: Option<&OsStr>, args: &[OsString]) -> E
     }
 }
 
-/// Refuses to draw opencode's interface into a file or a pipe, where nobody could leave it.
+/// Requires a terminal: opencode's interface in a file or a pipe could not be quit.
 ///
 /// # Errors
 /// `usage`.
@@ -357,16 +357,16 @@ fn prompt_begins_with_workspace(client: &Client, args: &[OsString]) -> Option<St
     Some(format!("{first} is part of the prompt; `openwork run -w {first} …` runs in the workspace {first}\n"))
 }
 
-/// Whether opencode is only to say how it is used, or which version it is.
+/// Whether opencode shall only print its help or its version.
 fn asks_for_help(args: &[OsString]) -> bool {
     args.iter().any(|argument| ["--help", "-h", "--version", "-v"].iter().any(|option| argument == option))
 }
 
-/// The line of the opencode that runs. Its program is the one to be run as a client: another line would
-/// speak another protocol.
+/// The line of the running opencode. The client must be of the same line, since the lines have different
+/// protocols.
 ///
 /// # Errors
-/// When the program has been replaced by one of another line since.
+/// When a program of the other line has replaced the running one.
 fn running_line(health: &Health, record: &BinaryRecord) -> Result<Line> {
     let running = health.engine.version.as_deref().unwrap_or_default();
     let line = Line::of(running).unwrap_or(Line::V1);
@@ -374,7 +374,7 @@ fn running_line(health: &Health, record: &BinaryRecord) -> Result<Line> {
     if !std::fs::metadata(path).is_ok_and(|metadata| !BinaryRecord::of(path, &metadata).is_same_file(record)) {
         return Ok(line);
     }
-    // It costs a second, and only between an upgrade and the next start.
+    // This takes a second, but is needed only between an upgrade and the next start.
     let output = Command::new(path).arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).output();
     let output = output.map_err(|e| Error::io("run", path, e))?.stdout;
     let output = String::from_utf8_lossy(&output);
@@ -398,7 +398,7 @@ fn become_opencode(
         let line_before = last_line(client);
         let here = selector_here(client, selector)?;
         let (address, workspace) = workspace(client, Some(&here))?;
-        // A workspace that was not named may be another than the user thinks.
+        // The default workspace may not be the one that the user expects.
         if io::stderr().is_terminal() {
             let place = if selector.is_none() { format!("{}\n", named(&workspace)) } else { String::new() };
             note(&(place + advice));

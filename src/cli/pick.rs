@@ -1,5 +1,5 @@
-//! Chooses a workspace on a terminal: a numbered list, and a line that is typed. The terminal stays as it is
-//! (no raw mode), so nothing has to be put back when the command is interrupted.
+//! Lets the user choose a workspace on a terminal: prints a numbered list and reads a line. The terminal
+//! stays out of raw mode, so an interrupted command leaves nothing to restore.
 
 use std::borrow::Cow;
 use std::io::{self, BufRead, IsTerminal};
@@ -10,10 +10,10 @@ use super::workspace::read_list;
 use crate::error::{Error, Result};
 use crate::wire::{Listed, WorkspaceList};
 
-/// So many workspaces fit on a screen; the others are found by typing.
+/// How many workspaces are listed, to fit on a screen; the others are found by typing.
 const SHOWN: usize = 30;
 
-/// The id of the workspace that is chosen.
+/// Asks for a workspace and returns its id.
 ///
 /// # Errors
 /// `usage` without a terminal, or when the result is wanted as JSON; `bad_request` when nothing was chosen.
@@ -51,8 +51,8 @@ pub fn workspace(client: &Client, out: &mut Output) -> Result<String> {
     }
 }
 
-/// What was typed: a number of the list that is shown, a whole name, or a part of one, in any case. One that
-/// begins with it comes before those that have it in them.
+/// The workspaces that match the typed text: a number of the list, a whole name, or part of a name, in any case.
+/// Names that begin with the text come first.
 fn matching<'w>(shown: &[&'w Listed], all: &[&'w Listed], typed: &str) -> Vec<&'w Listed> {
     let name = |listed: &&&Listed| listed.workspace.name.to_lowercase();
     let wanted = typed.to_lowercase();

@@ -29,7 +29,7 @@ pub fn unit(program: &Path, data_dir: Option<&Path>, options: &Options) -> Resul
     };
     let program = word(program.as_os_str())?;
     let run = format!("{program} {}", arguments("daemon", &options)?.join(" "));
-    // There it is an argument of the shell.
+    // The unit passes it through a shell.
     let ask = format!("{} {}", program.replace('$', "$$"), arguments("status", &[])?.join(" "));
     // The same as for a daemon in the background.
     let variables: Vec<String> = allocator(|_| true).iter().map(|(name, value)| format!("{name}={value}")).collect();

@@ -109,7 +109,7 @@ pub fn until_idle(client: &Client, target: &str, until: Option<Instant>) -> Resu
         let daemon = started(&client);
         match client.ask::<Done>("GET", target, &()) {
             Err(e) if is_late(e.code()) && until.is_none_or(|until| Instant::now() < until) => {}
-            // The daemon has become its successor meanwhile, as the same process.
+            // The daemon restarted in place meanwhile.
             Err(_) if started(&client).is_some_and(|now| daemon.is_some_and(|before| before != now)) => {}
             other => return other.map(|_| ()),
         }
@@ -118,6 +118,6 @@ pub fn until_idle(client: &Client, target: &str, until: Option<Instant>) -> Resu
 
 /// Whether a wait for idleness ended without it.
 pub fn is_late(code: Code) -> bool {
-    // opencode that hangs or starts does not say what runs, and the supervisor sees to that.
+    // While opencode starts or hangs, it does not list its sessions; the supervisor takes care of that.
     matches!(code, Code::StillBusy | Code::OpencodeTimeout)
 }

@@ -24,7 +24,7 @@ use crate::wire::{
 };
 use crate::workspace::{Kind, Workspace, existing_directory, location, looks_like_path};
 
-/// The environment variable that names a workspace where none is given.
+/// The environment variable that names the default workspace.
 pub const WORKSPACE_VARIABLE: &str = "OPENWORK_WORKSPACE";
 
 /// A workspace for people: its name and where it is.
@@ -144,7 +144,7 @@ fn remove_one(client: &Client, mut found: WorkspaceReply) -> Result<WorkspaceRep
         client.ask_at::<WorkspaceReply>(address, "DELETE", &target, &())
     });
     match reply {
-        // The first daemon has removed it, and ended before it replied.
+        // The first daemon removed it and ended before it replied.
         Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
             if found.active_id == found.workspace.workspace.id {
                 found.active_id.clear();
@@ -247,7 +247,7 @@ struct AddedOne {
     error: Option<ErrorBody>,
 }
 
-/// Adds a directory; `/` and the home directory only by force: the agent could change everything in it.
+/// Adds a directory. `/` and the home directory need `force`, since the agent could change everything in them.
 fn add_directory(client: &Client, path: &Path, name: Option<String>, force: bool) -> Result<WorkspaceReply> {
     let path = directory(path)?;
     let resolved = std::fs::canonicalize(&path).unwrap_or_else(|_| (&path).into());
@@ -279,8 +279,8 @@ pub fn at(client: &Client, directory: &Path) -> Result<String> {
     Ok(reply.workspace.workspace.id.clone())
 }
 
-/// Prints the name of the workspace that people use where they are, from the state file alone; nothing
-/// when there is none, or it cannot be read.
+/// Prints the name of the default workspace in the working directory, from the state file alone. Prints nothing
+/// when there is none, or the file cannot be read.
 pub fn prompt(client: Option<&Client>, out: &mut Output) -> Result<()> {
     #[derive(Serialize)]
     struct Prompt {
@@ -298,7 +298,7 @@ pub fn prompt(client: Option<&Client>, out: &mut Output) -> Result<()> {
     })
 }
 
-/// A directory as the daemon takes it: absolute.
+/// A directory in the form for the daemon: absolute.
 fn directory(path: &Path) -> Result<String> {
     if path.as_os_str().is_empty() {
         return Err(Error::PathNotFound(path.to_owned()));
@@ -316,7 +316,7 @@ pub fn relocate(client: &Client, out: &mut Output, selector: &OsStr, path: &Path
         client.ask_at::<WorkspaceReply>(address, "POST", &target, &Move { path: path.clone() })
     });
     let reply = match reply {
-        // The daemon that was asked first has moved it, and ended before it could say so.
+        // The first daemon moved it and ended before it replied.
         Err(e) if e.code() == Code::WorkspaceNotFound && asked.get() > 1 => {
             client.ask("GET", &by_id(&path, ""), &())?
         }
@@ -461,13 +461,13 @@ pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String
     let is_path = looks_like_path(&String::from_utf8_lossy(selector.as_bytes())) && !is_stored_name(client, &selector);
     let selector = if is_path { paths::absolute(Path::new(&selector))?.into_os_string() } else { selector };
     match selector.to_str() {
-        // An empty selector is a script's unset variable.
+        // An empty selector is likely an unset variable in a script.
         None | Some("") => Err(not_found(&selector)),
         Some(text) => Ok(text.to_owned()),
     }
 }
 
-/// The same for a command that people use where they are: without a selector and without
+/// The same for commands that default to the working directory: without a selector and without
 /// `OPENWORK_WORKSPACE`, the workspace that contains the working directory comes before the active one.
 pub fn selector_here(client: &Client, selector: Option<&OsStr>) -> Result<OsString> {
     let is_given = selector.is_some() || std::env::var_os(WORKSPACE_VARIABLE).is_some_and(|value| !value.is_empty());
@@ -481,7 +481,7 @@ pub fn selector_here(client: &Client, selector: Option<&OsStr>) -> Result<OsStri
     }
 }
 
-/// Whether the selector is a name that looks like a path, as one from another program can.
+/// Whether the selector is a stored name that looks like a path; state files of other programs can have some.
 fn is_stored_name(client: &Client, selector: &OsStr) -> bool {
     if selector.as_bytes().starts_with(b"/") || matches!(selector.as_bytes(), b"." | b"..") {
         return false;

@@ -1,4 +1,4 @@
-//! What lies on disk: the data directory and the files in it, the directories of workspaces.
+//! Checks of the disk: the data directory and its files, and the directories of workspaces.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -15,7 +15,7 @@ use crate::system::disk;
 use crate::system::filesystem::{Filesystem, may_change};
 use crate::workspace::looks_like_path;
 
-/// The check of the data directory. When it finds something wrong, the files in there are not looked at.
+/// The name of the check of the data directory. If that fails, its files are not checked.
 pub const DATA: &str = "data";
 const STATE: &str = "state";
 const LOGS: &str = "logs";

@@ -27,8 +27,8 @@ use crate::options::Options;
 use crate::paths::DataDir;
 use crate::state::State;
 
-/// How long the daemon may take to answer before that is a finding: it answers within milliseconds, and a
-/// daemon that is starting listens within a second.
+/// The time limit for the daemon's answer: it answers within milliseconds, and a starting daemon listens
+/// within a second.
 const DAEMON_LIMIT: Duration = Duration::from_secs(3);
 /// The column in which the messages begin, behind verdict and name.
 const MESSAGE_COLUMN: usize = 22;
@@ -37,9 +37,9 @@ const MESSAGE_COLUMN: usize = 22;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
-    /// As it should be.
+    /// Nothing to do.
     Ok,
-    /// Works, and may surprise.
+    /// Works, but may surprise.
     Warning,
     /// Does not work, or soon will not.
     Wrong,
@@ -64,7 +64,7 @@ impl Verdict {
     }
 }
 
-/// What a check has found.
+/// The result of a check.
 #[derive(Debug, Serialize)]
 struct Finding {
     /// The check.
@@ -118,12 +118,12 @@ struct Report {
     checks: Vec<Finding>,
 }
 
-/// What the checks look at.
+/// The input of the checks.
 struct Patient<'a> {
     client: &'a Client,
     /// The options that this environment and command line give a daemon.
     options: &'a Options,
-    /// The state file; an empty one where it cannot be read.
+    /// The state file; empty if it cannot be read.
     state: State,
 }
 
@@ -181,7 +181,7 @@ fn summary(findings: &Findings) -> String {
     }
 }
 
-/// This program, and the one that the name `openwork` starts.
+/// Checks this program, and the program that the name `openwork` starts.
 fn program(findings: &mut Findings) {
     const NAME: &str = "openwork";
     let version = super::VERSION;

@@ -1,4 +1,5 @@
-//! What runs: the daemon, opencode, who else listens at their ports, and other opencodes over the same data.
+//! Checks of processes: the daemon, opencode, other processes at their ports, and other opencodes over the
+//! same data.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -30,13 +31,13 @@ const OPENCODE: &str = "opencode";
 const ENVIRONMENT: &str = "environment";
 const OTHERS: &str = "others";
 
-/// What it means that two servers work over the same data.
+/// The consequence of two servers over the same data.
 const APART: &str = "neither knows what runs in the other: `openwork attach` and `openwork run` use openwork's";
 /// What to do about the server of plain opencode 2.x.
 const SHARE: &str = "neither knows what runs in the other: `openwork daemon restart --all --shared` has one for both";
-/// So many unexpected ends of opencode are more than bad luck.
+/// From this many restarts after failures on, opencode has a problem.
 const MANY_RESTARTS: u64 = 3;
-/// Variables, beside keys of model providers, that change what opencode does or where it keeps its data.
+/// Variables, besides the keys of model providers, that change opencode's behaviour or the place of its data.
 const PASSED_ON: [&str; 10] = [
     "OPENCODE_CONFIG",
     "OPENCODE_CONFIG_DIR",
@@ -49,21 +50,21 @@ const PASSED_ON: [&str; 10] = [
     "http_proxy",
     "https_proxy",
 ];
-/// The variables by which a client asks a proxy.
+/// The variables that make clients use a proxy.
 const PROXIES: [&str; 6] = ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
 
-/// A daemon that answers.
+/// A running daemon.
 pub struct Running {
     /// Process id.
     pub pid: u32,
     port: u16,
     health: Health,
-    /// What the daemon was started with.
+    /// The environment of the daemon.
     environment: BTreeMap<OsString, OsString>,
     arguments: Vec<OsString>,
 }
 
-/// Looks whether a daemon runs and answers within the limit.
+/// Checks whether a daemon runs and answers within the limit.
 pub fn daemon(findings: &mut Findings, patient: &Patient<'_>, limit: Duration) -> Option<Running> {
     let soon = patient.client.until(patient.client.deadline.min(Instant::now() + limit));
     let found = soon.find().and_then(|address| {
@@ -96,7 +97,7 @@ pub fn daemon(findings: &mut Findings, patient: &Patient<'_>, limit: Duration) -
     })
 }
 
-/// Without a daemon: whether the opencode of one that was killed still runs.
+/// Checks, without a daemon, whether the opencode of a killed daemon still runs.
 fn orphan(findings: &mut Findings, patient: &Patient<'_>) {
     let record = patient.state.opencode.as_ref();
     match record.and_then(|record| Process::adopt(&record.identity())) {
@@ -108,7 +109,7 @@ fn orphan(findings: &mut Findings, patient: &Patient<'_>) {
     }
 }
 
-/// Looks at the ports that are asked for, and at the one that the next daemon would take.
+/// Checks the ports of the options, and the port that the next daemon would use.
 pub fn ports(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Running>) {
     let asked = patient.options.port;
     match (running, asked) {
@@ -124,7 +125,7 @@ pub fn ports(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Ru
             let last = Some(patient.state.ports.daemon).filter(|port| *port != 0);
             let port = asked.or(last).unwrap_or(DEFAULT_PORT);
             let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
-            // A daemon that holds its lock and does not answer holds its port as well.
+            // An unresponsive daemon that holds its lock holds its port, too.
             if !findings.has(DAEMON, super::Verdict::Wrong) {
                 daemon_port(findings, address, asked.is_some());
             }
@@ -159,7 +160,7 @@ fn daemon_port(findings: &mut Findings, address: SocketAddrV4, is_asked_for: boo
     }
 }
 
-/// Who listens on an address, for people.
+/// A description of the process that listens on an address.
 fn listener(address: SocketAddrV4) -> Option<String> {
     socket::listening_inode(address).ok()??;
     let pid = process::all_of_ours().find(|pid| matches!(socket::listening_itself(*pid, address), Ok(Some(_))));
@@ -169,7 +170,7 @@ fn listener(address: SocketAddrV4) -> Option<String> {
     })
 }
 
-/// A process for people: the name of its program, its id and where it works.
+/// A description of a process: its program, pid and working directory.
 fn described(pid: u32) -> String {
     let arguments = process::arguments(pid).unwrap_or_default();
     let name = arguments.first().map_or_else(|| "a process".to_owned(), |program| base(program));
@@ -183,7 +184,7 @@ fn base(program: &OsStr) -> String {
     Path::new(program).file_name().unwrap_or(program).to_string_lossy().into_owned()
 }
 
-/// Looks at opencode: the program, its version and its supervision.
+/// Checks opencode: its program, its version and its supervision.
 pub fn opencode(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Running>) {
     let known = patient.state.binaries.as_ref().and_then(|binaries| binaries.opencode.as_ref());
     let mine = find_opencode(patient.options.engine.binary.as_deref());
@@ -206,7 +207,7 @@ pub fn opencode(findings: &mut Findings, patient: &Patient<'_>, running: Option<
         },
         (None, Err(e)) => findings.failed(OPENCODE, e),
     }
-    // The line that the data was last used by, and the one that will use the data next.
+    // The line that used the data last, and the line that will use it next.
     let before = known.and_then(|known| Line::of(known.actual_version.as_deref()?));
     let next = installed.as_deref().and_then(Line::of);
     if let Some(warning) = next.and_then(|next| migration(before, next)) {
@@ -218,14 +219,14 @@ pub fn opencode(findings: &mut Findings, patient: &Patient<'_>, running: Option<
     }
 }
 
-/// The version of a program: as remembered, else by npm's description of the package.
+/// The version of a program: the recorded one, else from npm's description of the package.
 fn installed_version(path: &Path, metadata: &Metadata, known: Option<&BinaryRecord>) -> Option<String> {
     let record = BinaryRecord::of(path, metadata);
     let remembered = known.filter(|known| known.is_same_file(&record)).and_then(|known| known.actual_version.clone());
     remembered.or_else(|| packaged_version(path))
 }
 
-/// How the daemon's supervision of opencode goes.
+/// Checks the supervision of opencode.
 fn supervision(findings: &mut Findings, running: &Running) {
     let engine = &running.health.engine;
     let version = engine.version.as_deref().unwrap_or("version unknown");
@@ -257,7 +258,7 @@ fn supervision(findings: &mut Findings, running: &Running) {
     }
 }
 
-/// Whether the program of the daemon's opencode is another than it was, or than the one of this shell.
+/// Checks whether the program of the daemon's opencode was replaced, or differs from that of this shell.
 fn another_program(findings: &mut Findings, running: &Running, known: &BinaryRecord, mine: Option<&Path>) {
     let path = Path::new(&known.path);
     match fs::metadata(path) {
@@ -280,8 +281,8 @@ fn another_program(findings: &mut Findings, running: &Running, known: &BinaryRec
     }
 }
 
-/// The version that npm's description of a package beside the program says. opencode itself is not asked: it
-/// would create directories.
+/// The version in npm's description of the package beside the program. Running opencode for its version would
+/// create directories.
 fn packaged_version(path: &Path) -> Option<String> {
     let resolved = fs::canonicalize(path).ok()?;
     let text = fs::read(resolved.parent()?.parent()?.join("package.json")).ok()?;
@@ -290,7 +291,7 @@ fn packaged_version(path: &Path) -> Option<String> {
     package["version"].as_str().filter(|_| is_opencode).map(str::to_owned)
 }
 
-/// Looks at the environment of this shell, beside that of the opencode that runs.
+/// Compares the environment of this shell with that of the running opencode.
 pub fn environment(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Running>) {
     proxies(findings);
     if std::env::var_os("XDG_DATA_HOME").is_some_and(|value| !value.is_empty() && !Path::new(&value).is_absolute()) {
@@ -324,7 +325,7 @@ pub fn environment(findings: &mut Findings, patient: &Patient<'_>, running: Opti
     }
 }
 
-/// The directories of this shell's PATH that exist and that another environment's PATH has not.
+/// The existing directories of this shell's PATH that are missing in another environment's PATH.
 fn missing_directories(theirs: &BTreeMap<OsString, OsString>) -> Vec<String> {
     let split =
         |path: Option<&OsString>| path.map(std::env::split_paths).into_iter().flatten().collect::<Vec<PathBuf>>();
@@ -334,7 +335,7 @@ fn missing_directories(theirs: &BTreeMap<OsString, OsString>) -> Vec<String> {
     missing.map(|directory| directory.display().to_string()).collect()
 }
 
-/// A proxy that clients would ask for addresses of this machine.
+/// A proxy that clients would use even for addresses of this machine.
 fn proxies(findings: &mut Findings) {
     let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let Some(proxy) = PROXIES.iter().find(|name| is_set(name)) else { return };
@@ -348,7 +349,7 @@ fn proxies(findings: &mut Findings) {
     }
 }
 
-/// Where an opencode with this environment keeps its data: its database, or the directory of it.
+/// The place of the data of an opencode with this environment: its database, or the directory of that.
 fn data_of(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
     if let Some(database) = set("OPENCODE_DB") {
@@ -359,7 +360,8 @@ fn data_of(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     Some(base.join("opencode"))
 }
 
-/// Looks for other opencodes of this user: those over the same data, and what earlier ones of ours have left.
+/// Looks for other opencodes of this user: those over the same data, and processes that earlier ones of ours
+/// have left.
 pub fn others(findings: &mut Findings, patient: &Patient<'_>, running: Option<&Running>) {
     let record = patient.state.opencode.as_ref();
     let engine = record.map(|record| record.engine_id.as_str()).unwrap_or_default();
@@ -379,13 +381,13 @@ pub fn others(findings: &mut Findings, patient: &Patient<'_>, running: Option<&R
         let is_in_ours = || our_directory.is_some() && process::working_directory(pid) == our_directory;
         match marker {
             Some(marker) if marker == engine => {}
-            // Started with a marker and in our directory: by a daemon over this data directory, and by no other.
+            // Its marker and its working directory show that a daemon over this data directory started it.
             Some(_) if is_in_ours() => {
                 let message = format!("{} was left by an earlier daemon over this data directory", described(pid));
                 findings.warning(OTHERS, message, "nothing uses it any more: end it by hand");
                 seen.push(pid);
             }
-            // What the agent has started, or the opencode of another data directory, which has its own doctor.
+            // A process of the agent, or the opencode of another data directory, which has its own doctor.
             Some(_) => {}
             None if !has_server(&arguments) || data.is_none() => {}
             None if data_of(&|name| environment.get(OsStr::new(name)).cloned()) != data => {}
@@ -430,7 +432,7 @@ fn beside(findings: &mut Findings, pid: u32) {
     findings.warning(OTHERS, message, APART);
 }
 
-/// Whether a command line is opencode's, perhaps through an interpreter.
+/// Whether a command line runs opencode, perhaps through an interpreter.
 fn is_opencode(arguments: &[OsString]) -> bool {
     let is_it = |argument: Option<&OsString>| {
         argument
@@ -440,7 +442,7 @@ fn is_opencode(arguments: &[OsString]) -> bool {
     is_it(arguments.first()) || (is_interpreter() && is_it(arguments.get(1)))
 }
 
-/// Whether an opencode with this command line has a server in it: a client of another server has none.
+/// Whether an opencode with this command line contains a server; a client of another server does not.
 fn has_server(arguments: &[OsString]) -> bool {
     let is_client = |argument: &OsString| {
         let text = argument.to_string_lossy();

@@ -1,4 +1,4 @@
-//! The unit for systemd: whether one is installed, what it would run, and whether it runs the daemon.
+//! Checks of the unit for systemd: whether it is installed, what it would run, and whether it runs the daemon.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ const UNIT: &str = "openwork.service";
 /// See [`UNIT`].
 const SOCKET_UNIT: &str = "openwork.socket";
 
-/// Looks at the unit of this user.
+/// Checks the unit of this user.
 pub fn unit(findings: &mut Findings, data_dir: &DataDir, daemon: Option<u32>) {
     let places = places();
     let Some(path) = places.iter().map(|place| place.join(UNIT)).find(|path| fs::symlink_metadata(path).is_ok()) else {
@@ -65,7 +65,7 @@ pub fn unit(findings: &mut Findings, data_dir: &DataDir, daemon: Option<u32>) {
     }
 }
 
-/// Where units of a user are, the first ones before the others (systemd.unit(5), "User Unit Search Path").
+/// The directories of a user's units, by precedence (systemd.unit(5), "User Unit Search Path").
 fn places() -> Vec<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let home = paths::home().ok();
