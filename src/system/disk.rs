@@ -180,7 +180,11 @@ pub fn all<T: Send + Sync + 'static, A: Clone + Send + Sync + 'static>(
         let (looks, done) = (looks.clone(), done.clone());
         LOOKS.load(Ordering::Relaxed) < HANGING_LIMIT && Builder::new().spawn(move || looks.work(&done)).is_ok()
     };
-    let threads = (count / PER_THREAD).clamp(1, available_parallelism().map_or(1, NonZero::get));
+    let threads = match count / PER_THREAD {
+        // The number of processors is read from the files of the control group, which takes longer than one look.
+        0 | 1 => 1,
+        several => several.min(available_parallelism().map_or(1, NonZero::get)),
+    };
     let deadline = Instant::now() + limit;
     let mut under_way = Vec::new();
     let mut threads = if count == 0 { 0 } else { (0..threads).filter(|_| start()).count() };
