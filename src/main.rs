@@ -24,7 +24,9 @@
 //!   reply       the replies that the daemon writes itself
 //!   router      /w/<ws>/… and /api/…: checks credentials, finds the directory
 //!   exchange    one routed request: copies bytes both ways
-//!   api         the control plane behind the gate: one handler per route
+//!   control     the control plane behind the gate: tiny_http on a socket in the data directory
+//!   api         its routes, one handler each
+//!   crew        threads that wait for work and do it themselves, in turns
 //!   supervisor  the one thread that owns opencode; its policy only decides
 //!   engine      opencode itself: command line and protocol; v1 and v2 where the lines differ
 //!   instances   loaded instances, their eviction, and fences around workspaces that kill opencode

@@ -7,29 +7,27 @@ use std::time::{Duration, Instant};
 
 /// A socket whose reads and writes can be given a time limit.
 pub trait Socket: Read + Write {
-    /// Limits each following read and write; `None` waits for ever.
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()>;
+    /// Limits each following read; `None` waits for ever.
+    fn limit_reads(&self, limit: Option<Duration>) -> io::Result<()>;
+    /// Limits each following write; `None` waits for ever.
+    fn limit_writes(&self, limit: Option<Duration>) -> io::Result<()>;
 }
 
-impl Socket for TcpStream {
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
-        self.set_read_timeout(limit)?;
-        self.set_write_timeout(limit)
-    }
+macro_rules! sockets {
+    ($($socket:ty),*) => { $(
+        impl Socket for $socket {
+            fn limit_reads(&self, limit: Option<Duration>) -> io::Result<()> {
+                self.set_read_timeout(limit)
+            }
+
+            fn limit_writes(&self, limit: Option<Duration>) -> io::Result<()> {
+                self.set_write_timeout(limit)
+            }
+        }
+    )* };
 }
 
-impl Socket for &TcpStream {
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
-        (**self).limit(limit)
-    }
-}
-
-impl Socket for UnixStream {
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
-        self.set_read_timeout(limit)?;
-        self.set_write_timeout(limit)
-    }
-}
+sockets!(TcpStream, &TcpStream, &UnixStream);
 
 /// A socket that fails with `TimedOut` after the deadline, however slowly bytes arrive.
 pub struct Timed<S> {
@@ -45,19 +43,18 @@ impl<S: Socket> Timed<S> {
         Timed { socket, deadline }
     }
 
-    fn limit(&self) -> io::Result<()> {
-        let Some(deadline) = self.deadline else { return self.socket.limit(None) };
-        let rest = deadline.saturating_duration_since(Instant::now());
-        if rest.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.socket.limit(Some(rest))
-    }
-
     /// Makes a system call within the remaining time.
-    fn within(&mut self, mut call: impl FnMut(&mut S) -> io::Result<usize>) -> io::Result<usize> {
+    fn within(
+        &mut self,
+        limit: impl Fn(&S, Option<Duration>) -> io::Result<()>,
+        mut call: impl FnMut(&mut S) -> io::Result<usize>,
+    ) -> io::Result<usize> {
         loop {
-            self.limit()?;
+            let rest = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if rest.is_some_and(|rest| rest.is_zero()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            limit(&self.socket, rest)?;
             match call(&mut self.socket) {
                 // Ctrl-Z and fg interrupt a call with a timeout.
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -69,15 +66,15 @@ impl<S: Socket> Timed<S> {
     }
 }
 
-impl<S: Socket + Read> Read for Timed<S> {
+impl<S: Socket> Read for Timed<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.within(|socket| socket.read(buffer))
+        self.within(S::limit_reads, |socket| socket.read(buffer))
     }
 }
 
-impl<S: Socket + Write> Write for Timed<S> {
+impl<S: Socket> Write for Timed<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.within(|socket| socket.write(buffer))
+        self.within(S::limit_writes, |socket| socket.write(buffer))
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,25 +1,22 @@
-//! The control plane: the routes of [`ROUTES`], one handler each, on tiny_http behind the gate.
+//! The routes of the control plane ([`ROUTES`]), one handler each.
 //!
-//! Every request has a thread, since a handler may wait for opencode; every handler has a
-//! deadline and returns a value or a typed error, which become JSON in one place.
+//! Every handler has a deadline, and returns a value or a typed error, which become JSON in one place.
 
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Builder};
+use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tiny_http::{Request, Server};
+use tiny_http::Request;
 
 use super::engine::{CallError, Endpoint};
 use super::events::EventKind;
 use super::handover::Successor;
-use super::{CONTROL_SOCKET, Daemon, StopScope, reply, sessions};
+use super::{Daemon, StopScope, reply, sessions};
 use crate::error::{Code, Error, Result};
 use crate::framing::{percent_decode, percent_encode};
 use crate::line::Line;
@@ -42,8 +39,6 @@ pub const ORIGIN_HEADER: &str = "X-Openwork-Origin";
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest timeout that a client can ask for. Seconds; a day.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
-/// The pause before the control plane tries to listen again, when it lacks descriptors or memory.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long opencode may take to report the running sessions, for all instances together.
 pub const ASK_LIMIT: Duration = Duration::from_secs(2);
 /// The pause between two checks whether interrupted sessions have ended; mostly they end at once.
@@ -61,99 +56,8 @@ pub fn timeout(header: Option<&str>) -> Result<Duration> {
     }
 }
 
-/// The server behind the gate.
-pub struct ControlPlane(Mutex<Arc<Server>>);
-
-impl ControlPlane {
-    /// Listens in the data directory, which is the working directory.
-    ///
-    /// # Errors
-    /// When the socket cannot be made.
-    pub fn listen() -> Result<ControlPlane> {
-        Ok(ControlPlane(Mutex::new(Arc::new(listen()?))))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Arc<Server>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Answers requests for as long as the daemon lives, each in its own thread.
-    pub fn serve(&self, daemon: &'static Daemon) {
-        loop {
-            let server = self.lock().clone();
-            match server.recv() {
-                Ok(request) => {
-                    let request = Arc::new(Mutex::new(Some(request)));
-                    let refused = request.clone();
-                    let take = |request: &Mutex<Option<Request>>| {
-                        request.lock().unwrap_or_else(PoisonError::into_inner).take()
-                    };
-                    let work = move || take(&request).map(|request| handle(daemon, request));
-                    if let Err(e) = Builder::new().spawn(work) {
-                        crate::log!("cannot start a thread for a request: {e}");
-                        if let Some(request) = take(&refused) {
-                            let reply = Err(Error::Overloaded("threads"));
-                            answer_with(daemon, request, reply);
-                        }
-                    }
-                }
-                // The server was replaced.
-                Err(_) if !Arc::ptr_eq(&server, &self.lock()) => {}
-                Err(e) => {
-                    crate::log!("the control plane has ended: {e}");
-                    if self.replace(&server).is_err() {
-                        thread::sleep(EXHAUSTED_PAUSE);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Connects to the server, and first replaces one that has ended: tiny_http stops accepting after an
-    /// error, such as a lack of descriptors or threads.
-    ///
-    /// # Errors
-    /// `overloaded` without a free descriptor.
-    pub fn connect(&self) -> Result<UnixStream> {
-        let connect = || UnixStream::connect(CONTROL_SOCKET);
-        let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
-        let server = self.lock().clone();
-        let connected =
-            connect().or_else(|e| if is_gone(&e) && self.replace(&server).is_ok() { connect() } else { Err(e) });
-        connected.map_err(|_| Error::Overloaded("requests"))
-    }
-
-    /// Replaces a server that has ended, unless another thread has done so.
-    fn replace(&self, ended: &Arc<Server>) -> Result<()> {
-        let mut server = self.lock();
-        if Arc::ptr_eq(&server, ended) {
-            let another = Arc::new(listen()?);
-            crate::log!("the control plane listens again");
-            let ended = std::mem::replace(&mut *server, another);
-            // Wake the thread that waits on the old server, so that it moves to the new one.
-            ended.unblock();
-            // Dropping the old server would remove the socket of the new one.
-            std::mem::forget(ended);
-        }
-        Ok(())
-    }
-}
-
-fn listen() -> Result<Server> {
-    let path = Path::new(CONTROL_SOCKET);
-    let failed = |what| move |e| Error::io(what, path, e);
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed("remove")(e)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).map_err(failed("listen on"))?;
-    // The directory is private already; this is a second barrier.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed("narrow the mode of"))?;
-    Server::from_listener(listener, None).map_err(|e| Error::Internal(format!("cannot serve: {e}")))
-}
-
 /// Answers a request, even if its handler panics.
-fn handle(daemon: &Daemon, mut request: Request) {
+pub fn handle(daemon: &Daemon, mut request: Request) {
     let answer = contain_panic(|| answer(daemon, &mut request));
     match answer_with(daemon, request, answer) {
         None => {}
@@ -174,6 +78,11 @@ fn contain_panic<T>(handler: impl FnOnce() -> Result<T>) -> Result<T> {
     // survives a panic.
     catch_unwind(AssertUnwindSafe(handler))
         .unwrap_or_else(|_| Err(Error::Internal("a bug: see `openwork logs daemon`".to_owned())))
+}
+
+/// Refuses a request for which there is no thread.
+pub fn refuse(daemon: &Daemon, request: Request) {
+    answer_with(daemon, request, Err(Error::Overloaded("threads")));
 }
 
 /// Writes the complete reply, which the gate passes on unchanged. Returns the action to take after it.

@@ -25,6 +25,7 @@ use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME, Slot};
+use super::crew::Crew;
 use super::events::{Next, Subscription};
 use super::exchange::Client;
 use super::head::{Framing, HEAD_TIME, HEADER_LIMIT, Head};
@@ -74,6 +75,9 @@ pub struct Gate {
     /// Raised when the daemon ends: routed streams break off.
     stop: Flag,
     connections: Connections,
+    crew: Crew,
+    /// Held by the thread of the crew whose turn it is to wait; true once nothing comes any more.
+    turn: Mutex<bool>,
 }
 
 impl Gate {
@@ -90,7 +94,8 @@ impl Gate {
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
         let (closing, closed, stop) = (Flag::new()?, Flag::new()?, Flag::new()?);
         let connections = Connections::new(&listener, &closing)?;
-        Ok(Gate { listener, port, origins, closing, closed, stop, connections })
+        let (crew, turn) = (Crew::new(), Mutex::new(false));
+        Ok(Gate { listener, port, origins, closing, closed, stop, connections, crew, turn })
     }
 
     /// The listening socket.
@@ -98,49 +103,65 @@ impl Gate {
         &self.listener
     }
 
-    /// Accepts connections until [`Gate::close`], and gives a thread to each that is new or on which
-    /// another request has begun to come.
+    /// Serves connections until [`Gate::close`]: of those that are new or on which another request has
+    /// begun to come, this thread takes one, and starts others for the rest.
     pub fn serve(&'static self, daemon: &'static Daemon) {
-        loop {
-            let ready = match self.connections.wait() {
-                Ok(ready) => ready,
-                Err(e) => {
-                    crate::log!("cannot wait for connections: {e}");
-                    thread::sleep(EXHAUSTED_PAUSE);
-                    continue;
-                }
-            };
-            for slot in ready.requests {
+        while self.crew.join() {
+            let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut slots = Vec::new();
+            while slots.is_empty() && !*turn {
+                slots = self.wait(&mut turn);
+            }
+            let mine = slots.pop();
+            for slot in slots {
                 self.start(daemon, slot);
             }
-            if ready.closing {
-                for slot in self.connections.close() {
-                    self.start(daemon, slot);
-                }
-                return self.closed.raise();
+            let Some(slot) = mine else { return };
+            if let Err(e) = self.crew.leave(move || self.serve(daemon)) {
+                no_thread(&slot, &e);
+                continue;
             }
-            if ready.connection {
-                self.accept(daemon);
-            }
+            drop(turn);
+            self.attend(daemon, slot);
         }
     }
 
+    /// Waits for something to do. Returns the connections that a thread has to serve; sets `is_closed` when
+    /// there will be no more.
+    fn wait(&'static self, is_closed: &mut bool) -> Vec<Slot> {
+        let ready = match self.connections.wait() {
+            Ok(ready) => ready,
+            Err(e) => {
+                crate::log!("cannot wait for connections: {e}");
+                thread::sleep(EXHAUSTED_PAUSE);
+                return Vec::new();
+            }
+        };
+        let mut slots = ready.requests;
+        if ready.closing {
+            *is_closed = true;
+            slots.extend(self.connections.close());
+            self.closed.raise();
+        } else if ready.connection {
+            slots.extend(self.accept());
+        }
+        slots
+    }
+
     /// Accepts a connection.
-    fn accept(&'static self, daemon: &'static Daemon) {
+    fn accept(&'static self) -> Option<Slot> {
         use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
         match self.listener.accept() {
             Ok((stream, peer)) => {
                 let _ = stream.set_nodelay(true);
                 let connection = Arc::new(Connection::new(stream, peer));
-                match self.connections.admit(&connection) {
-                    Ok(slot) => self.start(daemon, slot),
-                    Err(e) => refuse(&connection.stream, &e),
-                }
+                self.connections.admit(&connection).inspect_err(|e| refuse(&connection.stream, e)).ok()
             }
-            Err(e) if matches!(e.kind(), Interrupted | ConnectionAborted | WouldBlock) => {}
+            Err(e) if matches!(e.kind(), Interrupted | ConnectionAborted | WouldBlock) => None,
             Err(e) => {
                 crate::log!("cannot accept a connection: {e}");
                 thread::sleep(EXHAUSTED_PAUSE);
+                None
             }
         }
     }
@@ -152,17 +173,20 @@ impl Gate {
         let take = |slot: &Mutex<Option<Slot>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
         let taken = slot.clone();
         let work = move || {
-            let Some(slot) = take(&taken) else { return };
-            // A panic costs only this connection; standard error has its message.
-            if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, slot))).is_err() {
-                crate::log!("a request failed (see above)");
+            if let Some(slot) = take(&taken) {
+                self.attend(daemon, slot);
+                self.serve(daemon);
             }
         };
         if let Err(e) = Builder::new().spawn(work) {
-            crate::log!("cannot start a thread for a connection: {e}");
-            if let Some(slot) = take(&slot) {
-                refuse(&slot.connection.stream, &Error::Overloaded("threads"));
-            }
+            take(&slot).iter().for_each(|slot| no_thread(slot, &e));
+        }
+    }
+
+    /// Serves a connection. A panic costs only this connection; standard error has its message.
+    fn attend(&'static self, daemon: &Daemon, slot: Slot) {
+        if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, slot))).is_err() {
+            crate::log!("a request failed (see above)");
         }
     }
 
@@ -289,7 +313,7 @@ impl Gate {
         let timeout = timeout.filter(|_| request.path() != "/health");
         let deadline = Instant::now() + api::timeout(timeout)? + CONTROL_GRACE;
         let mut passed_on = format!(
-            "{} {} HTTP/1.1\r\nHost: openwork\r\nConnection: close\r\nContent-Length: {}\r\n",
+            "{} {} HTTP/1.1\r\nHost: openwork\r\nContent-Length: {}\r\n",
             request.method,
             request.target,
             body.len()
@@ -310,33 +334,45 @@ impl Gate {
         passed_on.push_str("\r\n");
         // Behind a path that another daemon has taken over, the socket is the other one's too.
         daemon.store.check_lock()?;
-        let mut upstream = Timed::new(daemon.control.connect()?, Some(deadline));
+        let deadline = Some(deadline);
+        let control = daemon.control.connect()?;
         let lost = |e: io::Error| match e.kind() {
             io::ErrorKind::TimedOut => Error::Internal("the control plane does not answer".to_owned()),
             // Every handler replies: tiny_http had no thread to read the request with.
             _ => Error::Overloaded("threads"),
         };
+        let mut upstream = Timed::new(&control.stream, deadline);
         upstream.write_all(passed_on.as_bytes()).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
         // The end of the daemon does not wait for a handler that waits for opencode.
-        if !wait::wait_readable(&upstream.socket, &self.stop, Some(deadline)).map_err(lost)?
-            && !wait::wait_until_readable(&upstream.socket, Instant::now() + DRAIN_TIME / 2)
+        if !wait::wait_readable(&control.stream, &self.stop, deadline).map_err(lost)?
+            && !wait::wait_until_readable(&control.stream, Instant::now() + DRAIN_TIME / 2)
         {
             return Err(Error::OpencodeUnavailable("the daemon is stopping".to_owned()));
         }
-        let keeps = pass_reply(&mut upstream, &connection.stream, request.method).map_err(lost)?;
-        if !keeps {
+        let passed = pass_reply(&mut upstream, &connection.stream, request.method).map_err(lost)?;
+        if passed.is_whole {
+            daemon.control.keep(control);
+        }
+        if !passed.keeps {
             finish(&connection.stream);
         }
-        Ok(keeps)
+        Ok(passed.keeps)
     }
 }
 
-/// Passes a reply of the control plane on as it comes. Whether the connection is good for another
-/// request.
+/// How a reply of the control plane has passed.
+struct Passed {
+    /// It was a success, and has ended where it said.
+    is_whole: bool,
+    /// The client has all of it, and its connection is good for another request.
+    keeps: bool,
+}
+
+/// Passes a reply of the control plane on as it comes.
 ///
 /// # Errors
 /// When no reply comes. One that breaks off cannot be replaced by an error: the connection just ends.
-fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io::Result<bool> {
+fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io::Result<Passed> {
     let mut buffer = vec![0; PIECE];
     let mut length = 0;
     let head_length = loop {
@@ -354,17 +390,20 @@ fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io:
     let keeps = find(&reply.headers, "keep-alive").is_some();
     let mut belonging = head_length + reply.body.advance(&buffer[head_length..length])?;
     let mut client = Timed::new(client, Some(Instant::now() + REPLY_TIME));
-    let mut is_taken = true;
-    let mut is_exact = belonging == length;
-    while length > 0 {
-        // Also for a client that has gone, the reply is read to its end: by then tiny_http lets go
-        // of its descriptors, which are part of this slot.
+    let (mut is_taken, mut is_exact) = (true, true);
+    loop {
+        // Also for a client that has gone, the reply is read to its end: then tiny_http is done with it.
         is_taken = is_taken && client.write_all(&buffer[..belonging]).is_ok();
-        length = upstream.read(&mut buffer).unwrap_or(0);
-        belonging = reply.body.advance(&buffer[..length]).unwrap_or(0);
         is_exact &= belonging == length;
+        if reply.body.is_done() {
+            return Ok(Passed { is_whole: is_exact && reply.status < 400, keeps: keeps && is_taken && is_exact });
+        }
+        length = upstream.read(&mut buffer).unwrap_or(0);
+        if length == 0 {
+            return Ok(Passed { is_whole: false, keeps: false });
+        }
+        belonging = reply.body.advance(&buffer[..length]).unwrap_or(0);
     }
-    Ok(keeps && is_taken && is_exact && reply.body.is_done())
 }
 
 /// What [`read_head`] has read.
@@ -494,6 +533,12 @@ fn stream_events(stream: &TcpStream, events: &Subscription, origin: Option<&str>
             Next::Over => return finish(stream),
         };
     }
+}
+
+/// Refuses a connection that gets no thread.
+fn no_thread(slot: &Slot, e: &io::Error) {
+    crate::log!("cannot start a thread for a connection: {e}");
+    refuse(&slot.connection.stream, &Error::Overloaded("threads"));
 }
 
 /// Refuses a connection without reading from it, and without waiting.

@@ -1,8 +1,9 @@
 //! The background process: takes the lock, listens, starts its threads, and waits for the end.
 //!
-//! Threads: the gate (accept, and one per connection that serves a request), the control plane (and one per request), the
-//! supervisor (and its short-lived askers), the store's write-behind, eviction, opencode's events,
-//! signals. [`run`] returns when opencode is gone, or kept, and every request is answered; the end of
+//! Threads: the gate (one that accepts, and one per connection that serves a request), the control plane
+//! (one that waits, and one per request), the supervisor (and its short-lived askers), the store's
+//! write-behind, eviction, opencode's events, signals. [`run`] returns when opencode is gone, or kept, and
+//! every request is answered; the end of
 //! the process ends the threads. So what they share lives as long as the process, and nothing has
 //! to be unwound.
 //!
@@ -11,6 +12,8 @@
 
 mod api;
 mod connections;
+mod control;
+mod crew;
 pub mod engine;
 mod events;
 mod exchange;
@@ -39,6 +42,7 @@ use serde_json::Map;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
+use self::control::ControlPlane;
 use self::engine::Credentials;
 use self::events::{EventKind, Events};
 use self::gate::Gate;
@@ -78,7 +82,7 @@ struct Daemon {
     store: &'static Store,
     supervisor: Handle,
     gate: &'static Gate,
-    control: &'static api::ControlPlane,
+    control: &'static ControlPlane,
     instances: &'static Instances,
     events: &'static Events,
     notifier: &'static Notifier,
@@ -334,7 +338,7 @@ fn serve(
     let no_socket = |e| Error::Internal(format!("cannot listen: {e}"));
     let port = listener.local_addr().map_err(no_socket)?.port();
     let gate = forever(Gate::new(listener, &options.origins).map_err(no_socket)?);
-    let control = forever(api::ControlPlane::listen()?);
+    let control = forever(ControlPlane::listen()?);
     let info = ProcessInfo {
         pid: std::process::id(),
         port,

@@ -16,11 +16,11 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
-/// Whether two descriptors are neither readable nor hung up. Not to know is a no.
-pub fn are_silent(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
+/// Whether all descriptors are neither readable nor hung up. Not to know is a no.
+pub fn are_silent(descriptors: &[BorrowedFd<'_>]) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let watched = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | PollFlags::RDHUP);
-    poll(&mut [watched(a), watched(b)], Some(&now)).is_ok_and(|ready| ready == 0)
+    let watched = descriptors.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN | PollFlags::RDHUP));
+    poll(&mut watched.collect::<Vec<_>>(), Some(&now)).is_ok_and(|ready| ready == 0)
 }
 
 /// A descriptor that is readable for every waiter while the flag is up.

@@ -863,10 +863,20 @@ fn thread_exhaustion_is_reported_and_survived() {
         }
         assert!(prlimit.status().unwrap().success());
     };
-    // The user has more threads than this, so the next one is refused.
+    // The user has more threads than this, so the next one is refused; streams take those that wait.
     limit("1");
+    let mut streams = Vec::new();
     for target in ["/health", "/workspaces", "/w/p/path"] {
-        let reply = host.routed("GET", target).send();
+        let reply = until("no thread to be left", || {
+            let reply = host.routed("GET", target).send();
+            if reply.status == 200 {
+                let mut stream = host.connect();
+                let head = format!("GET /events HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n\r\n", host.port());
+                stream.write_all(head.as_bytes()).unwrap();
+                streams.push(stream);
+            }
+            (reply.status != 200).then_some(reply)
+        });
         reply.refused(503, "overloaded");
         assert_eq!(reply.header("x-openwork-error"), Some("overloaded"));
     }
@@ -875,6 +885,38 @@ fn thread_exhaustion_is_reported_and_survived() {
     host.routed("GET", "/w/p/path").send();
     host.http("GET", "/workspaces").ok();
     assert_eq!((host.daemon_pid(), host.opencode_pid()), (daemon, opencode));
+}
+
+/// Tests that need strace, to see system calls.
+mod with_strace {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs strace(1), to see threads start"]
+    fn requests_one_after_another_start_no_thread() {
+        const COUNT: usize = 20;
+        let host = Host::new();
+        let trace = host.path("trace");
+        let strace = format!("exec strace -f -e trace=clone,clone3 -o '{}' \"$0\" \"$@\"", trace.display());
+        let daemon = host.openwork(["daemon", "run"]).after(&strace).spawn();
+        wait_for("the daemon", || host.lock_text().is_some());
+        host.add(host.project("p"));
+        let ask = || {
+            host.health();
+            host.routed("GET", "/w/p/path").send();
+            // A thread has to come back before it can serve the next connection.
+            thread::sleep(Duration::from_millis(20));
+        };
+        let started = || fs::read_to_string(&trace).unwrap().matches("CLONE_THREAD").count();
+        (0..3).for_each(|_| ask());
+        let before = started();
+        (0..COUNT).for_each(|_| ask());
+        let new = started() - before;
+        // The daemon starts a thread now and then; one per request would be twice as many as `COUNT`.
+        assert!(new < COUNT / 2, "{new} threads for {COUNT} times two requests");
+        host.openwork(["daemon", "stop"]).ok();
+        daemon.wait();
+    }
 }
 
 #[test]
