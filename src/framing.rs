@@ -1,5 +1,5 @@
-//! The spelling of HTTP/1.1 that more than one room needs: where a body ends, what the head of a
-//! reply says, percent coding, Basic credentials.
+//! Parts of HTTP/1.1 that several modules need: the framing of bodies, the head of a reply, percent coding,
+//! Basic credentials.
 //!
 //! Nothing here reads or writes a socket. Sources of the format: RFC 9112, RFC 3986, RFC 7617.
 

@@ -9,7 +9,7 @@
 //! cli/         one function per command; writes no state, except to repair it
 //!   client     finds, starts and asks the daemon
 //!   daemon     start, stop, restart, status
-//!   doctor     what can be wrong, and what to do
+//!   doctor     finds problems and says what to do
 //!   workspace  the registry, and which workspace a selector means
 //!   passthrough: OpenCode's own calls and clients: api, env, attach, run
 //!   http       HTTP as api passes it through
@@ -19,7 +19,7 @@
 //!   complete, manual, service: what packages ship, from the tables of args
 //! daemon/      the background process
 //!   gate        the public port: limits and policy, connections that serve one request after another
-//!   connections limits the connections, and decides which go first
+//!   connections limits the connections, and chooses those to close when slots run short
 //!   head        the head of a request, parsed or refused
 //!   reply       the replies that the daemon writes itself
 //!   router      /w/<ws>/… and /api/…: checks credentials, finds the directory
@@ -30,14 +30,14 @@
 //!   supervisor  the one thread that owns opencode; its policy only decides
 //!   engine      opencode itself: command line and protocol; v1 and v2 where the lines differ
 //!   instances   loaded instances, their eviction, and fences around workspaces that kill opencode
-//!   sessions    which sessions run, and the wait for their end
+//!   sessions    lists running sessions, and waits for their end
 //!   events      publishes the daemon's events
 //!   notify      notifies the service manager
 //!   handover    restart in place: the process becomes the next daemon
 //! state/       the state file, and the credentials
 //!   records    its records of processes, binaries and ports
 //!   store      the state in memory and on disk
-//! repair       saves what is readable of a broken state file
+//! repair       saves the readable parts of a broken state file
 //! workspace    workspaces: ids, names, paths, URLs
 //! wire         the types of the HTTP interface and of --json
 //! agent        HTTP calls to a proven listener
@@ -50,7 +50,7 @@
 //! options, lock, log, paths, error
 //! ```
 //!
-//! `cli` and `daemon` share only what stands below both.
+//! `cli` and `daemon` share only the modules below both.
 
 mod agent;
 mod args;

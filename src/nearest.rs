@@ -8,8 +8,8 @@ pub fn nearest<'k>(given: &str, known: impl Iterator<Item = &'k str>) -> Option<
     if given.len() > LONGEST {
         return None;
     }
-    // Of two equally near words, one that was only begun comes first, then one of the same length: letters
-    // are mistyped more often than left out.
+    // Of equally near words, prefer one that begins with the given text, then one of the same length: typos
+    // more often replace a letter than omit one.
     let rank =
         |word: &'k str| (distance(given, word), !word.starts_with(given), given.len().abs_diff(word.len()), word);
     let (distance, .., word) = known.filter(|word| word.len() <= LONGEST).map(rank).min()?;

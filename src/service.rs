@@ -28,24 +28,24 @@ use crate::wire::from_json;
 /// The largest registration that is read; a real one has some 250. Bytes.
 const LENGTH_LIMIT: u64 = 64 * 1024;
 
-/// What the service says of itself.
+/// The registration of a service.
 #[derive(Clone, Deserialize)]
 pub struct Registration {
-    /// Where it listens, `http://127.0.0.1:49374`.
+    /// The URL, such as `http://127.0.0.1:49374`.
     pub url: String,
-    /// Its process.
+    /// The pid of the service.
     pub pid: u32,
-    /// What it wants in Basic credentials, with the user `opencode`.
+    /// The password of the Basic credentials; the user is `opencode`.
     pub password: String,
-    /// Of opencode.
+    /// The version of opencode.
     #[serde(default)]
     pub version: Option<String>,
 }
 
-/// A service that runs, proved to be our user's.
+/// A running service, proved to be our user's.
 #[derive(Clone)]
 pub struct Service {
-    /// What it says of itself.
+    /// The registration.
     pub registration: Registration,
     /// The socket that it holds.
     pub listener: Listener,
@@ -64,12 +64,12 @@ pub fn path() -> Result<PathBuf> {
     Ok(state.join("opencode/service.json"))
 }
 
-/// The service that runs now, if there is one that can be trusted.
+/// The running service, if it can be trusted.
 pub fn find() -> Option<Service> {
     prove(read(&path().ok()?).ok()??).ok()?
 }
 
-/// What the service that is registered wants as `Authorization`, whether it runs or not.
+/// The `Authorization` of the registered service, even if it does not run.
 pub fn authorization() -> Option<String> {
     Some(read(&path().ok()?).ok()??.authorization())
 }
@@ -77,8 +77,7 @@ pub fn authorization() -> Option<String> {
 /// Reads a registration; `None` when there is none.
 ///
 /// # Errors
-/// `opencode_unavailable` for a file that another user could have written or read, or that is no
-/// registration.
+/// `opencode_unavailable` for a file that another user could have written or read, or an invalid one.
 pub fn read(path: &Path) -> Result<Option<Registration>> {
     let refused = |why: &str| Err(Error::OpencodeUnavailable(format!("{} {why}", path.display())));
     let mut file = match open_unchanged(path) {
@@ -100,17 +99,16 @@ pub fn read(path: &Path) -> Result<Option<Registration>> {
     match from_json::<Registration>(&bytes) {
         Ok(registration) if registration.password.is_empty() => refused("has no password"),
         Ok(registration) => Ok(Some(registration)),
-        // The text stays out of the message: it has the password.
+        // Keep the text out of the message, since it contains the password.
         Err(_) => refused("is not the registration of an opencode service"),
     }
 }
 
-/// The service of a registration; `None` when none of our user's processes is one: it has ended, or does
-/// not listen yet, or the registration is about another process.
+/// Proves the service of a registration; `None` when it has ended, does not listen yet, or is not our user's.
 ///
 /// # Errors
-/// `opencode_unavailable` for a URL that is not of loopback; `overloaded` when this process lacks a
-/// resource for the look.
+/// `opencode_unavailable` for a URL outside 127.0.0.0/8; `overloaded` when this process runs out of a
+/// resource that the check needs.
 pub fn prove(registration: Registration) -> Result<Option<Service>> {
     let Some(address) = registration.address() else {
         let url = &registration.url;
@@ -119,7 +117,7 @@ pub fn prove(registration: Registration) -> Result<Option<Service>> {
              hostname`"
         )));
     };
-    // Held first, proved after: what is seen below is true of the process that is held.
+    // Open the pidfd before the checks, so that they hold for the process behind it.
     let looked_at = || -> io::Result<Option<Listener>> {
         let Some(held) = process::open(registration.pid)? else { return Ok(None) };
         if !process::is_ours(registration.pid) {
@@ -136,12 +134,12 @@ pub fn prove(registration: Registration) -> Result<Option<Service>> {
 }
 
 impl Registration {
-    /// What the service wants as `Authorization`.
+    /// The `Authorization` that the service accepts.
     pub fn authorization(&self) -> String {
         basic(V2_USERNAME, &self.password)
     }
 
-    /// Where it listens, if that is an address of 127.0.0.0/8.
+    /// The address of the service, if it is in 127.0.0.0/8.
     fn address(&self) -> Option<SocketAddrV4> {
         let rest = self.url.strip_prefix("http://")?.trim_end_matches('/');
         let (host, port) = rest.rsplit_once(':')?;
@@ -171,7 +169,7 @@ mod tests {
         assert_eq!(service.listener.address.to_string(), url["http://".len()..]);
         assert!(prove(registration(&format!("{url}/"), me)).unwrap().is_some());
 
-        // Another process of ours, one that is no more, and a port where nobody listens.
+        // Another process of ours, a process that has ended, and a port where nothing listens.
         let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         assert!(prove(registration(&url, other.id())).unwrap().is_none());
         other.kill().unwrap();

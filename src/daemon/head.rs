@@ -20,11 +20,11 @@ pub const HEAD_TIME: Duration = Duration::from_secs(2);
 
 /// A parsed head. Header names are compared without case.
 pub struct Head<'h> {
-    /// A token, as it came.
+    /// A token, unchanged.
     pub method: &'h str,
     /// In origin form: a path of visible ASCII, perhaps with a query.
     pub target: &'h str,
-    /// As they came.
+    /// The headers, unchanged.
     pub headers: &'h [httparse::Header<'h>],
     /// Of HTTP/1: 0 or 1.
     pub version: u8,
@@ -35,9 +35,9 @@ pub struct Head<'h> {
 /// The framing of the body of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// A length in bytes; 0 when the head says nothing.
+    /// A length in bytes; 0 when the head has neither a length nor a coding.
     Length(u64),
-    /// In chunks.
+    /// The chunked coding.
     Chunked,
 }
 
@@ -45,8 +45,8 @@ impl<'h> Head<'h> {
     /// Parses a head.
     ///
     /// # Errors
-    /// `bad_request` when it has no reading or more than one; `too_large` for too many headers or a
-    /// length beyond 64 bits.
+    /// `bad_request` for an invalid or ambiguous head; `too_large` for too many headers or a length beyond 64
+    /// bits.
     pub fn parse(head: &'h [u8], headers: &'h mut [httparse::Header<'h>]) -> Result<Head<'h>> {
         let bad = |why: &str| Error::BadRequest(why.to_owned());
         // httparse takes bare line feeds; the server behind us may not.
@@ -110,7 +110,7 @@ impl<'h> Head<'h> {
     pub fn keeps_connection(&self, rest: &[u8]) -> bool {
         let ends_whole = match self.framing {
             Framing::Length(length) => rest.len() as u64 <= length,
-            // Whoever reads the body finds its end.
+            // The reader of the body finds its end.
             Framing::Chunked => true,
         };
         let is_plain = self.method != "CONNECT" && !self.has_token("connection", "upgrade");
@@ -157,7 +157,7 @@ mod tests {
         }
     }
 
-    /// What a head with these header lines is understood as, or the status of its refusal.
+    /// The framing of a head with these header lines, or the status of its refusal.
     fn parsed<T>(line: &str, headers: &str, look: impl FnOnce(&Head<'_>) -> T) -> std::result::Result<T, u16> {
         let text = format!("{line}\r\n{headers}\r\n");
         let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];

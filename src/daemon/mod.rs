@@ -1,11 +1,10 @@
 //! The background process: takes the lock, listens, starts its threads, and waits for the end.
 //!
 //! Threads: the gate (one that accepts, and one per connection that serves a request), the control plane
-//! (one that waits, and one per request), the supervisor (and its short-lived askers), the store's
-//! write-behind, eviction, opencode's events, signals. [`run`] returns when opencode is gone, or kept, and
-//! every request is answered; the end of
-//! the process ends the threads. So what they share lives as long as the process, and nothing has
-//! to be unwound.
+//! (one that waits, and one per request), the supervisor and its helpers, the delayed writes of the store,
+//! eviction, opencode's events, signals. [`run`] returns when opencode has ended, or is left running, and
+//! every request is answered; the end of the process ends the threads. So their shared data lives as long as
+//! the process, and nothing has to be unwound.
 //!
 //! Invariant: the process holds `daemon.lock` from before it reads anything until it ends. A held lock means
 //! a living daemon; pids in files are only hints.
@@ -62,7 +61,7 @@ use crate::system::{limits, process, signals};
 use crate::wire::{API_VERSION, Done, Failure, Health, Phase, ProcessInfo};
 use crate::workspace::{Place, Workspace};
 
-/// How long a held lock may be just the check of a client.
+/// How long to retry a held lock: a client takes it for a moment to check it.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 /// The pause between two attempts to take the lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
@@ -89,26 +88,26 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Stops for good. `client`: the process that asked for it, if one did.
+    /// Stops the daemon. `client`: the pid of the client that requested it.
     fn stop(&self, scope: StopScope, client: Option<u32>) {
         self.ending.stop();
         self.notifier.stopping();
         self.supervisor.stop(scope, client);
     }
 
-    /// StopScope, to become its successor.
+    /// Stops the daemon to replace it by its successor.
     fn restart(&self, scope: StopScope, client: Option<u32>) {
         self.notifier.reloading();
         if self.keeps_opencode(scope) {
-            // No request may find a daemon without an opencode: requests under way are finished first, and
-            // new ones wait for the successor.
+            // No request may find a daemon without opencode: finish the requests in progress first; new ones wait
+            // for the successor.
             self.gate.close();
             self.gate.drain(false);
         }
         self.supervisor.stop(scope, client);
     }
 
-    /// Whether the opencode of now outlives such a stop.
+    /// Whether the current opencode outlives a stop of this scope.
     fn keeps_opencode(&self, scope: StopScope) -> bool {
         match scope {
             StopScope::DaemonOnly => true,

@@ -1,5 +1,4 @@
-//! The replies that the daemon writes itself, to the last byte. Replies of opencode are passed on
-//! by [`super::exchange`].
+//! The complete replies that the daemon writes itself. [`super::exchange`] passes opencode's replies on.
 //!
 //! Each function returns a whole reply or a whole head. Sources of the format: RFC 9110, RFC 9112;
 //! the Fetch standard for CORS.
@@ -13,7 +12,7 @@ use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
 /// second or two before that, and rarely know a use for it after more.
 pub const KEEP_TIME: Duration = Duration::from_secs(10);
 
-/// The header lines that say whether the connection serves another request.
+/// The header lines about the reuse of the connection.
 pub fn connection_headers(keeps: bool) -> String {
     match keeps {
         true => format!("Connection: keep-alive\r\nKeep-Alive: timeout={}\r\n", KEEP_TIME.as_secs()),
@@ -34,7 +33,7 @@ pub fn json(method: &str, status: u16, headers: &str, body: &[u8], origin: Optio
     reply
 }
 
-/// The reply that reports an error. It closes the connection, whoever finds the error.
+/// The reply that reports an error. It always closes the connection.
 pub fn error(method: &str, error: &Error, origin: Option<&str>) -> Vec<u8> {
     // The header tells a client that the error is ours and not opencode's.
     let mut headers = format!("{ERROR_HEADER}: {}\r\n", error.code().name());

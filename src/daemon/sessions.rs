@@ -1,7 +1,7 @@
 //! OpenCode's sessions: listing them, aborting a turn, and waiting until none runs.
 //!
-//! opencode 1.x loads an instance when it is asked about it. What runs there can only run in an instance
-//! that is loaded, so no other is asked. 2.x answers without loading anything, but for an abort.
+//! opencode 1.x loads an instance to answer a question about it. Sessions run only in loaded instances, so only
+//! those are asked. 2.x answers without loading an instance, except for an abort.
 
 use std::path::Path;
 use std::thread;
@@ -15,11 +15,10 @@ use crate::line::Line;
 use crate::wire::{AbortReply, Phase, Session, SessionState};
 use crate::workspace::Workspace;
 
-/// How often opencode is asked for running sessions while a client waits: the delay is not noticeable, and
-/// the answer takes opencode less than a millisecond.
+/// The interval between requests for the running sessions while a client waits: too short to notice, and
+/// opencode answers in less than a millisecond.
 const INTERVAL: Duration = Duration::from_millis(250);
-/// How long the last question of a wait may take beyond the deadline. The client waits a second longer than
-/// it says.
+/// How long the last request of a wait may exceed the deadline. The client waits a second beyond it.
 const LAST_QUESTION: Duration = Duration::from_millis(500);
 
 /// A session, the directory of its instance, and whether a turn runs in it.
@@ -37,8 +36,8 @@ pub fn described(daemon: &Daemon, found: Vec<Found>) -> Vec<Session> {
     sessions
 }
 
-/// The sessions of a directory; 1.x loads the instance for that. opencode does not list every session; those
-/// that run are always among these.
+/// The sessions of a directory; 1.x loads the instance. opencode limits its list, but running sessions are
+/// always included here.
 ///
 /// # Errors
 /// Those of the calls.
@@ -76,7 +75,7 @@ fn looked_up(endpoint: &Endpoint, directory: &str, id: String, deadline: Instant
 /// Those of the calls; `opencode_timeout` when opencode does not become ready in time.
 pub fn all(daemon: &Daemon, deadline: Instant) -> Result<Vec<Session>> {
     let Some(endpoint) = opencode(daemon, deadline)? else { return Ok(Vec::new()) };
-    // Where opencode has a list of what is loaded, that is newer than what is known.
+    // The list of opencode 2.x is more recent than the account.
     daemon.instances.list(&endpoint, deadline)?;
     let mut found = Vec::new();
     for directory in daemon.instances.loaded() {
@@ -161,7 +160,7 @@ pub fn abort(daemon: &Daemon, id: &str, deadline: Instant) -> Result<AbortReply>
         let session = describe(session, directory, SessionState::Running).ok_or_else(not_found)?;
         return Ok(AbortReply { ok: true, aborted: true, session });
     }
-    // 1.x loads the instance that it asks, and any one that is loaded knows every session.
+    // In 1.x, every loaded instance knows all sessions, and a request to any other would load it.
     let askable = match endpoint.line {
         Line::V1 => daemon.instances.loaded(),
         Line::V2 => vec!["/".to_owned()],

@@ -62,8 +62,8 @@ pub struct EngineRecord {
     /// Those of `instances` that never belonged to a workspace; absent in files of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strangers: Option<Vec<String>>,
-    /// Where it is registered, if it is the user's own service: it is none of ours then, and has neither
-    /// an engine id nor what else would prove it ours.
+    /// The registration file, if it is the user's own service: it then has no engine id and no other proof that
+    /// it is ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
     /// Fields of other versions.

@@ -143,7 +143,7 @@ impl Store {
         self.lost.get().copied()
     }
 
-    /// The state as it is on disk.
+    /// The state on disk.
     pub fn snapshot(&self) -> Arc<State> {
         lock(&self.shared).current.clone()
     }
@@ -263,7 +263,7 @@ impl Store {
 
     /// Whether the file has changed since the last read or write.
     fn was_edited(&self) -> bool {
-        // Read first: a write of ours in between must not look like an edit.
+        // Read it first: a concurrent write by the daemon must not look like an edit.
         let known = lock(&self.shared).stamp;
         Stamp::of(&self.path).is_ok_and(|found| found != known)
     }
@@ -312,7 +312,7 @@ impl Store {
         }
     }
 
-    /// Has the next client told this, once.
+    /// Leaves a message for the next client.
     pub fn tell(&self, notice: String) {
         lock(&self.shared).notice = Some(notice);
     }

@@ -1,11 +1,11 @@
-//! What a directory lies on: the kind of the file system, and what is free there.
+//! The file system of a directory: its kind and its free space.
 
 use std::io;
 use std::path::Path;
 
 use rustix::fs::{Access, access, statfs, statvfs};
 
-/// A file system, as far as it can keep openwork from working.
+/// The properties of a file system that openwork depends on.
 pub struct Filesystem {
     /// The name of a network or user-space file system, where locks and syncs depend on another program;
     /// `None` for the local ones.
@@ -33,8 +33,8 @@ impl Filesystem {
     }
 }
 
-/// The name of a file system that is not this kernel's own affair, by its magic number (linux/magic.h, and
-/// the sources of the file system where it has its own).
+/// The name of a network or user-space file system, by its magic number (linux/magic.h, else the sources of the
+/// file system).
 fn remote(magic: u64) -> Option<&'static str> {
     // The field is signed on some architectures: only the low half counts.
     Some(match magic & 0xffff_ffff {
@@ -52,7 +52,7 @@ fn remote(magic: u64) -> Option<&'static str> {
 /// Whether this user may list, enter and change a directory.
 ///
 /// # Errors
-/// Why not: `PermissionDenied`, `ReadOnlyFilesystem`, and the others of access(2).
+/// The reason: `PermissionDenied`, `ReadOnlyFilesystem`, and the others of access(2).
 pub fn may_change(directory: &Path) -> io::Result<()> {
     Ok(access(directory, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK)?)
 }

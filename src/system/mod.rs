@@ -5,7 +5,7 @@
 //! - `lock`: which process holds a file lock
 //! - `wait`: poll(2) on flags, pipes, sockets and pidfds
 //! - `disk`: directories that may be on a hung mount
-//! - `filesystem`: what a directory lies on, and what is free there
+//! - `filesystem`: the kind of a file system, and its free space
 //! - `signals`: signal masks and dispositions of this process and its children
 //! - `limits`: resource limits, and inherited descriptors
 

@@ -193,8 +193,8 @@ impl Process {
     }
 }
 
-/// Runs a command to its end. What it starts in the background is none of ours: only the command itself
-/// is killed, at the deadline. `begun` is called once the command has been started.
+/// Runs a command to its end. Only the command itself is killed at the deadline, not processes that it leaves in
+/// the background. `begun` is called once the command has been started.
 ///
 /// # Errors
 /// `TimedOut` at the deadline; `Interrupted` when the flag is raised, with the command left running;
@@ -301,8 +301,8 @@ fn sweep_all(engine_id: &str, group: Option<u32>, grace: Duration, spared: &[u32
 /// open.
 fn family(engine_id: &str, group: Option<u32>) -> Vec<(u32, OwnedFd)> {
     let ourselves = std::process::id();
-    // Only root can read the environment of another user's process. Such a process has changed its user, and
-    // still is ours.
+    // Root can also read the environment of processes of other users: a process with the marker that changed
+    // its user is still ours.
     let belongs = |pid: u32| {
         let in_group = || group.is_some_and(|group| stat_field(pid, 5).is_ok_and(|of| of == u64::from(group)));
         carries_marker(pid, engine_id) || in_group()
@@ -460,7 +460,7 @@ pub fn marked(engine_id: &str) -> Vec<u32> {
     pids().filter(|pid| carries_marker(*pid, engine_id)).collect()
 }
 
-/// A process with its descendants, but for those that have lost a parent on the way.
+/// A process with its descendants, except those whose parent has ended.
 pub fn descendants(root: u32) -> Vec<u32> {
     let parents: Vec<(u32, u32)> = pids().filter_map(|pid| Some((pid, parent(pid)?))).collect();
     let mut found = vec![root];

@@ -16,7 +16,7 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
-/// Whether all descriptors are neither readable nor hung up. Not to know is a no.
+/// Whether all descriptors are neither readable nor hung up; false also when poll fails.
 pub fn are_silent(descriptors: &[BorrowedFd<'_>]) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let watched = descriptors.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN | PollFlags::RDHUP));
@@ -54,13 +54,13 @@ impl AsFd for Flag {
     }
 }
 
-/// A duration as the kernel takes it.
+/// A duration in the kernel's form.
 pub fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
-/// Descriptors that are watched together, each under a number of its own. A wait costs the same however
-/// many there are (epoll(7)). A descriptor that is closed is no longer watched.
+/// A set of descriptors to wait for, each with a number. The cost of a wait does not depend on the size of the
+/// set (epoll(7)). Closing a descriptor removes it.
 pub struct Watch(OwnedFd);
 
 /// The most numbers that one wait returns; the others are returned by the next.
@@ -81,7 +81,7 @@ impl Watch {
         Ok(epoll::add(&self.0, fd, epoll::EventData::new_u64(number), flags)?)
     }
 
-    /// Watches a descriptor no longer.
+    /// Stops watching a descriptor.
     pub fn remove(&self, fd: impl AsFd) {
         let _ = epoll::delete(&self.0, fd);
     }
@@ -101,8 +101,8 @@ impl Watch {
     }
 }
 
-/// Reads the output of a process until it ends, closes its output, or has printed `limit` bytes. A child of
-/// it that keeps the pipe open is not waited for.
+/// Reads the output of a process until it ends, closes its output, or has printed `limit` bytes. Does not wait for
+/// a child of the process that keeps the pipe open.
 ///
 /// # Errors
 /// `TimedOut` at the deadline; `Interrupted` when the flag is raised; those of reading.
