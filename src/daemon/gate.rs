@@ -1,18 +1,18 @@
-//! The public port: every connection comes in here.
+//! The public port: accepts all connections.
 //!
-//! The gate reads the head under a deadline, refuses what the policy refuses before anything else is
-//! read, reads a bounded body, and hands the request to the control plane (`control.sock`) or to the
-//! router. Why tiny_http does not listen here itself: it bounds neither heads nor bodies nor time, a
-//! single `Content-Length: 50000000000` ends the process, and it cannot stream a routed call.
+//! The gate reads the head of a request under a deadline, applies the policy before it reads anything else,
+//! reads a bounded body, and hands the request to the control plane (`control.sock`) or to the router.
+//! tiny_http does not listen here itself, since it limits neither heads nor bodies nor time, a single
+//! `Content-Length: 50000000000` ends the process, and it cannot stream a routed request.
 //!
-//! A connection has a thread while it serves a request, and for a moment after. Then it waits for the
-//! next request together with all others, in the thread that accepts.
+//! A connection has a thread while it serves a request, and for a moment after. Then it is parked: the
+//! accepting thread waits for the next requests of all parked connections.
 //!
-//! Invariants: a refused request is answered with one of our errors and its connection is closed;
-//! nothing a client sends ends more than its own connection; a request that is passed on has exactly
-//! one reading (no smuggling), because its head is written anew from the parsed one; each request is
-//! checked by itself, whatever was allowed before on the same connection; a connection serves another
-//! request only if the last one was read whole, its reply was written whole, and nothing came between.
+//! Invariants: a refused request gets one of our errors, and its connection is closed; a client can end only
+//! its own connection; a forwarded request has exactly one reading (no smuggling), because its head is
+//! rewritten from the parsed one; the policy applies to each request, whatever the same connection was allowed
+//! before; a connection serves another request only if the last request and its reply were complete, with
+//! nothing in between.
 //!
 //! Sources of the format: RFC 9110, RFC 9112; the Fetch standard for `Origin` and
 //! `Sec-Fetch-Site`.
@@ -40,25 +40,25 @@ use crate::wire::{BODY_LIMIT, LAST_EVENT_HEADER, TIMEOUT_HEADER};
 
 /// The largest head; browsers and clients stay below 8 KiB. Bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
-/// How long the body of a control request may take: 1 MiB over loopback needs milliseconds.
+/// How long the body of a control request may take: 1 MiB over loopback takes milliseconds.
 const BODY_TIME: Duration = Duration::from_secs(5);
-/// How much of a reply of the control plane is passed on at once. Bytes.
+/// The size of the chunks in which replies of the control plane are copied. Bytes.
 const PIECE: usize = 64 * 1024;
 /// How long a client may take to read a reply.
 const REPLY_TIME: Duration = Duration::from_secs(10);
-/// How much longer than the deadline of a request the control plane may take to report it.
+/// How long after the deadline of a request the control plane may report the timeout.
 const CONTROL_GRACE: Duration = Duration::from_secs(2);
-/// How long the gate goes on reading after its reply: closing a socket with unread bytes resets the
+/// How long the gate reads on after its last reply: closing a socket with unread bytes resets the
 /// connection, and the client would lose the reply.
 const LINGER_TIME: Duration = Duration::from_millis(500);
-/// How much the gate reads in that time. Bytes.
+/// How much the gate reads in that time, at most. Bytes.
 const LINGER_LIMIT: u64 = 1024 * 1024;
-/// How long the thread that accepts may take to end. It takes in one more connection at most, which
-/// may have to wait for a slot.
+/// How long the accepting thread may take to end: it admits one more connection at most, which may have to wait
+/// for a slot.
 const CLOSING_TIME: Duration = Duration::from_secs(1);
-/// The pause when descriptors or memory for a connection are lacking: until some are free again.
+/// The pause after descriptors or memory for a connection ran out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-/// How often an event stream shows that it is alive while nothing happens.
+/// The interval between comments on an idle event stream, which show that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// The web pages that may send requests: those of OpenWork's desktop program.
 const ORIGINS: [&str; 3] = ["tauri://localhost", "http://tauri.localhost", "https://tauri.localhost"];
@@ -68,9 +68,9 @@ pub struct Gate {
     listener: TcpListener,
     port: u16,
     origins: Vec<String>,
-    /// Raised when no more connections are to be accepted.
+    /// Raised to end the accepting thread.
     closing: Flag,
-    /// Raised when no more connections are accepted.
+    /// Raised once it has ended.
     closed: Flag,
     /// Raised when the daemon ends: routed streams break off.
     stop: Flag,
@@ -81,14 +81,14 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A gate at a listening socket on 127.0.0.1; `origins` are allowed beside the usual ones.
+    /// A gate at a listening socket on 127.0.0.1; `origins` are allowed in addition to the default ones.
     ///
     /// # Errors
     /// Those of the operating system.
     pub fn new(listener: TcpListener, origins: &[String]) -> io::Result<Gate> {
-        // The thread that accepts waits for connections and for the end.
+        // The accepting thread waits for connections and for the end.
         listener.set_nonblocking(true)?;
-        // The standard library asks for 128; a client beyond that waits a second to try again.
+        // The standard library's backlog is 128; a client beyond that retries after a second.
         rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
         let port = listener.local_addr()?.port();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
@@ -168,7 +168,7 @@ impl Gate {
 
     /// Gives a connection a thread, or refuses it.
     fn start(&'static self, daemon: &'static Daemon, slot: Slot) {
-        // Without a thread the work is dropped, and must not end the connection before the refusal.
+        // If no thread starts, `work` is dropped, and must not close the connection before the refusal.
         let slot = Arc::new(Mutex::new(Some(slot)));
         let take = |slot: &Mutex<Option<Slot>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
         let taken = slot.clone();
@@ -190,15 +190,15 @@ impl Gate {
         }
     }
 
-    /// Accepts no more connections: [`Gate::serve`] ends. Connections that come wait at the listening
-    /// socket, which stays open: nobody else can listen there while `daemon.lock` names it.
+    /// Stops accepting connections: [`Gate::serve`] ends. New connections wait in the queue of the listening
+    /// socket, which stays open: no other process can listen there while `daemon.lock` names the port.
     pub fn close(&self) {
         self.closing.raise();
         wait::wait_until_readable(&self.closed, Instant::now() + CLOSING_TIME);
     }
 
-    /// Ends the connections, each after its reply, but within [`DRAIN_TIME`]. With `at_once`, those
-    /// whose request has not come are not waited for, and streams break off.
+    /// Closes the connections, each after its reply, within [`DRAIN_TIME`]. With `at_once`, does not wait for
+    /// unproven connections, and ends streams.
     pub fn drain(&self, at_once: bool) {
         if at_once {
             self.stop.raise();
@@ -207,8 +207,7 @@ impl Gate {
         self.stop.raise();
     }
 
-    /// Serves the requests of a connection, until it ends or none comes for a while: then it waits for
-    /// the next one without this thread.
+    /// Serves the requests of a connection until it ends, or is idle for a moment and is parked.
     fn connection(&'static self, daemon: &Daemon, mut slot: Slot) {
         let connection = slot.connection.clone();
         let mut buffer = [0; HEAD_LIMIT];
@@ -234,8 +233,8 @@ impl Gate {
         }
     }
 
-    /// Serves a request, of which the head and these bytes after it have come. Whether the connection is
-    /// good for another one: else it has been ended.
+    /// Serves a request, whose head was read with these bytes after it. Returns whether the connection can serve
+    /// another request; otherwise it was closed.
     fn request(&self, daemon: &Daemon, connection: &Connection, head: &[u8], rest: &[u8]) -> bool {
         let stream = &connection.stream;
         let refuse = |method: &str, e: &Error, origin| {
@@ -253,7 +252,7 @@ impl Gate {
         };
         let keeps = request.keeps_connection(rest) && !self.connections.is_closed();
         if let (Some(origin), "OPTIONS") = (origin, request.method) {
-            // A preflight has no body, and proves nothing.
+            // A preflight has no body, and does not prove the connection.
             let keeps = keeps && request.framing == Framing::Length(0) && connection.is_proven();
             return send_whole(stream, &reply::preflight(origin, keeps), keeps);
         }
@@ -280,8 +279,8 @@ impl Gate {
         result.unwrap_or_else(|e| refuse(request.method, &e, origin))
     }
 
-    /// Refuses requests that no client of ours sends and a web page might. Returns the origin, if
-    /// there is one.
+    /// Refuses requests that web pages might send and clients never do. Returns the origin, if the request has
+    /// one.
     fn admissible<'h>(&self, request: &Head<'h>) -> Result<Option<&'h str>> {
         let host = request.only("host")?.unwrap_or_default();
         let (name, port) = host.rsplit_once(':').unwrap_or((host, ""));
@@ -299,15 +298,15 @@ impl Gate {
         }
     }
 
-    /// Hands a request to the control plane, and passes its reply on as it comes. Whether the connection
-    /// is good for another request: else it has been ended.
+    /// Hands a request to the control plane, and passes its reply on as it arrives. Returns whether the
+    /// connection can serve another request; otherwise it was closed.
     fn control(&self, daemon: &Daemon, client: &Client<'_>) -> Result<bool> {
         let Client { connection, request, rest, origin, keeps } = *client;
         let is_stranger = match connection.check_user() {
             Err(Error::ForbiddenUser) if request.path() == "/health" => true,
             other => other.map(|()| false)?,
         };
-        // The body of another user's request would take memory, and `/health` needs none.
+        // Do not read the body of another user's request, which would take memory: `/health` needs none.
         let body = if is_stranger { Vec::new() } else { read_body(&connection.stream, request, rest)? };
         let timeout = request.only(TIMEOUT_HEADER)?;
         let timeout = timeout.filter(|_| request.path() != "/health");
@@ -318,7 +317,7 @@ impl Gate {
             request.target,
             body.len()
         );
-        // A stranger's body was not read.
+        // Unread bytes of a stranger's body may follow.
         let keeps = keeps && !is_stranger;
         let yes = |is_so: bool| is_so.then_some("yes");
         for (name, value) in [
@@ -332,18 +331,18 @@ impl Gate {
             }
         }
         passed_on.push_str("\r\n");
-        // Behind a path that another daemon has taken over, the socket is the other one's too.
+        // If another daemon has taken over the data directory, `control.sock` belongs to it.
         daemon.store.check_lock()?;
         let deadline = Some(deadline);
         let control = daemon.control.connect()?;
         let lost = |e: io::Error| match e.kind() {
             io::ErrorKind::TimedOut => Error::Internal("the control plane does not answer".to_owned()),
-            // Every handler replies: tiny_http had no thread to read the request with.
+            // Every handler replies, so tiny_http had no thread to read the request.
             _ => Error::Overloaded("threads"),
         };
         let mut upstream = Timed::new(&control.stream, deadline);
         upstream.write_all(passed_on.as_bytes()).and_then(|()| upstream.write_all(&body)).map_err(lost)?;
-        // The end of the daemon does not wait for a handler that waits for opencode.
+        // When the daemon ends, do not wait for a handler that waits for opencode.
         if !wait::wait_readable(&control.stream, &self.stop, deadline).map_err(lost)?
             && !wait::wait_until_readable(&control.stream, Instant::now() + DRAIN_TIME / 2)
         {
@@ -360,18 +359,18 @@ impl Gate {
     }
 }
 
-/// How a reply of the control plane has passed.
+/// The outcome of passing on a reply of the control plane.
 struct Passed {
-    /// It was a success, and has ended where it said.
+    /// The reply was a success, and ended where its framing says.
     is_whole: bool,
-    /// The client has all of it, and its connection is good for another request.
+    /// The client has received the whole reply, and its connection can serve another request.
     keeps: bool,
 }
 
-/// Passes a reply of the control plane on as it comes.
+/// Passes a reply of the control plane on as it arrives.
 ///
 /// # Errors
-/// When no reply comes. One that breaks off cannot be replaced by an error: the connection just ends.
+/// When no reply arrives. If a reply breaks off, it is too late for an error: the connection just ends.
 fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io::Result<Passed> {
     let mut buffer = vec![0; PIECE];
     let mut length = 0;
@@ -386,13 +385,13 @@ fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io:
         }
     };
     let mut reply = parse_reply_head(&buffer[..head_length], method)?;
-    // What tiny_http replies by itself says nothing of it.
+    // Only our handlers send this header, not replies that tiny_http generates itself.
     let keeps = find(&reply.headers, "keep-alive").is_some();
     let mut belonging = head_length + reply.body.advance(&buffer[head_length..length])?;
     let mut client = Timed::new(client, Some(Instant::now() + REPLY_TIME));
     let (mut is_taken, mut is_exact) = (true, true);
     loop {
-        // Also for a client that has gone, the reply is read to its end: then tiny_http is done with it.
+        // Read the reply to its end even after the client has closed the connection: only then is tiny_http done.
         is_taken = is_taken && client.write_all(&buffer[..belonging]).is_ok();
         is_exact &= belonging == length;
         if reply.body.is_done() {
@@ -406,24 +405,23 @@ fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io:
     }
 }
 
-/// What [`read_head`] has read.
+/// The result of [`read_head`].
 enum Came {
-    /// A head, and perhaps more: the length of the head and of all that came.
+    /// A head, and perhaps more: the length of the head, and of all bytes read.
     Head { head: usize, all: usize },
-    /// Not a byte in time.
+    /// No byte in time.
     Nothing,
-    /// The end of the connection.
+    /// The client closed the connection.
     End,
 }
 
-/// Reads until the end of the head, for [`HEAD_TIME`] from its first byte on; `patience` is for that
-/// byte.
+/// Reads a head, within [`HEAD_TIME`] of its first byte, which must arrive within `patience`.
 fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Duration) -> Result<Came> {
     let mut deadline = Instant::now() + patience;
     let mut length: usize = 0;
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
-        // The end of the head may begin in what came before.
+        // The end of the head may begin in the bytes read before.
         let from = length.saturating_sub(3);
         let read = match rest.is_zero() {
             true => Err(io::ErrorKind::WouldBlock.into()),
@@ -451,7 +449,7 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Durati
             let status = if buffer.contains(&b'\n') { 431 } else { 414 };
             return Err(Error::TooLarge { what: "head", limit: HEAD_LIMIT, status });
         }
-        // The end of a head with bare line feeds would never be found.
+        // A head with bare line feeds would never end.
         if buffer[from..length].windows(2).any(|pair| pair == b"\n\n") {
             return Err(Error::BadRequest("lines must end with CR LF".to_owned()));
         }
@@ -476,7 +474,7 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
     }
     let mut body = rest[..rest.len().min(length)].to_vec();
     let missing = length - body.len();
-    // The buffer grows with what comes, not with what Content-Length promises.
+    // The buffer grows with the bytes received, not with Content-Length.
     (&mut stream).take(missing as u64).read_to_end(&mut body).map_err(|e| match e.kind() {
         io::ErrorKind::TimedOut => Error::BadRequest(format!("the body did not come within {} s", BODY_TIME.as_secs())),
         _ => Error::BadRequest(format!("the body did not come: {e}")),
@@ -487,13 +485,13 @@ fn read_body(stream: &TcpStream, request: &Head<'_>, rest: &[u8]) -> Result<Vec<
     }
 }
 
-/// Sends a whole reply and ends the connection.
+/// Sends a whole reply and closes the connection.
 fn send(stream: &TcpStream, reply: &[u8]) {
     send_whole(stream, reply, false);
 }
 
-/// Sends a whole reply, and ends the connection if it does not keep it. Whether the connection is good
-/// for another request.
+/// Sends a whole reply, and closes the connection unless the reply keeps it. Returns whether the connection
+/// can serve another request.
 fn send_whole(stream: &TcpStream, reply: &[u8], keeps: bool) -> bool {
     let is_taken = Timed::new(stream, Some(Instant::now() + REPLY_TIME)).write_all(reply).is_ok();
     if is_taken && !keeps {
@@ -502,7 +500,7 @@ fn send_whole(stream: &TcpStream, reply: &[u8], keeps: bool) -> bool {
     is_taken && keeps
 }
 
-/// Ends a connection after the last byte of a reply was written.
+/// Closes a connection after the last byte of a reply was written.
 fn finish(stream: &TcpStream) {
     if stream.shutdown(Shutdown::Write).is_ok() {
         let timed = Timed::new(stream, Some(Instant::now() + LINGER_TIME));
@@ -513,7 +511,7 @@ fn finish(stream: &TcpStream) {
 /// The last event that a client of `/events` has seen.
 ///
 /// # Errors
-/// `bad_request` when it is none of our ids.
+/// `bad_request` for an invalid id.
 fn last_event_id(request: &Head<'_>) -> Result<Option<u64>> {
     let Some(id) = request.only(LAST_EVENT_HEADER)?.filter(|id| !id.is_empty()) else { return Ok(None) };
     let number = id.parse::<u64>().ok().filter(|id| *id < u64::MAX);
@@ -541,7 +539,7 @@ fn no_thread(slot: &Slot, e: &io::Error) {
     refuse(&slot.connection.stream, &Error::Overloaded("threads"));
 }
 
-/// Refuses a connection without reading from it, and without waiting.
+/// Refuses a connection without reading from it or blocking.
 fn refuse(stream: &TcpStream, error: &Error) {
     let _ = stream.set_nonblocking(true);
     let _ = (&*stream).write(&reply::error("GET", error, None));
