@@ -63,8 +63,14 @@ mod tests {
 
     #[test]
     fn only_network_file_systems_are_named() {
-        // NFS; SMB as a number that was negative; ext4, btrfs, tmpfs, overlay.
-        assert_eq!(remote(0x6969), Some("NFS"));
+        // As stat(1) shows them: `stat -f -c %t`.
+        let named =
+            [("6969", "NFS"), ("1021997", "9P"), ("5346414f", "AFS"), ("c36400", "Ceph"), ("bd00bd0", "Lustre")];
+        let smb = [("517b", "SMB"), ("fe534d42", "SMB"), ("ff534d42", "SMB")];
+        for (magic, name) in named.into_iter().chain(smb).chain([("65735546", "FUSE")]) {
+            assert_eq!(remote(u64::from_str_radix(magic, 16).unwrap()), Some(name));
+        }
+        // A number that was negative; then ext4, btrfs, tmpfs, overlay.
         assert_eq!(remote(0xff53_4d42u32 as i32 as i64 as u64), Some("SMB"));
         for local in [0xef53, 0x9123_683e, 0x0102_1994, 0x794c_7630] {
             assert_eq!(remote(local), None, "{local:x}");
