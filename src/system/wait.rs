@@ -227,6 +227,37 @@ mod tests {
     use super::*;
 
     #[test]
+    fn raised_flag_wakes_every_waiter_until_it_is_lowered() {
+        let (flag, far) = (Flag::new().unwrap(), Instant::now() + Duration::from_secs(60));
+        assert!(!flag.is_raised());
+        for _ in 0..2 {
+            flag.raise();
+            assert!(flag.is_raised() && wait_until_readable(&flag, far));
+        }
+        let quiet = Flag::new().unwrap();
+        assert!(!wait_readable(&quiet, &flag, Some(far)).unwrap(), "the flag, not the descriptor");
+        flag.lower();
+        assert!(!flag.is_raised());
+        let over = wait_readable(&quiet, &flag, Some(Instant::now()));
+        assert_eq!(over.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn output_is_awaited_until_the_deadline_or_a_stop() {
+        let mut child = Command::new("sleep").arg("60").stdout(Stdio::piped()).spawn().unwrap();
+        let pidfd = open(child.id()).unwrap().unwrap();
+        let pipe = || child.stdout.as_ref().unwrap().as_fd().try_clone_to_owned().unwrap().into();
+        let flag = Flag::new().unwrap();
+        let late = read_output(pipe(), &pidfd, 4096, &flag, Instant::now() + Duration::from_millis(10));
+        flag.raise();
+        let stopped = read_output(pipe(), &pidfd, 4096, &flag, Instant::now() + Duration::from_secs(60));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(stopped.unwrap_err().kind(), io::ErrorKind::Interrupted);
+    }
+
+    #[test]
     fn output_ends_with_the_process() {
         // The background sleep keeps the pipe open.
         let mut command = Command::new("sh");
