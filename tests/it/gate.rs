@@ -438,6 +438,7 @@ fn wrong_method_lists_the_allowed_methods() {
         ("POST", "/workspaces/p", &["GET", "PATCH", "DELETE"]),
         ("GET", "/workspaces/p/activate", &["POST"]),
         ("GET", "/shutdown", &["POST"]),
+        ("POST", "/events", &["GET"]),
         ("GET", "/instances/p/dispose", &["POST"]),
     ] {
         let reply = gate.host.http(method, path).send();

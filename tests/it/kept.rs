@@ -197,6 +197,11 @@ fn connection_to_opencode_is_reused() {
         assert_eq!(host.routed("GET", "/w/p/echo?others").send().status, 200);
     }
     assert!(distinct(&connections_of(&host, "?others")) < 5);
+    // Also after a reply whose body comes in many pieces.
+    for _ in 0..20 {
+        assert_eq!(ask(&mut stream, &request(&host, "GET /w/p/download?bytes=300000", "", "")).body.len(), 300_000);
+    }
+    assert!(distinct(&connections_of(&host, "/download")) < 5);
     // What may have been carried out when its connection ends is not tried on one that may be ending.
     for method in ["POST", "DELETE", "GET"] {
         for _ in 0..5 {
@@ -651,6 +656,29 @@ fn requests_in_flight_at_a_stop_get_their_reply() {
     };
     // A busy machine may take longer for a request than a stop waits.
     wait_for("three stops in a row to end no request", || (0..3).all(stop));
+}
+
+/// A stop waits for a client that has begun to ask, and not for one that has never shown itself.
+#[test]
+fn stop_closes_a_silent_connection_before_it_answers_the_last_request() {
+    // The daemon waits for a second, and this machine may be busy.
+    wait_for("a stop in this order", || {
+        let host = Host::new();
+        host.openwork(["daemon", "start"]).ok();
+        let (mut silent, mut asking) = (host.connect(), host.served());
+        let request = request(&host, "GET /workspaces", "", "");
+        let (begin, rest) = request.split_at(20);
+        asking.write_all(begin.as_bytes()).unwrap();
+        host.health();
+        let stop = host.openwork(["daemon", "stop"]).spawn();
+        assert_eq!(read_to_close(&mut silent), b"");
+        // Longer than the daemon takes to end once it has waited, and not as long as it waits.
+        thread::sleep(Duration::from_millis(300));
+        let _ = asking.write_all(rest.as_bytes());
+        let reply = read_reply(&mut asking, "GET");
+        assert!(stop.wait().status.success());
+        reply.is_ok_and(|reply| reply.status == 200)
+    });
 }
 
 #[test]

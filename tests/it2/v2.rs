@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Host, LOADING_CALL, Reply, Signal, basic, copy_program, fake_opencode, kill, read_to_close, wait_for, wait_gone,
+    Host, LOADING_CALL, Reply, Request, Signal, basic, copy_program, fake_opencode, kill, local, read_to_close,
+    wait_for, wait_gone,
 };
 
 /// A host with a warm opencode and two workspaces, `a` and `b`.
@@ -87,6 +88,13 @@ fn request_below_w_acts_in_its_workspace() {
     let first: Value = serde_json::from_str(&bodies[0]).unwrap();
     assert_eq!(first, json!({"title": "t", "location": {"directory": a}}));
 
+    // The connection is good for another request, of which the first takes nothing.
+    let mut stream = host.served();
+    let create =
+        Request::new(local(host.port()), "POST", "/w/a/api/session").header("Authorization", host.credentials());
+    let reply = create.json(&json!({"title": "t".repeat(1000)})).send_on(&mut stream).unwrap_or_else(|e| panic!("{e}"));
+    assert!(reply.status == 200 && reply.is_kept(), "{reply:?}");
+    host.is_in_step(stream);
     // In two pieces.
     let mut stream = host.connect();
     let (first, rest) = head.split_at(head.len() - 20);
@@ -100,7 +108,7 @@ fn request_below_w_acts_in_its_workspace() {
     stream.write_all(two.as_bytes()).unwrap();
     let reply = Reply::parse(&read_to_close(&mut stream)).unwrap();
     assert_eq!((reply.status, reply.header("connection")), (200, Some("close")));
-    assert_eq!(host.recorded("created").len(), 7);
+    assert_eq!(host.recorded("created").len(), 8);
 
     host.routed("POST", "/w/a/api/session").body("[]").send().refused(400, "bad_request");
     let compressed = host.routed("POST", "/w/a/api/session").header("Content-Encoding", "gzip").body("x");
@@ -114,7 +122,7 @@ fn request_below_w_acts_in_its_workspace() {
         stream.shutdown(Shutdown::Write).unwrap();
         Reply::parse(&read_to_close(&mut stream)).unwrap().refused(status, code);
     }
-    assert_eq!(host.recorded("created").len(), 7);
+    assert_eq!(host.recorded("created").len(), 8);
     assert_eq!(host.instance(&b), [""; 0]);
 }
 
