@@ -15,6 +15,9 @@ class Openwork < Formula
     bash_completion.install "share/completions/openwork.bash" => "openwork"
     zsh_completion.install "share/completions/_openwork"
     fish_completion.install "share/completions/openwork.fish"
+    # Beside the README, which Homebrew installs itself and which links to these.
+    system "bash", "packaging/docs.sh", prefix
+    (prefix/"third-party-notices").write Utils.safe_popen_read("bash", "packaging/notices.sh")
   end
 
   service do

@@ -13,6 +13,7 @@ pkgs.rustPlatform.buildRustPackage {
   nativeCheckInputs = [ pkgs.util-linux ];
   postInstall = ''
     bash packaging/install.sh "$out/bin/openwork" "$out"
+    bash packaging/notices.sh >"$out/share/doc/openwork/third-party-notices"
   '';
   meta = {
     inherit (manifest) description;
