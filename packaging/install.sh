@@ -8,7 +8,8 @@ binary=$(realpath "${1:?the binary}") prefix=${2:-/usr}
 cd "$(dirname "$0")/.."
 root=${DESTDIR:-}$prefix
 put() { install -D -m 644 "$1" "$root/$2"; }
-install -D -m 755 "$binary" "$root/bin/openwork"
+# The build of some distributions has put it in its place.
+[[ $binary -ef $root/bin/openwork ]] || install -D -m 755 "$binary" "$root/bin/openwork"
 put share/man/openwork.1 share/man/man1/openwork.1
 put share/completions/openwork.bash share/bash-completion/completions/openwork
 put share/completions/_openwork "${ZSH_FUNCTIONS:-share/zsh/site-functions}/_openwork"
