@@ -116,9 +116,9 @@ fn thread_or_descriptor_shortage_ends_nothing() {
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "only a debug build takes shorter times")]
 fn start_that_makes_progress_is_waited_for() {
-    let host = paced(Host::new(), 30);
-    // A start without progress gets two seconds at this pace.
-    host.behave("FAKE_START_MS=6000\nFAKE_PRINT_MS=50");
+    let host = paced(Host::new(), 10);
+    // A start gets six seconds at this pace, and then as long as it made progress in the last two.
+    host.behave("FAKE_START_MS=9000\nFAKE_PRINT_MS=50");
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(host.starts().len(), 1);
 }

@@ -62,33 +62,41 @@ impl Silence {
 #[derive(Debug)]
 pub struct Progress {
     sampled: (Instant, Sample, u64),
-    made: bool,
+    /// When a sample last showed progress.
+    seen: Option<Instant>,
+    /// When progress was assumed, until the next sample.
+    assumed: Option<Instant>,
 }
 
 impl Progress {
     /// The progress of a process that was just launched or adopted.
     pub fn new(now: Instant) -> Progress {
-        Progress { sampled: (now, Some(Duration::ZERO), 0), made: true }
+        Progress { sampled: (now, Some(Duration::ZERO), 0), seen: None, assumed: Some(now) }
     }
 
     /// Takes a sample, unless the last one is too recent to compare with.
     pub fn look(&mut self, cpu: Sample, log: u64, now: Instant, limits: &Limits) {
         let (at, before, size) = self.sampled;
         if now.duration_since(at) >= limits.probe_interval / 2 {
-            self.made = log != size || was_busy(before, cpu, now.duration_since(at), limits.progress_part);
+            if log != size || was_busy(before, cpu, now.duration_since(at), limits.progress_part) {
+                self.seen = Some(now);
+            }
             self.sampled = (now, cpu, log);
+            self.assumed = None;
         }
     }
 
     /// Assumes progress: the probe was never sent, which says nothing about the process.
     pub fn assume(&mut self, now: Instant) {
-        self.made = true;
+        self.assumed = Some(now);
         self.sampled.0 = now;
     }
 
-    /// Whether the last sample is recent and showed progress.
+    /// Whether a recent sample showed progress. One sample without it is no proof: on a busy machine the
+    /// process may get no processor for that long.
     pub fn is_made(&self, now: Instant, limits: &Limits) -> bool {
-        self.made && now.duration_since(self.sampled.0) <= limits.probe_interval * 2
+        let is_recent = |at| now.duration_since(at) <= limits.probe_interval * 2;
+        self.seen.is_some_and(is_recent) || self.assumed.is_some_and(is_recent)
     }
 }
 
@@ -141,5 +149,28 @@ mod tests {
             silence.probed(None, now, &LIMITS);
             assert_eq!(silence.is_hang(now, &LIMITS), is_hang);
         }
+    }
+
+    #[test]
+    fn one_sample_without_progress_does_not_end_a_start() {
+        let begun = Instant::now();
+        let mut progress = Progress::new(begun);
+        let mut sample = |log, at| progress.look(None, log, begun + s(at), &LIMITS);
+        sample(1, 50);
+        sample(1, 60);
+        assert!(progress.is_made(begun + s(60), &LIMITS));
+        assert!(progress.is_made(begun + s(70), &LIMITS));
+        assert!(!progress.is_made(begun + s(71), &LIMITS));
+    }
+
+    #[test]
+    fn progress_is_assumed_until_a_sample_is_taken() {
+        let begun = Instant::now();
+        let mut progress = Progress::new(begun);
+        assert!(progress.is_made(begun + s(10), &LIMITS));
+        progress.look(None, 0, begun + s(10), &LIMITS);
+        assert!(!progress.is_made(begun + s(10), &LIMITS));
+        progress.assume(begun + s(11));
+        assert!(progress.is_made(begun + s(12), &LIMITS));
     }
 }
