@@ -4,16 +4,17 @@
 //! another on a connection, as a client of the public port does: a new one would cost the turns of two
 //! more threads.
 //!
-//! Invariant: a connection is used again only after a success that was read to its end, and only while the
-//! server that accepted it listens.
+//! Invariants: a connection is used again only after a success that was read to its end; a server that has
+//! been replaced still answers on the connections that were handed out before.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::Duration;
 
 use tiny_http::{Request, Server};
@@ -28,25 +29,41 @@ use crate::system::wait;
 const KEPT: usize = 2;
 /// The pause before the control plane tries to listen again, when it lacks descriptors or memory.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+/// How often a server that was replaced looks whether its last connection is over.
+const RETIRING_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The server behind the gate.
-pub struct ControlPlane {
-    listening: Mutex<Listening>,
-    crew: Crew,
-}
+/// The servers behind the gate: mostly one, as long as the daemon lives.
+pub struct ControlPlane(Mutex<Listening>);
 
 struct Listening {
-    server: Arc<Server>,
+    serving: Arc<Serving>,
     /// Connections to it that wait for a request.
     idle: Vec<UnixStream>,
+}
+
+/// A server and its threads.
+struct Serving {
+    server: Server,
+    crew: Crew,
+    /// How many connections to it the gate uses.
+    used: AtomicUsize,
+    is_replaced: AtomicBool,
 }
 
 /// A connection of the gate to the control plane.
 pub struct Connection {
     /// The socket.
     pub stream: UnixStream,
-    /// The server that it is connected to.
-    server: Arc<Server>,
+    used: Used,
+}
+
+/// Counts a connection as used.
+struct Used(Arc<Serving>);
+
+impl Drop for Used {
+    fn drop(&mut self) {
+        self.0.used.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl ControlPlane {
@@ -55,19 +72,25 @@ impl ControlPlane {
     /// # Errors
     /// When the socket cannot be made.
     pub fn listen() -> Result<ControlPlane> {
-        let listening = Listening { server: Arc::new(listen()?), idle: Vec::new() };
-        Ok(ControlPlane { listening: Mutex::new(listening), crew: Crew::new() })
+        Ok(ControlPlane(Mutex::new(Listening { serving: Serving::listen()?, idle: Vec::new() })))
     }
 
     fn lock(&self) -> MutexGuard<'_, Listening> {
-        self.listening.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers requests for as long as the daemon lives, each in its own thread.
     pub fn serve(&'static self, daemon: &'static Daemon) {
-        while self.crew.join() {
-            let request = self.wait();
-            match self.crew.leave(move || self.serve(daemon)) {
+        let serving = self.lock().serving.clone();
+        self.work(daemon, &serving);
+    }
+
+    /// The work of a thread of a server.
+    fn work(&'static self, daemon: &'static Daemon, serving: &Arc<Serving>) {
+        while serving.crew.join() {
+            let Some(request) = self.wait(daemon, serving) else { return };
+            let next = serving.clone();
+            match serving.crew.leave(move || self.work(daemon, &next)) {
                 Ok(()) => api::handle(daemon, request),
                 Err(e) => {
                     crate::log!("cannot start a thread for a request: {e}");
@@ -77,22 +100,28 @@ impl ControlPlane {
         }
     }
 
-    /// Waits for a request.
-    fn wait(&self) -> Request {
-        loop {
-            let server = self.lock().server.clone();
-            match server.recv() {
-                Ok(request) => return request,
-                // The server was replaced, for the other threads that wait on it too.
-                Err(_) if !Arc::ptr_eq(&server, &self.lock().server) => server.unblock(),
+    /// Waits for a request; `None` from a server that was replaced and has no more to answer.
+    fn wait(&'static self, daemon: &'static Daemon, serving: &Arc<Serving>) -> Option<Request> {
+        while !serving.is_replaced.load(Ordering::Acquire) {
+            match serving.server.recv() {
+                Ok(request) => return Some(request),
+                Err(_) if serving.is_replaced.load(Ordering::Acquire) => {}
                 Err(e) => {
                     crate::log!("the control plane has ended: {e}");
-                    if self.replace(&server).is_err() {
+                    if self.replace(daemon, serving).is_err() {
                         thread::sleep(EXHAUSTED_PAUSE);
                     }
                 }
             }
         }
+        // For the other threads that wait on it.
+        serving.server.unblock();
+        while serving.used.load(Ordering::Acquire) > 0 {
+            if let Ok(Some(request)) = serving.server.recv_timeout(RETIRING_INTERVAL) {
+                return Some(request);
+            }
+        }
+        None
     }
 
     /// Connects to the server, and first replaces one that has ended: tiny_http stops accepting after an
@@ -100,43 +129,55 @@ impl ControlPlane {
     ///
     /// # Errors
     /// `overloaded` without a free descriptor.
-    pub fn connect(&self) -> Result<Connection> {
-        let (server, kept) = {
+    pub fn connect(&'static self, daemon: &'static Daemon) -> Result<Connection> {
+        let (used, kept) = {
             let mut listening = self.lock();
-            (listening.server.clone(), listening.idle.pop())
+            listening.serving.used.fetch_add(1, Ordering::AcqRel);
+            (Used(listening.serving.clone()), listening.idle.pop())
         };
         if let Some(stream) = kept.filter(|stream| wait::are_silent(&[stream.as_fd()])) {
-            return Ok(Connection { stream, server });
+            return Ok(Connection { stream, used });
         }
         let connect = || UnixStream::connect(CONTROL_SOCKET);
         let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
-        let connected =
-            connect().or_else(|e| if is_gone(&e) && self.replace(&server).is_ok() { connect() } else { Err(e) });
-        // After a replacement the connection is the new server's, and is not kept: its server here is the old one.
-        connected.map(|stream| Connection { stream, server }).map_err(|_| Error::Overloaded("requests"))
+        let connected = connect()
+            .or_else(|e| if is_gone(&e) && self.replace(daemon, &used.0).is_ok() { connect() } else { Err(e) });
+        // Should the server have been replaced meanwhile, the connection leads to the new one, and is not kept.
+        connected.map(|stream| Connection { stream, used }).map_err(|_| Error::Overloaded("requests"))
     }
 
     /// Keeps a connection for another request, after a success that was read to its end.
-    pub fn keep(&self, connection: Connection) {
+    pub fn keep(&self, Connection { stream, used }: Connection) {
         let mut listening = self.lock();
-        if listening.idle.len() < KEPT && Arc::ptr_eq(&listening.server, &connection.server) {
-            listening.idle.push(connection.stream);
+        if listening.idle.len() < KEPT && Arc::ptr_eq(&listening.serving, &used.0) {
+            listening.idle.push(stream);
         }
     }
 
     /// Replaces a server that has ended, unless another thread has done so.
-    fn replace(&self, ended: &Arc<Server>) -> Result<()> {
+    fn replace(&'static self, daemon: &'static Daemon, ended: &Arc<Serving>) -> Result<()> {
         let mut listening = self.lock();
-        if Arc::ptr_eq(&listening.server, ended) {
-            let another = Listening { server: Arc::new(listen()?), idle: Vec::new() };
+        if Arc::ptr_eq(&listening.serving, ended) {
+            // Dropping a server would remove the socket of the next one.
+            std::mem::forget(ended.clone());
+            let serving = Serving::listen()?;
+            let first = serving.clone();
+            let started = Builder::new().spawn(move || self.work(daemon, &first));
+            started.map_err(|e| Error::Internal(format!("cannot start a thread: {e}")))?;
             crate::log!("the control plane listens again");
-            let ended = std::mem::replace(&mut *listening, another).server;
-            // Wake a thread that waits on the old server, so that it moves to the new one.
-            ended.unblock();
-            // Dropping the old server would remove the socket of the new one.
-            std::mem::forget(ended);
+            *listening = Listening { serving, idle: Vec::new() };
+            ended.is_replaced.store(true, Ordering::Release);
+            // Wakes one of its threads, which wakes the next.
+            ended.server.unblock();
         }
         Ok(())
+    }
+}
+
+impl Serving {
+    fn listen() -> Result<Arc<Serving>> {
+        let (used, is_replaced) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Ok(Arc::new(Serving { server: listen()?, crew: Crew::new(), used, is_replaced }))
     }
 }
 

@@ -184,7 +184,7 @@ impl Gate {
     }
 
     /// Serves a connection. A panic costs only this connection; standard error has its message.
-    fn attend(&'static self, daemon: &Daemon, slot: Slot) {
+    fn attend(&'static self, daemon: &'static Daemon, slot: Slot) {
         if catch_unwind(AssertUnwindSafe(|| self.connection(daemon, slot))).is_err() {
             crate::log!("a request failed (see above)");
         }
@@ -208,7 +208,7 @@ impl Gate {
     }
 
     /// Serves the requests of a connection until it ends, or is idle for a moment and is parked.
-    fn connection(&'static self, daemon: &Daemon, mut slot: Slot) {
+    fn connection(&'static self, daemon: &'static Daemon, mut slot: Slot) {
         let connection = slot.connection.clone();
         let mut buffer = [0; HEAD_LIMIT];
         loop {
@@ -235,7 +235,7 @@ impl Gate {
 
     /// Serves a request, whose head was read with these bytes after it. Returns whether the connection can serve
     /// another request; otherwise it was closed.
-    fn request(&self, daemon: &Daemon, connection: &Connection, head: &[u8], rest: &[u8]) -> bool {
+    fn request(&self, daemon: &'static Daemon, connection: &Connection, head: &[u8], rest: &[u8]) -> bool {
         let stream = &connection.stream;
         let refuse = |method: &str, e: &Error, origin| {
             send(stream, &reply::error(method, e, origin));
@@ -300,7 +300,7 @@ impl Gate {
 
     /// Hands a request to the control plane, and passes its reply on as it arrives. Returns whether the
     /// connection can serve another request; otherwise it was closed.
-    fn control(&self, daemon: &Daemon, client: &Client<'_>) -> Result<bool> {
+    fn control(&self, daemon: &'static Daemon, client: &Client<'_>) -> Result<bool> {
         let Client { connection, request, rest, origin, keeps } = *client;
         let is_stranger = match connection.check_user() {
             Err(Error::ForbiddenUser) if request.path() == "/health" => true,
@@ -334,7 +334,7 @@ impl Gate {
         // If another daemon has taken over the data directory, `control.sock` belongs to it.
         daemon.store.check_lock()?;
         let deadline = Some(deadline);
-        let control = daemon.control.connect()?;
+        let control = daemon.control.connect(daemon)?;
         let lost = |e: io::Error| match e.kind() {
             io::ErrorKind::TimedOut => Error::Internal("the control plane does not answer".to_owned()),
             // Every handler replies, so tiny_http had no thread to read the request.

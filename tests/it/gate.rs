@@ -1013,12 +1013,17 @@ fn descriptor_shortage_is_not_blamed_on_opencode() {
 #[test]
 fn control_plane_restarts_for_the_next_request() {
     let gate = Gate::new();
-    for _ in 0..3 {
-        fs::remove_file(gate.host.file("control.sock")).unwrap();
-        thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| gate.host.health());
-            }
+    let socket = gate.host.file("control.sock");
+    for _ in 0..5 {
+        fs::remove_file(&socket).unwrap();
+        // The connections that are kept still lead to the server before.
+        wait_for("another socket", || {
+            thread::scope(|scope| {
+                for _ in 0..8 {
+                    scope.spawn(|| gate.host.health());
+                }
+            });
+            socket.exists()
         });
     }
 }
