@@ -65,6 +65,19 @@ fn instance_with_a_running_session_is_kept() {
 }
 
 #[test]
+fn instance_of_which_opencode_does_not_say_what_runs_is_kept() {
+    let host = host("1s");
+    let asked = if IS_V2 { "/api/session/active" } else { "/session/status" };
+    host.answer(asked, "[]");
+    let [unknown] = warm(&host, ["unknown"]);
+    let looks = || host.requests().iter().filter(|request| request["target"] == asked).count();
+    wait_for("it to be looked at more than once", || looks() > 1);
+    assert_eq!(host.instance(&unknown), ["load"]);
+    host.answer("", "");
+    wait_disposed(&host, &unknown);
+}
+
+#[test]
 fn instance_with_an_open_stream_is_kept() {
     let host = host("1s");
     host.add(host.project("watched"));

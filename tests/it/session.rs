@@ -54,6 +54,36 @@ fn session_list_has_what_runs_and_nothing_of_other_directories() {
 }
 
 #[test]
+fn sessions_cannot_be_listed_before_opencode_is_ready() {
+    let host = Host::new();
+    host.hold(true);
+    let starting = host.openwork(["daemon", "start"]).spawn();
+    wait_for("the daemon to listen", || host.lock_text().is_some());
+    wait_for("opencode to be starting", || host.phase() == "starting");
+    let list = || host.http("GET", "/sessions").header("X-Openwork-Timeout", "0.3");
+    list().fails(504, "opencode_timeout");
+    host.hold(false);
+    assert!(starting.wait().status.success());
+    assert_eq!(list().ok()["sessions"], json!([]));
+}
+
+#[test]
+fn wait_fails_when_opencode_does_not_say_what_runs() {
+    let (host, web, _) = web_and_api();
+    host.busy(&[&web]);
+    host.answer("/session/status", "[]");
+    host.openwork(["wait", "web"]).fails(5, "opencode_error");
+    // Sessions were running at the last answer.
+    host.answer("", "");
+    let waiting = host.openwork(["wait", "web", "--timeout", "3", "--json"]).spawn();
+    wait_until_asked(&host);
+    host.hang(true);
+    let error = waiting.wait().object();
+    host.hang(false);
+    assert_eq!(error["error"]["code"], "still_busy", "{error}");
+}
+
+#[test]
 fn session_list_uses_the_working_directory() {
     let (host, web, api) = web_and_api();
     host.openwork(["workspace", "switch", "web"]).ok();
@@ -176,6 +206,12 @@ fn stop_names_the_sessions_it_ends() {
     host.openwork(["workspace", "path", "web"]).ok();
     let output = host.openwork(["daemon", "restart", "--all"]).ok();
     assert_eq!(output.stderr, "ended the running turn of mend {it} (ses_fake) in web\n");
+    // Before it has a title.
+    host.openwork(["workspace", "path", "web"]).ok();
+    host.answer("/session/ses_fake", &json!({"id": "ses_fake", "title": "", "directory": web}).to_string());
+    let output = host.openwork(["daemon", "restart", "--all"]).ok();
+    assert_eq!(output.stderr, "ended the running turn of ses_fake in web\n");
+    host.answer("", "");
     host.openwork(["workspace", "path", "web"]).ok();
     // Keeping opencode ends no session.
     assert_eq!(host.openwork(["daemon", "restart"]).ok().stderr, "");
