@@ -148,5 +148,8 @@ mod tests {
         assert!(read("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", "GET").is_err(), "cut short");
         assert!(Response::read("nonsense\r\n\r\n".as_bytes(), "GET").is_err());
         assert!(Response::read("HTTP/1.1 200 OK\r\n".as_bytes(), "GET").is_err());
+        let long = |length| format!("HTTP/1.1 200 OK\r\nX: {}\r\nContent-Length: 0\r\n\r\n", "x".repeat(length));
+        assert_eq!(Response::read(long(60_000).as_bytes(), "GET").unwrap().header("x").unwrap().len(), 60_000);
+        assert!(Response::read(long(70_000).as_bytes(), "GET").is_err());
     }
 }

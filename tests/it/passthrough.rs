@@ -330,6 +330,19 @@ fn attach_and_run_fail_without_opencode() {
 }
 
 #[test]
+fn api_shows_a_reply_that_comes_before_the_body_is_sent() {
+    let host = host();
+    let file = host.path("large");
+    fs::write(&file, vec![b'b'; 20_000_000]).unwrap();
+    let raw = "HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\ntoo large";
+    let target = format!("/raw?reply={}", raw.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>());
+    let output = host.openwork(["api", "p", &target, "--data", &format!("@{}", file.display())]).output();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(1), "too large"), "{output:?}");
+    // A device has no length.
+    assert_eq!(api(&host, &["p", "POST", "/echo", "--data", "@/dev/null"])["length"], 0);
+}
+
+#[test]
 fn head_requests_report_errors() {
     let host = host();
     host.openwork(["api", "nope", "HEAD", LOADING_CALL]).fails(4, "workspace_not_found");

@@ -146,6 +146,14 @@ fn paths_that_are_no_directory_are_refused() {
     post(utf8(&missing)).fails(404, "path_not_found");
     post(utf8(&file)).fails(400, "path_not_directory");
     post("/nul\0").fails(400, "path_not_utf8");
+    post("").fails(404, "path_not_found");
+    // A link that leads to itself, and a name that no file can have.
+    let circle = host.path("circle");
+    std::os::unix::fs::symlink(&circle, &circle).unwrap();
+    for path in [utf8(&circle).to_owned(), format!("/{}", "long".repeat(100))] {
+        let error = post(&path).fails(400, "bad_request");
+        assert!(error["message"].as_str().unwrap().contains("cannot resolve"), "{error}");
+    }
     assert_eq!(host.state()["workspaces"], before);
 }
 
@@ -366,6 +374,8 @@ fn invalid_urls_are_refused() {
         host.openwork(["workspace", "add-remote", url]).fails(1, "invalid_url");
         host.http("POST", "/workspaces/remote").json(json!({"baseUrl": url})).fails(400, "invalid_url");
     }
+    let with_bell = json!({"baseUrl": "http://h", "directory": "/srv\u{7}"});
+    host.http("POST", "/workspaces/remote").json(with_bell).fails(400, "bad_request");
     assert_eq!(host.names(), [""; 0]);
 }
 

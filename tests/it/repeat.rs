@@ -86,6 +86,20 @@ fn repeated_add_adds_one_workspace() {
 }
 
 #[test]
+#[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
+fn repeated_move_moves_one_workspace() {
+    let host = host();
+    let moved = host.project("moved");
+    let to = moved.to_str().unwrap();
+    dies_during(&host, || {
+        let reply = host.openwork(["workspace", "move", "web", to]).json();
+        assert_eq!((&reply["workspace"]["name"], &reply["workspace"]["path"]), (&json!("web"), &json!(to)));
+    });
+    assert_eq!(host.openwork(["workspace", "info", "web"]).json()["workspace"]["path"], to);
+    assert_eq!(host.names(), ["web", "web-api"]);
+}
+
+#[test]
 fn remove_and_rename_over_http_take_no_abbreviation() {
     let host = Host::new();
     let id = host.add(host.project("web-api"));

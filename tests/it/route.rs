@@ -520,6 +520,9 @@ fn request_waits_for_the_disposal_of_its_instance() {
             host.routed("GET", "/w/q/path").send();
         }
         assert!(calls(&host)[before..].iter().all(|call| call["directory"] == q.to_str().unwrap()));
+        // No longer than the client.
+        let impatient = host.routed("GET", "/w/p/path").header("X-Openwork-Timeout", "0.2");
+        impatient.fails(504, "opencode_timeout");
         fs::remove_file(&hold).unwrap();
         assert_eq!(waiting.join().unwrap().json()["directory"], p.to_str().unwrap());
     });
@@ -584,6 +587,7 @@ fn malformed_reply_is_an_error_of_opencode() {
         "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nab",
         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         "HTTP/1.1 200 OK\r\nX: cut off",
+        "HTTP/1.1 200 OK\nContent-Length: 2\n\nab\r\n\r\n",
         "",
     ] {
         let reply = host.routed("POST", &raw(bytes)).send();

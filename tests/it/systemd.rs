@@ -235,12 +235,14 @@ fn unsuitable_activation_socket_is_refused() {
     host.openwork(["daemon"]).after(lines).fails(2, "usage");
     assert!(host.lock_text().is_none());
 
-    // Variables meant for another process are ignored.
-    let daemon = host.openwork(["daemon"]).env("LISTEN_PID", "1").env("LISTEN_FDS", "1").spawn();
-    wait_for("the daemon to listen", || host.lock_text().is_some());
-    assert_eq!(host.port(), port);
-    host.openwork(["daemon", "stop"]).ok();
-    daemon.wait();
+    // Variables meant for another process are ignored, and a manager may pass no socket.
+    for (pid, sockets) in [("1", "1"), ("$$", "0"), ("$$", "")] {
+        let lines = format!("export LISTEN_PID={pid} LISTEN_FDS={sockets}");
+        let daemon = host.openwork(["daemon"]).after(&lines).spawn();
+        wait_for("the daemon to listen", || host.lock_text() == Some((daemon.pid(), port)));
+        host.openwork(["daemon", "stop"]).ok();
+        assert!(daemon.wait().status.success());
+    }
 }
 
 /// A process that clients take for a service manager: it has that name and holds the listening socket.
