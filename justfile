@@ -1,4 +1,4 @@
-# The real opencode, and its SDK, that openwork is tested with; both come from npm.
+# The version of the real opencode, and of its SDK, for the tests; both come from npm.
 opencode := "1.18.33"
 
 # List the recipes
@@ -6,7 +6,7 @@ opencode := "1.18.33"
 default:
     @"{{ just_executable() }}" --justfile "{{ justfile() }}" --list --unsorted
 
-# Show openwork at its job, with a real opencode, in a temporary directory
+# Demonstrate openwork with a real opencode, in a temporary directory
 demo:
     scripts/demo.sh {{ opencode }}
 
@@ -20,14 +20,14 @@ lint:
     cargo clippy --locked --bins --tests --benches --test real --test soak -- --deny warnings
     scripts/oldest.sh
 
-# All that has to hold: lint and test
+# Run all checks: lint and test
 check: lint test
 
-# Show which lines the tests run, by file; `just coverage --html` writes pages too
+# Show which lines the tests run, by file; `just coverage --html` also writes pages
 coverage *options:
     scripts/coverage.sh {{ options }}
 
-# Measure what openwork costs, beside the same without it: all sections, or those named
+# Measure the cost of openwork against the same work without it: all sections, or the named ones
 bench *sections:
     opencode=$(scripts/opencode.sh {{ opencode }}) && sdk=$(scripts/sdk.sh {{ opencode }}) && \
         OPENWORK_TEST_OPENCODE="$opencode" OPENWORK_TEST_SDK="$sdk" cargo bench --locked --bench bench -- {{ sections }}
@@ -39,7 +39,7 @@ soak minutes="10" real="":
     else unset OPENWORK_TEST_OPENCODE; fi; \
     OPENWORK_SOAK_MINUTES={{ minutes }} cargo test --release --locked --test soak -- --nocapture --test-threads=1
 
-# Let the supervisor live through months of virtual time, for so many minutes
+# Simulate the supervisor through months of virtual time, for this many minutes
 simulate minutes="10":
     OPENWORK_SIMULATION_SECONDS=$(({{ minutes }} * 60)) cargo test --locked --profile simulate --bins \
         supervisor::simulation -- --nocapture --test-threads=1
@@ -56,11 +56,11 @@ assets:
 recording:
     scripts/recording.sh {{ opencode }}
 
-# Build a Debian package below target/package; DEBFULLNAME and DEBEMAIL say who maintains it
+# Build a Debian package below target/package; DEBFULLNAME and DEBEMAIL name the maintainer
 deb:
     packaging/deb.sh
 
-# Try the units with a systemd user manager of their own; as root
+# Try the units with a separate systemd user manager; as root
 try-systemd:
     packaging/try-systemd.sh
 

@@ -11,13 +11,13 @@ use crate::wire::ROUTES;
 
 const ABOUT: &str = "openwork keeps one opencode server alive and routes its calls to many workspaces by directory.";
 
-/// What stands below the overview.
+/// The notes below the overview.
 const NOTES: &str = "
-The word `workspace` can be left out or shortened to `ws`; `ls`, `rm`, `mv` and `use` are short for list, remove,
+The word `workspace` is optional and can be shortened to `ws`; `ls`, `rm`, `mv` and `use` are short for list, remove,
 rename and switch. <ws> is an id, a name, the beginning of either, a path in the workspace, or - for the previously
-active one; the default is OPENWORK_WORKSPACE, else (for attach, run, session list, wait and prompt) the workspace of the
+active one. The default is OPENWORK_WORKSPACE, else (for attach, run, session list, wait and prompt) the workspace of the
 working directory, else the active one.
-`openwork help <command>` says more; `openwork help --json` prints the tables.
+`openwork help <command>` shows more; `openwork help --json` prints the tables.
 ";
 
 #[derive(Serialize)]

@@ -62,11 +62,11 @@ pub fn handle(daemon: &Daemon, mut request: Request) {
     match answer_with(daemon, request, answer) {
         None => {}
         Some(AfterReply::Stop { scope, client }) => {
-            crate::log!("stopping, as asked{}", if daemon.keeps_opencode(scope) { "; opencode stays" } else { "" });
+            crate::log!("stopping on request{}", if daemon.keeps_opencode(scope) { "; opencode stays" } else { "" });
             daemon.stop(scope, client);
         }
         Some(AfterReply::Restart { scope, client }) => {
-            crate::log!("restarting, as asked{}", if daemon.keeps_opencode(scope) { "; opencode stays" } else { "" });
+            crate::log!("restarting on request{}", if daemon.keeps_opencode(scope) { "; opencode stays" } else { "" });
             daemon.restart(scope, client);
         }
     }

@@ -581,7 +581,7 @@ fn force_kills_only_an_unresponsive_daemon() {
     let output = host.openwork(["daemon", "stop", "--force"]).ok();
     assert_eq!((&*output.stdout, &*output.stderr), ("stopped\n", ""));
     // A responsive daemon stops by itself.
-    assert!(fs::read_to_string(host.file("daemon.log")).unwrap().contains("stopping, as asked"));
+    assert!(fs::read_to_string(host.file("daemon.log")).unwrap().contains("stopping on request"));
     // --keep-opencode works with --force as well.
     host.openwork(["daemon", "start"]).ok();
     let (daemon, opencode) = (host.daemon_pid(), host.opencode_pid());

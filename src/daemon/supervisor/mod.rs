@@ -367,11 +367,11 @@ impl Supervisor {
             Notice::Exited { how, pid } => EventKind::EngineExited { generation, pid, reason: how },
             Notice::Failed { error } => EventKind::EngineFailed { error },
             Notice::TooLarge { recycled: true } => {
-                crate::log!("opencode takes more than --max-memory, and no session runs: it is restarted");
+                crate::log!("opencode uses more than --max-memory, and no session runs: restarting it");
                 EventKind::EngineRecycled { generation, pid }
             }
             Notice::TooLarge { recycled: false } => {
-                crate::log!("opencode takes more than --max-memory; it is restarted when no session runs");
+                crate::log!("opencode uses more than --max-memory: restarting it as soon as no session runs");
                 EventKind::EngineTooLarge { generation, pid }
             }
         });
