@@ -98,6 +98,9 @@ fn newer_version_is_refused_untouched() {
     for version in [2, 1_000_000] {
         let content = json!({"version": version, "workspaces": [], "shape": "of the future"});
         check_refused(content.to_string().as_bytes(), "state_too_new");
+        // Also when its workspaces are none that this version can read.
+        let content = json!({"version": version, "workspaces": {"by": "name"}});
+        check_refused(content.to_string().as_bytes(), "state_too_new");
     }
 }
 
@@ -677,7 +680,8 @@ fn last_use_is_written_after_a_failed_write() {
     let in_the_way = host.file(&format!("{STATE}.tmp"));
     fs::create_dir(&in_the_way).unwrap();
     host.openwork(["workspace", "path", "p"]).ok();
-    wait_for("a write to fail", || fs::read_to_string(host.file("daemon.log")).unwrap().contains(".tmp"));
+    let failure = format!("remove {}: ", in_the_way.display());
+    wait_for("a write to fail", || fs::read_to_string(host.file("daemon.log")).unwrap().contains(&failure));
     assert_eq!(last_used(), before);
     let known = host.http("GET", &format!("/workspaces/{id}")).ok()["workspace"]["lastUsedAt"].as_u64().unwrap();
     assert!(known > before);
