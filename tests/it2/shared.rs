@@ -385,7 +385,7 @@ fn service_may_register_late_but_has_to() {
     assert_eq!(ready_pid(&host), Some(registered(&host).0));
     host.openwork(["daemon", "stop", "--all"]).ok();
     host.behave("FAKE_SERVICE_LATE=never");
-    refused(&host, "has left no service of this user");
+    refused(&host, "names no running service of this user");
     assert_eq!(host.starts().len(), 1);
 }
 
