@@ -26,7 +26,7 @@ fn registration(host: &Host) -> PathBuf {
     host.home().join(".local/state/opencode/service.json")
 }
 
-/// The service that is registered: its process and its URL.
+/// The registered service: its pid and its URL.
 fn registered(host: &Host) -> (u32, String) {
     let text = fs::read_to_string(registration(host)).expect("a registration");
     let registered: Value = serde_json::from_str(&text).unwrap();
@@ -44,7 +44,7 @@ fn register(host: &Host, url: &str, pid: u32, mode: u32) {
     fs::rename(new, path).unwrap();
 }
 
-/// Has the user do something with their service: `start`, `restart`, `stop`.
+/// The user runs `opencode service start`, `restart` or `stop`.
 fn opencode_service(host: &Host, verb: &str) {
     let mut command = Command::new(host.get("OPENWORK_OPENCODE_BIN"));
     command.args(["service", verb]).env_clear();
@@ -53,13 +53,13 @@ fn opencode_service(host: &Host, verb: &str) {
     assert!(command.status().unwrap().success(), "opencode service {verb}");
 }
 
-/// What was done with the service by its command, in order.
+/// The commands that the service got, in order.
 fn orders(host: &Host) -> Vec<String> {
     let verb = |line: &String| serde_json::from_str::<Value>(line).unwrap()["argv"][0].as_str().unwrap().to_owned();
     host.recorded("services").iter().map(verb).collect()
 }
 
-/// The process of the opencode that the daemon has, if it is ready.
+/// The pid of the daemon's opencode, if it is ready.
 fn ready_pid(host: &Host) -> Option<u32> {
     let health = host.health();
     (health["ok"] == true).then(|| health["opencode"]["pid"].as_u64().unwrap() as u32)
@@ -80,7 +80,7 @@ fn foreign_service_is_announced_once_and_shown() {
 
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", socket.local_addr().unwrap());
-    // Neither what others may have written nor what names another process is one.
+    // A registration that others could have written, or that names another process, does not count.
     register(&host, &url, std::process::id(), 0o644);
     assert!(!host.openwork(["status"]).ok().stdout.contains("plain `opencode`"));
     register(&host, &url, host.daemon_pid(), 0o600);
@@ -108,7 +108,7 @@ fn running_service_is_used_and_outlives_the_daemon() {
     let (a, b) = (host.project("a"), host.project("b"));
     opencode_service(&host, "start");
     let (service, url) = registered(&host);
-    // What the shell knows of another server is nothing that the service should know.
+    // The service must not inherit the shell's variables about another server.
     host.set("OPENWORK_ENGINE", "of an agent");
     host.openwork(["daemon", "start"]).ok();
     host.add(&a);
@@ -120,7 +120,7 @@ fn running_service_is_used_and_outlives_the_daemon() {
     assert!(status.contains("the server that plain `opencode` uses too"), "{status}");
     assert_eq!((orders(&host), host.starts().len()), (vec!["start".to_owned()], 1));
 
-    // Its clients, and its calls, by its password.
+    // Clients and routed calls use the password of the service.
     host.openwork(["workspace", "path", "a"]).ok();
     assert_eq!(host.routed("GET", "/w/a/api/location").send().json()["directory"], json!(a));
     let at_root = format!("/api/location?location%5Bdirectory%5D={}", b.display());
@@ -138,7 +138,7 @@ fn running_service_is_used_and_outlives_the_daemon() {
     let environment = host.environment(client["pid"].as_u64().unwrap() as u32);
     assert!(environment.contains(&format!("OPENCODE_PASSWORD={password}")));
 
-    // A new daemon, another one, and none.
+    // The service outlives a restart, a kill and a stop of the daemon.
     host.openwork(["daemon", "restart"]).ok();
     assert_eq!(ready_pid(&host), Some(service));
     let daemon = host.daemon_pid();
@@ -154,7 +154,7 @@ fn running_service_is_used_and_outlives_the_daemon() {
     assert_eq!(host.processes(), [service]);
     assert_eq!((host.recorded("signals"), orders(&host)), (vec![], vec!["start".to_owned()]));
 
-    // Its end is asked for.
+    // `--all` stops the service.
     host.openwork(["daemon", "start"]).ok();
     let stopped = host.openwork(["daemon", "stop", "--all"]).json();
     assert_eq!(stopped["sessions"][0]["workspace"]["name"], "a");
@@ -182,13 +182,13 @@ fn service_is_started_on_demand_by_its_own_command() {
         let name = variable.split('=').next().unwrap();
         assert!(!["OPENWORK_ENGINE", "OPENCODE_PASSWORD", "OPENCODE_SERVER_PASSWORD"].contains(&name), "{variable}");
     }
-    // Its user ends it: nobody needs it, until somebody does.
+    // The user stops the service: it stays down until a request needs it.
     opencode_service(&host, "stop");
     wait_for("its end to be seen", || host.phase() == "waiting");
     let again = host.routed("GET", "/w/a/api/location").send();
     assert_eq!(again.json()["directory"], json!(a), "with the password that was its last");
     assert_eq!(orders(&host), ["start", "stop", "start"]);
-    // It dies.
+    // The service is killed.
     let (service, _) = registered(&host);
     kill(service, Signal::KILL);
     wait_gone(service);
@@ -207,12 +207,12 @@ fn replaced_service_is_found_again() {
     opencode_service(&host, "restart");
     let (second, second_url) = registered(&host);
     assert!(first != second && first_url != second_url);
-    // The password of the new one is taken at once, whether it was found already or not.
+    // The password of the new service is accepted at once, even before the daemon has found the service.
     let location = host.routed("GET", "/w/a/api/location").send();
     assert_eq!((location.status, &location.json()["directory"]), (200, &json!(a)));
     wait_for("it to be found", || ready_pid(&host) == Some(second));
     host.http("GET", "/w/a/api/location").header("Authorization", before).fails(401, "unauthorized");
-    // Without a request, too.
+    // Also without a request.
     opencode_service(&host, "restart");
     let (third, _) = registered(&host);
     wait_for("it to be found", || ready_pid(&host) == Some(third));
@@ -231,7 +231,7 @@ fn hung_service_is_restarted_by_its_own_command() {
     wait_for("it to be restarted", || orders(&host).last().is_some_and(|verb| verb == "restart"));
     host.hang(false);
     wait_for("the next one to be ready", || ready_pid(&host).is_some_and(|pid| pid != first));
-    // The one signal is that of its command.
+    // The only signal comes from the service's own command.
     assert_eq!((host.recorded("signals").len(), orders(&host)), (1, vec!["start".to_owned(), "restart".to_owned()]));
 }
 
@@ -253,7 +253,7 @@ fn idle_instances_are_evicted_and_memory_is_limited_in_a_shared_service() {
     assert_eq!(host.instance(&a), ["load"]);
     assert!(host.openwork(["instance", "list"]).json()["memory"].as_u64().is_some_and(|bytes| bytes > 0));
 
-    // Too large from its next start on, and restarted as soon as no session runs.
+    // The service is too large from its next start on, and is restarted as soon as no session runs.
     host.behave("FAKE_MEMORY=80000000");
     opencode_service(&host, "restart");
     let (large, _) = registered(&host);
@@ -274,21 +274,21 @@ fn daemon_switches_to_the_service_and_back() {
     let own = host.opencode_pid();
     opencode_service(&host, "start");
     let (service, _) = registered(&host);
-    // Running turns are not ended for that.
+    // Without `--all`, openwork's opencode keeps running, and so do its turns.
     let told = host.openwork(["daemon", "restart", "--shared"]).ok();
     assert!(told.stderr.contains("daemon restart --all"), "{told:?}");
     assert_eq!((ready_pid(&host), &host.health()["engine"]["shared"]), (Some(own), &json!(false)));
     assert_eq!(host.routed("GET", "/api/info").send().status, 200, "by the password of openwork's own");
     host.openwork(["daemon", "restart", "--all", "--shared"]).ok();
     assert_eq!((ready_pid(&host), is_alive(own)), (Some(service), false));
-    // A service that is shared no longer is left.
+    // A service that is no longer shared keeps running.
     host.openwork(["daemon", "restart", "--all"]).ok();
     let own = ready_pid(&host).unwrap();
     assert!(own != service && is_alive(service));
     assert_eq!((orders(&host), host.recorded("signals").len()), (vec!["start".to_owned()], 1));
     assert_eq!(host.routed("GET", "/api/info").send().status, 200);
 
-    // One that is shared is restarted when that is asked for.
+    // `--all` restarts a shared service.
     host.set("OPENWORK_SHARED", "true");
     host.openwork(["daemon", "restart", "--all"]).ok();
     host.openwork(["daemon", "restart", "--all"]).ok();
@@ -325,7 +325,7 @@ fn sharing_is_a_flag_or_a_variable() {
     host.openwork(["daemon", "stop", "--keep-opencode", "--all"]).fails(2, "usage");
 }
 
-// --- Whom it is not ---
+// --- Services that are not trusted ---
 
 /// A socket that must not get a byte.
 struct Impostor(TcpListener);
@@ -352,7 +352,7 @@ impl Impostor {
     }
 }
 
-/// Starting the daemon fails within the time of its tries, and the message says why.
+/// Checks that starting the daemon fails, with this reason.
 fn refused(host: &Host, why: &str) {
     let error = host.openwork(["daemon", "start"]).output();
     assert_eq!(error.status.code(), Some(5), "{error:?}");
@@ -398,7 +398,7 @@ fn stop_does_not_wait_for_the_start_of_a_service() {
     wait_for("the service to be ordered", || orders(&host) == ["start"]);
     host.openwork(["daemon", "stop"]).ok();
     assert_eq!(starting.wait().object()["error"]["code"], "opencode_unavailable");
-    // The command is the user's as much as the service, and goes on.
+    // The command belongs to the user like the service, and keeps running.
     fs::remove_file(&hold).unwrap();
     wait_for("the service to register", || registration(&host).exists());
     opencode_service(&host, "stop");
@@ -425,18 +425,18 @@ fn registration_naming_another_process_is_not_trusted() {
     host.behave("FAKE_SERVICE_FAILS=1");
     let impostor = Impostor::new();
     let other = Stranger::idle();
-    // A process of ours that does not hold the socket, and one that is none.
+    // A process of ours that does not hold the socket, and a pid without a process.
     for pid in [other.pid(), u32::MAX] {
         register(&host, &impostor.url(), pid, 0o600);
         refused(&host, "no service today");
     }
-    // Not even as what runs beside openwork's own.
+    // It is not even reported as a service beside openwork's own opencode.
     let own = host.openwork(["daemon", "start"]).env("OPENWORK_SHARED", "0").ok();
     assert!(!own.stderr.contains("a server of its own"), "{own:?}");
     assert_eq!(host.health()["engine"]["service"], Value::Null);
     impostor.got_nothing();
     assert!(is_alive(other.pid()), "it is nobody's to end");
-    // Elsewhere than on loopback.
+    // A service outside loopback.
     host.openwork(["daemon", "stop"]).ok();
     register(&host, &format!("http://0.0.0.0:{}", impostor.port().port()), std::process::id(), 0o600);
     refused(&host, "on 127.0.0.1 only");
@@ -449,7 +449,7 @@ mod as_root {
     use std::os::unix::fs::chown;
     use std::os::unix::process::CommandExt;
 
-    /// A host of another user than ours, who is root here.
+    /// A host of an unprivileged user; we are root here.
     fn of_nobody() -> Host {
         let mut host = Host::unprivileged();
         host.set("OPENWORK_SHARED", "1");
@@ -461,13 +461,13 @@ mod as_root {
     fn registration_of_another_user_is_not_trusted() {
         let host = of_nobody();
         let impostor = Impostor::new();
-        // Ours, in the home directory of the user.
+        // A file of root in the home directory of the user.
         register(&host, &impostor.url(), std::process::id(), 0o600);
         for directory in [".local", ".local/state", ".local/state/opencode"] {
             chown(host.home().join(directory), Some(NOBODY), Some(NOBODY)).unwrap();
         }
         refused(&host, "cannot be read");
-        // Readable, but of another user.
+        // A readable file of another user.
         fs::set_permissions(registration(&host), Permissions::from_mode(0o644)).unwrap();
         refused(&host, "belongs to another user");
         impostor.got_nothing();
@@ -477,7 +477,7 @@ mod as_root {
     #[test]
     #[ignore = "needs root, to be another user"]
     fn registration_naming_a_process_of_another_user_is_not_trusted() {
-        // The daemon may look into any process, and this one belongs to somebody else.
+        // Root may inspect any process, but this one belongs to another user.
         let host = sharing();
         host.behave("FAKE_SERVICE_FAILS=1");
         let theirs = host.path("theirs");
