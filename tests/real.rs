@@ -18,7 +18,7 @@ mod with_opencode2;
 
 use support::{Host, Signal, kill, wait_gone};
 
-/// A host with a real opencode 1.x that fetches nothing it can do without.
+/// A host with a real opencode 1.x that downloads nothing that it can do without.
 fn real() -> Host {
     let opencode = std::env::var_os("OPENWORK_TEST_OPENCODE").map(PathBuf::from);
     with_real(&opencode.expect("OPENWORK_TEST_OPENCODE is to name an opencode; `just test` installs one"))
@@ -93,7 +93,7 @@ fn next_daemon_adopts_opencode_of_a_killed_daemon() {
     path(&host, &["p"]);
     assert_ne!(host.daemon_pid(), daemon);
     assert_eq!(host.opencode_pid(), opencode);
-    // The stream of a direct client stayed open and goes on.
+    // The stream of a direct client stayed open.
     let query = format!("/instance/dispose?directory={}", project.display());
     host.opencode("POST", &query).send();
     disposal(&mut events, &project);

@@ -214,7 +214,7 @@ fn stop_keeping_opencode_does_not_revoke_another_stop() {
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
     let stopping = host.openwork(["daemon", "stop"]).spawn();
-    // Perhaps twice already: one that swallows the first gets another.
+    // Perhaps twice: TERM is repeated for an opencode that ignores the first.
     wait_for("opencode to be told to end", || !host.recorded("signals").is_empty());
     host.openwork(["daemon", "stop", "--keep-opencode"]).ok();
     assert_eq!(stopping.wait().status.code(), Some(0));
@@ -328,8 +328,8 @@ fn empty_engine_id_proves_nothing() {
     });
 }
 
-/// A living opencode of ours, of which the state file says something else, is not adopted. It carries our
-/// mark all the same, so it is ended before another is started.
+/// A living opencode of ours that does not match the state file is not adopted. It has our marker, so it is ended before
+/// another one is started.
 fn check_replaced(change: impl FnOnce(&mut Value)) {
     let host = Host::new();
     host.exercises(["option --keep-opencode"]);
@@ -349,6 +349,6 @@ fn opencode_from_before_a_reboot_is_not_adopted() {
 
 #[test]
 fn process_with_another_start_time_is_not_adopted() {
-    // A process of the agent's has our mark too, and can get the pid of an opencode that has ended.
+    // A process of the agent has our marker too, and can get the pid of an opencode that has ended.
     check_replaced(|opencode| opencode["startTicks"] = (opencode["startTicks"].as_u64().unwrap() + 1).into());
 }

@@ -97,7 +97,7 @@ fn help_names_the_default_workspace() {
             assert!(help.contains(&format!("  default workspace: {default}\n")), "{help}");
         }
     }
-    // As it says: two commands that print the workspace, one of each kind.
+    // The behaviour matches, as two commands that print the workspace show.
     let web = host.project("web");
     host.add(host.project("api"));
     host.add(&web);
@@ -255,7 +255,7 @@ fn workspace_prefix_is_optional() {
     assert_eq!(host.names(), [""; 0]);
     assert_eq!(host.openwork(["version"]).ok().stdout, host.openwork(["--version"]).ok().stdout);
     assert_eq!(host.openwork(["completion", "bash"]).ok().stdout, host.openwork(["completions", "bash"]).ok().stdout);
-    // `status` is also a command of its own, and that one wins.
+    // `status` is also a command itself, which takes precedence.
     assert_eq!(host.openwork(["status"]).json()["workspaceCount"], 0);
 }
 
@@ -342,7 +342,7 @@ fn missing_and_invalid_values_are_refused() {
     ] {
         host.openwork(args).fails(2, "usage");
     }
-    // A workspace may be called so.
+    // This is a valid name of a workspace.
     let error = host.openwork(["api", "post", "/session"]).fails(2, "usage");
     assert_eq!(error["message"], r#""post" could be a method or a workspace"#);
     for header in ["Host: other", "authorization: Basic x", "X-Openwork-Timeout: 1", "no value", ": x", "X: a\nb"] {

@@ -528,7 +528,7 @@ fn opencode_of_openwork_0_1_keeps_its_address_until_replaced() {
     host.write_state(state.to_string());
     host.openwork(["daemon", "start"]).ok();
     assert_eq!((host.opencode_pid(), host.opencode_address()), (pid, address));
-    // What 0.1 noted of the binary does not tell whether it is another one now.
+    // The record of 0.1 does not show whether the binary was replaced.
     assert!(!host.openwork(["status"]).ok().stdout.contains("was replaced"));
     host.openwork(["workspace", "add", "/tmp"]).ok();
     host.openwork(["workspace", "path", "/tmp"]).ok();
@@ -562,7 +562,7 @@ fn force_stops_a_frozen_daemon() {
     let error = host.openwork(["daemon", "stop", "--timeout", "1"]).fails(1, "daemon_unresponsive");
     assert!(error["hint"].as_str().unwrap().contains("`openwork daemon stop --force`"), "{error}");
     assert!(is_alive(daemon) && is_alive(opencode));
-    // A new daemon adopts opencode and stops it in good order.
+    // A new daemon adopts opencode and stops it properly.
     let output = host.openwork(["daemon", "stop", "--force"]).ok();
     assert!(output.stderr.contains(&format!("pid {daemon}")), "{output:?}");
     assert!(!is_alive(daemon) && !is_alive(opencode));

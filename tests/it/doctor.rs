@@ -1,4 +1,4 @@
-//! `openwork doctor`: each thing that can be wrong, seen as a finding, and nothing changed by the look.
+//! `openwork doctor`: it finds each problem, and changes nothing.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Host, Run, STATE, Signal, VERSION, copy_program, fake_opencode, kill, until, wait_gone};
 
-/// What the doctor says, which ends with this exit status.
+/// Runs the doctor, which must exit with this status, and returns its findings.
 fn report(run: Run, exit: i32) -> Value {
     let report = run.exits(exit).object();
     assert_eq!(report["ok"], exit == 0, "{report:#}");
@@ -68,7 +68,7 @@ fn machine_without_openwork_is_healthy_and_unchanged() {
     assert!(!host.data().exists());
     assert_eq!(host.processes(), [0; 0]);
     assert_eq!((host.starts().len(), host.recorded("versions").len()), (0, 0));
-    // With a proxy that is not asked for this machine, there is nothing to warn of either.
+    // A proxy that is not used for this machine causes no warning either.
     let text = host.openwork(["doctor"]).env("NO_PROXY", "localhost,127.0.0.1").ok().stdout;
     assert!(text.starts_with("ok       openwork  ") && text.ends_with("\nnothing is wrong\n"), "{text}");
 }
@@ -271,7 +271,7 @@ fn opencode_that_is_to_be_started_again_is_a_warning() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let opencode = host.opencode_pid();
-    // Nobody needs it at the moment.
+    // opencode waits for its next start, since no request needs it now.
     host.behave("FAKE_CRASH_ON_START=9");
     kill(opencode, Signal::KILL);
     let report = until("opencode to wait for its next start", || {
@@ -293,7 +293,7 @@ fn another_openwork_on_the_path_is_told() {
     host.set("PATH", format!("{}:{path}", directory.display()));
     let report = host.openwork(["doctor", "--json"]).output().object();
     check(&report, "openwork", "warning", another.to_str().unwrap());
-    // A link to this one is the same program.
+    // A link to this program is the same program.
     fs::remove_file(&another).unwrap();
     symlink(host.binary(), &another).unwrap();
     check_ok(&host.openwork(["doctor", "--json"]).output().object(), "openwork");
@@ -307,7 +307,7 @@ fn missing_or_unusable_opencode_is_an_error() {
     host.unset("OPENWORK_OPENCODE_BIN");
     host.set("PATH", host.path("a/bin"));
     check(&examine(&host, 1), "opencode", "wrong", "neither in ~/.opencode/bin nor on the PATH");
-    // Of an older line, by npm's description of the package.
+    // An older line, known from npm's description of the package.
     npm_package(&host.path("a"), "0.15.31");
     check(&examine(&host, 1), "opencode", "wrong", "0.15.31");
     npm_package(&host.path("a"), "1.18.33");
@@ -372,7 +372,7 @@ fn port_of_another_process_is_reported() {
     check(&report, "ports", "wrong", &format!("127.0.0.1:{port}, where the daemon is to listen"));
     check(&report, "ports", "wrong", "where opencode is to listen");
     check(&report, "ports", "wrong", &format!("pid {}", std::process::id()));
-    // One that nobody has asked for is left to its holder.
+    // A port that no option requests may be in use.
     host.unset("OPENWORK_DAEMON_PORT");
     host.unset("OPENWORK_OPENCODE_PORT");
     host.write_state(json!({"version": 1, "workspaces": [], "ports": {"daemon": port}}).to_string());
@@ -439,7 +439,7 @@ fn another_opencode_over_the_same_data_is_told() {
         fs::set_permissions(&registration, fs::Permissions::from_mode(0o600)).unwrap();
         told("warning", &format!("on {url}"));
         assert!(!examine(&host, 0).to_string().contains("very-secret"));
-        // Where openwork is to share it, it is no other.
+        // With --shared, the service is not another opencode.
         host.openwork(["daemon", "stop"]).ok();
         check_ok(&report(host.openwork(["doctor", "--json"]).env("OPENWORK_SHARED", "1"), 0), "others");
         host.openwork(["daemon", "start"]).ok();
@@ -447,7 +447,7 @@ fn another_opencode_over_the_same_data_is_told() {
         told("warning", "is open to other users");
         fs::remove_file(&registration).unwrap();
     }
-    // Clients, opencodes over other data, and those of another openwork are none of ours.
+    // Clients, opencodes over other data, and those of another openwork are not reported.
     let elsewhere = host.path("elsewhere");
     let _others = [
         opencode_beside(&host, &["attach", "http://127.0.0.1:1"], &[]),

@@ -224,7 +224,7 @@ fn password_goes_only_to_the_started_process() {
     }
     let heard = String::from_utf8_lossy(&heard).to_lowercase();
     assert!(!heard.contains("authorization"), "{heard}");
-    // The stranger's 401 is not taken for a reply of opencode.
+    // The stranger's 401 does not count as a reply of opencode.
     assert_eq!(starting.wait().object()["error"]["code"], "opencode_timeout");
 }
 
@@ -396,7 +396,7 @@ fn binary_that_cannot_be_run_is_reported() {
     host.set("OPENWORK_OPENCODE_BIN", &binary);
     let error = host.openwork(["daemon", "start"]).fails(5, "opencode_start_failed");
     assert!(error["message"].as_str().unwrap().contains("cannot be run"), "{error}");
-    // Repaired, it starts without anything else being done.
+    // After the repair, opencode starts without further action.
     write_program(&binary, &format!("#!/bin/sh\nexec '{}' \"$@\"\n", fake_opencode().display()));
     host.openwork(["daemon", "start"]).ok();
 }
@@ -474,7 +474,7 @@ fn rejected_password_fails_at_once() {
     host.behave("FAKE_AUTH=reject");
     host.openwork(["daemon", "start"]).fails(5, "opencode_auth_failed");
     assert_eq!(host.phase(), "failed");
-    // One that has failed before the command asks for it is tried once more.
+    // The command causes one more attempt after an earlier failure.
     let starts = host.starts().len();
     assert!(matches!(starts, 1 | 2), "{:?}", host.starts());
     // The process that rejected the password is ended.

@@ -182,7 +182,7 @@ fn events_command_follows_a_restarted_daemon() {
         let before = printed().len();
         host.openwork(restart).ok();
         wait_for("the command to print again", &mut change);
-        // Some events may be lost meanwhile: that is said.
+        // A gap event stands for events that may have been lost.
         assert_eq!(printed()[before]["type"], "gap", "{:?}", printed());
     }
     let last = printed().last().unwrap()["id"].clone();

@@ -27,7 +27,7 @@ fn prompt_shows_the_workspace_of_the_directory() {
     assert_eq!(host.openwork(["prompt"]).env("OPENWORK_WORKSPACE", "none").ok().stdout, "");
     assert_eq!(host.openwork(["prompt"]).json()["workspace"]["name"], "web");
 
-    // A frozen daemon is not waited for, nor is it asked for its version; the state file has all that is asked.
+    // No command waits for a frozen daemon or asks it for its version: the state file has the answers.
     kill(host.daemon_pid(), Signal::STOP);
     assert_eq!(prompt(&inside), "api\n");
     assert_eq!(host.openwork(["current"]).ok().stdout, "web\n");
@@ -140,7 +140,7 @@ fn prompt_that_begins_with_a_workspace_gets_a_hint() {
     };
     let hint = "web is part of the prompt; `openwork run -w web …` runs in the workspace web\n";
     let printed = run(&["run", "web", "hi"]);
-    // The meaning stays.
+    // The hint does not change the meaning.
     assert!(printed.contains(hint) && printed.contains("web hi"), "{printed}");
     for other in
         [&["run", "web"][..], &["run", "webs", "hi"], &["run", "-w", "web", "web", "hi"], &["run", "web", "--", "hi"]]
@@ -180,12 +180,12 @@ fn switch_on_a_terminal_asks_for_the_workspace() {
     assert!(output.stdout.contains("switched to api-server (") && output.stderr.is_empty(), "{output:?}");
     let current = || host.openwork(["current"]).ok().stdout;
     assert_eq!(current(), "api-server\n");
-    // What could be several is asked again, and what is none.
+    // An ambiguous answer, and one without a match, are asked again.
     switch("nothing\nwe\n2\n").ok();
     assert_eq!(current(), "website\n");
     switch("SERV\n").ok();
     assert_eq!(current(), "api-server\n");
-    // Nothing chosen, nothing changed; without a terminal, and for a script, nobody is asked.
+    // Without a choice nothing changes. Without a terminal, and with --json, the command does not ask.
     for typed in ["\n", "\u{4}"] {
         let output = switch(typed).exits(1);
         assert!(output.stderr.contains("no workspace was chosen"), "{output:?}");

@@ -87,7 +87,7 @@ fn instance_with_an_open_stream_is_kept() {
     assert_eq!(host.instance(&watched), ["load"]);
     let entry = instance(&host, "watched");
     assert_eq!((&entry["openStreams"], &entry["evictAt"]), (&json!(1), &Value::Null));
-    // The stream goes on.
+    // The stream stays open.
     host.routed("POST", &format!("/w/watched{SESSIONS}")).json(json!({})).send();
     events.find(|event| event["type"] == "session.created").unwrap();
     drop(events);

@@ -1,6 +1,6 @@
-//! The examples in the README and in `docs/`, run as they stand: in a fresh home with some projects, one page after
-//! the other, on a terminal. What a page shows of the output has to come. Numbers, ids and the home differ from run
-//! to run: they are compared by their place, and later commands of the page get those of the run.
+//! Runs the examples in the README and in `docs/` unchanged: in a fresh home with some projects, one page after the other,
+//! on a terminal. The output must be what the page shows. Numbers, ids and the home differ between runs: they are compared
+//! by position, and later commands of the page get the values of this run.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -21,18 +21,18 @@ use crate::support::{DEADLINE, Host, fake_opencode};
 const OF_2_X: [&str; 1] = ["opencode-versions.md"];
 const VERSION_2_X: &str = "2.3.2";
 
-/// Where the pages have their projects, and the port of their daemon.
+/// The directory of the projects on the pages, and the port of their daemon.
 const HOME: &str = "/home/me";
 const PORT: &str = "6174";
 const PROJECTS: [&str; 5] = ["web", "api", "docs", "shop", "blog"];
 
-/// What is written before the status of a command, and stands in no output.
+/// A marker before the status of a command that no output contains.
 const MARK: char = '\u{1e}';
 
-/// Commands whose output is OpenCode's own: the pages do not show it.
+/// Commands whose output comes from OpenCode: the pages do not show it.
 const OF_OPENCODE: [&str; 3] = ["openwork attach", "openwork run", "openwork open"];
 
-/// Commands that are not run here, by how they begin, and why.
+/// Commands that are not run here, by their beginning, and why.
 const NOT_RUN: &[(&str, &str)] = &[
     ("cargo install", "builds the program that these tests are about, and puts it where the user has others"),
     ("just", "a recipe of the developers'; what it calls is checked by its use"),
@@ -40,10 +40,10 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("OPENWORK_SIMULATION_SEED=", "a test of this program, with a seed that a failure has printed"),
 ];
 
-/// Commands that run until they are interrupted, by how they begin. They get two seconds.
+/// Commands that run until they are interrupted, by their beginning. They get two seconds.
 const ENDLESS: [&str; 2] = ["curl -N", "openwork events"];
 
-/// Languages of blocks that are no shell's, and where they are run or why not.
+/// Languages of blocks other than shell, and where they are run, or why not.
 const OTHER_LANGUAGES: &[(&str, &str)] = &[
     ("text", "no command"),
     ("js", "run by tests/real/route.rs, with the SDK that it imports"),
@@ -57,7 +57,7 @@ const OTHER_LANGUAGES: &[(&str, &str)] = &[
 
 struct Example {
     command: String,
-    /// None where a page shows no output because its block shows none at all.
+    /// `None` if the block shows no output at all.
     output: Option<Vec<String>>,
 }
 
@@ -85,7 +85,7 @@ fn examples(language: &str, text: &str) -> Vec<Example> {
     }
 }
 
-/// Commands after `$ `, each with what comes before the next.
+/// The commands after `$ `, each with the lines up to the next.
 fn transcript(text: &str) -> Vec<Example> {
     let mut examples: Vec<Example> = Vec::new();
     for line in text.lines() {
@@ -142,7 +142,7 @@ fn shape(line: &str) -> (String, Vec<String>) {
     (shape.trim().to_owned(), values)
 }
 
-/// Whether a line is as the page has it, in which `…` stands for anything.
+/// Whether a line matches the page, where `…` stands for any text.
 fn fits(shape: &str, expected: &str) -> bool {
     let parts: Vec<&str> = expected.split('…').map(str::trim).collect();
     let (first, last) = (parts[0], parts[parts.len() - 1]);
@@ -160,7 +160,7 @@ fn fits(shape: &str, expected: &str) -> bool {
     })
 }
 
-/// The lines that have to be alike. A line `…` of the page stands for any number of lines.
+/// The pairs of lines to compare. A line `…` of the page stands for any number of lines.
 fn beside<'a>(lines: &'a [String], page: &'a [String]) -> Option<Vec<(&'a String, &'a String)>> {
     let (before, after) = match page.iter().position(|line| line == "…") {
         Some(gap) => (gap, page.len() - gap - 1),
@@ -207,7 +207,7 @@ impl Shell {
         thread::spawn(move || {
             let mut screen = File::from(screen);
             let mut buffer = [0; 4096];
-            // An error is the end: nobody has the terminal any more.
+            // An error means the end: no process has the terminal open.
             while let Ok(count @ 1..) = screen.read(&mut buffer) {
                 if sender.send(buffer[..count].to_vec()).is_err() {
                     return;
@@ -247,7 +247,7 @@ impl Drop for Shell {
     }
 }
 
-/// A terminal, and its other side.
+/// Both ends of a terminal.
 fn terminal() -> (OwnedFd, OwnedFd) {
     let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
     grantpt(&screen).unwrap();
@@ -272,7 +272,7 @@ fn run_page(page: &Path, with_curl: bool) -> usize {
     host.data_is(data);
     let mut shell = Shell::start(&host);
     let home = host.home().canonicalize().unwrap().to_str().unwrap().to_owned();
-    // What the page says, and what it is here.
+    // The values on the page, and their values here.
     let mut known =
         vec![(PORT.to_owned(), host.get("OPENWORK_DAEMON_PORT").to_owned()), (HOME.to_owned(), home.clone())];
     let mut count = 0;
@@ -287,7 +287,7 @@ fn run_page(page: &Path, with_curl: bool) -> usize {
             true => shell.run(&format!("timeout 2 {command}\ntest $? = 124")),
             false => shell.run(&command),
         };
-        // While a command waits for something it says so on the line that its output then replaces.
+        // A command that waits shows that on a line, which its output then replaces.
         let lines: Vec<String> =
             printed.lines().map(|line| line.rsplit("\x1b[K").next().unwrap().replace(&home, HOME)).collect();
         let shown =

@@ -58,7 +58,7 @@ impl Gate {
         json!({"path": self.host.project("smuggled")}).to_string().len()
     }
 
-    /// What comes of these bytes on a new connection, and on one that has served a request before.
+    /// The replies to these bytes on a new connection, and on one that has served a request.
     fn raw(&self, bytes: impl AsRef<[u8]>) -> [Vec<u8>; 2] {
         self.host.connections().map(|stream| self.host.send_raw_on(stream, &bytes))
     }
@@ -72,7 +72,7 @@ impl Gate {
             // One request gets exactly one reply.
             let length = parsed.header("content-length").map_or(0, |length| length.parse().unwrap());
             assert_eq!(parsed.body.len(), length, "{:?}", shown());
-            // A refusal closes.
+            // A refusal closes the connection.
             let closes = parsed.header("connection") == Some("close");
             assert!(closes || (parsed.status < 400 && parsed.is_kept()), "{:?}", shown());
             parsed
@@ -760,7 +760,7 @@ fn incomplete_head_times_out() {
 
 /// Opens this many connections and sends these bytes on each.
 fn open_many(gate: &Gate, count: usize, bytes: &str) -> Vec<TcpStream> {
-    // As many as may wait to be accepted before the kernel drops new connections.
+    // The backlog: beyond it the kernel drops new connections.
     const QUEUE: usize = 100;
     raise_limit();
     let port = gate.host.port();
@@ -1043,7 +1043,7 @@ fn unread_replies_do_no_harm() {
     }
 }
 
-/// A proxy, or a client, would give up on a connection on which nothing comes.
+/// A proxy or a client would give up on a silent connection.
 #[test]
 fn quiet_event_stream_shows_that_it_is_alive() {
     let gate = Gate::new();

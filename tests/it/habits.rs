@@ -1,12 +1,12 @@
-//! What people type by the habit of tmux, git, docker, kubectl, gh, systemctl and others, and what openwork
-//! says to it: one table. Each line is run; what it prints begins or hints as the table says.
+//! Command lines that users know from tmux, git, docker, kubectl, gh, systemctl and others, and openwork's answers to them,
+//! in one table. The test runs each line and compares its output.
 
 use std::fmt::Write as _;
 use std::fs;
 
 use crate::support::Host;
 
-/// A command line, its exit status, and what its output has in it (standard output, or message and hint).
+/// A command line, its exit status, and a part of its output (standard output, or message and hint).
 const HABITS: &[(&str, i32, &str)] = &[
     // The directory you are in, no `--`.
     ("add .", 0, "added shop ("),
@@ -32,7 +32,7 @@ const HABITS: &[(&str, i32, &str)] = &[
     ("switch new-dir", 4, "`openwork workspace add ./new-dir` adds the directory"),
     ("info ./new-dir", 4, "`openwork workspace add ./new-dir` adds the directory"),
     ("ls --nmaes", 2, "did you mean `--names`?"),
-    // Never handed a stop, a removal or an abort for a typo.
+    // A typo never suggests a stop, a removal or an abort.
     ("daemon stpo", 2, "`openwork help daemon` shows its commands"),
     ("workspace remvoe web", 2, "`openwork help workspace` shows its commands"),
     ("remvoe web", 2, "`openwork help` shows all commands"),
@@ -152,10 +152,10 @@ fn habits_work_or_name_the_right_command() {
         assert_eq!(output.status.code(), Some(*exit), "{line}: {output:?}");
         assert!(text.contains(expected), "{line}: {expected} in {output:?}");
     }
-    // Nothing of it has ended or changed anything that was not asked for.
+    // No line has ended or changed anything by mistake.
     assert_eq!(host.names(), ["web"]);
     host.runs_one_of_each();
-    // For whoever wants to see all of it at once.
+    // Writes the whole table, for a reader.
     if let Some(path) = std::env::var_os("OPENWORK_TEST_HABITS") {
         fs::write(path, table).unwrap();
     }
@@ -171,7 +171,7 @@ fn invalid_variable_is_named_as_the_cause() {
         assert!(message.starts_with("OPENWORK_WORKSPACE is \"wbe\": no workspace"), "{error}");
         assert_eq!(error["hint"], "did you mean \"web\"?");
     }
-    // One that the command line names has nothing to do with the variable.
+    // The variable does not matter for a workspace named on the command line.
     let error = host.openwork(["info", "wbe"]).env("OPENWORK_WORKSPACE", "nix").fails(4, "workspace_not_found");
     assert!(!error.to_string().contains("OPENWORK_WORKSPACE"), "{error}");
 }
@@ -187,6 +187,6 @@ fn directory_that_is_no_workspace_can_be_added() {
     };
     assert_eq!(hint(&["info", "my site"]), "`openwork workspace add './my site'` adds the directory");
     assert_eq!(hint(&["attach", "my site"]), "`openwork open './my site'` adds the directory and attaches");
-    // Who takes something out does not want to add it.
+    // A removal does not suggest to add the directory.
     assert_eq!(hint(&["rm", "my site"]), "`openwork workspace list` shows all workspaces");
 }

@@ -1,5 +1,5 @@
-//! Connections that serve more than one request: what keeps them and what ends them, that nothing of a
-//! request gets into the next one, and that an idle one costs next to nothing.
+//! Connections that serve several requests: which are kept and which are closed, that requests do not mix, and that an idle
+//! connection costs next to nothing.
 
 use std::collections::HashSet;
 use std::fs;
@@ -51,7 +51,7 @@ fn ask(stream: &mut TcpStream, request: &str) -> Reply {
     read_reply(stream, method).unwrap_or_else(|e| panic!("{e}\nafter {request}"))
 }
 
-/// The targets that opencode was asked for below `/echo`.
+/// The targets below `/echo` that opencode received.
 fn echoes(host: &Host) -> Vec<String> {
     let targets = host.requests().into_iter().map(|request| request["target"].as_str().unwrap().to_owned());
     targets.filter(|target| target.contains("echo")).collect()
@@ -69,7 +69,7 @@ fn is_closed(stream: &mut TcpStream) -> bool {
     closed
 }
 
-// --- What keeps a connection ---
+// --- Kept and closed connections ---
 
 #[test]
 fn requests_of_every_kind_follow_each_other() {
@@ -114,10 +114,10 @@ fn allowed_origin_keeps_its_connection() {
     assert!(preflight.status == 204 && preflight.is_kept(), "{preflight:?}");
     let reply = ask(&mut stream, &request(&host, "GET /w/p/path", origin, ""));
     assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, Some("tauri://localhost")));
-    // What came with an origin is not answered as if the next had it too.
+    // The origin of a request does not apply to the next one.
     let reply = ask(&mut stream, &request(&host, "GET /w/p/path", "", ""));
     assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, None));
-    // Before anything is proven, the connection is not worth a slot.
+    // An unproven connection is not kept.
     let reply = ask(&mut host.connect(), &request(&host, "OPTIONS /w/p/path", origin, ""));
     assert_eq!((reply.status, reply.header("connection")), (204, Some("close")));
 }
@@ -202,7 +202,7 @@ fn connection_to_opencode_is_reused() {
         assert_eq!(ask(&mut stream, &request(&host, "GET /w/p/download?bytes=300000", "", "")).body.len(), 300_000);
     }
     assert!(distinct(&connections_of(&host, "/download")) < 5);
-    // What may have been carried out when its connection ends is not tried on one that may be ending.
+    // A request that must not be repeated never uses a connection that opencode may be closing.
     for method in ["POST", "DELETE", "GET"] {
         for _ in 0..5 {
             let body = if method == "GET" { "body" } else { "" };
@@ -220,7 +220,7 @@ fn connection_closed_by_opencode_is_not_reused() {
         assert_eq!(ask(&mut stream, &request(&host, "GET /w/p/close-after", "", "")).json(), "the last");
         assert!(ask(&mut stream, &request(&host, "GET /w/p/path", "", "")).is_kept());
     }
-    // Nor one whose reply was cut in the middle, or had no end of its own.
+    // A connection is not reused after a truncated reply, or a reply without framing.
     for target in ["/w/p/die-mid", "/w/p/to-end", "/w/p/die-first", "/w/p/two-replies"] {
         let _ = host.routed("GET", target).try_send();
         let path = target.trim_start_matches("/w/p");
@@ -283,7 +283,7 @@ fn idle_connection_does_not_count_as_use() {
     drop(stream);
 }
 
-// --- What is looked at for each request ---
+// --- Checks of each request ---
 
 #[test]
 fn each_request_is_checked_by_itself() {
@@ -394,7 +394,7 @@ fn read_until(stream: &mut TcpStream, bytes: &mut Vec<u8>, enough: impl Fn(&[u8]
 #[test]
 fn whatever_came_before_a_request_its_reply_is_its_own() {
     const REQUESTS: usize = 1000;
-    /// Long enough for most replies. It decides what is sent next, and nothing else.
+    /// Long enough for most replies. It only decides what is sent next.
     const A_WHILE: Duration = Duration::from_millis(100);
     let (host, p) = host();
     let leak = "X-Leak: leak\r\n";
@@ -419,7 +419,7 @@ fn whatever_came_before_a_request_its_reply_is_its_own() {
         stream.set_read_timeout(Some(A_WHILE)).unwrap();
         let _ = stream.write_all(&first);
         let mut bytes = Vec::new();
-        // Mostly as a client does, which waits for a reply.
+        // Mostly wait for the reply, as clients do.
         let waits = random.below(4) > 0;
         let is_replied = waits && read_until(&mut stream, &mut bytes, |bytes| whole_reply(bytes, "GET").is_some());
         let is_kept = is_replied && whole_reply(&bytes, "GET").is_some_and(|reply| reply.is_kept());
@@ -441,7 +441,7 @@ fn whatever_came_before_a_request_its_reply_is_its_own() {
             in_step += 1;
             kept = Some(stream);
         } else {
-            // Whatever the daemon makes of it is written as replies, and ends.
+            // Whatever the daemon sends must be valid replies, and must end.
             let _ = stream.shutdown(Shutdown::Write);
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             bytes.extend(read_to_close(&mut stream));
@@ -462,7 +462,7 @@ fn whatever_came_before_a_request_its_reply_is_its_own() {
     assert!(requests.iter().all(|request| request["authorized"] == true));
 }
 
-// --- Connections on which nothing happens ---
+// --- Idle connections ---
 
 /// Resident memory of a process. Bytes.
 fn resident(pid: u32) -> usize {
@@ -487,7 +487,7 @@ fn idle_connection_has_no_thread() {
     const COUNT: usize = 200;
     let (host, _) = host();
     let pid = host.daemon_pid();
-    // What the first threads leave behind, they leave once.
+    // Warm up: the first threads leave memory behind once.
     drop(idle(&host, 50));
     let open = || sockets(host.port(), ESTABLISHED).len();
     wait_for("them to be gone", || open() == 0);
@@ -540,7 +540,7 @@ fn idle_connections_go_first() {
     for _ in 0..10 {
         // A connection is idle when its thread has left it.
         wait_for("them to be idle", || resources(host.daemon_pid()).1 <= threads);
-        // The one that is used is not the oldest.
+        // The connection in use is not the oldest.
         assert!(ask(&mut streams[9], &request(&host, "GET /workspaces", "", "")).is_kept());
         wait_for("it to be idle", || resources(host.daemon_pid()).1 <= threads);
         streams.extend(idle(&host, 10));

@@ -86,10 +86,10 @@ fn method_can_be_given_as_an_option() {
     for args in [&["-X", "DELETE", "/echo"][..], &["-XDELETE", "q", "/echo"], &["q", "/echo", "--method=delete"]] {
         assert_eq!(api(&host, args)["method"], "DELETE", "{args:?}");
     }
-    // It is no habit of curl's that a body makes it a POST all the same.
+    // Unlike with curl, --method GET with a body stays a GET.
     assert_eq!(api(&host, &["-X", "PATCH", "/echo", "-d", "{}"])["method"], "PATCH");
     host.openwork(["api", "-X", "FETCH", "/echo"]).fails(2, "usage");
-    // Before the path then stands a workspace, whatever its name.
+    // The word before the path is then a workspace, whatever its name.
     host.openwork(["api", "-X", "POST", "GET", "/echo"]).fails(4, "workspace_not_found");
 }
 
@@ -414,7 +414,7 @@ fn api_survives_being_suspended() {
         kill(call.pid(), Signal::CONT);
         wait_for("the end of the pause", || !fs::read_to_string(&stat).unwrap().contains(") T "));
     }
-    // The stream goes on.
+    // The stream stays open.
     host.openwork(["workspace", "path", "p"]).ok();
     host.openwork(["instance", "dispose", "--force"]).ok();
     let disposal = if IS_V2 { "location.shutdown" } else { "server.instance.disposed" };
@@ -468,7 +468,7 @@ fn without_a_terminal_there_is_no_interface() {
     // Refused before anything is done.
     host.openwork(["open"]).cwd(host.project("new")).fails(2, "usage");
     assert_eq!((host.names(), host.recorded("clients").len()), (vec!["p".to_owned(), "q".to_owned()], before));
-    // opencode's help needs none.
+    // opencode's help needs no terminal.
     host.openwork(["attach", "p", "--", "--help"]).ok();
     check_client(&host, &host.project("p"), "attach", &["--help"]);
 }

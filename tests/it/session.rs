@@ -152,7 +152,7 @@ fn removing_a_workspace_names_its_running_sessions() {
             web.display()
         )
     );
-    // The turn goes on, and can still be ended.
+    // The turn still runs, and can be ended.
     assert_eq!(host.openwork(["session", "list", "--all"]).json()["sessions"][0]["state"], "running");
     assert_eq!(host.openwork(["session", "abort", "ses_fake"]).json()["aborted"], true);
 }

@@ -283,7 +283,7 @@ fn variables_of_git_hooks_are_not_passed_on() {
 #[test]
 fn opencode_may_run_behind_a_wrapper() {
     let mut host = Host::new();
-    // As the scripts of package managers do, it stays while the real one listens.
+    // Like the scripts of package managers, the wrapper stays while the real opencode listens.
     let wrapper = host.path("wrapper");
     let script = format!("#!/bin/sh\n'{}' \"$@\"\nexit $?\n", fake_opencode().display());
     write_program(&wrapper, &script);
@@ -292,7 +292,7 @@ fn opencode_may_run_behind_a_wrapper() {
     let real = |start: usize| host.starts()[start]["pid"].as_u64().unwrap() as u32;
     assert_ne!(real(0), host.opencode_pid());
 
-    // It is killed, and the real one would keep the port.
+    // The wrapper is killed; the real opencode would keep the port.
     kill(host.opencode_pid(), Signal::KILL);
     wait_for("the next opencode", || host.starts().len() == 2 && host.phase() == "ready");
     assert!(!is_alive(real(0)) && is_alive(real(1)));
@@ -477,7 +477,7 @@ mod as_root {
         let opencode = host.opencode_pid();
         kill(host.daemon_pid(), Signal::KILL);
         wait_gone(host.daemon_pid());
-        // In there a stranger gets the pid that opencode has out here.
+        // Inside, an unrelated process gets the pid that opencode has outside.
         let line = format!(
             "echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & \
              echo $! > $FAKE_OPENCODE_DIR/stranger; \

@@ -1,5 +1,4 @@
-//! OpenCode's sessions in 2.x: what is listed, the end of a turn, and the wait for all of them. Nothing is
-//! loaded for any of it.
+//! OpenCode's sessions in 2.x: listing them, ending a turn, and waiting for all turns, without loading an instance.
 
 use std::path::{Path, PathBuf};
 
@@ -8,13 +7,13 @@ use serde_json::{Value, json};
 use crate::support::sessions::{ids, wait_until_asked, web_and_api};
 use crate::support::{Host, wait_for};
 
-/// Creates a session in a directory, past the daemon.
+/// Creates a session in a directory by calling opencode directly.
 fn session(host: &Host, directory: &Path) -> String {
     let reply = host.opencode("POST", "/api/session").json(json!({"location": {"directory": directory}})).send();
     reply.json()["data"]["id"].as_str().unwrap().to_owned()
 }
 
-/// Has a session do something, past the daemon: `prompt`, `succeed`, `fail`.
+/// Makes a session `prompt`, `succeed` or `fail` by calling opencode directly.
 fn act(host: &Host, session: &str, what: &str) {
     let target = format!("/api/session/{session}/{what}");
     let reply = host.opencode("POST", &target).json(json!({"text": "x"})).send();
@@ -35,7 +34,7 @@ fn running_sessions_come_first_and_nothing_is_loaded() {
     );
     assert_eq!((&list["sessions"][1]["state"], &list["sessions"][1]["updatedAt"]), (&json!("idle"), &json!(1)));
     assert_eq!(ids(&host.openwork(["session", "list", "--all"]).json()), [&second, &first]);
-    // Of a workspace that is not loaded, too.
+    // Also for a workspace that is not loaded.
     assert_eq!(ids(&host.openwork(["session", "list", "api"]).json()), [&elsewhere]);
     assert_eq!(ids(&host.openwork(["session", "list", "--all"]).json()), [&second, &first]);
     assert_eq!((host.instance(&api), host.instance(&web)), (vec![], vec!["load".to_owned()]));
@@ -57,7 +56,7 @@ fn abort_ends_the_running_turn_and_loads_nothing() {
     assert_eq!(ids(&host.openwork(["session", "list", "web"]).json()), [&running]);
     host.openwork(["wait", "--all"]).ok();
 
-    // One of a workspace that is not loaded.
+    // A session of a workspace that is not loaded.
     let reply = host.openwork(["session", "abort", &idle]).json();
     assert_eq!((&reply["aborted"], &reply["session"]["workspace"]["name"]), (&json!(false), &json!("api")));
     let said = host.openwork(["session", "abort", &idle]).ok().stdout;
@@ -80,7 +79,7 @@ fn abort_does_not_reload_an_instance_disposed_during_a_turn() {
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("was disposed") && message.contains("daemon restart --all"), "{error}");
     assert_eq!(host.instance(&web), before);
-    // It still runs, and is waited for.
+    // The session still runs, so `wait` waits for it.
     host.openwork(["wait", "web", "--timeout", "0.3"]).fails(1, "still_busy");
     act(&host, &running, "succeed");
     host.openwork(["wait", "web"]).ok();
@@ -129,7 +128,7 @@ fn when_idle_waits_for_the_sessions() {
     let stopped = stopping.wait().object();
     assert_eq!((&stopped["stopped"], &stopped["sessions"]), (&json!(true), &json!([])));
 
-    // One that is ended is named.
+    // The stop names the session that it ends.
     host.openwork(["daemon", "start"]).ok();
     act(&host, &running, "prompt");
     let stopped = host.openwork(["daemon", "stop"]).ok().stdout;
@@ -150,7 +149,7 @@ fn turns_are_published_with_workspace_and_title() {
         assert_eq!(event["title"], "mend {it}", "{event}");
         event
     };
-    // Ended by its user, by a failure, by itself.
+    // Turns that end by the user, by a failure, and normally.
     act(&host, &ours, "prompt");
     let started = next("session.started", &ours);
     assert_eq!((&started["workspace"]["name"], &started["directory"]), (&json!("web"), &json!(web)));
@@ -166,6 +165,6 @@ fn turns_are_published_with_workspace_and_title() {
     act(&host, &ours, "prompt");
     next("session.started", &ours);
     act(&host, &ours, "succeed");
-    // Each once: this is the next one.
+    // Each event came once: the next is this one.
     assert_eq!(next("session.idle", &ours).get("error"), None);
 }

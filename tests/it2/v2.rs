@@ -102,7 +102,7 @@ fn request_below_w_acts_in_its_workspace() {
     host.health();
     stream.write_all(rest.as_bytes()).unwrap();
     assert!(String::from_utf8(read_to_close(&mut stream)).unwrap().contains("HTTP/1.1 200 OK"));
-    // What came after the body is no second request.
+    // Bytes after the body are not a second request.
     let mut stream = host.connect();
     let two = head.replace("Expect: 100-continue\r\n", "") + &head;
     stream.write_all(two.as_bytes()).unwrap();
@@ -113,7 +113,7 @@ fn request_below_w_acts_in_its_workspace() {
     host.routed("POST", "/w/a/api/session").body("[]").send().refused(400, "bad_request");
     let compressed = host.routed("POST", "/w/a/api/session").header("Content-Encoding", "gzip").body("x");
     compressed.send().refused(415, "unsupported_media_type");
-    // 64 MiB are not too long, but have to come.
+    // 64 MiB are not too long, but must arrive.
     for (length, status, code) in [(67_108_864, 400, "bad_request"), (67_108_865, 413, "too_large")] {
         let declared = format!("POST /w/a/api/session HTTP/1.1\r\nHost: 127.0.0.1:{}\r\n", host.port())
             + &format!("Authorization: {}\r\nContent-Length: {length}\r\n\r\n", host.credentials());
@@ -350,19 +350,19 @@ fn revived_instance_gets_twice_the_idle_time() {
 fn requests_wait_half_a_minute_for_a_disposal() {
     let mut host = Host::new();
     host.set("OPENWORK_IDLE_TTL", "1s");
-    // Longer than 1.x is given.
+    // Longer than the time limit for 1.x.
     host.behave("FAKE_EVICT_MS=11000");
     let a = host.project("a");
     host.add(&a);
     host.openwork(["workspace", "path", "a"]).ok();
     let is_asked = || host.requests().iter().any(|call| call["method"] == "DELETE");
     wait_for("the disposal to begin", is_asked);
-    // Sent into the disposal, it would be answered by an instance that is about to go.
+    // During the disposal, an instance that is about to end would answer it.
     host.openwork(["workspace", "path", "a"]).ok();
     assert_eq!(host.instance(&a), ["load", "dispose", "load"]);
     let log = std::fs::read_to_string(host.file("daemon.log")).unwrap();
     assert!(log.contains(&format!("disposed the idle instance of {}", a.display())), "{log}");
-    // What is left to dispose is not waited for.
+    // The stop does not wait for remaining disposals.
     host.openwork(["daemon", "stop"]).ok();
 }
 
@@ -425,7 +425,7 @@ fn older_2_x_is_refused() {
         host.behave(&format!("FAKE_HEALTH={health}"));
         let error = host.openwork(["daemon", "start"]).fails(5, "opencode_unsupported");
         assert!(error["message"].as_str().unwrap().contains("GET /api/info"), "{error}");
-        // One that has failed before the command asks for it is tried once more.
+        // The command causes one more attempt after an earlier failure.
         assert!(matches!(host.starts().len(), 1 | 2), "{:?}", host.starts());
         assert_eq!(host.processes(), [host.daemon_pid()]);
     }

@@ -529,7 +529,7 @@ fn modules() -> PathBuf {
     modules
 }
 
-/// The programs in the README and in docs/clients.md, as they stand. What they print stands behind `// `.
+/// The programs in the README and in docs/clients.md, unchanged. Their output is in the comment after `// `.
 #[test]
 fn sdk_examples_print_the_documented_output() {
     let host = real();
@@ -645,7 +645,7 @@ mod with_git {
             })
         };
 
-        // The first turn in a new home may begin slowly. The restart keeps opencode, and the turn goes on.
+        // The first turn in a new home may begin slowly. The restart keeps opencode and the turn.
         let session = provided.hold("A");
         host.openwork(["daemon", "restart", "--idle-ttl", "5s"]).ok();
         assert_eq!(state(host, "A"), "busy");

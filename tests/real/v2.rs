@@ -85,7 +85,7 @@ fn idle_instance_is_evicted_and_reloaded_by_the_next_use() {
         assert_eq!(path(&host, &["p"])["directory"], project.to_str().unwrap());
         wait_for("the idle one to be disposed", || state(&host, "p") == "cold");
     }
-    // A stream keeps it, and a disposal that is asked for does not.
+    // A stream prevents an eviction, but not a requested disposal.
     path(&host, &["p"]);
     let _stream = host.routed("GET", "/w/p/api/event").events();
     assert_eq!(host.openwork(["instance", "dispose", "p"]).json()["disposed"], true);
@@ -109,7 +109,7 @@ fn service_of_the_user_is_shared() {
     host.openwork(["daemon", "stop"]).ok();
     assert!(is_alive(service));
 
-    // Its user replaces it.
+    // The user restarts the service.
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(host.opencode_pid(), service);
     let mut restart = Command::new(host.get("OPENWORK_OPENCODE_BIN"));
