@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn body_reports_what_is_missing_and_whether_it_may_end() {
+    fn body_reports_missing_bytes_and_possible_end() {
         let mut body = Body::length(3);
         assert_eq!((body.missing(), body.is_done(), body.may_end_here()), (Some(3), false, false));
         body.advance(b"ab").unwrap();

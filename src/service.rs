@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn only_loopback_is_a_service_of_ours() {
+    fn service_must_listen_on_loopback() {
         let address = |url: &str| registration(url, 1).address().map(|address| address.to_string());
         for (url, expected) in [
             ("http://127.0.0.1:49374", Some("127.0.0.1:49374")),

@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_after_ours_go_to_opencode() {
+    fn arguments_after_openwork_options_go_to_opencode() {
         let check = |line: &str, words: &[&str], trailing: &[&str]| {
             let given = given(&line.split(' ').collect::<Vec<_>>()).unwrap();
             assert_eq!((Vec::from(given.words), given.trailing), (own(words), own(trailing)), "{line}");

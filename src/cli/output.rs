@@ -249,7 +249,7 @@ mod tests {
 
     /// Each second column begins in the same column of the terminal.
     #[test]
-    fn tables_are_aligned_by_what_a_terminal_shows() {
+    fn tables_align_by_terminal_columns() {
         // Wide; e and a combining accent; a zero-width joiner that makes one emoji of two; a flag.
         let names = ["plain", "日本", "e\u{301}te\u{301}", "👩\u{200d}💻", "ｆｕｌｌ"];
         let text = table_for(names.map(|name| [Cow::from(name), "x".into()]), None);

@@ -237,7 +237,7 @@ mod tests {
 
     /// A single test, since hung mounts are remembered for the whole process.
     #[test]
-    fn hung_mount_blocks_nobody() {
+    fn hung_mount_blocks_no_caller() {
         let mount = Mount::default();
         let look = |mount: &Mount| {
             let mount = mount.clone();

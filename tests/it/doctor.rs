@@ -124,7 +124,7 @@ fn unwritable_data_directory_is_an_error() {
 }
 
 #[test]
-fn files_that_others_can_read_or_that_are_links_are_told() {
+fn readable_files_and_links_are_reported() {
     let host = Host::new();
     host.write_state(r#"{"version":1,"workspaces":[]}"#);
     fs::set_permissions(host.data(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -283,7 +283,7 @@ fn opencode_that_is_to_be_started_again_is_a_warning() {
 }
 
 #[test]
-fn another_openwork_on_the_path_is_told() {
+fn another_openwork_on_the_path_is_reported() {
     let mut host = Host::new();
     let directory = host.path("another");
     fs::create_dir(&directory).unwrap();
@@ -325,7 +325,7 @@ fn npm_package(directory: &Path, version: &str) {
 }
 
 #[test]
-fn another_opencode_than_the_one_that_runs_is_told() {
+fn different_opencode_on_the_path_is_reported() {
     let mut host = Host::new();
     npm_package(&host.path("a"), VERSION);
     npm_package(&host.path("b"), VERSION);
@@ -421,7 +421,7 @@ fn opencode_beside(host: &Host, arguments: &[&str], variables: &[(&str, &str)]) 
 }
 
 #[test]
-fn another_opencode_over_the_same_data_is_told() {
+fn another_opencode_over_the_same_data_is_reported() {
     let host = Host::new();
     host.openwork(["daemon", "start"]).ok();
     let told = |verdict: &str, text: &str| check(&examine(&host, 0), "others", verdict, text);

@@ -622,7 +622,7 @@ fn answer_of_another_shape_is_an_opencode_error() {
 }
 
 #[test]
-fn opencode_that_calls_itself_unhealthy_is_waited_for() {
+fn opencode_reporting_itself_unhealthy_is_not_ready() {
     let host = Host::new();
     host.answer(HEALTH, r#"{"healthy":false,"version":null}"#);
     let starting = host.openwork(["daemon", "start"]).spawn();

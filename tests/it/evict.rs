@@ -65,7 +65,7 @@ fn instance_with_a_running_session_is_kept() {
 }
 
 #[test]
-fn instance_of_which_opencode_does_not_say_what_runs_is_kept() {
+fn instance_with_unknown_sessions_is_kept() {
     let host = host("1s");
     let asked = if IS_V2 { "/api/session/active" } else { "/session/status" };
     host.answer(asked, "[]");

@@ -778,7 +778,7 @@ fn open_many(gate: &Gate, count: usize, bytes: &str) -> Vec<TcpStream> {
 }
 
 #[test]
-fn idle_and_half_open_connections_block_nobody() {
+fn idle_and_half_open_connections_block_no_others() {
     let gate = Gate::new();
     gate.host.health();
     let before = resources(gate.pid);

@@ -392,7 +392,7 @@ fn read_until(stream: &mut TcpStream, bytes: &mut Vec<u8>, enough: impl Fn(&[u8]
 /// Requests that no client sends, each before one that a client does, on one connection for as long as
 /// that is kept: each reply is the one to its request.
 #[test]
-fn whatever_came_before_a_request_its_reply_is_its_own() {
+fn reply_does_not_depend_on_earlier_requests() {
     const REQUESTS: usize = 1000;
     /// Long enough for most replies. It only decides what is sent next.
     const A_WHILE: Duration = Duration::from_millis(100);

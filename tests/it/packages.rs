@@ -172,7 +172,7 @@ fn bash_completion_works() {
 
 /// What readline makes of it, in a bash that is typed to. `say` is a function that is completed as openwork is.
 #[test]
-fn bash_completes_what_is_typed_within_quotes_and_without() {
+fn bash_completes_quoted_and_unquoted_words() {
     let host = Host::new();
     let names = ["my web", "it's", "a$b", "say \"hi\"", "back\\slash", "`tick`", "plain", "quote'"];
     let entry = |(at, name): (usize, &&str)| json!({"id": format!("ws-{at}"), "name": name, "path": "/w"});

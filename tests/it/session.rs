@@ -42,7 +42,7 @@ fn empty_list_of_sessions_says_so() {
 
 /// opencode's list has only the latest, and those of directories that contain the one asked for.
 #[test]
-fn session_list_has_what_runs_and_nothing_of_other_directories() {
+fn session_list_has_running_ones_and_no_other_directories() {
     let (host, web, _) = web_and_api();
     host.busy(&[&web]);
     let other = json!([{"id": "ses_other", "title": "t", "directory": "/elsewhere", "time": {"updated": 2}}]);
@@ -68,7 +68,7 @@ fn sessions_cannot_be_listed_before_opencode_is_ready() {
 }
 
 #[test]
-fn wait_fails_when_opencode_does_not_say_what_runs() {
+fn wait_fails_without_a_list_of_running_sessions() {
     let (host, web, _) = web_and_api();
     host.busy(&[&web]);
     host.answer("/session/status", "[]");

@@ -390,7 +390,7 @@ fn daemon_with_a_removed_directory_stops_with_its_opencode() {
 // --- Repair ---
 
 #[test]
-fn repair_saves_what_can_be_read() {
+fn repair_saves_readable_entries() {
     let host = Host::new();
     let (a, b) = (host.project("a"), host.project("b"));
     let (ids, remote) = ([host.add(&a), host.add(&b)], "https://h.example");
@@ -916,7 +916,7 @@ fn files_are_not_read_through_a_symlink() {
 }
 
 #[test]
-fn planted_fifo_blocks_nobody() {
+fn planted_fifo_blocks_no_command() {
     for name in ENTRIES {
         let host = Host::new();
         fs::create_dir(host.data()).unwrap();

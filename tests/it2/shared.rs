@@ -378,7 +378,7 @@ fn registration_writable_by_others_is_not_trusted() {
 }
 
 #[test]
-fn service_may_register_late_but_has_to() {
+fn service_may_register_late_but_must_register() {
     let host = sharing();
     host.behave("FAKE_SERVICE_LATE=0.5");
     host.openwork(["daemon", "start"]).ok();

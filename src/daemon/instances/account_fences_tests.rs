@@ -20,7 +20,7 @@ fn workspace_that_kills_opencode_twice_is_fenced() {
 }
 
 #[test]
-fn crash_without_a_load_under_way_blames_nobody() {
+fn crash_without_a_load_blames_no_workspace() {
     let mut story = Story::new();
     for _ in 0..5 {
         story.request(A);

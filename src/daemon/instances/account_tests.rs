@@ -438,7 +438,7 @@ fn request_that_outlives_opencode_loads_like_any_other() {
 }
 
 #[test]
-fn whose_a_directory_is_is_forgotten_with_its_opencode() {
+fn ownership_of_a_directory_ends_with_its_opencode() {
     let mut story = Story::new();
     story.request(A);
     story.crash();
@@ -465,7 +465,7 @@ fn evictions_under_way_count_beyond_the_end_of_opencode() {
 }
 
 #[test]
-fn nothing_is_remembered_of_what_is_neither_loaded_nor_used() {
+fn unused_entries_are_dropped() {
     let mut story = Story::new();
     for n in 0..10 {
         let directory = format!("/{n}");
@@ -542,7 +542,7 @@ fn adopted_opencode_keeps_its_loaded_instances() {
 // --- opencode's list ---
 
 #[test]
-fn list_decides_what_is_loaded() {
+fn list_of_opencode_overrides_the_account() {
     let mut story = Story::new();
     story.request(A);
     story.pass(secs(1));

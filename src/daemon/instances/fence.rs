@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn deaths_ten_minutes_apart_fence_nobody() {
+    fn deaths_ten_minutes_apart_fence_no_workspace() {
         let (mut fences, start) = (Fences::default(), Instant::now());
         for n in 0..20 {
             assert!(fences.died(&names(&["a"]), true, &fence(), start + WINDOW * n).is_empty());
