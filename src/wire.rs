@@ -184,7 +184,7 @@ pub struct EngineInfo {
     pub version: Option<String>,
     /// Why opencode is not ready, or why it last was not.
     pub last_error: Option<ErrorBody>,
-    /// Whether it is the user's own service, as `--shared` asks for; else it is the daemon's own.
+    /// Whether opencode is the user's own service (`--shared`), or the daemon's own.
     #[serde(default)]
     pub shared: bool,
     /// The URL of the user's own service, which runs beside the daemon's own opencode; null when it does
@@ -576,7 +576,7 @@ pub struct Shutdown {
     /// Leave opencode running, for the next daemon to adopt.
     #[serde(default)]
     pub keep_opencode: bool,
-    /// The user's own service, where the daemon shares it, is stopped too, by its own command.
+    /// Also stop the user's own service, by its own command, if the daemon shares it.
     #[serde(default)]
     pub all: bool,
     /// The process id of the client. If an agent in opencode started the client, the stop spares it.

@@ -1,11 +1,10 @@
 //! The control plane: tiny_http on a socket in the data directory, behind the gate.
 //!
-//! Every request has a thread, since a handler may wait for opencode. The gate sends one request after
-//! another on a connection, as a client of the public port does: a new one would cost the turns of two
-//! more threads.
+//! Every request has a thread, since a handler may wait for opencode. The gate reuses its connections, like a
+//! client of the public port: a new connection would cost two more thread switches.
 //!
-//! Invariants: a connection is used again only after a success that was read to its end; a server that has
-//! been replaced still answers on the connections that were handed out before.
+//! Invariants: a connection is reused only after a success that was read to its end; a replaced server still
+//! answers on the connections that it has.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -24,20 +23,20 @@ use super::{CONTROL_SOCKET, Daemon, api};
 use crate::error::{Error, Result};
 use crate::system::wait;
 
-/// How many connections are kept while no request needs them. Each costs three descriptors, since
-/// tiny_http holds its end twice, and one of the four threads that it has in any case.
+/// The most idle connections. Each takes three descriptors, since tiny_http holds its end twice, and one of
+/// the four threads that tiny_http has in any case.
 const KEPT: usize = 2;
-/// The pause before the control plane tries to listen again, when it lacks descriptors or memory.
+/// The pause before the control plane tries to listen again, after descriptors or memory ran out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-/// How often a server that was replaced looks whether its last connection is over.
+/// The interval at which a replaced server checks whether its last connection is closed.
 const RETIRING_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The servers behind the gate: mostly one, as long as the daemon lives.
+/// The servers behind the gate: mostly a single one for the life of the daemon.
 pub struct ControlPlane(Mutex<Listening>);
 
 struct Listening {
     serving: Arc<Serving>,
-    /// Connections to it that wait for a request.
+    /// Idle connections to it.
     idle: Vec<UnixStream>,
 }
 
@@ -45,7 +44,7 @@ struct Listening {
 struct Serving {
     server: Server,
     crew: Crew,
-    /// How many connections to it the gate uses.
+    /// How many connections the gate uses for requests.
     used: AtomicUsize,
     is_replaced: AtomicBool,
 }
@@ -79,7 +78,7 @@ impl ControlPlane {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers requests for as long as the daemon lives, each in its own thread.
+    /// Answers requests for as long as the daemon lives.
     pub fn serve(&'static self, daemon: &'static Daemon) {
         let serving = self.lock().serving.clone();
         self.work(daemon, &serving);
@@ -100,7 +99,7 @@ impl ControlPlane {
         }
     }
 
-    /// Waits for a request; `None` from a server that was replaced and has no more to answer.
+    /// Waits for a request; `None` when the server was replaced and has no connection left.
     fn wait(&'static self, daemon: &'static Daemon, serving: &Arc<Serving>) -> Option<Request> {
         while !serving.is_replaced.load(Ordering::Acquire) {
             match serving.server.recv() {
@@ -114,7 +113,7 @@ impl ControlPlane {
                 }
             }
         }
-        // For the other threads that wait on it.
+        // Wake the other threads of this server.
         serving.server.unblock();
         while serving.used.load(Ordering::Acquire) > 0 {
             if let Ok(Some(request)) = serving.server.recv_timeout(RETIRING_INTERVAL) {
@@ -124,8 +123,8 @@ impl ControlPlane {
         None
     }
 
-    /// Connects to the server, and first replaces one that has ended: tiny_http stops accepting after an
-    /// error, such as a lack of descriptors or threads.
+    /// Connects to the server, after replacing a server that has ended: tiny_http stops accepting after an error,
+    /// for example when descriptors or threads ran out.
     ///
     /// # Errors
     /// `overloaded` without a free descriptor.
@@ -142,11 +141,11 @@ impl ControlPlane {
         let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
         let connected = connect()
             .or_else(|e| if is_gone(&e) && self.replace(daemon, &used.0).is_ok() { connect() } else { Err(e) });
-        // Should the server have been replaced meanwhile, the connection leads to the new one, and is not kept.
+        // If the server was replaced meanwhile, the connection leads to the new one; it will not be kept.
         connected.map(|stream| Connection { stream, used }).map_err(|_| Error::Overloaded("requests"))
     }
 
-    /// Keeps a connection for another request, after a success that was read to its end.
+    /// Keeps a connection for another request. Call this only after a success that was read to its end.
     pub fn keep(&self, Connection { stream, used }: Connection) {
         let mut listening = self.lock();
         if listening.idle.len() < KEPT && Arc::ptr_eq(&listening.serving, &used.0) {
@@ -167,7 +166,7 @@ impl ControlPlane {
             crate::log!("the control plane listens again");
             *listening = Listening { serving, idle: Vec::new() };
             ended.is_replaced.store(true, Ordering::Release);
-            // Wakes one of its threads, which wakes the next.
+            // Wake one of its threads, which wakes the next.
             ended.server.unblock();
         }
         Ok(())

@@ -1,19 +1,19 @@
-//! Threads that wait for work of one kind, and do themselves what they have found: to hand it to another
-//! thread would take longer than most requests.
+//! A pool of threads that wait for work and carry it out themselves: handing it to another thread would take
+//! longer than most requests.
 //!
-//! Invariants: while one of them works, another one waits; at most [`SPARE`] wait.
+//! Invariants: while a thread works, another one waits; at most [`SPARE`] threads wait.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::Builder;
 
-/// How many threads wait at most: the one that is woken by work, and the one that takes its place then.
-/// More would save the start of a thread when requests come together, and hold memory for days.
+/// The most waiting threads: one that takes the next work, and one that then takes its place. More would save
+/// the start of a thread when requests arrive together, but hold memory for days.
 const SPARE: usize = 2;
 
-/// The threads that wait for work of one kind.
+/// The threads of a pool.
 pub struct Crew {
-    /// How many there are that do not work.
+    /// How many threads wait.
     waiting: AtomicUsize,
 }
 
@@ -23,17 +23,17 @@ impl Crew {
         Crew { waiting: AtomicUsize::new(0) }
     }
 
-    /// Counts this thread among those that wait. False when there are enough: it is to end.
+    /// Counts this thread as waiting. False if enough threads wait: this thread shall end.
     pub fn join(&self) -> bool {
         let another = |waiting: usize| (waiting < SPARE).then_some(waiting + 1);
         self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, another).is_ok()
     }
 
-    /// Counts this thread among those that work. The last one that has waited starts another one first,
-    /// which runs `member`; that has to begin with [`Crew::join`].
+    /// Counts this thread as working. If no other thread waits, first starts one that runs `member`, which must
+    /// begin with [`Crew::join`].
     ///
     /// # Errors
-    /// Those of starting a thread: no other one may be waiting now, so this one has to [`Crew::join`] again.
+    /// Those of starting a thread: perhaps no thread waits now, so this one must [`Crew::join`] again.
     pub fn leave(&self, member: impl FnOnce() + Send + 'static) -> io::Result<()> {
         match self.waiting.fetch_sub(1, Ordering::Relaxed) {
             1 => Builder::new().spawn(member).map(drop),

@@ -76,7 +76,7 @@ pub struct Gate {
     stop: Flag,
     connections: Connections,
     crew: Crew,
-    /// Held by the thread of the crew whose turn it is to wait; true once nothing comes any more.
+    /// Locked by the thread that waits for connections; true once the gate is closed.
     turn: Mutex<bool>,
 }
 
@@ -103,8 +103,8 @@ impl Gate {
         &self.listener
     }
 
-    /// Serves connections until [`Gate::close`]: of those that are new or on which another request has
-    /// begun to come, this thread takes one, and starts others for the rest.
+    /// Serves connections until [`Gate::close`]: when connections are ready, this thread serves one, and starts
+    /// threads for the others.
     pub fn serve(&'static self, daemon: &'static Daemon) {
         while self.crew.join() {
             let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -126,8 +126,7 @@ impl Gate {
         }
     }
 
-    /// Waits for something to do. Returns the connections that a thread has to serve; sets `is_closed` when
-    /// there will be no more.
+    /// Waits for events. Returns the connections to serve; sets `is_closed` when there will be no more.
     fn wait(&'static self, is_closed: &mut bool) -> Vec<Slot> {
         let ready = match self.connections.wait() {
             Ok(ready) => ready,

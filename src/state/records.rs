@@ -118,20 +118,20 @@ pub struct BinaryRecord {
     /// Always `external`: openwork ships no opencode.
     #[serde(default)]
     pub source: Option<String>,
-    /// The size when it was asked. Bytes.
+    /// The size when the version was determined. Bytes.
     #[serde(default)]
     pub size: Option<u64>,
-    /// The modification time when it was asked: Unix seconds with nine decimal places.
+    /// The modification time at that moment: Unix seconds with nine decimal places.
     #[serde(default)]
     pub modified: Option<String>,
-    /// The path with links resolved, when it was asked.
+    /// The path with links resolved, at that moment.
     #[serde(default)]
     pub resolved: Option<String>,
-    /// The inode, when it was asked.
+    /// The inode at that moment.
     #[serde(default)]
     pub inode: Option<u64>,
-    /// The change time (ctime) when it was asked, in the format of [`BinaryRecord::modified`]. No program can
-    /// set it.
+    /// The change time (ctime) at that moment, in the format of [`BinaryRecord::modified`]. No program can set
+    /// it.
     #[serde(default)]
     pub changed: Option<String>,
     /// Fields of other versions.

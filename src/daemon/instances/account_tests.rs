@@ -1,5 +1,5 @@
-//! The account in virtual time: scenarios. Those about fences, and a random walk that checks the invariants,
-//! have files of their own.
+//! Scenarios for the account in virtual time. Other files have those about fences, and a random walk that checks
+//! the invariants.
 
 #[path = "account_fences_tests.rs"]
 mod fences;
@@ -60,7 +60,7 @@ impl Story {
         self.leave(directory);
     }
 
-    /// A request that is sent and not answered yet.
+    /// A request that was sent and not answered yet.
     fn begin_loading(&mut self, directory: &str) {
         self.enter(directory);
         assert_eq!(self.send(directory), Turn::Go);
@@ -71,7 +71,7 @@ impl Story {
         self.account.observe(self.account.generation(), directory, sign, || ours, self.now);
     }
 
-    /// opencode ends by itself, and another is started. Returns the fenced directories.
+    /// opencode crashes, and the next one starts. Returns the fenced directories.
     fn crash(&mut self) -> Vec<String> {
         let generation = self.account.generation();
         let failure = Failure { how: "ended with exit status: 1".to_owned(), output: "boom".to_owned() };
@@ -84,7 +84,7 @@ impl Story {
         self.account.next(self.now)
     }
 
-    /// The eviction that is asked for now.
+    /// The eviction that is due now.
     fn eviction(&mut self) -> Eviction {
         match self.next() {
             Next::Evict(eviction) => eviction,
@@ -134,7 +134,7 @@ fn the_first_that_is_due_is_known_without_an_eviction() {
     story.pass(secs(1));
     story.request(B);
     assert_eq!(story.account.first_due(), Some(due));
-    // What is being disposed is not due.
+    // An instance that is being disposed is not due.
     story.account.dispose(A, story.now);
     assert_eq!(story.account.first_due(), Some(due + secs(1)));
     story.account.dispose(B, story.now);
@@ -319,7 +319,7 @@ fn evictions_are_remembered_for_as_long_as_a_client_may_revive() {
         assert_eq!(eviction.directory, directory);
         story.evict(&eviction);
         if directory == B {
-            // The eviction of another does not hide that a client has revived this one.
+            // The eviction of another instance does not hide that a client has revived this one.
             assert_eq!(story.account.evicted.len(), 2);
         }
     }
@@ -390,7 +390,7 @@ fn stale_eviction_changes_nothing() {
     story.pass(TTL);
     let eviction = story.eviction();
     story.crash();
-    // The request still waits: opencode may be carrying the disposal out.
+    // The request still waits, since opencode may still be disposing the instance.
     assert_eq!(story.account.enter(A, story.now), Entry::Wait);
     story.account.evicted(&eviction, Outcome::Absent, story.now);
     story.request(A);
@@ -590,7 +590,7 @@ fn disposals_are_remembered_for_ten_seconds() {
     dispose(&mut story, A);
     story.pass(EVENT_DELAY - secs(1));
     dispose(&mut story, B);
-    // The list was asked for before either, and is answered only now.
+    // The list was requested before both, and arrives only now.
     story.account.listed(1, &[A.to_owned(), B.to_owned()], asked, |_| true, story.now);
     assert!(!story.account.is_loaded(A) && !story.account.is_loaded(B));
     story.pass(secs(1));
