@@ -100,6 +100,22 @@ fn repeated_move_moves_one_workspace() {
 }
 
 #[test]
+#[cfg_attr(target_feature = "crt-static", ignore = "a static binary loads no library that ends it")]
+fn daemon_that_dies_before_it_listens_is_reported_with_its_log() {
+    let host = host();
+    host.openwork(["daemon", "stop"]).ok();
+    let started = host.starts().len();
+    fs::write(host.path("die"), "").unwrap();
+    let error = host.openwork(["daemon", "start"]).fails(1, "daemon_start_failed");
+    assert!(error["message"].as_str().unwrap().contains("its log:"), "{error}");
+    assert!(!host.path("die").exists(), "the daemon did not die");
+    assert_eq!((host.processes(), host.starts().len()), (vec![], started));
+    // What it had written is no obstacle.
+    host.openwork(["daemon", "start"]).ok();
+    assert_eq!(host.names(), ["web", "web-api"]);
+}
+
+#[test]
 fn remove_and_rename_over_http_take_no_abbreviation() {
     let host = Host::new();
     let id = host.add(host.project("web-api"));
