@@ -149,3 +149,21 @@ pub fn replace_whole(path: &Path, value: &impl Serialize, last: impl FnOnce() ->
     }
     metadata.map(|metadata| Stamp::new(&metadata)).map_err(failed("look at", path))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_that_cannot_be_examined_is_not_taken_for_removed() {
+        let path = std::env::temp_dir().join(format!("openwork-stamp-{}", std::process::id()));
+        assert_eq!(Stamp::of(&path).unwrap(), None);
+        fs::write(&path, "").unwrap();
+        let empty = Stamp::of(&path).unwrap();
+        assert!(empty.is_some());
+        assert!(Stamp::of(&path.join("below a file")).is_err());
+        fs::write(&path, "longer").unwrap();
+        assert_ne!(Stamp::of(&path).unwrap(), empty);
+        fs::remove_file(&path).unwrap();
+    }
+}
