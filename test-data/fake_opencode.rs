@@ -39,7 +39,7 @@
 //!
 //! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` does,
 //! no disposal ends; while `hold-memory` does, FAKE_MEMORY is not taken. The lines of `answers`, each a path and
-//! a body, take the place of what it answers on these paths.
+//! a body, take the place of what it answers on these paths; with the body `fails` it is a 500.
 //!
 //! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
@@ -628,8 +628,11 @@ fn converse(server: &impl Serves, stream: TcpStream) -> io::Result<()> {
         }
         let next = match authorized {
             true if settings.answer(request.path()).is_some() => {
-                let answer = settings.answer(request.path()).unwrap_or_default();
-                ok(&stream, if answer.starts_with('<') { "text/html" } else { JSON }, answer.as_bytes())?
+                match settings.answer(request.path()).unwrap_or_default().as_str() {
+                    "fails" => server_error(&stream)?,
+                    page if page.starts_with('<') => ok(&stream, "text/html", page.as_bytes())?,
+                    body => ok(&stream, JSON, body.as_bytes())?,
+                }
             }
             true => server.route(&request, &mut reader, &stream)?,
             false => server.unauthorized(&stream)?,

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{EVENTS, Host, IS_V2, SESSIONS, Signal, kill, wait_for, wait_gone};
+use crate::support::{ALL_EVENTS, EVENTS, Host, IS_V2, SESSIONS, Signal, kill, wait_for, wait_gone};
 
 /// A daemon with an idle time, and no workspaces.
 fn host(idle_ttl: &str) -> Host {
@@ -152,6 +152,29 @@ fn instance_of_a_removed_workspace_is_evicted() {
     wait_disposed(&host, &direct);
 }
 
+/// Earlier versions wrote a list of what is loaded, and not which of it belongs to no workspace.
+#[test]
+fn state_file_of_an_earlier_version_tells_workspaces_from_other_directories() {
+    let host = host("1s");
+    let stranger = host.project("stranger");
+    let stream = host.add(host.project("p"));
+    let stream = host.routed("GET", &format!("/w/{stream}{EVENTS}")).events();
+    let [p] = warm(&host, ["p"]);
+    host.wait_for_subscription();
+    host.use_directly(&stranger);
+    wait_for("the state file to be written", || host.state()["opencode"]["strangers"] == json!([stranger]));
+    let daemon = host.daemon_pid();
+    kill(daemon, Signal::KILL);
+    wait_gone(daemon);
+    drop(stream);
+    let mut state = host.state();
+    state["opencode"].as_object_mut().unwrap().remove("strangers");
+    host.write_state(state.to_string());
+    host.openwork(["daemon", "start"]).ok();
+    wait_disposed(&host, &p);
+    assert_eq!(host.instance(&stranger), ["load"]);
+}
+
 #[test]
 fn next_daemon_evicts_the_instance_of_a_removed_workspace() {
     let host = host("1s");
@@ -214,6 +237,26 @@ fn disposals_by_clients_that_go_to_opencode_directly_are_seen() {
     wait_for("the instance to be listed as warm", || instance(&host, "direct")["state"] == "warm");
     host.dispose_directly(&direct);
     wait_for("the instance to be listed as cold", || instance(&host, "direct")["state"] == "cold");
+}
+
+#[test]
+fn event_stream_that_fails_is_opened_again() {
+    let host = Host::new();
+    host.answer(ALL_EVENTS, "fails");
+    let p = host.project("p");
+    host.openwork(["daemon", "start"]).ok();
+    host.add(&p);
+    let asked = || host.requests().iter().filter(|request| request["target"] == ALL_EVENTS).count();
+    wait_for("another attempt", || asked() > 1);
+    let log = fs::read_to_string(host.file("daemon.log")).unwrap();
+    assert!(log.contains(&format!("GET {ALL_EVENTS}: status 500")), "{log}");
+    host.answer("", "");
+    host.wait_for_subscription();
+    wait_for("the daemon to see a direct client", || {
+        host.use_directly(&p);
+        instance(&host, "p")["state"] == "warm"
+    });
+    assert_eq!(host.starts().len(), 1);
 }
 
 #[test]

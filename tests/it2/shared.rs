@@ -116,6 +116,9 @@ fn running_service_is_used_and_outlives_the_daemon() {
     let health = host.health();
     assert_eq!((ready_pid(&host), &health["opencode"]["baseUrl"]), (Some(service), &json!(url)));
     assert_eq!((&health["engine"]["shared"], &health["engine"]["service"]), (&json!(true), &Value::Null));
+    // When it was started, in the time of the wall, though openwork has not started it.
+    let [opencode, daemon] = ["opencode", "daemon"].map(|one| health[one]["startedAt"].as_u64().unwrap());
+    assert!(opencode.abs_diff(daemon) < 600_000, "{health}");
     let status = host.openwork(["status"]).ok().stdout;
     assert!(status.contains("the server that plain `opencode` uses too"), "{status}");
     assert_eq!((orders(&host), host.starts().len()), (vec!["start".to_owned()], 1));
