@@ -11,7 +11,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::support::{
-    AUTH, FILES, Host, Request, STATE, Signal, free_port, is_alive, kill, local, wait_for, wait_gone,
+    AUTH, FILES, Host, Request, STATE, Signal, VERSION, free_port, is_alive, kill, local, wait_for, wait_gone,
 };
 
 fn litter(host: &Host) -> Vec<String> {
@@ -233,13 +233,18 @@ fn edit_while_the_daemon_runs_is_adopted() {
     let host = Host::new();
     let ids = ["a", "b"].map(|name| host.add(host.project(name)));
     let opencode = host.opencode_pid();
-    let mut state = host.state();
+    let before = host.state();
+    let mut state = before.clone();
     state["workspaces"][0]["name"] = "first".into();
     state["workspaces"][0]["icon"] = "star".into();
     state["workspaces"].as_array_mut().unwrap().remove(1);
     state["activeId"] = "".into();
-    // An edit cannot change what the daemon knows of its processes.
-    state["opencode"] = Value::Null;
+    // An edit cannot change what the daemon knows of its processes, of their programs, and of what ended them.
+    for name in ["daemon", "opencode", "binaries", "cliVersion"] {
+        assert!(!state[name].is_null(), "{name}");
+        state[name] = Value::Null;
+    }
+    state["fences"] = json!([{"directory": host.project("a"), "version": VERSION}]);
     edit(&host, state.to_string());
 
     let list = host.openwork(["workspace", "list"]).ok();
@@ -253,6 +258,9 @@ fn edit_while_the_daemon_runs_is_adopted() {
     assert_eq!(host.openwork(["workspace", "list"]).ok().stderr, "");
     let now = host.state();
     assert_eq!((&now["workspaces"][0]["icon"], &now["opencode"]["pid"]), (&json!("star"), &json!(opencode)));
+    for name in ["daemon", "binaries", "cliVersion", "fences"] {
+        assert_eq!(now[name], before[name], "{name}");
+    }
     assert!(kept_as(&host, "edited").is_empty());
 
     // The next change builds on the edit.
