@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write what is made from the tables of the program: share/man and share/systemd, which packages install,
-# and docs/commands.md. The rest of share/ is part of the program. Tests hold all of it to what the program prints.
+# Write the files made from the tables of the program: share/man and share/systemd, which packages install, and
+# docs/commands.md. The rest of share/ is part of the program. Tests compare all of it with the program's output.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo build --locked
@@ -11,6 +11,6 @@ openwork() {
 openwork man > share/man/openwork.1
 openwork service print --program /usr/bin/openwork > share/systemd/openwork.service
 openwork service print --socket > share/systemd/openwork.socket
-# The tables of docs/commands.md, by the test that holds them to the program.
+# The test that compares the tables of docs/commands.md writes them.
 OPENWORK_TEST_WRITE_DOCS=1 cargo test --quiet --locked --test it -- --exact \
     docs::commands_page_matches_the_tables

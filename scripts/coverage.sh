@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Which lines of src/ the tests run, by file: `scripts/coverage.sh`; `--html` writes the sources with
-# their counts below target/coverage/html too. Only the fake opencode is used.
+# Shows which lines of src/ the tests run, by file: `scripts/coverage.sh`; `--html` also writes the sources with their
+# counts below target/coverage/html. Uses only the fake opencode.
 #
-# The counters live in files that are mapped into memory, so that a daemon that is killed, or becomes
-# another program, is counted up to that moment.
+# The counters are in memory-mapped files, so that a daemon that is killed, or executes another program, is counted up to
+# that moment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 llvm=$(rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
 host=$(rustc -vV | sed -n 's/^host: //p')
 
-# `tool NAME`: the path of a tool of LLVM, as new as the compiler's: an older one cannot read its counts.
+# `tool NAME`: the path of an LLVM tool of the compiler's version: an older one cannot read its counts.
 tool() {
     local path
     for path in "$(rustc --print sysroot)/lib/rustlib/$host/bin/$1" "$1-$llvm" "$1"; do
@@ -35,7 +35,7 @@ chmod 1777 "$profiles" # some tests run openwork as another user
 export LLVM_PROFILE_FILE=$profiles/%8m%c.profraw
 
 failed=0
-# The table is worth having all the same; the exit status says that a test failed.
+# Print the table even if a test failed; the exit status reports the failure.
 scripts/test.sh || { failed=$? && echo "a test failed: what would have run after it is not counted" >&2; }
 objects=("$CARGO_TARGET_DIR/debug/openwork")
 while read -r program; do objects+=(--object "$program"); done < <(

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Shows openwork at its job with a real opencode: `scripts/demo.sh VERSION`, where VERSION is the
-# opencode to install when there is none of the 1.x line on PATH, and OPENWORK_OPENCODE_BIN names
-# none.
+# Demonstrates openwork with a real opencode: `scripts/demo.sh VERSION`. It uses OPENWORK_OPENCODE_BIN, else an
+# opencode 1.x on PATH, else it installs VERSION.
 #
-# Everything happens in a temporary directory, with a HOME of its own, and nothing of it stays. What the demo
-# shows it also checks; at the first deviation it says what is wrong and ends with 1.
+# The demo runs in a temporary directory with its own HOME and leaves nothing behind. It checks everything that it
+# shows; at the first deviation it prints the problem and exits with 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,17 +16,17 @@ if [[ -t 1 && ${TERM:-dumb} != dumb ]]; then
     if [[ -z ${NO_COLOR:-} ]]; then dim=$'\e[2m' new=$'\e[33m' plain=$'\e[0m'; fi
 fi
 
-engine=-    # opencode's pid, where there is one
-expected='' # what it has to be, once it is known
+engine=-    # opencode's pid, if there is one
+expected='' # the expected pid, once it is known
 restarts=0
-mark=$dim # how it is shown: dim, but for one that is new
+mark=$dim # its colour: dim, unless the pid is new
 
 row() { printf "$dim%8s$plain  %-32s  $mark%12s$plain  %s\n" "$@"; }
 
-# Runs a command of openwork and shows what it took and answered: `step ARGUMENT …`.
+# Runs a command of openwork and shows its time and its output: `step ARGUMENT …`.
 step() {
     local command="openwork $*" start ms
-    # What is under way, until its row replaces it.
+    # Show the running command, until its row replaces it.
     if [[ $terminal ]]; then printf "$dim%8s$plain  %s" … "$command"; fi
     start=${EPOCHREALTIME/[^0-9]/}
     answer=$(openwork "$@" 2>"$work/error") || die "$command: $(<"$work/error")"
@@ -37,7 +36,7 @@ step() {
     row "$ms" "$command" "$engine" "${answer/ (*)/}"
 }
 
-# Looks which opencode there is, and that it is the expected one.
+# Determines opencode's pid, and checks that it is the expected one.
 look() {
     local health
     engine=-

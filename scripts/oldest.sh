@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compile everything, the tests too, with the oldest toolchain that Cargo.toml names, if rustup has it
-# (`rustup toolchain install 1.85 --profile minimal`). clippy knows which functions of the standard
-# library are newer than that; only the toolchain itself knows it of the language.
+# Compile everything, including the tests, with the oldest toolchain that Cargo.toml allows, if rustup has it
+# (`rustup toolchain install 1.85 --profile minimal`). clippy detects newer functions of the standard library; only the
+# toolchain itself detects newer features of the language.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 oldest=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
@@ -11,6 +11,6 @@ if [[ -z $toolchain ]]; then
     exit
 fi
 echo "compiling with $toolchain"
-# A directory of its own: each toolchain would compile anew what the other has compiled.
+# Use a separate directory: with a shared one, each toolchain would recompile everything.
 CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/oldest rustup run "$toolchain" \
     cargo check --quiet --locked --bins --tests --benches --test real --test soak

@@ -1,12 +1,11 @@
 #!/bin/sh
-# Prints the path of the opencode that openwork is tested with: `scripts/opencode.sh VERSION`.
-# It is taken from npm and kept below target/. Whoever has one already, a distribution that builds
-# without a network say, names it in OPENWORK_TEST_OPENCODE.
+# Prints the path of the opencode for the tests: `scripts/opencode.sh VERSION`. It comes from npm and is kept below
+# target/. OPENWORK_TEST_OPENCODE names an existing one, for example for a distribution that builds without a network.
 set -eu
 
 version=$1
 prefix=$(cd "$(dirname "$0")/.." && pwd)/target/opencode
-# Asking a binary for its version makes opencode's directories in HOME: not in the user's.
+# opencode --version creates directories in HOME: keep them out of the user's.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -14,9 +13,8 @@ is_pinned() {
     [ -x "$1" ] && [ "$(env -i PATH="$PATH" HOME="$scratch" "$1" --version 2>/dev/null)" = "$version" ]
 }
 
-# The command that npm links works once the package's install script has run, which newer npm does
-# only when told to; the binary itself is in the package of its platform, of which there may be
-# several (musl, processors without AVX2).
+# The command that npm links works only after the package's install script, which newer npm does not run by default. The
+# binary itself is in the package for the platform; there may be several (musl, processors without AVX2).
 find_pinned() {
     for binary in "$prefix"/node_modules/.bin/opencode "$prefix"/node_modules/opencode-*/bin/opencode; do
         if is_pinned "$binary"; then

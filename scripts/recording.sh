@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Records docs/recording.svg, the picture at the head of the README, from a run with a real opencode:
-# `scripts/recording.sh VERSION`. It needs jq, and a machine that does nothing else: the times are those of the run.
-# Only the typing is the script's, and the home is shown as /home/me.
+# `scripts/recording.sh VERSION`. It needs jq and an idle machine, since it shows the times of the run. Only the typing is
+# simulated, and the home is shown as /home/me.
 #
-# The picture is an animation in CSS. What does not animate it, or shall not, shows its end: all lines.
+# The picture is a CSS animation. A viewer that does not animate it shows its end, with all lines.
 set -euo pipefail
 export LC_ALL=C.UTF-8 # lengths in characters
 cd "$(dirname "$0")/.."
-command -v jq >/dev/null || { echo 'jq is part of what is recorded, and is not there' >&2; exit 1; }
+command -v jq >/dev/null || { echo 'the recording needs jq' >&2; exit 1; }
 # shellcheck source=scripts/stage.sh
 source scripts/stage.sh "$1"
 
 readonly picture=$PWD/docs/recording.svg
 readonly projects='web api docs shop blog'
 
-# Milliseconds: of each character that is typed, before it begins, after an output, and at the end.
+# Milliseconds: per typed character, before the typing, after an output, and at the end.
 readonly typing=40 thinking=500 reading=1400 holding=7000
 # Pixels.
 readonly column=8.4 row=20 size=14 margin=22
@@ -23,7 +23,7 @@ readonly column=8.4 row=20 size=14 margin=22
 
 export openwork opencode work home
 export -f openwork
-# The first start in a new home migrates a database: that is not what daily use looks like.
+# The first start in a new home migrates a database: do not record it, since daily use does not.
 openwork daemon start >/dev/null
 openwork daemon stop >/dev/null
 for project in $projects; do mkdir -p "$home/code/$project"; done
@@ -31,7 +31,7 @@ for project in $projects; do mkdir -p "$home/code/$project"; done
 texts=() kinds=() begins=() ends=() # of each line; milliseconds
 clock=0
 
-# Runs a command as it is shown, and notes what it printed, and when.
+# Runs a command as shown, and records its output with the times.
 record() {
     local command=$1 start output line
     clock=$((clock + thinking))

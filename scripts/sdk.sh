@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prints the directory whose node_modules hold OpenCode's SDK for JavaScript: `scripts/sdk.sh
-# VERSION`. It is taken from npm and kept below target/, unless OPENWORK_TEST_SDK names one.
+# Prints the directory whose node_modules has OpenCode's SDK for JavaScript: `scripts/sdk.sh VERSION`. The SDK comes from
+# npm and is kept below target/, unless OPENWORK_TEST_SDK names one.
 set -eu
 
 version=$1

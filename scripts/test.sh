@@ -2,11 +2,11 @@
 # Runs the tests: `scripts/test.sh [VERSION|- [TARGET …]]`. Without a target: `it` and `it2`, which take a
 # fake opencode, and with a version `real`, for which that opencode is installed below target/.
 #
-# `cargo test` runs what every machine can. A test that needs more is ignored there, with the reason,
-# and stands in a module named after its need. Here each of these modules runs where the machine has
-# what it needs; the others are listed at the end. RUST_TEST_THREADS says how many tests run at once; by
-# default four for each processor with the fake, since they mostly wait. OPENWORK_TEST_USER says which user
-# cargo's runner makes of root, if it does.
+# `cargo test` runs the tests that work on every machine. It ignores tests that need more, with the reason; they are in
+# modules named after their need. This script runs each of these modules if the machine meets the need, and lists the
+# others at the end. RUST_TEST_THREADS sets the number of concurrent tests; the default with the fake is four per
+# processor, since they mostly wait. OPENWORK_TEST_USER names the user to which cargo's runner switches from root, if
+# it does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
