@@ -76,7 +76,7 @@ fn main() {
 
 /// Projects of the comparison in the README.
 const PROJECTS: [&str; 5] = ["web", "api", "docs", "shop", "blog"];
-/// opencode goes on working for some seconds after it has answered; what it holds then is what it keeps.
+/// opencode keeps working for some seconds after its first answer; its memory settles after that.
 const SETTLING: Duration = Duration::from_secs(10);
 
 /// The figures in the README: the memory of five projects, the first answer from another project, commands.
@@ -184,7 +184,7 @@ fn idle(report: &mut Report) {
     report.print(&Figure::new("context switches in 30 s", Count(switches)).at_most(Count(12)));
 }
 
-/// What a shell asks before each prompt, whatever the daemon is doing: nobody is to wait for that.
+/// The commands that a shell runs before each prompt, which must be fast whatever the daemon does.
 fn shell(report: &mut Report) {
     report.section("Shell prompt");
     let host = Host::new();
@@ -397,7 +397,7 @@ fn unused(report: &mut Report) {
         thread::sleep(Duration::from_secs(1));
         streams
     };
-    drop(open(200)); // what the first threads leave behind, they leave once
+    drop(open(200)); // warm up: the first threads leave memory behind once
     thread::sleep(Duration::from_secs(1));
     let [alone] = in_turns(300, [&mut || daemon.get("/health")]);
     let (memory, threads) = (daemon.memory(), daemon.context_switches().len());
@@ -511,7 +511,7 @@ fn v2(report: &mut Report) {
     );
 }
 
-/// A registry larger than anybody's.
+/// A registry larger than any real one.
 fn many(report: &mut Report) {
     report.section("10,000 workspaces");
     let host = Host::new();
@@ -768,7 +768,7 @@ fn stand_in() -> PathBuf {
 struct Host {
     root: PathBuf,
     opencode: PathBuf,
-    /// What the stand-in is; the real one says itself.
+    /// The version of the stand-in; the real opencode reports its own.
     version: &'static str,
     guard: Child,
 }

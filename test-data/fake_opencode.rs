@@ -1,47 +1,45 @@
-//! An imitation of `opencode` 1.18, for the tests. Only std, one file: the harness compiles it
-//! with `rustc` and nothing else.
+//! A fake `opencode` 1.18 for the tests. It uses only std, so the harness compiles it with `rustc` alone.
 //!
-//! It answers as the real one was measured to: Basic auth on every route, one instance per
-//! directory, loaded by whatever asks for it (even by the request to dispose it), the directory
-//! taken from the query, else from the header, else from the working directory, no check that
-//! it exists. Beside that it has routes and misbehaviour that a test asks for.
+//! It answers like the real opencode, according to measurements: Basic auth on every route; one instance per directory,
+//! loaded by any request for it (even the request to dispose it); the directory comes from the query, else from the
+//! header, else from the working directory, and need not exist. It also has routes and misbehaviour for the tests.
 //!
-//! While the file `burn` is there, it uses the processor.
+//! While the file `burn` exists, it uses the processor.
 //!
-//! Behaviour: `FAKE_*` variables, and the same `KEY=VALUE` lines in `$FAKE_OPENCODE_DIR/behaviour`,
-//! which are read at each start and win.
+//! `FAKE_*` variables control its behaviour, and `KEY=VALUE` lines in `$FAKE_OPENCODE_DIR/behaviour`, which are read at
+//! each start and take precedence.
 //!
-//! | key | what it does |
+//! | key | effect |
 //! |---|---|
-//! | `FAKE_VERSION` | the version it claims; with 2.x it is that line of opencode (`fake_opencode2.rs`) |
+//! | `FAKE_VERSION` | the version that it reports; with 2.x it behaves like that line (`fake_opencode2.rs`) |
 //! | `FAKE_START_MS` | waits this long before it listens |
 //! | `FAKE_NEVER_LISTEN` | never listens |
 //! | `FAKE_NEVER_HEALTHY` | listens, but the health call hangs |
 //! | `FAKE_HANG_FILE` | no request is answered while this file exists (else `$FAKE_OPENCODE_DIR/hang`) |
-//! | `FAKE_AUTH=reject` | 401 whatever the password |
-//! | `FAKE_FAIL=/path` | 500 on this path |
+//! | `FAKE_AUTH=reject` | answers 401 to any password |
+//! | `FAKE_FAIL=/path` | answers 500 on this path |
 //! | `FAKE_CRASH_ON_START=CODE` | prints 30 lines and exits with CODE |
-//! | `FAKE_CRASH_FIRST=N` | the same, with 1, but only at the first N starts |
+//! | `FAKE_CRASH_FIRST=N` | the same with CODE 1, but only at the first N starts |
 //! | `FAKE_EXIT_WHEN_READY` | exits with 3 when asked for all events, which openwork does once it is ready |
 //! | `FAKE_IGNORE_TERM` | ignores every TERM |
 //! | `FAKE_SWALLOW_TERM` | ignores the first TERM, as opencode does while it installs a plugin |
-//! | `FAKE_GRANDCHILD` | leaves a `sleep` in a session of its own, as the agent's shells are |
-//! | `FAKE_FLOOD_LOG=BYTES` | prints that much before it listens |
-//! | `FAKE_FLOODS=N` | after it listens prints 11 MB, waits for its log to be cut, and so N times |
-//! | `FAKE_PRINT_MS` | prints a line each time, from its start on |
-//! | `FAKE_AGENT=COMMAND` | its first start runs this in a shell in a session of its own, as the agent does |
-//! | `FAKE_MEMORY=BYTES` | takes that much |
-//! | `FAKE_CLIENT_EXIT=CODE` | what `attach` and `run` exit with |
+//! | `FAKE_GRANDCHILD` | leaves a `sleep` in its own session, like the agent's shells |
+//! | `FAKE_FLOOD_LOG=BYTES` | prints this much before it listens |
+//! | `FAKE_FLOODS=N` | N times after it listens, prints 11 MB and waits until its log is truncated |
+//! | `FAKE_PRINT_MS` | prints a line at this interval, from its start on |
+//! | `FAKE_AGENT=COMMAND` | the first start runs this in a shell in its own session, like the agent |
+//! | `FAKE_MEMORY=BYTES` | uses this much memory |
+//! | `FAKE_CLIENT_EXIT=CODE` | the exit status of `attach` and `run` |
 //! | `FAKE_LOAD_MS` | loading an instance takes this long |
 //! | `FAKE_POISON=DIR` | prints a line and exits with 7 half-way through loading this directory (also: the lines of `$FAKE_OPENCODE_DIR/poison`) |
 //! | `FAKE_ONE_REQUEST` | closes a connection instead of answering a second request on it |
-//! | `FAKE_BUSY=DIR` | a session is running there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
+//! | `FAKE_BUSY=DIR` | a session runs there (also: the lines of `$FAKE_OPENCODE_DIR/busy`) |
 //!
-//! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` does,
-//! no disposal ends; while `hold-memory` does, FAKE_MEMORY is not taken. The lines of `answers`, each a path and
-//! a body, take the place of what it answers on these paths; with the body `fails` it is a 500.
+//! While `$FAKE_OPENCODE_DIR/hold` exists, it does not begin to listen; while `hold-disposals` exists, no disposal ends;
+//! while `hold-memory` exists, FAKE_MEMORY has no effect. The lines of `answers`, each a path and a body, replace its
+//! replies on these paths; with the body `fails`, the reply is a 500.
 //!
-//! What it records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
+//! It records in `$FAKE_OPENCODE_DIR`, a line each: `versions` (calls of `--version`),
 //! `starts` (JSON: pid, port, argv, cwd), `clients` (`attach` and `run`: pid, argv, cwd),
 //! `requests` (JSON: method, directory, target, authorized, number of the connection), `unanswered` (targets
 //! of `FAKE_ONE_REQUEST`), `hangs` (targets that it keeps waiting),
@@ -145,7 +143,7 @@ impl Settings {
         }
     }
 
-    /// Appends who this is, as JSON, and keeps its environment.
+    /// Appends a record of this process as JSON, and saves its environment.
     fn record_process(&self, name: &str, argv: &[String], more: &str) {
         let pid = std::process::id();
         let cwd = std::env::current_dir().expect("a working directory").display().to_string();
@@ -157,13 +155,13 @@ impl Settings {
         self.record(name, &format!("{{\"pid\":{pid},{more}\"argv\":{argv},\"cwd\":{}}}", json(&cwd)));
     }
 
-    /// How often it was started so far, this start included.
+    /// The number of starts so far, including this one.
     fn starts(&self) -> u64 {
         let text = self.file("starts").and_then(|path| fs::read_to_string(path).ok());
         text.map_or(1, |text| text.lines().count() as u64)
     }
 
-    /// What a test has it answer on this path, whatever it is asked.
+    /// The reply that a test has set for this path.
     fn answer(&self, path: &str) -> Option<String> {
         let answers = self.file("answers").and_then(|file| fs::read_to_string(file).ok())?;
         answers.lines().find_map(|line| line.strip_prefix(path)?.strip_prefix(' ').map(str::to_owned))
@@ -174,13 +172,13 @@ impl Settings {
         file.is_some_and(|path| path.exists())
     }
 
-    /// Where sessions are running, as far as a test says so.
+    /// The directories in which sessions run, set by a test.
     fn busy_directories(&self) -> Vec<String> {
         let file = self.file("busy").and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
         self.text("FAKE_BUSY").into_iter().chain(file.lines()).map(str::to_owned).collect()
     }
 
-    /// Ends what runs there; whether anything did.
+    /// Ends the turn in a directory; returns whether one ran.
     fn unbusy(&self, directory: &str) -> bool {
         let Some((path, text)) = self.file("busy").and_then(|path| Some((path.clone(), fs::read_to_string(path).ok()?)))
         else {
@@ -195,7 +193,7 @@ impl Settings {
         self.lists("busy", "FAKE_BUSY", directory)
     }
 
-    /// The session that runs in this directory does no more.
+    /// Ends the running session in this directory.
     fn end_turn(&self, directory: &str) {
         let Some(path) = self.file("busy") else { return };
         let busy = fs::read_to_string(&path).unwrap_or_default();
@@ -250,7 +248,7 @@ fn serve(argv: &[String], settings: Settings) {
     misbehave_before_listening(&settings);
 
     let listener = TcpListener::bind((hostname.as_str(), port)).unwrap_or_else(|_| {
-        // Word for word what 1.18.33 says of a port that is taken.
+        // The exact message of 1.18.33 about a taken port.
         eprintln!("\x1b[91m\x1b[1mError: \x1b[0mUnexpected error\n\nServeError");
         exit(1);
     });
@@ -274,7 +272,7 @@ fn serve(argv: &[String], settings: Settings) {
     accept(listener, &deaf, move |stream| converse(&*server, stream));
 }
 
-/// Serves each connection in a thread of its own, until it is deaf: then it listens no more, and lives.
+/// Serves each connection in its own thread. Once it is deaf, it lives on without listening.
 fn accept(listener: TcpListener, deaf: &AtomicBool, serve: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static) {
     let serve = Arc::new(serve);
     for stream in listener.incoming().flatten() {
@@ -283,7 +281,7 @@ fn accept(listener: TcpListener, deaf: &AtomicBool, serve: impl Fn(TcpStream) ->
         }
         let serve = Arc::clone(&serve);
         thread::spawn(move || {
-            // A client that goes away is no concern of the others.
+            // A client that disconnects does not affect the others.
             let _ = serve(stream);
         });
     }
@@ -362,7 +360,7 @@ fn misbehave_while_listening(settings: &Arc<Settings>) {
     }
 }
 
-/// Fills its log until that is cut, so many times.
+/// Fills the log until it is truncated, `FAKE_FLOODS` times.
 fn flood(settings: &Settings, floods: u64) {
     const FILL: usize = 11_000_000;
     let log = fs::File::open("/proc/self/fd/1").expect("its own log");
@@ -428,10 +426,10 @@ fn catch_term(settings: &Arc<Settings>) {
 struct Server {
     settings: Arc<Settings>,
     cwd: String,
-    /// The header it wants; none when it runs without a password.
+    /// The header that it requires; none without a password.
     authorization: Option<String>,
     instances: Mutex<Instances>,
-    /// It listens no more, and lives.
+    /// It lives on without listening.
     deaf: Arc<AtomicBool>,
 }
 
@@ -505,7 +503,7 @@ impl Request {
     fn directory(&self, cwd: &str) -> String {
         let key = if self.path().starts_with("/api/") { "location[directory]" } else { "directory" };
         let header = || self.header("x-opencode-directory").map(percent_decode);
-        // The real one decodes the query once more than usual, but for `/api`.
+        // Like the real opencode, decode the query once more than usual, except for `/api`.
         let query = self.query(key).map(|value| if key == "directory" { percent_decode(&value) } else { value });
         query.or_else(header).unwrap_or_else(|| cwd.to_owned())
     }
@@ -594,7 +592,7 @@ trait Serves {
     fn route(&self, request: &Request, reader: &mut BufReader<TcpStream>, stream: &TcpStream) -> io::Result<Next>;
 }
 
-/// Serves the requests of a connection. As the real one, it leaves the connection open whatever it is told.
+/// Serves the requests of a connection. Like the real opencode, it keeps every connection open.
 fn converse(server: &impl Serves, stream: TcpStream) -> io::Result<()> {
     let settings = server.settings();
     stream.set_nodelay(true)?;
@@ -654,7 +652,7 @@ impl Serves for Server {
     }
 
     fn authorizes(&self, request: &Request) -> bool {
-        // As the real one, it takes a ticket for credentials there, and nowhere else.
+        // Like the real opencode, accept a ticket instead of credentials only here.
         if request.path() == "/pty/x/connect" && request.query("ticket").as_deref() == Some("good") {
             return true;
         }
@@ -730,7 +728,7 @@ impl Serves for Server {
                 reply(stream, status, &content_type, body.as_bytes()).map(|()| Next::KeepAlive)
             }
             ("POST", "/session/ses_fake/prompt_async") => {
-                // As the real one: each step says that it is busy.
+                // Like the real opencode, report busy at each step.
                 let info = session("ses_fake", "mend {it}", &directory, 1_700_000_000_000);
                 self.publish(&directory, "session.updated", &format!("{{\"sessionID\":\"ses_fake\",\"info\":{info}}}"));
                 let status = "{\"sessionID\":\"ses_fake\",\"status\":{\"type\":\"busy\"}}";
@@ -846,7 +844,7 @@ impl Server {
         let payload = format!("{{\"id\":\"evt_fake\",\"type\":\"{kind}\",\"properties\":{properties}}}");
         let of_all = format!("{{\"directory\":{},\"project\":\"global\",\"payload\":{payload}}}", json(directory));
         let mut instances = self.instances.lock().expect("the instances");
-        // A subscriber that cannot be told is one that has gone.
+        // A subscriber that cannot be reached has disconnected.
         instances.streams.retain(|stream| match &stream.directory {
             None => stream.events.send(Some(of_all.clone())).is_ok(),
             Some(of) if of == directory => stream.events.send(Some(payload.clone())).is_ok(),
@@ -982,13 +980,13 @@ fn to_end(mut stream: &TcpStream) -> io::Result<Next> {
     Ok(Next::Close)
 }
 
-/// A whole reply, and then the end of the connection, of which the reply says nothing.
+/// A whole reply, and then the end of the connection without notice.
 fn close_after(stream: &TcpStream) -> io::Result<Next> {
     ok(stream, JSON, b"\"the last\"")?;
     Ok(Next::Close)
 }
 
-/// A reply, and another that nobody has asked for.
+/// A reply, followed by one that no request asked for.
 fn two_replies(mut stream: &TcpStream) -> io::Result<Next> {
     let one = |text: &str| format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{text}", text.len());
     stream.write_all((one("asked") + &one("not asked")).as_bytes())?;

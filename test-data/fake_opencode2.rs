@@ -1,32 +1,32 @@
-//! An imitation of `opencode` 2.3: its server protocol, beside that of 1.18 in `fake_opencode.rs`,
-//! which compiles this file as a part of itself and calls it when `FAKE_VERSION` is 2.x.
+//! The server protocol of a fake `opencode` 2.3. `fake_opencode.rs` includes this file and calls it when `FAKE_VERSION` is
+//! 2.x.
 //!
-//! It answers as a server built from sources of 2.x was measured to, and as newer sources say:
-//! everything below `/api` wants Basic auth with the user `opencode`; a location is chosen by the
-//! query `location[directory]`, else by the header, else it is the working directory, and is loaded
-//! under exactly the string that was sent; sessions are kept beyond a restart, as in a database.
+//! It answers like a server built from sources of 2.x, according to measurements, and for newer parts according to the
+//! sources: everything below `/api` requires Basic auth with the user `opencode`; the query `location[directory]`, else the
+//! header, else the working directory chooses the location, which is loaded under exactly that string; sessions outlive a
+//! restart, as in a database.
 //!
-//! Beside the keys of `fake_opencode.rs`, which mean the same here:
+//! It has the keys of `fake_opencode.rs`, and also:
 //!
-//! | key | what it does |
+//! | key | effect |
 //! |---|---|
-//! | `FAKE_HEALTH=status\|health` | has the health route of an earlier 2.0, and not `/api/info` |
-//! | `FAKE_STARTING_MS` | listens, and answers 503 for so long |
+//! | `FAKE_HEALTH=status\|health` | has the health route of an earlier 2.0 instead of `/api/info` |
+//! | `FAKE_STARTING_MS` | answers 503 for this long after it listens |
 //! | `FAKE_STOP_MS` | takes this long to end after TERM |
 //! | `FAKE_EVICT_MS` | an eviction takes this long |
-//! | `FAKE_STICKY_500` | a location that is not there is a 500 without a body, until it is evicted |
+//! | `FAKE_STICKY_500` | answers 500 without a body for a missing location, until it is evicted |
 //! | `FAKE_REVIVE=DIR` | an attached client loads this directory again as soon as it is evicted |
-//! | `FAKE_NO_WEB_UI` | an unknown path outside `/api` is a 404, and not a web page |
+//! | `FAKE_NO_WEB_UI` | answers 404 to an unknown path outside `/api`, instead of a web page |
 //! | `FAKE_SERVICE_FAILS` | `opencode service …` fails |
-//! | `FAKE_SERVICE_LATE=SECONDS\|never` | `opencode service start` returns this long before there is a service |
-//! | `FAKE_NO_SHUTDOWN_EVENT` | an eviction is not told by `location.shutdown`, as before 2.0.5 |
+//! | `FAKE_SERVICE_LATE=SECONDS\|never` | `opencode service start` returns this long before the service registers |
+//! | `FAKE_NO_SHUTDOWN_EVENT` | an eviction sends no `location.shutdown`, as before 2.0.5 |
 //!
-//! Beside those of `fake_opencode.rs` it records `leaks`: directories that were evicted while a
-//! session ran in them. The lines of `sessions` are its database: an id and a directory.
+//! It also records `leaks`: directories that were evicted while a session ran in them. The lines of `sessions` are its
+//! database: an id and a directory.
 //!
-//! `opencode service start|restart|stop|status` and `opencode serve --service` are the user's own service,
-//! registered as that of the real one; each has another port and password. They record `services` (JSON:
-//! the verb) and `passwords`; while `$FAKE_OPENCODE_DIR/hold-service` exists, the command does nothing.
+//! `opencode service start|restart|stop|status` and `opencode serve --service` imitate the user's own service, which
+//! registers like the real one; each start has another port and password. They record `services` (JSON: the verb) and
+//! `passwords`; while `$FAKE_OPENCODE_DIR/hold-service` exists, the command does nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -46,14 +46,14 @@ use super::{
     long_head, ok, raw, reply, server_error, to_end, tunnel, two_replies, Body, Next, Request, Serves, Settings, JSON,
 };
 
-/// How many events tell of a boot: 75 `plugin.added` and the first state of everything.
+/// The number of events of a boot: 75 `plugin.added` and the first state of everything.
 const BOOT_EVENTS: usize = 90;
-/// How many events tell of an eviction.
+/// The number of events of an eviction.
 const EVICT_EVENTS: usize = 10;
 /// The pause between two comments of the event stream.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
-/// What a test asks for and the real one does not have.
+/// Routes for the tests that the real opencode lacks.
 const MADE_UP: [&str; 13] = [
     "echo", "download", "upload", "slow", "chunked", "leave", "die-first", "die-mid", "interim", "end-streams",
     "stop-listening", "raw", "long-head",
@@ -62,7 +62,7 @@ const MADE_UP: [&str; 13] = [
 struct Server {
     settings: Arc<Settings>,
     cwd: String,
-    /// The header it wants; there is no mode without a password.
+    /// The header that it requires; there is no mode without a password.
     authorization: String,
     started: Instant,
     state: Mutex<State>,
@@ -91,7 +91,7 @@ pub fn password() -> String {
 
 // --- The user's own service ---
 
-/// Where the service registers.
+/// The registration file of the service.
 fn registration() -> PathBuf {
     let below_home = || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".local/state");
     std::env::var_os("XDG_STATE_HOME").map_or_else(below_home, PathBuf::from).join("opencode/service.json")
@@ -112,7 +112,7 @@ fn registered_process() -> Option<String> {
     (!is_dead).then_some(pid)
 }
 
-/// What an orderly end does with a registration of this process.
+/// Removes the registration of this process at an orderly end.
 pub fn unregister() {
     if registered("pid") == Some(std::process::id().to_string()) {
         let _ = fs::remove_file(registration());
@@ -171,7 +171,7 @@ pub fn serve_users(argv: &[String], settings: Settings) {
     let port = listener.local_addr().expect("an address").port();
     settings.record_process("starts", argv, &format!("\"port\":{port},"));
     super::misbehave_before_listening(&settings);
-    // Another one each time: whoever uses the service has to find it again.
+    // A different one each time, so that clients must find the service again.
     let mut random = [0; 16];
     fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).expect("random bytes");
     let password: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -226,7 +226,7 @@ impl Serves for Server {
         if request.path().ends_with("/connect") && request.query("ticket").as_deref() == Some("good") {
             return true;
         }
-        // The query wins over the header.
+        // The query takes precedence over the header.
         let given = match request.query("auth_token") {
             Some(token) => Some(format!("Basic {token}")),
             None => request.header("authorization").map(str::to_owned),
@@ -468,12 +468,12 @@ impl Server {
                     return failed.reply(stream);
                 }
                 self.state().active.insert(id.to_owned());
-                // Starts and ends of turns do not say where.
+                // Events about the start and the end of a turn have no directory.
                 self.publish("session.execution.started", None, &of_session);
                 self.publish("session.step.started", Some(&directory), &of_session);
                 ok(stream, JSON, format!("{{\"data\":{{\"id\":\"msg_fake\",{of_session}}}}}").as_bytes())
             }
-            // What the real one does by itself.
+            // The real opencode does this by itself.
             ("POST", [end @ ("succeed" | "fail")]) => {
                 self.state().active.remove(id);
                 let (kind, error) = match *end {
@@ -565,7 +565,7 @@ impl Server {
             "{{\"id\":\"evt_fake\",\"created\":1,\"type\":\"{kind}\",{}\"data\":{{{data}}}}}",
             location.unwrap_or_default()
         );
-        // A subscriber that cannot be told is one that has gone.
+        // A subscriber that cannot be reached has disconnected.
         self.state().streams.retain(|stream| stream.send(Some(event.clone())).is_ok());
     }
 
@@ -679,7 +679,7 @@ fn nothing(stream: &TcpStream, status: &str) -> io::Result<Next> {
     Ok(Next::KeepAlive)
 }
 
-/// A failure that the server has no word for.
+/// A failure without a body.
 fn defect(stream: &TcpStream) -> io::Result<Next> {
     reply(stream, "500 Internal Server Error", "", b"")?;
     Ok(Next::Close)

@@ -134,7 +134,7 @@ enum Outcome {
     Refused { code: String, said: String },
     /// Sent, but without a reply.
     Lost(String),
-    /// Not sent: nobody listened.
+    /// Not sent: nothing listened.
     Nobody,
 }
 
@@ -990,7 +990,7 @@ impl<'a, 'b> Worker<'a, 'b> {
     }
 }
 
-// --- The tormentor ---
+// --- Disturbances ---
 
 impl Soak<'_> {
     fn kill_daemon(&self) {
@@ -1032,7 +1032,7 @@ impl Soak<'_> {
         figures.slowest_sweep = figures.slowest_sweep.max(since.elapsed());
     }
 
-    /// Runs a command of the tormentor, which has to succeed.
+    /// Runs a command, which must succeed.
     fn run(&self, name: &'static str, args: &[&str]) -> Option<Value> {
         let since = Instant::now();
         let outcome = self.machine.command(args, None);

@@ -699,7 +699,7 @@ impl Drop for Host {
 
 // --- Processes beside openwork's ---
 
-/// A process that is not openwork's. It is killed at the end of the test, also of one that fails.
+/// A process unrelated to openwork. It is killed at the end of the test, even if the test fails.
 pub struct Stranger(pub Child);
 
 impl Stranger {
@@ -707,7 +707,7 @@ impl Stranger {
         Stranger(command.spawn().expect("spawning a process"))
     }
 
-    /// One that does nothing.
+    /// A process that does nothing.
     pub fn idle() -> Stranger {
         Stranger::new(Command::new("sleep").arg("1000").stdin(Stdio::null()))
     }
@@ -913,7 +913,7 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Both ends of a terminal that does not repeat what is typed: ours, and that of a command.
+/// Both ends of a terminal without echo: ours, and that of a command.
 fn terminal() -> (File, File) {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&ours).unwrap();
@@ -926,7 +926,7 @@ fn terminal() -> (File, File) {
     (File::from(ours), theirs)
 }
 
-/// Runs a command on a terminal on which this is typed, to its end, and returns what it has printed there.
+/// Runs a command to its end on a terminal on which `typed` is typed, and returns its output.
 pub fn on_terminal(mut command: Command, typed: &str) -> String {
     let (mut ours, theirs) = terminal();
     command.stdin(theirs.try_clone().unwrap()).stdout(theirs.try_clone().unwrap()).stderr(theirs);

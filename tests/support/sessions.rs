@@ -1,4 +1,4 @@
-//! What the tests about OpenCode's sessions have in common, for both lines.
+//! Shared parts of the tests about OpenCode's sessions, for both lines.
 
 use std::path::PathBuf;
 
