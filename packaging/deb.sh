@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Build a Debian package of the release binary and share/: `DEBFULLNAME=… DEBEMAIL=… packaging/deb.sh`.
-# It needs cargo and dpkg-dev. The result is target/package/openwork_VERSION_ARCH.deb; the same sources
-# and toolchain give the same bytes, wherever and whenever they are built.
+# It needs cargo and dpkg-dev. The result is target/package/openwork_VERSION_ARCH.deb; the build is reproducible:
+# the same sources and toolchain give the same bytes.
 set -euo pipefail
 umask 022
 cd "$(dirname "$0")/.."
 : "${DEBFULLNAME:?the name of the maintainer}" "${DEBEMAIL:?the address of the maintainer}"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 architecture=$(dpkg --print-architecture)
-# The date of the page that share/ has, unless the caller knows a better one.
+# Default to the date of the man page in share/.
 date=$(sed -n '1s/^\.TH OPENWORK 1 \([0-9-]*\) .*/\1/p' share/man/openwork.1)
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date --utc --date "$date" +%s)}
 
@@ -41,7 +41,7 @@ License: Expat
 EOF
     sed -n '/^Permission is hereby/,$p' LICENSE | sed 's/^$/./; s/^/ /'
 } >"$doc/copyright"
-# The pages stay as they are: they link to each other.
+# The pages of docs/ stay uncompressed: they link to each other.
 gzip -9n "$doc"/{changelog,third-party-notices,openapi.json} "$root/usr/share/man/man1/openwork.1"
 
 mkdir -p "$root/DEBIAN" "$out/debian"

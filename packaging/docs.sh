@@ -14,7 +14,7 @@ for page in README.md docs/*.md; do
     directory=$into/$(dirname "$page")
     { grep -oE '\]\([^)]+\)' "$page" || true; } | sed 's/^](//; s/)$//' | sort -u | while IFS= read -r link; do
         file=${link%%#*}
-        # What is no file of the sources is a web address, or looks like a link in an example.
+        # A target that is not a file of the sources is a web address, or an example that looks like a link.
         if [[ ! -e $(dirname "$page")/$file || -e $directory/$file ]]; then continue; fi
         sed -i "s|\[\([^]]*\)\](${link//./\\.})|\1|g" "$into/$page"
     done

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Print the licences of all crates that are linked into the binary, with their texts.
+# Print the licences, with their texts, of all crates linked into the binary.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Crates come from cargo's registry, a vendor directory or the distribution: cargo knows from where.
+# Ask cargo where the crates are: in its registry, a vendor directory or the distribution's directory.
 declare -A directory_of
 while IFS= read -r manifest; do
-    # Both stand at the head of [package] in manifests as published.
+    # Published manifests have both at the head of [package].
     name=$(sed -n '/^name = "\(.*\)"/{s//\1/p;q}' "$manifest")
     version=$(sed -n '/^version = "\(.*\)"/{s//\1/p;q}' "$manifest")
     directory_of[$name-$version]=${manifest%/Cargo.toml}

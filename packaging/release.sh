@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build the binary for a package, and print its path: nothing in it tells where it was built.
+# Build the binary for a package, without paths of the build machine in it, and print its path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/package
-# Beside the flags of the distribution: cargo takes one of the two variables only.
+# Keep the distribution's RUSTFLAGS: cargo ignores them if CARGO_ENCODED_RUSTFLAGS is set.
 read -ra flags <<<"${RUSTFLAGS:-}"
 flags+=("--remap-path-prefix=$cargo_home=/cargo" "--remap-path-prefix=$PWD=/openwork")
 CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f' && echo "${flags[*]}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the units of share/ under a systemd user manager of their own, as root and on Linux with systemd:
+# Run the units of share/ under a separate systemd user manager (as root, on Linux with systemd):
 # a first connection starts the daemon, a killed daemon is replaced, a hand-over is a reload, a hung
 # daemon is killed by the watchdog, and opencode (the stand-in of the tests) outlives all of it.
 set -euo pipefail
@@ -36,7 +36,7 @@ fail() {
 until_true() {
     local what=$1 deadline=$((SECONDS + 30))
     shift
-    until "$@"; do ((SECONDS < deadline)) || fail "waited in vain for $what"; sleep 0.05; done
+    until "$@"; do ((SECONDS < deadline)) || fail "timed out waiting for $what"; sleep 0.05; done
     echo "ok: $what"
 }
 show() { systemctl --user show --property "$1" --value openwork.service; }

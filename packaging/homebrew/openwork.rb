@@ -1,5 +1,5 @@
-# For Homebrew on Linux. The URL is what `cargo package` makes, and its sum: the project has no public
-# address yet.
+# For Homebrew on Linux. The URL and checksum are those of the output of `cargo package`: the project has no
+# public address yet.
 class Openwork < Formula
   desc "Keeps one opencode server alive for many workspaces"
   url "file:///path/to/openwork-orchestrator-0.2.0.crate"
@@ -15,7 +15,7 @@ class Openwork < Formula
     bash_completion.install "share/completions/openwork.bash" => "openwork"
     zsh_completion.install "share/completions/_openwork"
     fish_completion.install "share/completions/openwork.fish"
-    # Beside the README, which Homebrew installs itself and which links to these.
+    # Homebrew itself installs only the README, which links to these.
     system "bash", "packaging/docs.sh", prefix
     (prefix/"third-party-notices").write Utils.safe_popen_read("bash", "packaging/notices.sh")
   end

@@ -9,7 +9,7 @@ pkgs.rustPlatform.buildRustPackage {
   inherit (manifest) version;
   src = pkgs.lib.cleanSource ../..;
   cargoLock.lockFile = ../../Cargo.lock;
-  # The tests run these; bash, coreutils, grep and sed are there anyway.
+  # The tests run these; Nix provides bash, coreutils, grep and sed anyway.
   nativeCheckInputs = [ pkgs.util-linux ];
   postInstall = ''
     bash packaging/install.sh "$out/bin/openwork" "$out"

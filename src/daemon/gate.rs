@@ -549,13 +549,13 @@ fn refuse(stream: &TcpStream, error: &Error) {
 mod tests {
     use super::*;
 
-    /// A connection that is accepted after that would be lost when the process becomes its successor.
+    /// A connection accepted later would be lost when the process becomes its successor.
     #[test]
     fn close_returns_once_no_more_connections_are_accepted() {
         let gate = Gate::new(TcpListener::bind("127.0.0.1:0").unwrap(), &[]).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| {
-                // In the place of the thread that accepts, which may be busy.
+                // Accept here: the accepting thread may be busy.
                 assert!(wait::wait_until_readable(&gate.closing, Instant::now() + Duration::from_secs(60)));
                 thread::sleep(CLOSING_TIME / 10);
                 gate.closed.raise();

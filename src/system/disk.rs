@@ -79,20 +79,20 @@ const OVER: u8 = 3;
 /// Work for a thread.
 type Work = Box<dyn FnOnce() + Send>;
 
-/// A thread that waits for work, if there is one: starting one takes longer than most looks.
+/// A thread that waits for work, if any: starting a thread takes longer than most checks.
 static SPARE: Mutex<Option<Sender<Work>>> = Mutex::new(None);
 
-/// Runs `work` in the spare thread, or in a new one, which becomes the spare if there is none by then.
+/// Runs `work` in the spare thread, or in a new thread, which becomes the spare one if there is none by then.
 ///
 /// # Errors
-/// Those of starting a thread.
+/// If a thread cannot be started.
 fn in_thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let spare = || SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut work: Work = Box::new(work);
     if let Some(thread) = spare().take() {
         match thread.send(work) {
             Ok(()) => return Ok(()),
-            Err(unsent) => work = unsent.0, // its work has panicked
+            Err(unsent) => work = unsent.0, // its work panicked
         }
     }
     let repeat = move || {
@@ -331,11 +331,11 @@ mod tests {
     #[test]
     fn thread_of_a_look_serves_the_next() {
         let id = || {
-            // The thread has to come back first.
+            // Wait for the thread to become the spare one.
             std::thread::sleep(Duration::from_millis(1));
             within(Duration::from_secs(60), || std::thread::current().id()).unwrap()
         };
-        // Other tests look, too, and may take it.
+        // Tests that run at the same time may take it.
         assert!((0..10_000).any(|_| id() == id()));
     }
 

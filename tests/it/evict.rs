@@ -152,7 +152,7 @@ fn instance_of_a_removed_workspace_is_evicted() {
     wait_disposed(&host, &direct);
 }
 
-/// Earlier versions wrote a list of what is loaded, and not which of it belongs to no workspace.
+/// Earlier versions listed the loaded directories without saying which of them belong to no workspace.
 #[test]
 fn state_file_of_an_earlier_version_tells_workspaces_from_other_directories() {
     let host = host("1s");

@@ -110,7 +110,7 @@ fn daemon_that_dies_before_it_listens_is_reported_with_its_log() {
     assert!(error["message"].as_str().unwrap().contains("its log:"), "{error}");
     assert!(!host.path("die").exists(), "the daemon did not die");
     assert_eq!((host.processes(), host.starts().len()), (vec![], started));
-    // What it had written is no obstacle.
+    // Its leftover files do not prevent the next start.
     host.openwork(["daemon", "start"]).ok();
     assert_eq!(host.names(), ["web", "web-api"]);
 }

@@ -239,7 +239,7 @@ fn edit_while_the_daemon_runs_is_adopted() {
     state["workspaces"][0]["icon"] = "star".into();
     state["workspaces"].as_array_mut().unwrap().remove(1);
     state["activeId"] = "".into();
-    // An edit cannot change what the daemon knows of its processes, of their programs, and of what ended them.
+    // An edit cannot change the daemon's records of its processes, their programs and their ends.
     for name in ["daemon", "opencode", "binaries", "cliVersion"] {
         assert!(!state[name].is_null(), "{name}");
         state[name] = Value::Null;

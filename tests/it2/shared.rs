@@ -116,7 +116,7 @@ fn running_service_is_used_and_outlives_the_daemon() {
     let health = host.health();
     assert_eq!((ready_pid(&host), &health["opencode"]["baseUrl"]), (Some(service), &json!(url)));
     assert_eq!((&health["engine"]["shared"], &health["engine"]["service"]), (&json!(true), &Value::Null));
-    // When it was started, in the time of the wall, though openwork has not started it.
+    // The wall-clock time of its start, although openwork did not start it.
     let [opencode, daemon] = ["opencode", "daemon"].map(|one| health[one]["startedAt"].as_u64().unwrap());
     assert!(opencode.abs_diff(daemon) < 600_000, "{health}");
     let status = host.openwork(["status"]).ok().stdout;

@@ -36,7 +36,7 @@ pub fn poll<T>(limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Opt
 
 /// Waits until the condition gives a value, and returns it.
 pub fn until<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
-    poll(DEADLINE, condition).unwrap_or_else(|| panic!("waited in vain for {what}"))
+    poll(DEADLINE, condition).unwrap_or_else(|| panic!("timed out waiting for {what}"))
 }
 
 /// Waits until the condition holds.
