@@ -107,10 +107,24 @@ pub fn is_alive(pid: u32) -> bool {
     state.is_some_and(|state| !"ZX".contains(state) || threads > 1)
 }
 
+/// Sends a signal. After STOP every thread of the process has stopped: the kernel lets each run on until it gets
+/// a processor.
 pub fn kill(pid: u32, signal: Signal) {
-    let pid = Pid::from_raw(pid as i32).expect("a pid");
+    let target = Pid::from_raw(pid as i32).expect("a pid");
     // The process may have ended in the meantime.
-    let _ = kill_process(pid, signal);
+    if kill_process(target, signal).is_ok() && signal == Signal::STOP {
+        wait_for(&format!("the threads of process {pid} to stop"), || is_stopped(pid));
+    }
+}
+
+/// Whether no thread of the process runs.
+fn is_stopped(pid: u32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // A thread that has ended has no state any more.
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 't', 'Z', 'X']))
+    })
 }
 
 pub fn is_root() -> bool {
