@@ -24,7 +24,7 @@
 //! being disposed; only loaded instances of present or former workspaces are evicted; a loaded instance stays
 //! in the account until it is disposed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::fence::{Fence, Fences};
@@ -48,6 +48,9 @@ const EVENT_DELAY: Duration = Duration::from_secs(10);
 pub const ALONE: Duration = Duration::from_secs(10);
 /// How long an instance may still be loading after its client has gone.
 const ORPHANED: Duration = Duration::from_secs(10);
+/// How many ends are remembered: on a busy machine the next opencode may run, or have ended, before the thread
+/// of a failed request asks how its own ended.
+const ENDS: usize = 8;
 
 /// Whether a request may go on to its instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,7 +207,8 @@ impl Instance {
 pub struct Account {
     idle_ttl: Option<Duration>,
     generation: u64,
-    end: Option<End>,
+    /// The last ends, oldest first.
+    ends: VecDeque<End>,
     instances: HashMap<String, Instance>,
     /// Our own disposals, with their start: opencode also sends an event for each, perhaps only after the
     /// instance is loaded again.
@@ -224,7 +228,7 @@ impl Account {
         Account {
             idle_ttl,
             generation: 0,
-            end: None,
+            ends: VecDeque::new(),
             instances: HashMap::new(),
             own_disposals: Vec::new(),
             disposed: HashMap::new(),
@@ -239,7 +243,6 @@ impl Account {
     /// Another opencode was started or adopted, with these loaded instances, and whether each is ours.
     pub fn begin(&mut self, generation: u64, loaded: impl IntoIterator<Item = (String, bool)>, now: Instant) {
         self.generation = generation;
-        self.end = None;
         self.clear(now);
         for (directory, ours) in loaded {
             let instance = self.instances.entry(directory).or_insert_with(|| Instance::new(now));
@@ -273,15 +276,18 @@ impl Account {
             let directories = self.fences.died(&loading, certain, &fence, now);
             fenced = directories.into_iter().map(|directory| (directory, fence.clone())).collect();
         }
-        self.end = Some(End { generation, failure, loading });
+        if self.ends.len() == ENDS {
+            self.ends.pop_front();
+        }
+        self.ends.push_back(End { generation, failure, loading });
         self.clear(now);
         self.revision += 1;
         fenced
     }
 
-    /// How the current opencode ended, if it has.
-    pub fn end(&self) -> Option<&End> {
-        self.end.as_ref()
+    /// How this opencode ended, if it has.
+    pub fn end_of(&self, generation: u64) -> Option<&End> {
+        self.ends.iter().find(|end| end.generation == generation)
     }
 
     /// The current opencode.
@@ -290,7 +296,7 @@ impl Account {
     }
 
     fn is_over(&self) -> bool {
-        self.end.is_some()
+        self.end_of(self.generation).is_some()
     }
 
     /// Marks everything as not loaded; requests and disposals under way stay in the account.

@@ -110,14 +110,21 @@ fn wait_for_a_suspect_is_bounded() {
     assert!(story.crash().is_empty());
 }
 
+/// The thread of a failed request may ask so late, and must not send the request again.
 #[test]
-fn end_of_opencode_is_remembered_until_the_next_start() {
+fn end_of_opencode_is_known_while_the_next_ones_run() {
     let mut story = Story::new();
     story.begin_loading(A);
     let failure = Failure { how: "ended".to_owned(), output: String::new() };
     story.account.ended(1, Some(failure.clone()), "1.0.0", story.now);
-    let end = story.account.end().unwrap();
-    assert_eq!((end.generation, &end.failure, &end.loading), (1, &Some(failure), &vec![A.to_owned()]));
-    story.account.begin(2, [], story.now);
-    assert!(story.account.end().is_none());
+    for generation in 2..=super::ENDS as u64 {
+        story.account.begin(generation, [], story.now);
+        assert!(story.account.end_of(generation).is_none());
+        let end = story.account.end_of(1).unwrap();
+        assert_eq!((&end.failure, &end.loading), (&Some(failure.clone()), &vec![A.to_owned()]));
+        story.account.ended(generation, None, "1.0.0", story.now);
+    }
+    story.account.begin(9, [], story.now);
+    story.account.ended(9, None, "1.0.0", story.now);
+    assert!(story.account.end_of(1).is_none());
 }

@@ -406,10 +406,10 @@ fn second_end_of_an_opencode_changes_nothing() {
     story.begin_loading(B);
     let failure = || Some(Failure { how: "ended".to_owned(), output: String::new() });
     story.account.ended(2, failure(), "1.0.0", story.now);
-    assert!(story.account.end().is_none() && story.account.is_loaded(A), "that is not the current one");
+    assert!(story.account.end_of(2).is_none() && story.account.is_loaded(A), "that is not the current one");
     story.account.ended(1, failure(), "1.0.0", story.now);
     story.account.ended(1, None, "1.0.0", story.now);
-    let end = story.account.end().unwrap();
+    let end = story.account.end_of(1).unwrap();
     assert_eq!((end.failure.is_some(), &*end.loading), (true, &[B.to_owned()][..]));
 }
 

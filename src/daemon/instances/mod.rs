@@ -183,7 +183,7 @@ impl Use<'_> {
             inner = self.instances.wait(inner, deadline);
         }
         let directory = &self.workspace.path;
-        let end = inner.account.end().filter(|end| end.generation == generation)?;
+        let end = inner.account.end_of(generation)?;
         let failure = end.failure.clone().filter(|_| end.loading.contains(directory))?;
         if inner.account.fences().get(directory).is_some() {
             return Some(fenced(&mut inner, self.workspace));
