@@ -1,6 +1,6 @@
 //! Accesses to the user's directories, which may be on a hung network mount.
 //!
-//! A hung access (a "look") cannot be cancelled. So every look runs in a thread that its caller does not
+//! A hung access (a "check") cannot be cancelled. So every check runs in a thread that its caller does not
 //! join, and the caller continues without the answer after a limit. Invariant: at most [`HANGING_LIMIT`]
 //! threads hang; hung directories are remembered, and [`all`] skips them until their thread returns.
 
@@ -14,25 +14,25 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{Builder, available_parallelism};
 use std::time::{Duration, Instant};
 
-/// How many looks may hang at once. Each holds a thread until its mount is back.
+/// How many checks may hang at once. Each holds a thread until its mount is back.
 const HANGING_LIMIT: usize = 32;
-/// A look that takes this long stops blocking the others: [`all`] gives them another thread. A working disk
+/// A check that takes this long stops blocking the others: [`all`] gives them another thread. A working disk
 /// answers within milliseconds.
 const STALL: Duration = Duration::from_millis(100);
-/// The number of directories that justifies a second thread: a look takes about a microsecond, the start of a
+/// The number of directories that justifies a second thread: a check takes about a microsecond, the start of a
 /// thread some tens.
 const PER_THREAD: usize = 2000;
 
-/// The number of hung looks, and the parents of the directories that hung in [`all`], with their counts.
+/// The number of hung checks, and the parents of the directories that hung in [`all`], with their counts.
 /// Siblings of a hung directory are assumed to be on the same mount.
 struct Hanging {
-    looks: usize,
+    checks: usize,
     above: Option<HashMap<PathBuf, usize>>,
 }
 
-static HANGING: Mutex<Hanging> = Mutex::new(Hanging { looks: 0, above: None });
-/// [`Hanging::looks`], readable without the lock.
-static LOOKS: AtomicUsize = AtomicUsize::new(0);
+static HANGING: Mutex<Hanging> = Mutex::new(Hanging { checks: 0, above: None });
+/// [`Hanging::checks`], readable without the lock.
+static HUNG_CHECKS: AtomicUsize = AtomicUsize::new(0);
 
 impl Hanging {
     fn lock() -> MutexGuard<'static, Hanging> {
@@ -40,16 +40,16 @@ impl Hanging {
     }
 
     fn begin(&mut self, above: Option<&Path>) {
-        self.looks += 1;
-        LOOKS.store(self.looks, Ordering::Relaxed);
+        self.checks += 1;
+        HUNG_CHECKS.store(self.checks, Ordering::Relaxed);
         if let Some(above) = above {
             *self.above.get_or_insert_default().entry(above.to_owned()).or_default() += 1;
         }
     }
 
     fn end(&mut self, above: Option<&Path>) {
-        self.looks -= 1;
-        LOOKS.store(self.looks, Ordering::Relaxed);
+        self.checks -= 1;
+        HUNG_CHECKS.store(self.checks, Ordering::Relaxed);
         let (Some(above), Some(all)) = (above, &mut self.above) else { return };
         if let Some(count) = all.get_mut(above) {
             *count -= 1;
@@ -62,19 +62,19 @@ impl Hanging {
 
 /// Whether a sibling of this directory hangs.
 fn hangs(path: &Path) -> bool {
-    if LOOKS.load(Ordering::Relaxed) == 0 {
+    if HUNG_CHECKS.load(Ordering::Relaxed) == 0 {
         return false;
     }
     let hanging = Hanging::lock();
     path.parent().is_some_and(|above| hanging.above.as_ref().is_some_and(|all| all.contains_key(above)))
 }
 
-/// The states of a look.
-const NOT_BEGUN: u8 = 0;
-const UNDER_WAY: u8 = 1;
+/// The states of a check.
+const PENDING: u8 = 0;
+const RUNNING: u8 = 1;
 /// Its caller has given up and counted it as hung.
 const GIVEN_UP: u8 = 2;
-const OVER: u8 = 3;
+const DONE: u8 = 3;
 
 /// Work for a thread.
 type Work = Box<dyn FnOnce() + Send>;
@@ -113,17 +113,17 @@ fn in_thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     Builder::new().spawn(repeat).map(drop)
 }
 
-/// Runs a look in its own thread; `None` when it exceeds the limit, or when no thread can be started.
-pub fn within<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    if LOOKS.load(Ordering::Relaxed) >= HANGING_LIMIT {
+/// Runs a check in its own thread; `None` when it exceeds the limit, or when no thread can be started.
+pub fn within<T: Send + 'static>(limit: Duration, check: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    if HUNG_CHECKS.load(Ordering::Relaxed) >= HANGING_LIMIT {
         return None;
     }
     let (sender, receiver) = channel();
-    let ours = Arc::new(AtomicU8::new(UNDER_WAY));
+    let ours = Arc::new(AtomicU8::new(RUNNING));
     let theirs = ours.clone();
     let work = move || {
-        let found = look();
-        if theirs.swap(OVER, Ordering::AcqRel) == GIVEN_UP {
+        let found = check();
+        if theirs.swap(DONE, Ordering::AcqRel) == GIVEN_UP {
             Hanging::lock().end(None);
         }
         let _ = sender.send(found);
@@ -131,12 +131,12 @@ pub fn within<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Sen
     in_thread(work).ok()?;
     match receiver.recv_timeout(limit) {
         Ok(found) => Some(found),
-        Err(RecvTimeoutError::Disconnected) => None, // the look panicked
+        Err(RecvTimeoutError::Disconnected) => None, // the check panicked
         Err(RecvTimeoutError::Timeout) => {
-            // Holding the lock across the exchange keeps the thread from ending the look before it is
+            // Holding the lock across the exchange keeps the thread from ending the check before it is
             // counted.
             let mut hanging = Hanging::lock();
-            if ours.compare_exchange(UNDER_WAY, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            if ours.compare_exchange(RUNNING, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                 hanging.begin(None);
             }
             None
@@ -144,37 +144,37 @@ pub fn within<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Sen
     }
 }
 
-/// A look of [`all`].
-struct Look<A> {
+/// A check of [`all`].
+struct Check<A> {
     state: AtomicU8,
     answer: OnceLock<A>,
 }
 
 /// The data shared by the threads of [`all`].
-struct Looks<T, A, P, L> {
+struct Checks<T, A, P, L> {
     items: Vec<T>,
     path: P,
-    look: L,
+    check: L,
     next: AtomicUsize,
-    looks: Vec<Look<A>>,
+    checks: Vec<Check<A>>,
     /// The number of unfinished items.
     left: AtomicUsize,
 }
 
-impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
-    /// Processes one item after the other, until none is left or a look was given up.
+impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Checks<T, A, P, L> {
+    /// Processes one item after the other, until none is left or a check was given up.
     fn work(&self, done: &Sender<()>) {
-        // A thread whose look was given up has been replaced by another.
+        // A thread whose check was given up has been replaced by another.
         let mut was_given_up = false;
         while !was_given_up {
             let at = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(item) = self.items.get(at) else { return };
             let path = (self.path)(item);
             if !hangs(path) {
-                let look = &self.looks[at];
-                look.state.store(UNDER_WAY, Ordering::Release);
-                let _ = look.answer.set((self.look)(path));
-                was_given_up = look.state.swap(OVER, Ordering::AcqRel) == GIVEN_UP;
+                let check = &self.checks[at];
+                check.state.store(RUNNING, Ordering::Release);
+                let _ = check.answer.set((self.check)(path));
+                was_given_up = check.state.swap(DONE, Ordering::AcqRel) == GIVEN_UP;
                 if was_given_up {
                     Hanging::lock().end(path.parent());
                 }
@@ -185,15 +185,15 @@ impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
         }
     }
 
-    fn under_way(&self) -> Vec<usize> {
-        (0..self.looks.len()).filter(|at| self.looks[*at].state.load(Ordering::Acquire) == UNDER_WAY).collect()
+    fn running(&self) -> Vec<usize> {
+        (0..self.checks.len()).filter(|at| self.checks[*at].state.load(Ordering::Acquire) == RUNNING).collect()
     }
 
-    /// Counts a look as hung, unless it has just returned.
+    /// Counts a check as hung, unless it has just returned.
     fn give_up(&self, at: usize) -> bool {
         let mut hanging = Hanging::lock();
-        let state = &self.looks[at].state;
-        let given_up = state.compare_exchange(UNDER_WAY, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        let state = &self.checks[at].state;
+        let given_up = state.compare_exchange(RUNNING, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if given_up {
             hanging.begin((self.path)(&self.items[at]).parent());
         }
@@ -201,46 +201,47 @@ impl<T, A, P: Fn(&T) -> &Path, L: Fn(&Path) -> A> Looks<T, A, P, L> {
     }
 }
 
-/// Looks at the path of each item; `None` for those without an answer within the limit, and for siblings of
+/// Checks the path of each item; `None` for those without an answer within the limit, and for siblings of
 /// hung directories.
 pub fn all<T: Send + Sync + 'static, A: Clone + Send + Sync + 'static>(
     limit: Duration,
     items: Vec<T>,
     path: impl Fn(&T) -> &Path + Send + Sync + 'static,
-    look: impl Fn(&Path) -> A + Send + Sync + 'static,
+    check: impl Fn(&Path) -> A + Send + Sync + 'static,
 ) -> Vec<Option<A>> {
     let count = items.len();
-    let new_look = || Look { state: AtomicU8::new(NOT_BEGUN), answer: OnceLock::new() };
-    let looks = (0..count).map(|_| new_look()).collect();
-    let looks = Arc::new(Looks { items, path, look, next: AtomicUsize::new(0), looks, left: AtomicUsize::new(count) });
+    let new_check = || Check { state: AtomicU8::new(PENDING), answer: OnceLock::new() };
+    let checks = (0..count).map(|_| new_check()).collect();
+    let checks =
+        Arc::new(Checks { items, path, check, next: AtomicUsize::new(0), checks, left: AtomicUsize::new(count) });
     let (done, finished) = channel();
     let start = || {
-        let (looks, done) = (looks.clone(), done.clone());
-        LOOKS.load(Ordering::Relaxed) < HANGING_LIMIT && in_thread(move || looks.work(&done)).is_ok()
+        let (checks, done) = (checks.clone(), done.clone());
+        HUNG_CHECKS.load(Ordering::Relaxed) < HANGING_LIMIT && in_thread(move || checks.work(&done)).is_ok()
     };
     let threads = match count / PER_THREAD {
-        // The number of processors is read from the files of the control group, which takes longer than one look.
+        // The number of processors is read from the files of the control group, which takes longer than one check.
         0 | 1 => 1,
         several => several.min(available_parallelism().map_or(1, NonZero::get)),
     };
     let deadline = Instant::now() + limit;
-    let mut under_way = Vec::new();
+    let mut running = Vec::new();
     let mut threads = if count == 0 { 0 } else { (0..threads).filter(|_| start()).count() };
     while threads > 0 && finished.recv_timeout(STALL).is_err() {
-        // A look that was already under way in the last round counts as hung; its answer is still used if it
+        // A check that was already running in the last round counts as hung; its answer is still used if it
         // comes before the deadline.
-        let now = looks.under_way();
-        for at in now.iter().filter(|at| under_way.contains(*at)) {
-            if looks.give_up(*at) && !start() {
+        let now = checks.running();
+        for at in now.iter().filter(|at| running.contains(*at)) {
+            if checks.give_up(*at) && !start() {
                 threads -= 1;
             }
         }
-        under_way = now;
+        running = now;
         if Instant::now() >= deadline {
             break;
         }
     }
-    looks.looks.iter().map(|look| look.answer.get().cloned()).collect()
+    checks.checks.iter().map(|check| check.answer.get().cloned()).collect()
 }
 
 #[cfg(test)]
@@ -277,7 +278,7 @@ mod tests {
     #[test]
     fn hung_mount_blocks_no_caller() {
         let mount = Mount::default();
-        let look = |mount: &Mount| {
+        let check = |mount: &Mount| {
             let mount = mount.clone();
             move |path: &Path| {
                 if path.starts_with("/hung") {
@@ -294,7 +295,7 @@ mod tests {
                 .chain(more.map(PathBuf::from))
                 .collect()
         };
-        let ask = |seconds| all(Duration::from_secs(seconds), paths(), |path| path, look(&mount));
+        let ask = |seconds| all(Duration::from_secs(seconds), paths(), |path| path, check(&mount));
         let expected = [Some(true), None, Some(false), None, Some(true)];
         // One thread hangs, and siblings of the hung directory are skipped.
         until("the other answers", || {
@@ -302,15 +303,15 @@ mod tests {
             assert_eq!((answers[1], answers[3], &answers[5..]), (None, None, &[None; 50][..]));
             answers[..5] == expected
         });
-        until("one look to hang", || LOOKS.load(Ordering::Relaxed) == 1);
+        until("one check to hang", || HUNG_CHECKS.load(Ordering::Relaxed) == 1);
         // From then on no call waits, and no further thread hangs.
         assert_eq!(ask(60)[..5], expected);
-        assert_eq!(LOOKS.load(Ordering::Relaxed), 1);
+        assert_eq!(HUNG_CHECKS.load(Ordering::Relaxed), 1);
 
         let hung = mount.clone();
         assert_eq!(within(Duration::from_millis(10), move || hung.wait()), None);
         assert_eq!(within(Duration::from_secs(60), || 7), Some(7));
-        assert_eq!(LOOKS.load(Ordering::Relaxed), 2);
+        assert_eq!(HUNG_CHECKS.load(Ordering::Relaxed), 2);
         // The number of hung threads is limited.
         for _ in 2..HANGING_LIMIT {
             let hung = mount.clone();
@@ -319,17 +320,17 @@ mod tests {
         assert_eq!(within(Duration::from_secs(60), || 7), None);
         assert_eq!(ask(60), [None; 55]);
 
-        // Once the mount is back, everything is looked at again.
+        // Once the mount is back, everything is checked again.
         mount.answer();
-        until("the looks that hung to end", || LOOKS.load(Ordering::Relaxed) == 0);
+        until("the checks that hung to end", || HUNG_CHECKS.load(Ordering::Relaxed) == 0);
         let answers = ask(60);
         assert_eq!(answers[..5], [Some(true), Some(false), Some(false), Some(false), Some(true)]);
         assert_eq!(answers[5..], [Some(false); 50]);
-        assert_eq!(all(Duration::from_secs(60), Vec::<PathBuf>::new(), |path| path, look(&mount)), [None; 0]);
+        assert_eq!(all(Duration::from_secs(60), Vec::<PathBuf>::new(), |path| path, check(&mount)), [None; 0]);
     }
 
     #[test]
-    fn thread_of_a_look_serves_the_next() {
+    fn thread_of_a_check_serves_the_next() {
         let id = || {
             // Wait for the thread to become the spare one.
             std::thread::sleep(Duration::from_millis(1));
