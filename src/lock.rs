@@ -40,8 +40,8 @@ pub fn if_held(path: &Path) -> Result<Option<File>> {
         other => other.map_err(|e| Error::io("open", path, e))?,
     };
     let lock = RwLock::new(file);
-    let looked = lock.try_read().map(drop);
-    Ok(match if_free(looked).map_err(|e| Error::io("lock", path, e))? {
+    let locked = lock.try_read().map(drop);
+    Ok(match if_free(locked).map_err(|e| Error::io("lock", path, e))? {
         Some(()) => None,
         None => Some(lock.into_inner()),
     })

@@ -279,7 +279,7 @@ impl<'a> Machine<'a> {
     }
 
     /// `None` if the process does not belong to this host.
-    fn look_at(&self, pid: u32) -> Option<Running> {
+    fn running(&self, pid: u32) -> Option<Running> {
         Process::of(pid).filter(|process| process.has_home(&self.host.home())).map(Running::from)
     }
 
@@ -288,7 +288,7 @@ impl<'a> Machine<'a> {
     fn signal(&self, pid: u32, is_it: impl Fn(&Running) -> bool, signal: Signal) -> bool {
         let Some(pid_) = Pid::from_raw(pid as i32) else { return false };
         let Ok(pidfd) = pidfd_open(pid_, PidfdFlags::empty()) else { return false };
-        self.look_at(pid).is_some_and(|running| is_it(&running)) && pidfd_send_signal(&pidfd, signal).is_ok()
+        self.running(pid).is_some_and(|running| is_it(&running)) && pidfd_send_signal(&pidfd, signal).is_ok()
     }
 
     fn signal_daemon(&self, signal: Signal) -> Option<u32> {
@@ -1153,14 +1153,14 @@ impl Soak<'_> {
         for number in 0..rounds as u32 {
             let begin = self.begin + round * number;
             let (storm_ends, ends) = (begin + round.mul_f64(STORM), begin + round);
-            let mut look_at = Instant::now() + CHECKPOINT;
+            let mut checkpoint_at = Instant::now() + CHECKPOINT;
             while Instant::now() < storm_ends && !self.is_done() {
                 self.strike(chance);
                 let pause = if chance.percent(30) { chance.below(100) } else { chance.below(2500) };
                 self.sleep_until((Instant::now() + Duration::from_millis(pause)).min(storm_ends));
-                if Instant::now() >= look_at {
+                if Instant::now() >= checkpoint_at {
                     self.checkpoint(workers);
-                    look_at = Instant::now() + CHECKPOINT;
+                    checkpoint_at = Instant::now() + CHECKPOINT;
                 }
             }
             // From here on the daemon lives. Let it warm up first.

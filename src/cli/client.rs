@@ -39,7 +39,7 @@ use crate::wire::{
 use crate::{lock, log};
 
 /// How often a lock is polled while another process is about to take or release it.
-const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How much longer than its deadline the client waits for a reply, so that the daemon, which knows what
 /// is late, reports the timeout.
 const GRACE: Duration = Duration::from_secs(1);
@@ -104,7 +104,7 @@ impl Client {
             match self.holder()? {
                 None => return Ok(None),
                 Some(Holder::Listening(address)) => return Ok(Some(address)),
-                Some(Holder::Unreachable) if Instant::now() < self.deadline => std::thread::sleep(LOOK_INTERVAL),
+                Some(Holder::Unreachable) if Instant::now() < self.deadline => std::thread::sleep(POLL_INTERVAL),
                 Some(Holder::Unreachable) => {
                     let why = "a process holds daemon.lock, and no port is proven to be its own";
                     return Err(Error::DaemonUnresponsive(why.to_owned()));
@@ -192,7 +192,7 @@ impl Client {
             if Instant::now() >= self.deadline {
                 return Err(Error::DaemonStartFailed("another start is under way and does not end".to_owned()));
             }
-            std::thread::sleep(LOOK_INTERVAL);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -217,7 +217,7 @@ impl Client {
                 if let Some(address) = self.find()? {
                     return Ok(Some(address));
                 }
-                std::thread::sleep(LOOK_INTERVAL);
+                std::thread::sleep(POLL_INTERVAL);
             }
         }
         // The unit may be broken, or serve another data directory.
@@ -499,7 +499,7 @@ impl Client {
             if Instant::now() >= self.deadline {
                 return Err(Error::DaemonUnresponsive("it has not restarted before the deadline".to_owned()));
             }
-            std::thread::sleep(LOOK_INTERVAL);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -521,7 +521,7 @@ impl Client {
             if Instant::now() >= patience {
                 return false;
             }
-            std::thread::sleep(LOOK_INTERVAL);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 

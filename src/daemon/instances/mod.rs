@@ -76,7 +76,7 @@ struct Inner {
     /// The version of opencode, once known.
     version: Option<String>,
     /// When the evicting thread wakes next; `None`: only when it is notified.
-    next_look: Option<Instant>,
+    next_wake: Option<Instant>,
     /// When to request opencode's list.
     list_at: Option<Instant>,
     clock: Clock,
@@ -227,7 +227,7 @@ impl Instances {
         let account = Account::new(idle_ttl, fences);
         let noted = account.revision();
         let inner =
-            Inner { account, noted, reported: 0, version: None, next_look: None, list_at: None, clock: Clock::now() };
+            Inner { account, noted, reported: 0, version: None, next_wake: None, list_at: None, clock: Clock::now() };
         Instances {
             store,
             events,
@@ -262,7 +262,7 @@ impl Instances {
             }
             self.store.note_instances(loaded, strangers);
         }
-        if inner.next_look.is_none() && inner.account.first_due().is_some() {
+        if inner.next_wake.is_none() && inner.account.first_due().is_some() {
             self.changed.notify_all();
         }
     }
@@ -505,7 +505,7 @@ impl Instances {
                 Next::At(at) => Some(at),
                 Next::Nothing => None,
             };
-            inner.next_look = next;
+            inner.next_wake = next;
             inner = match [next, inner.list_at].into_iter().flatten().min() {
                 Some(at) => self.wait(inner, at),
                 None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),

@@ -18,10 +18,10 @@ pub struct Limits {
     pub adopt: Duration,
     /// The first interval between probes of a starting opencode: a fraction of a start, since requests wait
     /// for it.
-    pub look_interval: Duration,
+    pub start_probe_interval: Duration,
     /// The longest interval between probes of a starting opencode; it grows with the time that the start
     /// has taken.
-    pub look_interval_at_most: Duration,
+    pub max_start_probe_interval: Duration,
     /// The first time limit for a health call to a starting opencode. Short, since opencode never answers
     /// requests of the first 0.3 s or so after it listens: the call is repeated, with a limit that grows
     /// with the time since opencode listens.
@@ -82,8 +82,8 @@ impl Limits {
         ready: s(60),
         ready_at_most: s(600),
         adopt: s(10),
-        look_interval: ms(15),
-        look_interval_at_most: s(1),
+        start_probe_interval: ms(15),
+        max_start_probe_interval: s(1),
         first_probe: ms(50),
         probe_interval: s(10),
         probe: s(5),

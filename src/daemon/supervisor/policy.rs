@@ -74,7 +74,7 @@ struct Starting {
     origin: Origin,
     since: Instant,
     until: Instant,
-    look_at: Instant,
+    probe_at: Instant,
     probing: bool,
     /// When the last probe was sent.
     asked: Instant,
@@ -163,8 +163,8 @@ pub struct Policy {
     restarting: bool,
     /// A request has needed opencode since it was last ready. The user's service is started only then.
     needed: bool,
-    /// The pause before the next look for the user's service.
-    look_pause: Duration,
+    /// The pause before the next search for the user's service.
+    search_pause: Duration,
     /// A request asked for one attempt after opencode was given up: the next failure is final.
     last_attempt: bool,
     /// Consecutive launches whose port turned out to be taken.
@@ -179,7 +179,7 @@ impl Policy {
     /// The policy of a starting daemon. `recorded`: the state file names an opencode.
     pub fn new(limits: Limits, recorded: bool, out: &mut Vec<Action>) -> Policy {
         let lifecycle = Lifecycle { disposes: false, kill_after: Duration::ZERO, is_service: false };
-        let look_pause = limits.backoff_first;
+        let search_pause = limits.backoff_first;
         let mut policy = Policy {
             limits,
             phase: Phase::Failed,
@@ -196,7 +196,7 @@ impl Policy {
             recent: VecDeque::new(),
             restarting: false,
             needed: false,
-            look_pause,
+            search_pause,
             last_attempt: false,
             taken_ports: 0,
             is_too_large: false,
@@ -216,7 +216,7 @@ impl Policy {
     pub fn next_deadline(&self) -> Option<Instant> {
         let own = match &self.phase {
             Phase::Adopting | Phase::Checking | Phase::Launching | Phase::Reaping { .. } => None,
-            Phase::Starting(Starting { until, look_at, probing: false, .. }) => Some(*until.min(look_at)),
+            Phase::Starting(Starting { until, probe_at, probing: false, .. }) => Some(*until.min(probe_at)),
             Phase::Starting(Starting { until, probing: true, .. }) => Some(*until),
             Phase::Ready(Ready { probe_at, probing: false, .. }) => Some(*probe_at),
             Phase::Ready(Ready { probing: true, .. }) => None,
@@ -370,8 +370,8 @@ impl Policy {
                 | Stopped), Event::Exited { .. }) => phase,
 
             // Time has passed.
-            (Starting(starting), Event::Timer) => self.look(starting, now, out),
-            (Ready(ready), Event::Timer) => self.ask(ready, now, out),
+            (Starting(starting), Event::Timer) => self.probe_starting(starting, now, out),
+            (Ready(ready), Event::Timer) => self.probe_ready(ready, now, out),
             (Disposing { until, then }, Event::Timer) if now >= until => self.terminate(then, now, out),
             (Terminating { since, then, .. }, Event::Timer)
                 if now >= since + self.lifecycle.kill_after && !planted!(self, NeverKills) =>
@@ -386,7 +386,7 @@ impl Policy {
             (Killed { since, .. }, Event::Timer) if now >= since + self.limits.killed => self.stuck(out),
             (Waiting { until }, Event::Timer) if now >= until => self.start(out),
             (Absent { until, pause }, Event::Timer) if now >= until => {
-                self.look_pause = (pause * 2).min(self.limits.probe_interval);
+                self.search_pause = (pause * 2).min(self.limits.probe_interval);
                 out.push(Action::Launch { job: self.next_job(), start: false });
                 Launching
             }

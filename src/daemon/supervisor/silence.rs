@@ -75,7 +75,7 @@ impl Progress {
     }
 
     /// Takes a sample, unless the last one is too recent to compare with.
-    pub fn look(&mut self, cpu: Sample, log: u64, now: Instant, limits: &Limits) {
+    pub fn sample(&mut self, cpu: Sample, log: u64, now: Instant, limits: &Limits) {
         let (at, before, size) = self.sampled;
         if now.duration_since(at) >= limits.probe_interval / 2 {
             if log != size || was_busy(before, cpu, now.duration_since(at), limits.progress_part) {
@@ -155,7 +155,7 @@ mod tests {
     fn one_sample_without_progress_does_not_end_a_start() {
         let begun = Instant::now();
         let mut progress = Progress::new(begun);
-        let mut sample = |log, at| progress.look(None, log, begun + s(at), &LIMITS);
+        let mut sample = |log, at| progress.sample(None, log, begun + s(at), &LIMITS);
         sample(1, 50);
         sample(1, 60);
         assert!(progress.is_made(begun + s(60), &LIMITS));
@@ -168,7 +168,7 @@ mod tests {
         let begun = Instant::now();
         let mut progress = Progress::new(begun);
         assert!(progress.is_made(begun + s(10), &LIMITS));
-        progress.look(None, 0, begun + s(10), &LIMITS);
+        progress.sample(None, 0, begun + s(10), &LIMITS);
         assert!(!progress.is_made(begun + s(10), &LIMITS));
         progress.assume(begun + s(11));
         assert!(progress.is_made(begun + s(12), &LIMITS));

@@ -49,7 +49,7 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How long to wait for the registration after the command has returned; it should exist by then.
 const REGISTERED_LIMIT: Duration = Duration::from_secs(5);
-/// The interval between looks for the registration.
+/// The interval between searches for the registration.
 const REGISTERED_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A job.
@@ -299,15 +299,15 @@ impl Worker {
     fn find_service(&self, start: bool) -> Result<Option<Started>> {
         require_unlocked(&self.data_dir.opencode_lock())?;
         let path = service::path()?;
-        let look = || service::read(&path)?.map_or(Ok(None), service::prove);
-        let mut found = look()?;
+        let find = || service::read(&path)?.map_or(Ok(None), service::prove);
+        let mut found = find()?;
         if found.is_none() && start {
             self.command(Verb::Start, START_LIMIT)?;
             let deadline = Instant::now() + REGISTERED_LIMIT;
-            found = look()?;
+            found = find()?;
             while found.is_none() && Instant::now() < deadline && !self.stopping.is_raised() {
                 thread::sleep(REGISTERED_INTERVAL);
-                found = look()?;
+                found = find()?;
             }
             if found.is_none() {
                 return Err(Error::OpencodeStartFailed(format!(

@@ -69,7 +69,7 @@ impl Policy {
         if self.want != Want::Run || self.needed {
             return self.start(out);
         }
-        Phase::Absent { until: now + self.look_pause, pause: self.look_pause }
+        Phase::Absent { until: now + self.search_pause, pause: self.search_pause }
     }
 
     /// The launched process exists.
@@ -97,7 +97,7 @@ impl Policy {
                 origin,
                 since: now,
                 until: now + rest,
-                look_at: if origin == Origin::Adopted { now } else { now + self.limits.look_interval },
+                probe_at: if origin == Origin::Adopted { now } else { now + self.limits.start_probe_interval },
                 probing: false,
                 asked: now,
                 listens_since: None,
@@ -112,12 +112,12 @@ impl Policy {
     }
 
     /// Probes a starting process when that is due, or ends it when its time is over.
-    pub(super) fn look(&mut self, starting: Starting, now: Instant, out: &mut Vec<Action>) -> Phase {
+    pub(super) fn probe_starting(&mut self, starting: Starting, now: Instant, out: &mut Vec<Action>) -> Phase {
         let mut starting = match self.overdue(starting, now) {
             Ok(starting) => starting,
             Err(then) => return self.terminate(then, now, out),
         };
-        if !starting.probing && now >= starting.look_at {
+        if !starting.probing && now >= starting.probe_at {
             let listens = starting.listens_since.map_or(Duration::ZERO, |since| now.duration_since(since));
             let limit = (self.limits.first_probe + listens / 4).min(self.limits.probe);
             (starting.asked, starting.probing) = (now, true);
@@ -160,12 +160,12 @@ impl Policy {
     ) -> Phase {
         starting.probing = false;
         let waited = now.duration_since(starting.since) / 64;
-        starting.look_at = now + waited.clamp(self.limits.look_interval, self.limits.look_interval_at_most);
+        starting.probe_at = now + waited.clamp(self.limits.start_probe_interval, self.limits.max_start_probe_interval);
         match probe.answer {
             // The probe was never sent: that says nothing about the process.
             Answer::NotSent(_) => starting.progress.assume(now),
             Answer::Healthy | Answer::NotListening | Answer::Silent(_) | Answer::Refused(_) => {
-                starting.progress.look(probe.cpu, probe.log, now, &self.limits);
+                starting.progress.sample(probe.cpu, probe.log, now, &self.limits);
             }
         }
         match (probe.answer, starting.origin) {
@@ -199,7 +199,7 @@ impl Policy {
 
     pub(super) fn ready(&mut self, origin: Origin, now: Instant, out: &mut Vec<Action>) -> Phase {
         (self.last_attempt, self.needed) = (false, false);
-        (self.taken_ports, self.look_pause) = (0, self.limits.backoff_first);
+        (self.taken_ports, self.search_pause) = (0, self.limits.backoff_first);
         self.last_error = None;
         out.push(Action::Publish(Notice::Ready { adopted: origin == Origin::Adopted }));
         let probe_at = now + self.limits.probe_interval;
@@ -207,7 +207,7 @@ impl Policy {
     }
 
     /// Probes a ready process when that is due.
-    pub(super) fn ask(&mut self, mut ready: Ready, now: Instant, out: &mut Vec<Action>) -> Phase {
+    pub(super) fn probe_ready(&mut self, mut ready: Ready, now: Instant, out: &mut Vec<Action>) -> Phase {
         if !ready.probing && now >= ready.probe_at {
             (ready.asked, ready.probing) = (now, true);
             out.push(Action::Probe { limit: self.limits.probe, ready: true });

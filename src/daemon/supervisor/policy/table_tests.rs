@@ -45,7 +45,7 @@ pub(super) fn phases() -> Vec<Story> {
             story.launched().exits().launched().exits();
         },
         |story| {
-            story.looked(Launched::Absent);
+            story.searched(Launched::Absent);
         },
         |story| {
             let job = story.job();

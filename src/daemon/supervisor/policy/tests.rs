@@ -94,7 +94,7 @@ impl Story {
     }
 
     /// The time limit of the probe that the last event requested.
-    fn look(&self) -> Option<Duration> {
+    fn probe_limit(&self) -> Option<Duration> {
         self.actions.iter().find_map(|action| match action {
             Action::Probe { limit, .. } => Some(*limit),
             _ => None,
@@ -102,9 +102,9 @@ impl Story {
     }
 
     /// Advances the time to the next probe and returns its time limit.
-    fn next_look(&mut self) -> Duration {
-        self.now = self.policy.next_deadline().expect("a look is due");
-        self.happens(Event::Timer).look().expect("a look")
+    fn next_probe(&mut self) -> Duration {
+        self.now = self.policy.next_deadline().expect("a probe is due");
+        self.happens(Event::Timer).probe_limit().expect("a probe")
     }
 
     /// Gives each probe this answer at its time limit, with this processor use, until the policy ends the
@@ -121,7 +121,7 @@ impl Story {
         while self.now < begun + limit {
             self.now = self.policy.next_deadline().expect("a deadline").max(self.now);
             self.happens(Event::Timer);
-            if let (Some(limit), false) = (self.look(), self.did("Signal")) {
+            if let (Some(limit), false) = (self.probe_limit(), self.did("Signal")) {
                 self.now += limit;
                 let passed = self.now - begun;
                 let log = if prints { passed.as_secs() } else { 0 };
@@ -183,26 +183,26 @@ fn start_that_could_not_be_checked_is_not_stuck() {
 }
 
 #[test]
-fn looks_at_a_start_are_frequent_and_short_at_first() {
+fn probes_of_a_start_are_frequent_and_short_at_first() {
     let mut story = Story::new();
     story.launched();
     let begun = story.now;
     let ms = Duration::from_millis;
     // Nothing listens: the pause grows with the age of the start.
     for (waited, pause) in [(15, 15), (900, 15), (32_000, 500), (64_000, 1000), (300_000, 1000)] {
-        story.next_look();
+        story.next_probe();
         story.now = begun + ms(waited);
         story.probed(Answer::NotListening, ms(waited), 0);
         assert_eq!(story.policy.next_deadline().map(|due| due - story.now), Some(ms(pause)), "{waited} ms");
     }
     // It listens and does not answer yet: each probe gets more time.
-    story.next_look();
+    story.next_probe();
     story.probed(silent(), ms(300_000), 0);
     let listens = story.now;
     for (after, limit) in [(2000, 550), (4000, 1050), (8000, 2050), (20_000, 5000), (40_000, 5000)] {
         story.now = listens + ms(after);
         let used = story.now - begun;
-        assert_eq!(story.happens(Event::Timer).look(), Some(ms(limit)), "{after} ms");
+        assert_eq!(story.happens(Event::Timer).probe_limit(), Some(ms(limit)), "{after} ms");
         story.probed(silent(), used, 0);
     }
 }
@@ -215,7 +215,7 @@ fn events_are_counted_and_published() {
     let counts = |story: &Story| (story.policy.generation(), story.policy.restarts(), story.policy.checks());
     assert_eq!(counts(&story), (1, 0, 0));
     for checks in 1..=3 {
-        story.next_look();
+        story.next_probe();
         story.probed(Answer::Healthy, Duration::ZERO, 0);
         assert_eq!(counts(&story), (1, 0, checks));
     }
@@ -233,7 +233,7 @@ fn events_are_counted_and_published() {
     assert!(story.policy.is_stopping() && story.policy.is_stopped());
 
     let mut story = Story::adopting();
-    story.adopted(MINUTE).next_look();
+    story.adopted(MINUTE).next_probe();
     assert!(story.probed(Answer::Healthy, Duration::ZERO, 0).did("Publish(Ready { adopted: true })"));
     assert_eq!((counts(&story), story.policy.failures()), ((1, 0, 0), 0));
 }
@@ -265,13 +265,13 @@ fn suspended_time_does_not_count_as_silence() {
 #[test]
 fn suspended_time_does_not_count_during_an_adoption() {
     let mut story = Story::adopting();
-    story.adopted(60 * MINUTE).next_look();
+    story.adopted(60 * MINUTE).next_probe();
     // The machine sleeps for hours with a probe under way.
     story.later(300 * MINUTE).probed(silent(), Duration::ZERO, 0);
     let woke = story.now;
     while !story.did("Signal") {
         story.later(Duration::from_secs(1)).happens(Event::Timer);
-        if story.look().is_some() {
+        if story.probe_limit().is_some() {
             story.probed(silent(), Duration::ZERO, 0);
         }
     }
@@ -473,7 +473,7 @@ fn early_timer_changes_nothing() {
 }
 
 #[test]
-fn only_a_suspicion_about_this_opencode_hastens_the_next_look() {
+fn only_a_suspicion_about_this_opencode_hastens_the_next_probe() {
     let mut story = Story::new();
     story.ready().exits().ready();
     let due = story.policy.next_deadline();
@@ -560,12 +560,12 @@ impl Story {
     /// A daemon that shares the user's service, after a search with this outcome.
     fn sharing(launched: Launched) -> Story {
         let mut story = Story::new();
-        story.looked(launched);
+        story.searched(launched);
         story
     }
 
     /// The version check and the search for the service are over.
-    fn looked(&mut self, launched: Launched) -> &mut Story {
+    fn searched(&mut self, launched: Launched) -> &mut Story {
         if matches!(self.policy.phase, Phase::Checking) {
             let job = self.job();
             self.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
@@ -635,7 +635,7 @@ fn stop_leaves_the_service_unless_asked_to_end_it() {
         let checked = Checked { lifecycle: SERVICE, age: Duration::ZERO };
         story.happens(Event::VersionKnown { job, result: Ok(checked) });
         assert!(story.happens(Event::Stop { scope }).did("Cancel"));
-        assert!(story.looked(Launched::Running).did("Release"));
+        assert!(story.searched(Launched::Running).did("Release"));
     }
     let mut story = Story::serving();
     assert!(story.happens(Event::Stop { scope: StopScope::Service }).did("CommandService { job: 3, verb: Stop }"));
@@ -654,16 +654,16 @@ fn service_starts_only_when_a_request_needs_it() {
             story.due().did("Launch { job: ") && story.did(&format!("Launch {{ job: {}, start: false", story.job()))
         );
         assert_eq!(story.policy.phase(), PhaseName::Waiting, "looking for the service is not a start");
-        story.looked(Launched::Absent);
+        story.searched(Launched::Absent);
     }
     assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
     // A request arrives while the daemon looks for the service.
     story.due().happens(Event::Need);
-    assert!(story.looked(Launched::Absent).did("AskVersion"));
+    assert!(story.searched(Launched::Absent).did("AskVersion"));
     let job = story.job();
     story.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
     assert!(story.did(&format!("Launch {{ job: {}, start: true", story.job())));
-    story.looked(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
+    story.searched(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
 
     // The user may end the service any number of times: the daemon looks for it and never gives up.
     for _ in 0..20 {
@@ -674,7 +674,7 @@ fn service_starts_only_when_a_request_needs_it() {
         let job = story.job();
         story.happens(Event::VersionKnown { job, result: Ok(Checked { lifecycle: SERVICE, age: Duration::ZERO }) });
         assert!(story.did(&format!("Launch {{ job: {}, start: false", story.job())), "{:?}", story.actions);
-        story.looked(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
+        story.searched(Launched::Running).probed(Answer::Healthy, Duration::ZERO, 0);
         assert_eq!(story.policy.phase(), PhaseName::Ready);
     }
     // A request got no answer because the service had ended.

@@ -129,7 +129,7 @@ enum Occurrence {
     /// The descendants of a process have ended; with the flag, this answers the job that reaps it.
     Sweep(u64, u64, usize, bool),
     /// The search for the opencode of an earlier daemon is over.
-    Look(u64, u64),
+    FindAdopted(u64, u64),
     /// A random fault, the end of one, or a request.
     Fault,
     /// A daemon starts.

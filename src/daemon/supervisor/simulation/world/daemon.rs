@@ -75,7 +75,7 @@ impl World {
             Action::Adopt { job } => {
                 let after = self.dice.time(0, 20);
                 self.pending += 1;
-                self.at(after, Occurrence::Look(self.daemon, job));
+                self.at(after, Occurrence::FindAdopted(self.daemon, job));
             }
             Action::AskVersion { job, limit } => {
                 let (after, result) = self.version(limit);

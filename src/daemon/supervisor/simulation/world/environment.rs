@@ -21,9 +21,9 @@ impl World {
                 }
             }
             Occurrence::End(index) => self.end(index),
-            Occurrence::Look(daemon, job) => {
+            Occurrence::FindAdopted(daemon, job) => {
                 if daemon == self.daemon {
-                    self.look(job);
+                    self.find_adopted(job);
                 }
             }
             Occurrence::Spawned(daemon, job, start) => {
@@ -74,7 +74,7 @@ impl World {
     }
 
     /// Finds the opencode of an earlier daemon; if it has ended, ends its descendants.
-    fn look(&mut self, job: u64) {
+    fn find_adopted(&mut self, job: u64) {
         let Some(index) = self.disk else {
             self.pending -= 1;
             return self.message(Duration::ZERO, Event::Adopted { job, found: None });
