@@ -241,8 +241,8 @@ pub fn open_private(path: &Path, options: &mut OpenOptions) -> io::Result<File> 
     Ok(file)
 }
 
-/// Opens a regular file for reading, never through a symbolic link, and leaves its mode as it is: for a look
-/// that must not change anything.
+/// Opens a regular file for reading, never through a symbolic link, without changing its mode: for checks
+/// that must change nothing.
 pub fn open_unchanged(path: &Path) -> io::Result<File> {
     open_regular(path, OpenOptions::new().read(true)).map(|(file, _)| file)
 }

@@ -158,11 +158,11 @@ mod tests {
     }
 
     /// The framing of a head with these header lines, or the status of its refusal.
-    fn parsed<T>(line: &str, headers: &str, look: impl FnOnce(&Head<'_>) -> T) -> std::result::Result<T, u16> {
+    fn parsed<T>(line: &str, headers: &str, check: impl FnOnce(&Head<'_>) -> T) -> std::result::Result<T, u16> {
         let text = format!("{line}\r\n{headers}\r\n");
         let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
         let parsed = Head::parse(text.as_bytes(), &mut headers);
-        parsed.map(|head| look(&head)).map_err(|e| e.http_status())
+        parsed.map(|head| check(&head)).map_err(|e| e.http_status())
     }
 
     #[test]
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn head_is_split_into_its_parts() {
         let headers = "Host: h\r\nConnection: keep-alive,\tUpgrade\r\nconnection: X\r\nLatin: \u{e9}\r\n";
-        let look = |head: &Head<'_>| {
+        let check = |head: &Head<'_>| {
             assert_eq!((head.method, head.target, head.path(), head.version), ("GET", "/a?b?c", "/a", 1));
             for (name, token, expected) in [
                 ("connection", "upgrade", true),
@@ -234,7 +234,7 @@ mod tests {
             assert_eq!(head.only("origin").unwrap(), None);
             assert!(head.only("connection").is_err() && head.only("latin").is_err());
         };
-        parsed("GET /a?b?c HTTP/1.1", headers, look).unwrap();
+        parsed("GET /a?b?c HTTP/1.1", headers, check).unwrap();
         assert_eq!(parsed("GET /a HTTP/1.1", "", |head| head.path().to_owned()).unwrap(), "/a");
     }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::file::{look_at_whole, read_whole, write_whole};
+use super::file::{read_whole, read_whole_unchanged, write_whole};
 use crate::error::{Error, Result};
 use crate::paths::DataDir;
 use crate::wire::from_json;
@@ -97,12 +97,12 @@ impl Auth {
         read_whole(path, AUTH_HINT)?.map(|(bytes, _)| Auth::parse(path, &bytes)).transpose()
     }
 
-    /// The same, for a look that must not change the mode of the file.
+    /// The same, without changing the mode of the file.
     ///
     /// # Errors
     /// As [`Auth::read`].
-    pub fn look(path: &Path) -> Result<Option<Auth>> {
-        look_at_whole(path, AUTH_HINT)?.map(|(bytes, _)| Auth::parse(path, &bytes)).transpose()
+    pub fn read_unchanged(path: &Path) -> Result<Option<Auth>> {
+        read_whole_unchanged(path, AUTH_HINT)?.map(|(bytes, _)| Auth::parse(path, &bytes)).transpose()
     }
 
     fn parse(path: &Path, bytes: &[u8]) -> Result<Auth> {

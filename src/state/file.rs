@@ -54,7 +54,7 @@ pub fn read_whole(path: &Path, hint: &'static str) -> Result<Option<(Vec<u8>, St
 ///
 /// # Errors
 /// As [`read_whole`].
-pub fn look_at_whole(path: &Path, hint: &'static str) -> Result<Option<(Vec<u8>, Stamp)>> {
+pub fn read_whole_unchanged(path: &Path, hint: &'static str) -> Result<Option<(Vec<u8>, Stamp)>> {
     read_opened(path, paths::open_unchanged(path), hint)
 }
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 pub use self::auth::{Auth, PASSWORD_VARIABLE, USERNAME_VARIABLE, random_bytes, random_hex};
-use self::file::{Stamp, look_at_whole, read_whole};
+use self::file::{Stamp, read_whole, read_whole_unchanged};
 pub use self::file::{keep_beside, write_whole};
 pub use self::records::{Binaries, BinaryRecord, DaemonRecord, EngineRecord, FenceRecord, Ports};
 pub use self::store::Store;
@@ -113,13 +113,12 @@ impl State {
         Ok(Some((State::parse(path, &bytes)?, stamp)))
     }
 
-    /// The state file as [`State::read`] has it, for a look that must not change the mode of the file;
-    /// `None` when it does not exist.
+    /// As [`State::read`], without changing the mode of the file; `None` when it does not exist.
     ///
     /// # Errors
     /// As [`State::read`].
-    pub fn look(path: &Path) -> Result<Option<State>> {
-        let Some((bytes, _)) = look_at_whole(path, STATE_HINT)? else { return Ok(None) };
+    pub fn read_unchanged(path: &Path) -> Result<Option<State>> {
+        let Some((bytes, _)) = read_whole_unchanged(path, STATE_HINT)? else { return Ok(None) };
         State::parse(path, &bytes).map(Some)
     }
 

@@ -115,7 +115,7 @@ impl Store {
     /// As [`State::read`].
     pub fn open(data_dir: &DataDir, held: &File) -> Result<Store> {
         let (path, lock_path) = (data_dir.state(), data_dir.daemon_lock());
-        let held = held.metadata().map_err(|e| Error::io("look at", &lock_path, e))?;
+        let held = held.metadata().map_err(|e| Error::io("examine", &lock_path, e))?;
         let (state, stamp) = State::read_stamped(&path)?.map_or_else(Default::default, |(s, stamp)| (s, Some(stamp)));
         // A crash during a write may have left it.
         let _ = fs::remove_file(temporary(&path));
@@ -235,7 +235,7 @@ impl Store {
         let is_ours = match fs::symlink_metadata(&self.lock_path) {
             Ok(found) => (found.dev(), found.ino()) == self.lock_id,
             Err(e) if is_absent(&e) => false,
-            Err(e) => return Err(Error::io("look at", &self.lock_path, e)),
+            Err(e) => return Err(Error::io("examine", &self.lock_path, e)),
         };
         if is_ours && self.lost.get().is_none() {
             return Ok(());

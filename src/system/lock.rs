@@ -45,7 +45,7 @@ pub fn holder(file: &File, path: &Path) -> io::Result<Option<Holder>> {
         if !entry.metadata().is_ok_and(|process| process.uid() == geteuid().as_raw()) {
             continue;
         }
-        // Open the process before looking at its number: if it has not ended after the look, the number
+        // Open the process before checking its pid: if it has not ended after the check, the pid
         // was its own.
         let Ok(Some(pidfd)) = open(pid) else { continue };
         if let Some(taken_by) = locker(pid, &file, path).filter(|_| !has_ended(&pidfd)) {

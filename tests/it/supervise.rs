@@ -100,9 +100,9 @@ fn thread_or_descriptor_shortage_ends_nothing() {
     limit("--nproc=1:");
     let before = health_calls(&host);
     wait_for("more health calls", || health_calls(&host) > before + 8);
-    // No free descriptor: the daemon cannot even look.
+    // No free descriptor: the daemon cannot even examine opencode.
     limit("--nofile=3:");
-    wait_for_notes(&host, "cannot look at opencode", 10);
+    wait_for_notes(&host, "cannot examine opencode", 10);
     limit("--nofile=1024:");
     assert!(is_alive(opencode));
 

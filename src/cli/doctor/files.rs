@@ -43,7 +43,7 @@ pub fn data_directory(findings: &mut Findings, data_dir: &DataDir) {
     }
     let metadata = match fs::metadata(path) {
         Err(e) if paths::is_absent(&e) => return missing(findings, path),
-        Err(e) => return findings.wrong(DATA, format!("cannot look at {shown}: {e}"), "name another --data-dir"),
+        Err(e) => return findings.wrong(DATA, format!("cannot examine {shown}: {e}"), "name another --data-dir"),
         Ok(metadata) if !metadata.is_dir() => {
             return findings.wrong(DATA, format!("{shown} is not a directory"), "name another --data-dir");
         }
@@ -60,7 +60,7 @@ pub fn data_directory(findings: &mut Findings, data_dir: &DataDir) {
     }
     match Filesystem::of(path) {
         Ok(filesystem) => room(findings, path, &filesystem),
-        Err(e) => findings.warning(DATA, format!("cannot look at the file system of {shown}: {e}"), "check the disk"),
+        Err(e) => findings.warning(DATA, format!("cannot examine the file system of {shown}: {e}"), "check the disk"),
     }
     strangers(findings, data_dir);
 }
@@ -119,7 +119,7 @@ fn strangers(findings: &mut Findings, data_dir: &DataDir) {
 
 /// The files in the data directory: what the state file has, an empty registry where it cannot be read.
 pub fn contents(findings: &mut Findings, data_dir: &DataDir) -> State {
-    let state = match State::look(&data_dir.state()) {
+    let state = match State::read_unchanged(&data_dir.state()) {
         Ok(Some(state)) => {
             findings.ok(STATE, format!("{} can be read", data_dir.state().display()));
             state
@@ -130,7 +130,7 @@ pub fn contents(findings: &mut Findings, data_dir: &DataDir) -> State {
             State::default()
         }
     };
-    if let Err(e) = Auth::look(&data_dir.auth()) {
+    if let Err(e) = Auth::read_unchanged(&data_dir.auth()) {
         findings.failed(STATE, &e);
     }
     for path in [data_dir.daemon_log(), data_dir.opencode_log()] {
@@ -147,9 +147,9 @@ pub fn contents(findings: &mut Findings, data_dir: &DataDir) -> State {
 /// The directories of local workspaces, fences, and what the environment names.
 pub fn workspaces(findings: &mut Findings, state: &State) {
     let local: Vec<_> = state.workspaces.iter().filter(|workspace| workspace.is_local()).cloned().collect();
-    let looked = disk::all(WORKSPACES_LIMIT, local.clone(), |w| Path::new(&w.path), Path::is_dir);
+    let checked = disk::all(WORKSPACES_LIMIT, local.clone(), |w| Path::new(&w.path), Path::is_dir);
     let which = |wanted: Option<bool>| {
-        let found = local.iter().zip(&looked).filter(move |(_, is_there)| **is_there == wanted);
+        let found = local.iter().zip(&checked).filter(move |(_, is_there)| **is_there == wanted);
         found.map(|(workspace, _)| workspace.name.as_str()).collect::<Vec<_>>()
     };
     let (gone, hanging) = (which(Some(false)), which(None));

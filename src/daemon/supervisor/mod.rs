@@ -48,7 +48,7 @@ use self::handle::{Handle, Message, Report};
 use self::limits::Limits;
 pub use self::policy::StopScope;
 use self::policy::{Action, Answer, Cause, Event, Launched, Notice, Policy, Probe};
-use self::prober::{Look, Prober, Target};
+use self::prober::{ProbeRequest, Prober, Target};
 use self::watcher::Watcher;
 use self::worker::{EndedProcess, Engine, Job, Started, Worker};
 
@@ -100,7 +100,7 @@ pub struct Supervisor {
     handle: Handle,
     receiver: Receiver<Message>,
     jobs: Sender<Job>,
-    looks: Sender<Look>,
+    probes: Sender<ProbeRequest>,
     watcher: Arc<Watcher>,
     /// Interrupts `--version` and commands of the user's service.
     stopping: Arc<Flag>,
@@ -138,7 +138,7 @@ impl Supervisor {
         let watcher = Arc::new(Watcher::new(data_dir.opencode_log()).map_err(no_flag)?);
         let limits = Limits::of_this_daemon();
         let credentials = Credentials::new(&auth);
-        let ((jobs, for_worker), (looks, for_prober)) = (channel(), channel());
+        let ((jobs, for_worker), (probes, for_prober)) = (channel(), channel());
         let messages = || handle.messages.clone();
         let prober = Prober {
             data_dir: data_dir.clone(),
@@ -168,7 +168,7 @@ impl Supervisor {
             handle: handle.clone(),
             receiver,
             jobs,
-            looks,
+            probes,
             watcher,
             stopping,
             data_dir,
@@ -318,7 +318,7 @@ impl Supervisor {
             }
             Action::Probe { limit, ready } => {
                 let Some(held) = &self.held else { return };
-                let _ = self.looks.send(Look { target: held.target(generation), limit, is_ready: ready });
+                let _ = self.probes.send(ProbeRequest { target: held.target(generation), limit, is_ready: ready });
             }
             Action::Dispose { job, limit } => {
                 let Some(held) = &self.held else { return };

@@ -44,7 +44,7 @@ pub struct Target {
 }
 
 /// A probe to make.
-pub struct Look {
+pub struct ProbeRequest {
     /// The process.
     pub target: Target,
     /// The time limit for the health call.
@@ -69,17 +69,17 @@ pub struct Prober {
 
 impl Prober {
     /// Makes probes for as long as the daemon lives.
-    pub fn run(self, looks: Receiver<Look>) {
-        for look in looks {
-            let generation = look.target.generation;
-            let report = self.look(look);
+    pub fn run(self, requests: Receiver<ProbeRequest>) {
+        for request in requests {
+            let generation = request.target.generation;
+            let report = self.probe(request);
             let _ = self.messages.send(Message::Probed { generation, report });
         }
     }
 
-    fn look(&self, look: Look) -> Report {
+    fn probe(&self, request: ProbeRequest) -> Report {
         let log = self.data_dir.opencode_log();
-        if look.is_ready {
+        if request.is_ready {
             // If the lock file was replaced, another daemon may have started an opencode of its own; an idle
             // daemon notices only here.
             let _ = self.store.check_lock();
@@ -90,22 +90,22 @@ impl Prober {
             }
         }
         let (mut memory, mut holder) = (None, None);
-        let (answer, version) = match find(&look.target) {
-            Err(e) => (Answer::NotSent(Error::Internal(format!("cannot look at opencode: {e}"))), None),
-            Ok(None) => (without_listener(&look), None),
+        let (answer, version) = match find(&request.target) {
+            Err(e) => (Answer::NotSent(Error::Internal(format!("cannot examine opencode: {e}"))), None),
+            Ok(None) => (without_listener(&request), None),
             Ok(Some((endpoint, listening))) => {
                 holder = Some(listening);
-                let (answer, version) = ask(&look, &endpoint);
-                if let (Some(version), false) = (&version, look.is_ready) {
+                let (answer, version) = health(&request, &endpoint);
+                if let (Some(version), false) = (&version, request.is_ready) {
                     self.instances.version_is(version);
                 }
-                if matches!(answer, Answer::Healthy) && look.is_ready {
+                if matches!(answer, Answer::Healthy) && request.is_ready {
                     memory = self.check_memory(&endpoint);
                 }
                 (answer, version)
             }
         };
-        let service = match (&answer, look.target.line, look.target.is_service) {
+        let service = match (&answer, request.target.line, request.target.is_service) {
             (Answer::Healthy, Line::V2, false) => service::find().map(|service| service.registration.url),
             (..) => None,
         };
@@ -113,7 +113,7 @@ impl Prober {
             answer,
             version,
             socket: holder.map(|holder| holder.inode),
-            cpu: process::processor_time(holder.map_or(look.target.pid, |holder| holder.pid)),
+            cpu: process::processor_time(holder.map_or(request.target.pid, |holder| holder.pid)),
             log: std::fs::metadata(&log).map_or(0, |metadata| metadata.len()),
             memory,
             service,
@@ -146,13 +146,13 @@ pub fn find(target: &Target) -> io::Result<Option<(Endpoint, Listening)>> {
 }
 
 /// Makes a health call; returns the version with a healthy answer.
-fn ask(look: &Look, endpoint: &Endpoint) -> (Answer, Option<String>) {
-    let answer = match endpoint.health(Instant::now() + look.limit) {
+fn health(request: &ProbeRequest, endpoint: &Endpoint) -> (Answer, Option<String>) {
+    let answer = match endpoint.health(Instant::now() + request.limit) {
         Ok(version) => return (Answer::Healthy, Some(version)),
         Err(CallError::Gone(why)) => {
-            let listener = socket::listening(look.target.pid, look.target.listener.address);
+            let listener = socket::listening(request.target.pid, request.target.listener.address);
             match listener {
-                Ok(None) => without_listener(look),
+                Ok(None) => without_listener(request),
                 Ok(Some(_)) | Err(_) => Answer::Silent(Error::OpencodeUnavailable(why)),
             }
         }
@@ -168,9 +168,9 @@ fn ask(look: &Look, endpoint: &Endpoint) -> (Answer, Option<String>) {
 
 /// The answer for a process that does not listen. A process that was ready may be ending: the kernel
 /// closes its sockets before it reports the end.
-fn without_listener(look: &Look) -> Answer {
-    let patience = if look.is_ready { ENDING_LIMIT } else { Duration::ZERO };
-    match wait::wait_until_readable(&look.target.listener.process, Instant::now() + patience) {
+fn without_listener(request: &ProbeRequest) -> Answer {
+    let patience = if request.is_ready { ENDING_LIMIT } else { Duration::ZERO };
+    match wait::wait_until_readable(&request.target.listener.process, Instant::now() + patience) {
         true => Answer::Silent(Error::OpencodeUnavailable("the process has ended".to_owned())),
         false => Answer::NotListening,
     }
@@ -191,18 +191,18 @@ mod tests {
         let listener = Listener { address, socket: 0, process };
         let (line, authorization) = (Line::V1, Arc::from("Basic x"));
         let target = Target { generation: 1, pid, line, listener, authorization, is_service: false };
-        let look = Look { target, limit: Duration::from_secs(10), is_ready: false };
-        let (endpoint, _) = find(&look.target).unwrap().expect("a listener");
+        let request = ProbeRequest { target, limit: Duration::from_secs(10), is_ready: false };
+        let (endpoint, _) = find(&request.target).unwrap().expect("a listener");
         std::thread::scope(|scope| {
             // The listener accepts the connection and closes it without an answer.
             let hanging_up = scope.spawn(|| drop(bound.accept().unwrap()));
-            assert!(matches!(ask(&look, &endpoint).0, Answer::Silent(Error::OpencodeUnavailable(_))));
+            assert!(matches!(health(&request, &endpoint).0, Answer::Silent(Error::OpencodeUnavailable(_))));
             hanging_up.join().unwrap();
         });
         drop(bound);
         // A process that another test has just forked also holds the socket, until its exec.
         let deadline = Instant::now() + Duration::from_secs(30);
-        while !matches!(ask(&look, &endpoint).0, Answer::NotListening) {
+        while !matches!(health(&request, &endpoint).0, Answer::NotListening) {
             assert!(Instant::now() < deadline);
         }
     }

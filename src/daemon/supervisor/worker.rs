@@ -367,7 +367,7 @@ impl Worker {
     }
 
     /// Stops or restarts the user's service by its own command. A failure of the command goes to the log;
-    /// the next look finds the service as it is.
+    /// the next search finds the actual state of the service.
     fn command_service(&self, ended: EndedProcess, verb: Verb) -> End {
         let EndedProcess { generation, started: Started { record, .. }, .. } = ended;
         let limit = match verb {

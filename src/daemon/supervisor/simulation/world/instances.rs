@@ -44,7 +44,7 @@ impl World {
             .map(|at| (DIRECTORIES[at].to_owned(), true))
             .collect();
         self.account.begin(generation, loaded, self.now);
-        self.look_at_account();
+        self.evict_due();
     }
 
     /// The daemon's opencode has ended.
@@ -53,7 +53,7 @@ impl World {
     }
 
     /// Begins the evictions that are due, and schedules the next check.
-    pub(super) fn look_at_account(&mut self) {
+    pub(super) fn evict_due(&mut self) {
         loop {
             match self.account.next(self.now) {
                 Next::Evict(eviction) => {
@@ -85,7 +85,7 @@ impl World {
                 if let Some(request) = self.requests.remove(&number) {
                     let unanswered = request.sent.filter(|_| !request.replied);
                     self.account.leave(DIRECTORIES[request.directory], unanswered, self.now);
-                    self.look_at_account();
+                    self.evict_due();
                 }
             }
             Step::TurnEnds(index, directory) => {
@@ -95,7 +95,7 @@ impl World {
                     // The event stream reports that the session is idle.
                     let used = crate::daemon::instances::account::Sign::Used;
                     self.account.observe(generation, DIRECTORIES[directory], used, || true, self.now);
-                    self.look_at_account();
+                    self.evict_due();
                 }
             }
             Step::AskWhetherBusy(eviction) => self.ask_whether_busy(eviction),
@@ -112,11 +112,11 @@ impl World {
                 }
                 self.account.disposed(eviction.generation, &eviction.directory, since, done, self.now);
                 self.account.evicted(&eviction, if done { Evicted::Disposed } else { Evicted::Failed }, self.now);
-                self.look_at_account();
+                self.evict_due();
             }
             Step::Due => {
                 self.account_due = None;
-                self.look_at_account();
+                self.evict_due();
             }
         }
     }
@@ -166,7 +166,7 @@ impl World {
             // A turn runs in opencode, so it outlives the daemon.
             self.at(after, Occurrence::TurnEnds(index, directory));
         }
-        self.look_at_account();
+        self.evict_due();
     }
 
     /// An eviction checks for running sessions before it disposes the instance.
@@ -191,7 +191,7 @@ impl World {
             }
         };
         self.account.evicted(&eviction, outcome, self.now);
-        self.look_at_account();
+        self.evict_due();
     }
 }
 
