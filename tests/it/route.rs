@@ -468,6 +468,33 @@ fn reply_before_the_end_of_the_body_reaches_the_client() {
     assert_eq!(host.health()["engine"]["restarts"], 0);
 }
 
+/// opencode closes a connection of which it has not read everything, which resets the connection.
+#[test]
+fn connection_reset_by_opencode_during_a_body_is_an_error_or_ends_the_reply() {
+    let (host, ..) = host();
+    let begun = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf";
+    for (bytes, stream) in ["", begun].into_iter().flat_map(|bytes| host.connections().map(|stream| (bytes, stream))) {
+        let request = head(&host, &format!("POST {}", raw(bytes)), "Content-Length: 50000000\r\n");
+        let reply = thread::scope(|scope| {
+            let mut writer = stream.try_clone().unwrap();
+            scope.spawn(move || {
+                let _ = writer.write_all(request.as_bytes());
+                while writer.write_all(&[b'b'; 100_000]).is_ok() {}
+            });
+            let mut reader = stream.try_clone().unwrap();
+            let reply = read_to_close(&mut reader);
+            let _ = stream.shutdown(Shutdown::Both);
+            reply
+        });
+        let reply = Reply::parse(&reply).unwrap();
+        match bytes {
+            "" => drop(reply.refused(502, "opencode_error")),
+            _ => assert_eq!((reply.status, &reply.body[..]), (200, &b"half"[..])),
+        }
+    }
+    assert_eq!((host.starts().len(), &host.health()["engine"]["restarts"]), (1, &json!(0)));
+}
+
 #[test]
 fn opencode_dying_before_its_reply_is_an_error() {
     let (host, p, _) = host();
