@@ -14,7 +14,7 @@ use crate::paths::open_private;
 /// A log larger than this is cut. Bytes.
 pub const LIMIT: u64 = 10 * 1024 * 1024;
 /// How much of the end is kept, in a file with the suffix `.1`. Bytes.
-const KEEP: u64 = 1024 * 1024;
+const KEPT_BYTES: u64 = 1024 * 1024;
 
 /// Unix time in milliseconds: for display and for files, never for timeouts.
 pub fn now_ms() -> u64 {
@@ -74,8 +74,8 @@ pub fn bound(path: &Path) -> io::Result<bool> {
     old.push(".1");
     let mut kept = open_private(Path::new(&old), OpenOptions::new().write(true).create(true))?;
     kept.set_len(0)?;
-    log.seek(SeekFrom::Start(length - KEEP))?;
-    io::copy(&mut (&mut log).take(KEEP), &mut kept)?;
+    log.seek(SeekFrom::Start(length - KEPT_BYTES))?;
+    io::copy(&mut (&mut log).take(KEPT_BYTES), &mut kept)?;
     log.set_len(0)?;
     Ok(true)
 }
@@ -87,9 +87,9 @@ pub fn tail(path: &Path, from: u64, lines: usize) -> io::Result<Vec<String>> {
     let length = log.metadata()?.len();
     // A log that is now shorter than `from` has been cut.
     let from = if length < from { 0 } else { from };
-    log.seek(SeekFrom::Start(from.max(length.saturating_sub(KEEP))))?;
+    log.seek(SeekFrom::Start(from.max(length.saturating_sub(KEPT_BYTES))))?;
     let mut bytes = Vec::new();
-    log.take(KEEP).read_to_end(&mut bytes)?;
+    log.take(KEPT_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
     let all: Vec<&str> = text.lines().collect();
     Ok(all[all.len().saturating_sub(lines)..].iter().map(|line| (*line).to_owned()).collect())

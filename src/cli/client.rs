@@ -53,7 +53,7 @@ const REPLY_LIMIT: u64 = 512 * 1024 * 1024;
 /// The largest error object accepted. Bytes.
 const FAILURE_LIMIT: u64 = 1024 * 1024;
 /// How long a command waits for the daemon when the state file has the same answer.
-const SOON: Duration = Duration::from_millis(250);
+const STATE_FALLBACK_WAIT: Duration = Duration::from_millis(250);
 /// How many lines of its log are shown when a daemon exits without reporting why.
 const LAST_LINES: usize = 10;
 
@@ -296,7 +296,7 @@ impl Client {
         if process::is_stopped(address.pid) {
             return Ok(None);
         }
-        let deadline = self.deadline.min(Instant::now() + SOON);
+        let deadline = self.deadline.min(Instant::now() + STATE_FALLBACK_WAIT);
         match self.exchange(&address, "GET", target, None, deadline) {
             Err(Error::DaemonNotRunning | Error::DaemonUnresponsive(_)) => Ok(None),
             other => other.map(Some),

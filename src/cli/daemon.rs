@@ -152,7 +152,7 @@ struct Stopped {
 
 /// A daemon's reply to a stop.
 #[derive(Default)]
-struct Farewell {
+struct StopResult {
     /// The running sessions that ended with opencode.
     sessions: Vec<Session>,
     /// The daemon shared the user's own service, which keeps running.
@@ -161,8 +161,8 @@ struct Farewell {
 
 /// Stops the daemon and opencode.
 pub fn stop(client: &Client, out: &mut Output, how: Stop, when: Option<WhenIdle>) -> Result<()> {
-    let (stopped, farewell) = when_idle(client, when, |client, idle| stop_running(client, how, idle))?;
-    let Farewell { sessions, keeps_service } = farewell;
+    let (stopped, result) = when_idle(client, when, |client, idle| stop_running(client, how, idle))?;
+    let StopResult { sessions, keeps_service } = result;
     out.print(&Stopped { ok: true, stopped, sessions, keeps_service }, |stopped| {
         let done = match (stopped.stopped, how.keep_opencode, stopped.keeps_service) {
             (false, ..) => "the daemon is not running",
@@ -181,12 +181,12 @@ fn ended(sessions: &[Session]) -> String {
 
 /// Stops the daemon; with `force`, even one that does not respond. Returns whether a daemon was running, and
 /// its reply.
-fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(bool, Farewell)> {
+fn stop_running(client: &Client, how: Stop, idle: Option<Duration>) -> Result<(bool, StopResult)> {
     let mut stopped = false;
-    let mut all = Farewell::default();
+    let mut all = StopResult::default();
     loop {
         match stop_one(client, how, stopped, idle) {
-            Ok(Some(Farewell { sessions, keeps_service })) => {
+            Ok(Some(StopResult { sessions, keeps_service })) => {
                 stopped = true;
                 all.sessions.extend(sessions);
                 all.keeps_service |= keeps_service;
@@ -209,7 +209,7 @@ fn stop_one(
     Stop { keep_opencode, all, force }: Stop,
     stopped: bool,
     idle: Option<Duration>,
-) -> Result<Option<Farewell>> {
+) -> Result<Option<StopResult>> {
     let soon = |limit| client.until(client.deadline.min(Instant::now() + limit));
     let found = if force { soon(STOP_REPLY).find() } else { client.find() };
     let address = match found? {
@@ -227,15 +227,15 @@ fn stop_one(
     };
     let daemon = process::open(address.pid).map_err(elsewhere)?;
     let shutdown = Shutdown { keep_opencode, all, client: Some(std::process::id()), when_idle: idle.is_some() };
-    let farewell = match soon(idle.unwrap_or(STOP_REPLY)).ask_at(&address, "POST", "/shutdown", &shutdown) {
-        Ok(ShutdownReply { sessions, keeps_service, .. }) => Farewell { sessions, keeps_service },
-        Err(Error::DaemonNotRunning) => Farewell::default(),
+    let result = match soon(idle.unwrap_or(STOP_REPLY)).ask_at(&address, "POST", "/shutdown", &shutdown) {
+        Ok(ShutdownReply { sessions, keeps_service, .. }) => StopResult { sessions, keeps_service },
+        Err(Error::DaemonNotRunning) => StopResult::default(),
         Err(e) => return Err(e),
     };
     if let Some(daemon) = daemon {
         client.wait_until_gone(&daemon)?;
     }
-    Ok(Some(farewell))
+    Ok(Some(result))
 }
 
 /// Waits until a daemon has adopted the opencode that it found, or failed to: before, it knows no sessions, and

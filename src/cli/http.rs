@@ -36,7 +36,7 @@ impl Request<'_> {
 }
 
 /// The most memory that is reserved for a body before it arrives. Bytes.
-const PROMISE_LIMIT: u64 = 4 * 1024 * 1024;
+const PREALLOCATION_LIMIT: u64 = 4 * 1024 * 1024;
 
 /// A reply after its head has arrived; the body is read from it.
 pub struct Response<S: Read> {
@@ -81,7 +81,7 @@ impl<S: Read> Response<S> {
     /// # Errors
     /// `UnexpectedEof` when it is cut short, `InvalidData` when it is longer.
     pub fn bytes(mut self, limit: usize) -> io::Result<Vec<u8>> {
-        let expected = self.body.missing().map_or(0, |length| length.min(PROMISE_LIMIT));
+        let expected = self.body.missing().map_or(0, |length| length.min(PREALLOCATION_LIMIT));
         let mut bytes = Vec::with_capacity(expected as usize);
         self.by_ref().take(limit as u64 + 1).read_to_end(&mut bytes)?;
         if bytes.len() > limit { Err(invalid("a body over the limit")) } else { Ok(bytes) }

@@ -23,9 +23,9 @@ use crate::workspace::is_unprintable;
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// The widest column that a table pads the others to, in columns of a terminal: longer than most paths.
-const WIDEST: usize = 300;
+const MAX_COLUMN_WIDTH: usize = 300;
 /// The widest cell of a table that does not fit the terminal, in its columns: long enough to tell names apart.
-const WIDEST_WHEN_CUT: usize = 32;
+const CUT_CELL_WIDTH: usize = 32;
 
 /// The output of a command.
 pub struct Output {
@@ -153,11 +153,11 @@ fn table_for<'a, const N: usize>(
         }
     }
     // A wider cell sticks out, which is better than padding every row.
-    widths = widths.map(|width| width.min(WIDEST));
+    widths = widths.map(|width| width.min(MAX_COLUMN_WIDTH));
     let cuts = screen.is_some_and(|screen| widths.iter().map(|width| width + 2).sum::<usize>() > screen + 2);
     if cuts {
         for width in widths.iter_mut().rev().skip(1) {
-            *width = (*width).min(WIDEST_WHEN_CUT);
+            *width = (*width).min(CUT_CELL_WIDTH);
         }
     }
     let spaces = " ".repeat(widths.iter().max().unwrap_or(&0) + 2);

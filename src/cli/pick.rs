@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::wire::{Listed, WorkspaceList};
 
 /// How many workspaces are listed, to fit on a screen; the others are found by typing.
-const SHOWN: usize = 30;
+const LISTED_LIMIT: usize = 30;
 
 /// Asks for a workspace and returns its id.
 ///
@@ -78,9 +78,9 @@ fn show(out: &mut Output, workspaces: &[&Listed], active_id: &str) -> Result<()>
         let place = workspace.location() + missing;
         [(at + 1).to_string().into(), mark.into(), Cow::from(workspace.name.clone()), place.into()]
     };
-    let rows: Vec<[Cow<'_, str>; 4]> = workspaces.iter().take(SHOWN).enumerate().map(row).collect();
+    let rows: Vec<[Cow<'_, str>; 4]> = workspaces.iter().take(LISTED_LIMIT).enumerate().map(row).collect();
     out.write(table(rows).as_bytes())?;
-    match workspaces.len().checked_sub(SHOWN) {
+    match workspaces.len().checked_sub(LISTED_LIMIT) {
         None | Some(0) => Ok(()),
         Some(rest) => out.write(format!("and {rest} more\n").as_bytes()),
     }

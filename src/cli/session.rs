@@ -15,7 +15,7 @@ use crate::wire::{AbortReply, Done, Health, Session, SessionList};
 
 /// How long one request for the end of all sessions lasts: a command that is interrupted leaves the
 /// daemon a request that waits no longer than that.
-const ROUND: Duration = Duration::from_secs(30);
+const WAIT_ROUND: Duration = Duration::from_secs(30);
 
 /// A session for people: its title, else its id, and its workspace.
 pub fn described(session: &Session) -> String {
@@ -103,7 +103,7 @@ pub fn until_idle(client: &Client, target: &str, until: Option<Instant>) -> Resu
     let _waiting = Waiting::new("the running sessions to end");
     let started = |client: &Client| Some(client.read::<Health>("/health").ok()??.daemon.started_at);
     loop {
-        let round = Instant::now() + ROUND;
+        let round = Instant::now() + WAIT_ROUND;
         let deadline = until.map_or(round, |until| until.min(round));
         let client = Client { data_dir: client.data_dir.clone(), deadline, autostart: client.autostart.clone() };
         let daemon = started(&client);

@@ -193,7 +193,7 @@ pub fn add(client: &Client, out: &mut Output, paths: &[PathBuf], name: Option<St
     for path in paths {
         let result = add_directory(client, path, None, force);
         let mut one =
-            AddedOne { path: path.to_string_lossy().into_owned(), workspace: None, created: None, error: None };
+            AddResult { path: path.to_string_lossy().into_owned(), workspace: None, created: None, error: None };
         match result {
             Ok(reply) => {
                 if !out.is_json() {
@@ -228,7 +228,7 @@ pub fn add(client: &Client, out: &mut Output, paths: &[PathBuf], name: Option<St
 struct Added {
     ok: bool,
     active_id: String,
-    workspaces: Vec<AddedOne>,
+    workspaces: Vec<AddResult>,
     /// The first failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<ErrorBody>,
@@ -236,7 +236,7 @@ struct Added {
 
 /// The result for one directory: either `workspace` and `created`, or `error`.
 #[derive(Default, Serialize)]
-struct AddedOne {
+struct AddResult {
     /// The argument.
     path: String,
     #[serde(skip_serializing_if = "Option::is_none")]

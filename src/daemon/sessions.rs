@@ -19,7 +19,7 @@ use crate::workspace::Workspace;
 /// opencode answers in less than a millisecond.
 const INTERVAL: Duration = Duration::from_millis(250);
 /// How long the last request of a wait may exceed the deadline. The client waits a second beyond it.
-const LAST_QUESTION: Duration = Duration::from_millis(500);
+const LAST_REQUEST_EXTRA: Duration = Duration::from_millis(500);
 
 /// A session, the directory of its instance, and whether a turn runs in it.
 pub type Found = (SessionInfo, String, SessionState);
@@ -182,7 +182,7 @@ pub fn abort(daemon: &Daemon, id: &str, deadline: Instant) -> Result<AbortReply>
 pub fn wait_until_idle(daemon: &Daemon, only: Option<&Workspace>, deadline: Instant) -> Result<()> {
     let mut sessions = 0;
     loop {
-        let limit = deadline.max(Instant::now() + LAST_QUESTION);
+        let limit = deadline.max(Instant::now() + LAST_REQUEST_EXTRA);
         let asked = match opencode(daemon, limit)? {
             Some(endpoint) => running(daemon, &endpoint, only, limit),
             None => return Ok(()),

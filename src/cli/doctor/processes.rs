@@ -32,7 +32,7 @@ const ENVIRONMENT: &str = "environment";
 const OTHERS: &str = "others";
 
 /// The consequence of two servers over the same data.
-const APART: &str = "neither knows what runs in the other: `openwork attach` and `openwork run` use openwork's";
+const TWO_SERVERS: &str = "neither knows what runs in the other: `openwork attach` and `openwork run` use openwork's";
 /// What to do about the server of plain opencode 2.x.
 const SHARE: &str = "neither knows what runs in the other: `openwork daemon restart --all --shared` has one for both";
 /// From this many restarts after failures on, opencode has a problem.
@@ -429,7 +429,7 @@ fn own_service(findings: &mut Findings, patient: &Patient<'_>, running: Option<&
 /// An opencode with a server of its own over the same data.
 fn beside(findings: &mut Findings, pid: u32) {
     let message = format!("another opencode with a server of its own works over the same data: {}", described(pid));
-    findings.warning(OTHERS, message, APART);
+    findings.warning(OTHERS, message, TWO_SERVERS);
 }
 
 /// Whether a command line runs opencode, perhaps through an interpreter.

@@ -37,20 +37,20 @@ const EVICTIONS: usize = 4;
 const RETRY: Duration = Duration::from_secs(30);
 /// A load within this time after an eviction is a revival: a client attached directly to opencode reloads the
 /// instance within some 4 s; a returning person takes longer.
-pub const REVIVAL: Duration = Duration::from_secs(10);
+pub const REVIVAL_TIME: Duration = Duration::from_secs(10);
 /// How often revivals double the idle time of an instance, at most: 30 minutes become 32 hours.
-const DOUBLINGS: u32 = 6;
+const MAX_DOUBLINGS: u32 = 6;
 /// How long after our own disposal its event may arrive: opencode first sends the earlier events of the
 /// instance.
 const EVENT_DELAY: Duration = Duration::from_secs(10);
 /// How long other instances wait while a suspect is loaded, and a suspect while others are: loading takes 10
 /// s at most, unless something is wrong.
-pub const ALONE: Duration = Duration::from_secs(10);
+pub const SUSPECT_WAIT: Duration = Duration::from_secs(10);
 /// How long an instance may still be loading after its client has gone.
 const ORPHANED: Duration = Duration::from_secs(10);
 /// How many ends are remembered: on a busy machine the next opencode may run, or have ended, before the thread
 /// of a failed request asks how its own ended.
-const ENDS: usize = 8;
+const ENDS_LIMIT: usize = 8;
 
 /// Whether a request may go on to its instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,7 +267,8 @@ impl Account {
             self.instances.iter().filter(|(_, i)| is(i)).map(|(directory, _)| directory.clone()).collect()
         };
         let loading = if failure.is_some() { of(&|i| i.is_loading(now)) } else { Vec::new() };
-        let recently_reported = |i: &Instance| matches!(i.load, Load::Reported(at) if now.duration_since(at) < ALONE);
+        let recently_reported =
+            |i: &Instance| matches!(i.load, Load::Reported(at) if now.duration_since(at) < SUSPECT_WAIT);
         let certain = loading.len() == 1 && of(&recently_reported).is_empty();
         let mut fenced = Vec::new();
         if let Some(Failure { how, output }) = &failure {
@@ -276,7 +277,7 @@ impl Account {
             let directories = self.fences.died(&loading, certain, &fence, now);
             fenced = directories.into_iter().map(|directory| (directory, fence.clone())).collect();
         }
-        if self.ends.len() == ENDS {
+        if self.ends.len() == ENDS_LIMIT {
             self.ends.pop_front();
         }
         self.ends.push_back(End { generation, failure, loading });
@@ -365,7 +366,7 @@ impl Account {
         loading
             .filter(|(other, _)| suspect || self.fences.is_suspect(other, now))
             .filter_map(|(_, instance)| match instance.load {
-                Load::Loading(since) => Some(since + ALONE),
+                Load::Loading(since) => Some(since + SUSPECT_WAIT),
                 Load::Cold | Load::Reported(_) | Load::Loaded => None,
             })
             .filter(|until| *until > now)
@@ -459,8 +460,8 @@ impl Account {
         instance.used = now;
         instance.not_before = None;
         if let Some((evicted_at, doublings)) = self.evicted.remove(directory) {
-            let revived = now.duration_since(evicted_at) < REVIVAL;
-            instance.doublings = if revived { (doublings + 1).min(DOUBLINGS) } else { 0 };
+            let revived = now.duration_since(evicted_at) < REVIVAL_TIME;
+            instance.doublings = if revived { (doublings + 1).min(MAX_DOUBLINGS) } else { 0 };
         }
         self.revision += 1;
     }
@@ -601,7 +602,7 @@ impl Account {
         if is_current {
             match outcome {
                 Outcome::Disposed => {
-                    self.evicted.retain(|_, (at, _)| now.duration_since(*at) < REVIVAL);
+                    self.evicted.retain(|_, (at, _)| now.duration_since(*at) < REVIVAL_TIME);
                     self.evicted.insert(directory.clone(), (now, doublings));
                 }
                 Outcome::Busy => instance.used = now,

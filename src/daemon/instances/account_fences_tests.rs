@@ -79,7 +79,7 @@ fn suspects_are_loaded_alone() {
     }
 
     story.begin_loading("/good");
-    let until = story.now + ALONE;
+    let until = story.now + SUSPECT_WAIT;
     story.enter("/bad");
     story.enter(A);
     assert_eq!((story.send("/bad"), story.send(A)), (Turn::Wait(until), Turn::Wait(until)));
@@ -87,7 +87,7 @@ fn suspects_are_loaded_alone() {
     story.begin_loading("/good");
     story.reply("/good");
     assert_eq!(story.send(A), Turn::Go);
-    assert_eq!(story.send("/bad"), Turn::Wait(story.now + ALONE));
+    assert_eq!(story.send("/bad"), Turn::Wait(story.now + SUSPECT_WAIT));
     story.reply(A);
     assert_eq!(story.send("/bad"), Turn::Go);
     // Requests for loaded instances do not wait.
@@ -102,7 +102,7 @@ fn wait_for_a_suspect_is_bounded() {
     story.crash();
     assert_eq!(story.send("/bad"), Turn::Go);
     story.enter(A);
-    story.pass(ALONE - secs(1));
+    story.pass(SUSPECT_WAIT - secs(1));
     assert_eq!(story.send(A), Turn::Wait(story.now + secs(1)));
     story.pass(secs(1));
     assert_eq!(story.send(A), Turn::Go);
@@ -117,7 +117,7 @@ fn end_of_opencode_is_known_while_the_next_ones_run() {
     story.begin_loading(A);
     let failure = Failure { how: "ended".to_owned(), output: String::new() };
     story.account.ended(1, Some(failure.clone()), "1.0.0", story.now);
-    for generation in 2..=super::ENDS as u64 {
+    for generation in 2..=super::ENDS_LIMIT as u64 {
         story.account.begin(generation, [], story.now);
         assert!(story.account.end_of(generation).is_none());
         let end = story.account.end_of(1).unwrap();

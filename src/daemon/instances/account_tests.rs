@@ -288,19 +288,19 @@ fn each_revival_doubles_the_idle_time() {
     let mut story = Story::new();
     story.event(A, Sign::Alive);
     let mut expected = TTL;
-    for n in 0..DOUBLINGS + 3 {
+    for n in 0..MAX_DOUBLINGS + 3 {
         assert_eq!(story.due(A), Some(expected), "{n}");
         story.pass(expected);
         let eviction = story.eviction();
         story.evict(&eviction);
-        story.pass(REVIVAL - secs(1));
+        story.pass(REVIVAL_TIME - secs(1));
         story.event(A, Sign::Alive);
-        expected = TTL * (1 << (n + 1).min(DOUBLINGS));
+        expected = TTL * (1 << (n + 1).min(MAX_DOUBLINGS));
     }
     story.pass(story.due(A).unwrap());
     let eviction = story.eviction();
     story.evict(&eviction);
-    story.pass(REVIVAL);
+    story.pass(REVIVAL_TIME);
     story.event(A, Sign::Alive);
     assert_eq!(story.due(A), Some(TTL));
 }
@@ -309,7 +309,7 @@ fn each_revival_doubles_the_idle_time() {
 fn evictions_are_remembered_for_as_long_as_a_client_may_revive() {
     let mut story = Story::new();
     story.request(A);
-    story.pass(REVIVAL - secs(1));
+    story.pass(REVIVAL_TIME - secs(1));
     story.request(B);
     story.pass(secs(1));
     story.request("/c");

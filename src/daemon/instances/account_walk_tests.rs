@@ -41,7 +41,7 @@ struct World {
 
 const DIRECTORIES: [&str; 6] = ["/a", "/b", "/c", "/d", "/e", "/stranger"];
 /// How long a step of the world takes at most.
-const STEP: Duration = Duration::from_millis(200);
+const MAX_STEP: Duration = Duration::from_millis(200);
 
 impl World {
     fn is_ours(directory: &str) -> bool {
@@ -109,7 +109,7 @@ impl World {
             }
             _ => {}
         }
-        let pause = random.below(STEP.as_millis() as u64);
+        let pause = random.below(MAX_STEP.as_millis() as u64);
         self.now += Duration::from_millis(pause);
         self.deliver();
         self.evict(random);
@@ -160,7 +160,7 @@ impl World {
             assert_eq!(usage.streams, truth.streams, "{directory}");
             let is_idle = truth.loaded && !truth.running && truth.streams == 0 && World::is_ours(directory);
             // Revivals give an instance up to 64 times the idle time.
-            let longest = TTL_OF_WALK * (1 << DOUBLINGS) + Duration::from_secs(1);
+            let longest = WALK_TTL * (1 << MAX_DOUBLINGS) + Duration::from_secs(1);
             if is_idle {
                 let idle = truth.used.map(|used| self.now.duration_since(used));
                 assert!(idle.is_some_and(|idle| idle <= longest), "{directory} stays loaded, unused for {idle:?}");
@@ -171,7 +171,7 @@ impl World {
     }
 }
 
-const TTL_OF_WALK: Duration = Duration::from_secs(1);
+const WALK_TTL: Duration = Duration::from_secs(1);
 
 #[test]
 fn random_walk_keeps_the_invariants() {
@@ -179,7 +179,7 @@ fn random_walk_keeps_the_invariants() {
     let mut evicted = 0;
     for seed in 0..200 {
         let now = Instant::now();
-        let mut account = Account::new(Some(TTL_OF_WALK), Fences::default());
+        let mut account = Account::new(Some(WALK_TTL), Fences::default());
         account.begin(1, [], now);
         let mut world = World { account, now, truth: BTreeMap::new(), events: vec![], evictions: vec![], evicted: 0 };
         let mut random = Random(seed);

@@ -2,7 +2,7 @@
 //!
 //! A death of opencode counts against the workspaces whose instances were being loaded. If only one was being
 //! loaded, the death is certainly its fault. If several were, each is a suspect and is loaded alone the next
-//! time, which clears it or makes the second death certain. A workspace with [`DEATHS`] within [`WINDOW`],
+//! time, which clears it or makes the second death certain. A workspace with [`DEATHS_TO_FENCE`] within [`WINDOW`],
 //! the last of them certain, is fenced until a reset or another version of opencode.
 //!
 //! Pure: no clock, thread, lock or disk.
@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 /// The deaths that fence a workspace. A single one may be a coincidence: another crash, or a lack of memory.
-const DEATHS: usize = 2;
+const DEATHS_TO_FENCE: usize = 2;
 /// Deaths further apart are not counted together: the user has probably changed the workspace in between.
 pub const WINDOW: Duration = Duration::from_secs(600);
 
@@ -54,7 +54,7 @@ impl Fences {
         for directory in loading {
             let deaths = self.deaths.entry(directory.clone()).or_default();
             deaths.push(Death { at: now, certain });
-            if certain && deaths.len() >= DEATHS {
+            if certain && deaths.len() >= DEATHS_TO_FENCE {
                 self.deaths.remove(directory);
                 self.fenced.insert(directory.clone(), fence.clone());
                 fenced.push(directory.clone());

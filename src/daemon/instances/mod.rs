@@ -38,7 +38,7 @@ use crate::workspace::Workspace;
 
 /// How long a request waits for a disposal under way: the time limit of a disposal, which mostly takes some
 /// milliseconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+const DISPOSAL_WAIT: Duration = Duration::from_secs(30);
 /// The time limit for the lists of loaded instances and running sessions: opencode reads them from memory.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
 /// The pause between an event and the request for the list: loading one instance sends some ninety events.
@@ -379,7 +379,7 @@ impl Instances {
     /// # Errors
     /// `opencode_timeout` at the deadline.
     pub fn enter<'a>(&'a self, workspace: &'a Workspace, deadline: Instant) -> Result<Use<'a>> {
-        let patience = Instant::now() + PATIENCE;
+        let wait_until = Instant::now() + DISPOSAL_WAIT;
         let mut inner = self.lock();
         loop {
             let now = Instant::now();
@@ -388,11 +388,11 @@ impl Instances {
                 Entry::Wait if now >= deadline => {
                     return Err(Error::OpencodeTimeout("did not dispose the instance"));
                 }
-                Entry::Wait if now >= patience => {
+                Entry::Wait if now >= wait_until => {
                     inner.account.enter_anyway(&workspace.path, now);
                     break;
                 }
-                Entry::Wait => inner = self.wait(inner, patience.min(deadline)),
+                Entry::Wait => inner = self.wait(inner, wait_until.min(deadline)),
             }
         }
         self.settle(&mut inner);
