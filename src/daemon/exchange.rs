@@ -164,7 +164,7 @@ impl Flow {
 /// The connection headers of an event stream. The connection serves no further request, but with `close`,
 /// Node's client would take a stream that breaks off for a complete one, and OpenCode's SDK would not
 /// reconnect.
-const STAYS_OPEN: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
+const KEEP_ALIVE_HEADERS: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
 
 fn is_event_stream(reply: &ReplyHead) -> bool {
     find(&reply.headers, "content-type").is_some_and(|value| value.starts_with("text/event-stream"))
@@ -511,7 +511,7 @@ impl<'a> Exchange<'a> {
         if !is_tunnel && reply.status >= 200 {
             let is_stream = is_event_stream(reply) && is_chunked(reply);
             match is_stream && !self.client.request.has_token("connection", "close") {
-                true => bytes.extend_from_slice(STAYS_OPEN),
+                true => bytes.extend_from_slice(KEEP_ALIVE_HEADERS),
                 // A reply that ends with the connection must say `close`.
                 false => bytes.extend_from_slice(connection_headers(self.kept.client).as_bytes()),
             }

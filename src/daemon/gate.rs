@@ -43,7 +43,7 @@ const HEAD_LIMIT: usize = 16 * 1024;
 /// How long the body of a control request may take: 1 MiB over loopback takes milliseconds.
 const BODY_TIME: Duration = Duration::from_secs(5);
 /// The size of the chunks in which replies of the control plane are copied. Bytes.
-const PIECE: usize = 64 * 1024;
+const COPY_CHUNK: usize = 64 * 1024;
 /// How long a client may take to read a reply.
 const REPLY_TIME: Duration = Duration::from_secs(10);
 /// How long after the deadline of a request the control plane may report the timeout.
@@ -213,15 +213,15 @@ impl Gate {
         loop {
             let patience = self.connections.patience(&slot);
             let (head_length, length) = match read_head(&connection.stream, &mut buffer, patience) {
-                Ok(Came::Head { head, all }) => (head, all),
-                Ok(Came::Nothing) => match self.connections.park(slot) {
+                Ok(HeadRead::Head { head, all }) => (head, all),
+                Ok(HeadRead::Nothing) => match self.connections.park(slot) {
                     Some(with_thread) => {
                         slot = with_thread;
                         continue;
                     }
                     None => return,
                 },
-                Ok(Came::End) => return,
+                Ok(HeadRead::End) => return,
                 Err(e) => return send(&connection.stream, &reply::error("GET", &e, None)),
             };
             let (head, rest) = buffer[..length].split_at(head_length);
@@ -371,7 +371,7 @@ struct Passed {
 /// # Errors
 /// When no reply arrives. If a reply breaks off, it is too late for an error: the connection just ends.
 fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io::Result<Passed> {
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; COPY_CHUNK];
     let mut length = 0;
     let head_length = loop {
         let count = upstream.read(&mut buffer[length..])?;
@@ -405,7 +405,7 @@ fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io:
 }
 
 /// The result of [`read_head`].
-enum Came {
+enum HeadRead {
     /// A head, and perhaps more: the length of the head, and of all bytes read.
     Head { head: usize, all: usize },
     /// No byte in time.
@@ -415,7 +415,7 @@ enum Came {
 }
 
 /// Reads a head, within [`HEAD_TIME`] of its first byte, which must arrive within `patience`.
-fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Duration) -> Result<Came> {
+fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Duration) -> Result<HeadRead> {
     let mut deadline = Instant::now() + patience;
     let mut length: usize = 0;
     loop {
@@ -427,22 +427,22 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Durati
             false => stream.set_read_timeout(Some(rest)).and_then(|()| (&*stream).read(&mut buffer[length..])),
         };
         match read {
-            Ok(0) => return Ok(Came::End),
+            Ok(0) => return Ok(HeadRead::End),
             Ok(count) => {
                 if length == 0 {
                     deadline = Instant::now() + HEAD_TIME;
                 }
                 length += count;
                 if let Some(at) = buffer[from..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-                    return Ok(Came::Head { head: from + at + 4, all: length });
+                    return Ok(HeadRead::Head { head: from + at + 4, all: length });
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && length == 0 => return Ok(Came::Nothing),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && length == 0 => return Ok(HeadRead::Nothing),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Error::BadRequest(format!("the head did not come within {} s", HEAD_TIME.as_secs())));
             }
-            Err(_) => return Ok(Came::End),
+            Err(_) => return Ok(HeadRead::End),
         }
         if length == buffer.len() {
             let status = if buffer.contains(&b'\n') { 431 } else { 414 };

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::engine::{self, DIRECTORY_HEADER, Endpoint, PLACE_PARAMETER, Subject, TOKEN_PARAMETER};
+use super::engine::{self, DIRECTORY_HEADER, Endpoint, LOCATION_PARAMETER, Subject, TOKEN_PARAMETER};
 use super::exchange::{Answer, Client, Exchange, is_hop_by_hop, push_header};
 use super::head::{Framing, HEAD_TIME, Head};
 use super::instances::Use;
@@ -41,7 +41,7 @@ const SESSION_LIMIT: Duration = Duration::from_secs(5);
 /// directory. An import has a whole conversation with its images. Bytes.
 const SESSION_BODY_LIMIT: usize = 64 * 1024 * 1024;
 /// The size of a single read of such a body. Bytes.
-const PIECE: usize = 64 * 1024;
+const READ_SIZE: usize = 64 * 1024;
 
 /// The path prefix of requests to a workspace.
 const PREFIX: &str = "/w/";
@@ -261,7 +261,7 @@ fn chosen(request: &Head<'_>) -> Option<String> {
     let given = |value: Vec<u8>| String::from_utf8(value).ok().filter(|value| !value.is_empty());
     let query = request.target.split_once('?').map_or("", |(_, query)| query);
     let mut parameters = query.split('&').map(|parameter| parameter.split_once('=').unwrap_or((parameter, "")));
-    let parameter = parameters.find(|(name, _)| parameter_name(name) == PLACE_PARAMETER);
+    let parameter = parameters.find(|(name, _)| parameter_name(name) == LOCATION_PARAMETER);
     let parameter = parameter.and_then(|(_, value)| given(percent_decode(&value.replace('+', " "))?));
     parameter.or_else(|| given(percent_decode(request.only(DIRECTORY_HEADER).ok().flatten()?)?))
 }
@@ -304,7 +304,7 @@ fn read_body(client: &Client<'_>, deadline: Instant) -> Result<(Vec<u8>, bool)> 
         check_length(body.len() as u64).map(|()| bytes.is_empty())
     };
     let mut ends_whole = take(&mut framed, client.rest)?;
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; READ_SIZE];
     while !framed.is_done() {
         match stream.read(&mut buffer) {
             Ok(0) => return Err(Error::BadRequest("the body ended early".to_owned())),
@@ -494,15 +494,15 @@ fn parameter_name(parameter: &str) -> Vec<u8> {
 /// precedence over the header. Where `directory` is also a filter, it becomes the workspace's directory.
 fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> String {
     let parameters = query.into_iter().flat_map(|query| query.split('&'));
-    let (places, kept): (Vec<&str>, Vec<&str>) =
-        parameters.partition(|parameter| engine::chooses_place(&parameter_name(parameter)));
-    let filter = match places.iter().any(|parameter| parameter_name(parameter) == b"directory") {
+    let (locations, kept): (Vec<&str>, Vec<&str>) =
+        parameters.partition(|parameter| engine::chooses_location(&parameter_name(parameter)));
+    let filter = match locations.iter().any(|parameter| parameter_name(parameter) == b"directory") {
         true => engine::directory_filter(line, path, directory),
         false => None,
     };
-    let place = engine::place_parameter(line, path, directory);
+    let location = engine::location_parameter(line, path, directory);
     let mut target = path.to_owned();
-    for (number, parameter) in kept.into_iter().chain(filter.as_deref()).chain(place.as_deref()).enumerate() {
+    for (number, parameter) in kept.into_iter().chain(filter.as_deref()).chain(location.as_deref()).enumerate() {
         target.push(if number == 0 { '?' } else { '&' });
         target.push_str(parameter);
     }
@@ -553,10 +553,10 @@ fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, address: SocketAddrV4, is_up
     let is_one_of =
         |names: &[&str], header: &httparse::Header<'_>| names.iter().any(|name| header.name.eq_ignore_ascii_case(name));
     for header in request.headers {
-        let chooses_place = directory.is_some() && is_one_of(&engine::PLACE_HEADERS, header);
+        let chooses_location = directory.is_some() && is_one_of(&engine::LOCATION_HEADERS, header);
         let is_of_body = ["content-type", "content-length", "transfer-encoding", "content-encoding", "expect"];
         let is_replaced = is_one_of(&["host", "authorization", TIMEOUT_HEADER], header)
-            || chooses_place
+            || chooses_location
             || (body.is_some() && is_one_of(&is_of_body, header));
         let keeps_upgrade = is_upgrade && is_one_of(&["upgrade"], header);
         // opencode needs the framing of the body, even if the client lists it in `Connection`.

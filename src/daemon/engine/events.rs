@@ -13,7 +13,7 @@ pub enum Sign {
 
 /// The instance that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum InstanceRef {
     /// The instance of this directory.
     Directory(String),
     /// The instance of this session's directory.
@@ -26,7 +26,7 @@ pub struct InstanceEvent {
     /// What the event shows.
     pub sign: Sign,
     /// The instance.
-    pub place: Place,
+    pub instance: InstanceRef,
     /// A session that was created in this directory, or moved to it.
     pub session: Option<String>,
 }
@@ -35,7 +35,7 @@ pub struct InstanceEvent {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TurnEvent {
     /// The instance of the session.
-    pub place: Place,
+    pub instance: InstanceRef,
     /// The id of the session; some errors have none.
     pub session: Option<String>,
     /// The step.

@@ -12,10 +12,10 @@ mod routing;
 mod v1;
 mod v2;
 
-pub use self::events::{InstanceEvent, Place, Sign, Step, TurnEvent};
+pub use self::events::{InstanceEvent, InstanceRef, Sign, Step, TurnEvent};
 pub use self::routing::{
-    DIRECTORY_HEADER, PLACE_HEADERS, PLACE_PARAMETER, Subject, TOKEN_PARAMETER, chooses_place, directory_filter,
-    place_parameter, relocate, subject, takes_ticket,
+    DIRECTORY_HEADER, LOCATION_HEADERS, LOCATION_PARAMETER, Subject, TOKEN_PARAMETER, chooses_location,
+    directory_filter, location_parameter, relocate, subject, takes_ticket,
 };
 
 use std::io::{self, Read, Write};

@@ -16,11 +16,11 @@ pub const TOKEN_PARAMETER: &str = "auth_token";
 pub const DIRECTORY_HEADER: &str = "x-opencode-directory";
 
 /// The headers that choose a location; the second names an experimental workspace of opencode.
-pub const PLACE_HEADERS: [&str; 2] = [DIRECTORY_HEADER, "x-opencode-workspace"];
+pub const LOCATION_HEADERS: [&str; 2] = [DIRECTORY_HEADER, "x-opencode-workspace"];
 
 /// Whether a query parameter with this decoded name chooses a location: a directory, or an experimental
 /// workspace of opencode. Ignores case, although opencode compares with case today.
-pub fn chooses_place(parameter: &[u8]) -> bool {
+pub fn chooses_location(parameter: &[u8]) -> bool {
     // `location[directory]` and `location[workspace]` are parts of `location`.
     let name = parameter.split(|byte| *byte == b'[').next().unwrap_or_default();
     [&b"directory"[..], b"workspace", b"location"].iter().any(|place| name.eq_ignore_ascii_case(place))
@@ -57,10 +57,10 @@ pub fn directory_filter(line: Line, path: &str, directory: &Path) -> Option<Stri
 }
 
 /// The parameter that chooses the instance, beside [`DIRECTORY_HEADER`].
-pub fn place_parameter(line: Line, path: &str, directory: &Path) -> Option<String> {
+pub fn location_parameter(line: Line, path: &str, directory: &Path) -> Option<String> {
     match line {
         Line::V1 => None,
-        Line::V2 => v2::place_parameter(path, directory),
+        Line::V2 => v2::location_parameter(path, directory),
     }
 }
 
@@ -73,7 +73,7 @@ pub fn relocate(body: &[u8], directory: &str) -> Result<Vec<u8>> {
 }
 
 /// The parameter by which a request to 2.x chooses the instance.
-pub const PLACE_PARAMETER: &[u8] = b"location[directory]";
+pub const LOCATION_PARAMETER: &[u8] = b"location[directory]";
 
 /// The segments of a path as opencode's router compares them: without empty segments, percent-decoded, in
 /// lower case, up to a `;` or `#` (find-my-way 9 with opencode's options).
@@ -138,10 +138,10 @@ mod tests {
     #[test]
     fn location_parameters_are_recognised_in_every_spelling() {
         for name in ["directory", "Directory", "workspace", "location", "location[directory]", "directory[]"] {
-            assert!(chooses_place(name.as_bytes()), "{name}");
+            assert!(chooses_location(name.as_bytes()), "{name}");
         }
         for name in ["", "directories", "mydirectory", "path", "[directory]", "auth_token", "ticket"] {
-            assert!(!chooses_place(name.as_bytes()), "{name}");
+            assert!(!chooses_location(name.as_bytes()), "{name}");
         }
     }
 }

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::routing::{Subject, segments};
-use super::{CallResult, Endpoint, InstanceEvent, Lifecycle, Place, SessionInfo, Sign, Step, TurnEvent, fault};
+use super::{CallResult, Endpoint, InstanceEvent, InstanceRef, Lifecycle, SessionInfo, Sign, Step, TurnEvent, fault};
 use crate::framing::percent_encode;
 use crate::line::{V1_PASSWORD, V1_USERNAME};
 use crate::state::Auth;
@@ -176,7 +176,7 @@ pub fn turn_event(event: &[u8]) -> Option<TurnEvent> {
         }
         _ => return None,
     };
-    Some(TurnEvent { place: Place::Directory(directory), session, step })
+    Some(TurnEvent { instance: InstanceRef::Directory(directory), session, step })
 }
 
 /// Parses an event about an instance; `None` for other events.
@@ -191,7 +191,7 @@ pub fn instance_event(event: &[u8]) -> Option<InstanceEvent> {
         "session" | "message" | "permission" | "question" | "pty" | "todo" | "tui" | "command" => Sign::Used,
         _ => Sign::Alive,
     };
-    Some(InstanceEvent { sign, place: Place::Directory(directory), session: None })
+    Some(InstanceEvent { sign, instance: InstanceRef::Directory(directory), session: None })
 }
 
 /// The parameter that replaces `directory` in the query at paths where `directory` is also a filter: only
@@ -227,7 +227,7 @@ mod tests {
         let step = |kind: &str, properties: &str| {
             let event = format!(r#"{{"directory":"/a","payload":{{"type":"{kind}","properties":{properties}}}}}"#);
             let turn = turn_event(event.as_bytes())?;
-            assert_eq!(turn.place, Place::Directory("/a".to_owned()));
+            assert_eq!(turn.instance, InstanceRef::Directory("/a".to_owned()));
             Some((turn.session, turn.step))
         };
         let of = |step| Some((Some("ses_1".to_owned()), step));

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::routing::{Subject, segments};
 use super::{
-    CallError, CallResult, Endpoint, InstanceEvent, Lifecycle, Place, SessionInfo, Sign, Step, TurnEvent, fault,
+    CallError, CallResult, Endpoint, InstanceEvent, InstanceRef, Lifecycle, SessionInfo, Sign, Step, TurnEvent, fault,
 };
 use crate::error::Error;
 use crate::framing::{percent_decode, percent_encode};
@@ -172,10 +172,10 @@ struct Data {
 /// Parses an event about a location; `None` for other events.
 pub fn instance_event(event: &[u8]) -> Option<InstanceEvent> {
     let Event { kind, location, data } = from_json(event).ok()?;
-    let directory = |location: Option<Location>| location.and_then(|location| location.directory);
-    let (session, moved) = data.map_or((None, None), |data| (data.session, directory(data.location)));
+    let directory_of = |location: Option<Location>| location.and_then(|location| location.directory);
+    let (session, moved) = data.map_or((None, None), |data| (data.session, directory_of(data.location)));
     // The data of events about the creation and move of a session has its new directory.
-    let place = moved.or(directory(location)).filter(|directory| directory.starts_with('/'));
+    let directory = moved.or(directory_of(location)).filter(|directory| directory.starts_with('/'));
     let sign = match kind.split('.').next().unwrap_or_default() {
         // Events that clients cause. None of the ninety or so events of loading a location, and the ten of an
         // eviction, are among them.
@@ -183,10 +183,12 @@ pub fn instance_event(event: &[u8]) -> Option<InstanceEvent> {
         _ if kind == "location.shutdown" => Sign::Disposed,
         _ => Sign::Alive,
     };
-    match (place, session) {
-        (Some(directory), session) => Some(InstanceEvent { sign, place: Place::Directory(directory), session }),
+    match (directory, session) {
+        (Some(directory), session) => {
+            Some(InstanceEvent { sign, instance: InstanceRef::Directory(directory), session })
+        }
         // Events about the start and the end of a turn have no directory.
-        (None, Some(session)) => Some(InstanceEvent { sign, place: Place::Session(session), session: None }),
+        (None, Some(session)) => Some(InstanceEvent { sign, instance: InstanceRef::Session(session), session: None }),
         (None, None) => None,
     }
 }
@@ -257,11 +259,11 @@ pub fn turn_events(event: &[u8]) -> Vec<TurnEvent> {
         ("deleted", ..) => vec![Step::Deleted],
         (..) => Vec::new(),
     };
-    let place = match directory.filter(|directory| directory.starts_with('/')) {
-        Some(directory) => Place::Directory(directory),
-        None => Place::Session(session.clone()),
+    let instance = match directory.filter(|directory| directory.starts_with('/')) {
+        Some(directory) => InstanceRef::Directory(directory),
+        None => InstanceRef::Session(session.clone()),
     };
-    let turn = |step| TurnEvent { place: place.clone(), session: Some(session.clone()), step };
+    let turn = |step| TurnEvent { instance: instance.clone(), session: Some(session.clone()), step };
     steps.into_iter().map(turn).collect()
 }
 
@@ -305,7 +307,7 @@ fn session_id(path: &str) -> Option<String> {
 
 /// The parameter that chooses the location of a request, at paths that take one. The header alone would do,
 /// but clients send the parameter, so that way is better tested in opencode.
-pub fn place_parameter(path: &str, directory: &Path) -> Option<String> {
+pub fn location_parameter(path: &str, directory: &Path) -> Option<String> {
     let is_api = segments(path).first().is_some_and(|first| first == b"api");
     is_api.then(|| location(directory))
 }
@@ -371,22 +373,22 @@ mod tests {
     #[test]
     fn turns_name_a_session_and_other_events_a_directory() {
         let told = |event: &str| instance_event(event.as_bytes());
-        let at = |directory: &str| Place::Directory(directory.to_owned());
+        let at = |directory: &str| InstanceRef::Directory(directory.to_owned());
         let created = told(
             r#"{"id":"evt_1","created":1,"type":"session.created","location":{"directory":"/a"},
                 "data":{"sessionID":"ses_1","location":{"directory":"/b"}}}"#,
         );
         assert_eq!(
             created,
-            Some(InstanceEvent { sign: Sign::Used, place: at("/b"), session: Some("ses_1".to_owned()) })
+            Some(InstanceEvent { sign: Sign::Used, instance: at("/b"), session: Some("ses_1".to_owned()) })
         );
         let started = told(r#"{"id":"evt_1","type":"session.execution.started","data":{"sessionID":"ses_1"}}"#);
         assert_eq!(
             started,
-            Some(InstanceEvent { sign: Sign::Used, place: Place::Session("ses_1".to_owned()), session: None })
+            Some(InstanceEvent { sign: Sign::Used, instance: InstanceRef::Session("ses_1".to_owned()), session: None })
         );
         let booted = told(r#"{"id":"evt_1","type":"plugin.added","location":{"directory":"/a"},"data":{"id":"x"}}"#);
-        assert_eq!(booted, Some(InstanceEvent { sign: Sign::Alive, place: at("/a"), session: None }));
+        assert_eq!(booted, Some(InstanceEvent { sign: Sign::Alive, instance: at("/a"), session: None }));
         let shut_down = told(r#"{"id":"evt_1","type":"location.shutdown","location":{"directory":"/a"},"data":{}}"#);
         assert_eq!(shut_down.unwrap().sign, Sign::Disposed);
         for kind in ["permission.requested", "form.created", "pty.exited", "shell.created"] {
@@ -401,7 +403,7 @@ mod tests {
         let steps = |event: &str| {
             let turns = turn_events(event.as_bytes());
             assert!(turns.iter().all(|turn| turn.session.as_deref() == Some("ses_1")), "{turns:?}");
-            assert!(turns.iter().all(|turn| turn.place == Place::Session("ses_1".to_owned())), "{turns:?}");
+            assert!(turns.iter().all(|turn| turn.instance == InstanceRef::Session("ses_1".to_owned())), "{turns:?}");
             turns.into_iter().map(|turn| turn.step).collect::<Vec<_>>()
         };
         let of = |kind: &str, more: &str| {
@@ -428,7 +430,7 @@ mod tests {
             assert_eq!(turn_events(other.as_bytes()), []);
         }
         let located = r#"{"type":"session.idle","location":{"directory":"/a"},"data":{"sessionID":"ses_1"}}"#;
-        assert_eq!(turn_events(located.as_bytes())[0].place, Place::Directory("/a".to_owned()));
+        assert_eq!(turn_events(located.as_bytes())[0].instance, InstanceRef::Directory("/a".to_owned()));
     }
 
     #[test]

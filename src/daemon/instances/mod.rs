@@ -27,7 +27,7 @@ pub use self::account::Failure;
 use self::account::{Account, Entry, Eviction, Next, Outcome, Sign, Turn};
 use self::fence::{Fence, Fences};
 use self::turns::Turns;
-use super::engine::{CallResult, Endpoint, InstanceEvent, Place, Step, TurnEvent};
+use super::engine::{CallResult, Endpoint, InstanceEvent, InstanceRef, Step, TurnEvent};
 use super::events::{EventKind, Events};
 use super::supervisor::handle::Handle;
 use crate::error::{Error, Result};
@@ -583,11 +583,11 @@ impl Instances {
     }
 
     /// Publishes a change of a turn.
-    fn publish_turn(&self, endpoint: &Endpoint, TurnEvent { place, session, step }: TurnEvent) {
+    fn publish_turn(&self, endpoint: &Endpoint, TurnEvent { instance, session, step }: TurnEvent) {
         // Release the lock before the event is published: locks are never nested.
         let change = turns::lock(&self.turns).observe(session.as_deref(), step);
         let Some(mut change) = change else { return };
-        let Some(directory) = self.directory_of(endpoint, place) else { return };
+        let Some(directory) = self.directory_of(endpoint, instance) else { return };
         if let (Line::V2, Some(id), None) = (endpoint.line, &change.id, &change.title) {
             // Events of 2.x lack the title, and requesting it loads no instance.
             let deadline = Instant::now() + ASK_LIMIT;
@@ -600,15 +600,17 @@ impl Instances {
     }
 
     /// The directory that an event is about.
-    fn directory_of(&self, endpoint: &Endpoint, place: Place) -> Option<String> {
-        match place {
-            Place::Directory(directory) => Some(directory),
-            Place::Session(id) => self.session_directory(endpoint, &id, Instant::now() + ASK_LIMIT).ok().flatten(),
+    fn directory_of(&self, endpoint: &Endpoint, instance: InstanceRef) -> Option<String> {
+        match instance {
+            InstanceRef::Directory(directory) => Some(directory),
+            InstanceRef::Session(id) => {
+                self.session_directory(endpoint, &id, Instant::now() + ASK_LIMIT).ok().flatten()
+            }
         }
     }
 
-    fn observe(&self, endpoint: &Endpoint, InstanceEvent { sign, place, session }: InstanceEvent) {
-        let Some(directory) = self.directory_of(endpoint, place) else { return };
+    fn observe(&self, endpoint: &Endpoint, InstanceEvent { sign, instance, session }: InstanceEvent) {
+        let Some(directory) = self.directory_of(endpoint, instance) else { return };
         if let Some(id) = session {
             self.remember_session(&id, &directory);
         }
