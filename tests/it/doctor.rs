@@ -416,7 +416,8 @@ impl Drop for Running {
 fn opencode_beside(host: &Host, arguments: &[&str], variables: &[(&str, &str)]) -> Running {
     let mut bash = Command::new("bash");
     bash.arg0("opencode").args(["-c", "read -r _"]).args(arguments);
-    bash.env_clear().env("HOME", host.home()).envs(variables.iter().copied()).stdin(Stdio::piped());
+    bash.env_clear().env("PATH", host.get("PATH")).env("HOME", host.home());
+    bash.envs(variables.iter().copied()).stdin(Stdio::piped());
     Running(bash.current_dir(host.path("projects")).spawn().unwrap())
 }
 
@@ -463,7 +464,10 @@ fn opencode_left_by_an_earlier_daemon_is_reported() {
     host.openwork(["daemon", "start"]).ok();
     let mut bash = Command::new("bash");
     bash.arg0("opencode").args(["-c", "read -r _", "serve"]).env_clear().stdin(Stdio::piped());
-    bash.env("OPENWORK_ENGINE", "gone").env("HOME", host.path("projects")).current_dir(host.file("opencode"));
+    bash.env("PATH", host.get("PATH"))
+        .env("OPENWORK_ENGINE", "gone")
+        .env("HOME", host.path("projects"))
+        .current_dir(host.file("opencode"));
     let left = Running(bash.spawn().unwrap());
     check(&examine(&host, 0), "others", "warning", &format!("opencode (pid {}", left.0.id()));
 }
