@@ -182,6 +182,10 @@ impl World {
             // The daemon has died, which closed standard input: the process ends before it runs opencode.
             return self.forget_untold(index);
         }
+        // A command of an earlier daemon ended the service before it registered, and perhaps started another.
+        if !self.engines[index].alive {
+            return self.find_service(job, false);
+        }
         if self.disk_fails {
             self.count("a disk that is full");
             self.forget_untold(index);
@@ -201,6 +205,10 @@ impl World {
     fn publish_event(&mut self, daemon: u64, job: u64, index: usize) {
         if daemon != self.daemon {
             return self.forget_untold(index);
+        }
+        // The same, after it registered.
+        if !self.engines[index].alive {
+            return self.find_service(job, false);
         }
         self.engines[index].execed = true;
         if let Some(at) = self.engines[index].crashes_at {
