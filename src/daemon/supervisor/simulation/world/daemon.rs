@@ -237,6 +237,8 @@ impl World {
             return self.violates("the daemon signals a process that is not proved ours");
         }
         if !self.engines[index].alive {
+            // The daemon does not know yet that it has ended by itself.
+            self.engines[index].asked_to_end = true;
             return;
         }
         // Once it may be signalled, a process may be signalled again, even if it answers in between.
