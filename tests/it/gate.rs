@@ -909,12 +909,13 @@ mod with_strace {
             thread::sleep(Duration::from_millis(20));
         };
         let started = || fs::read_to_string(&trace).unwrap().matches("CLONE_THREAD").count();
-        (0..3).for_each(|_| ask());
-        let before = started();
-        (0..COUNT).for_each(|_| ask());
-        let new = started() - before;
-        // The daemon starts a thread now and then; one per request would be twice as many as `COUNT`.
-        assert!(new < COUNT / 2, "{new} threads for {COUNT} times two requests");
+        // A thread per request would be twice as many as `COUNT` in each round. On a busy machine, threads may
+        // come back late, and others are started in their place.
+        wait_for("a round in which hardly a thread is started", || {
+            let before = started();
+            (0..COUNT).for_each(|_| ask());
+            started() - before < COUNT / 2
+        });
         host.openwork(["daemon", "stop"]).ok();
         daemon.wait();
     }
