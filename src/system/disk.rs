@@ -90,13 +90,10 @@ fn in_thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let spare = || SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut work: Work = Box::new(work);
     if let Some(thread) = spare().take() {
-        match thread.send(work) {
-            Ok(()) => return Ok(()),
-            Err(unsent) => work = unsent.0, // its work panicked
-        }
+        // Only a thread that waits is here, so it takes the work.
+        return thread.send(work).map_err(|_| io::ErrorKind::BrokenPipe.into());
     }
     let repeat = move || {
-        let mut work = work;
         loop {
             work();
             let (sender, receiver) = channel();
