@@ -157,14 +157,14 @@ impl ControlPlane {
     fn replace(&'static self, daemon: &'static Daemon, ended: &Arc<Serving>) -> Result<()> {
         let mut listening = self.lock();
         if Arc::ptr_eq(&listening.serving, ended) {
-            // Dropping a server would remove the socket of the next one.
-            std::mem::forget(ended.clone());
             let serving = Serving::listen()?;
             let first = serving.clone();
             let started = Builder::new().spawn(move || self.work(daemon, &first));
             started.map_err(|e| Error::Internal(format!("cannot start a thread: {e}")))?;
             crate::log!("the control plane listens again");
-            *listening = Listening { serving, idle: Vec::new() };
+            // Dropping a server would remove the socket of the next one.
+            std::mem::forget(std::mem::replace(&mut listening.serving, serving));
+            listening.idle.clear();
             ended.is_replaced.store(true, Ordering::Release);
             // Wake one of its threads, which wakes the next.
             ended.server.unblock();
