@@ -292,6 +292,12 @@ impl Error {
         Error::Reported { code: code.unwrap_or(Code::Internal), body, status }
     }
 
+    /// The same failure in other words.
+    pub fn reworded(&self, message: String, hint: Option<String>) -> Error {
+        let body = ErrorBody { message, hint, ..self.body() };
+        Error::Reported { code: self.code(), body, status: self.http_status() }
+    }
+
     /// A failure that arrived as JSON without a status: the first status of its code is used.
     pub fn unavailable(body: ErrorBody) -> Error {
         let code = Code::ALL.iter().find(|code| code.name() == body.code);

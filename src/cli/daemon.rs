@@ -217,7 +217,7 @@ fn stop_one(
         Some(address) => address,
         // A killed daemon, perhaps killed during this stop, left an opencode. Start a daemon, at any port, that
         // adopts the opencode and stops it properly.
-        None if !keep_opencode && orphan(client)?.is_some() => {
+        None if !keep_opencode && orphan(&State::read(&client.data_dir.state())?).is_some() => {
             let address =
                 client.start_without(&Options::default(), &["OPENWORK_DAEMON_PORT", "OPENWORK_OPENCODE_PORT"])?;
             wait_until_taken_over(&soon(STOP_REPLY), &address);
@@ -272,9 +272,9 @@ fn elsewhere(e: std::io::Error) -> Error {
 }
 
 /// The pid of an opencode that outlived its daemon.
-fn orphan(client: &Client) -> Result<Option<u32>> {
-    let engine = State::read(&client.data_dir.state())?.opencode;
-    Ok(engine.filter(|engine| Process::adopt(&engine.identity()).is_some()).map(|engine| engine.pid))
+pub fn orphan(state: &State) -> Option<u32> {
+    let record = state.opencode.as_ref()?;
+    Process::adopt(&record.identity()).map(|_| record.pid)
 }
 
 /// Restarts the daemon, with `all` opencode too.
@@ -338,16 +338,14 @@ pub fn status(client: &Client, out: &mut Output) -> Result<()> {
     out.print(&health, |health| human_status(health, active.as_ref(), replaced.as_ref()))
 }
 
-/// `daemon_not_running`; the hint names the opencode of a daemon that was killed, or that left it running.
+/// `daemon_not_running`, which names the opencode that the last daemon left running, if any.
 fn not_running(client: &Client) -> Error {
     let e = Error::DaemonNotRunning;
-    let Ok(Some(opencode)) = orphan(client) else { return e };
-    let (code, status, mut body) = (e.code(), e.http_status(), e.body());
-    body.message = format!("the daemon is not running; its opencode (pid {opencode}) still is");
-    body.hint = Some(
-        "`openwork daemon start` starts a daemon that adopts this opencode; `openwork daemon stop` ends it".to_owned(),
-    );
-    Error::Reported { code, body, status }
+    let state = State::read(&client.data_dir.state()).unwrap_or_default();
+    let Some(opencode) = orphan(&state) else { return e };
+    let hint = "`openwork daemon start` starts a daemon that adopts this opencode; `openwork daemon stop` ends it";
+    let message = format!("the daemon is not running; its opencode (pid {opencode}) still is");
+    e.reworded(message, Some(hint.to_owned()))
 }
 
 /// The opencode that was last started, if its file is another one now.

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use self::client::{Client, decode};
 use self::daemon::WhenIdle;
 use self::output::{Output, clean, duration, megabytes, note, table};
-use self::workspace::{WORKSPACE_VARIABLE, named};
+use self::workspace::{WORKSPACE_VARIABLE, from_environment, named};
 use crate::args::{self, Command, Invocation, Wanted};
 use crate::daemon::Start;
 use crate::error::{Code, Error, Result};
@@ -138,12 +138,12 @@ fn explained(e: Error, command: &Command) -> Error {
         Code::WorkspaceNotFound | Code::WorkspaceAmbiguous | Code::WorkspaceIsRemote | Code::PathNotFound
     );
     let Some(wanted) = command.workspace().filter(|_| is_about_workspace) else { return e };
-    let mut body = e.body();
+    let body = e.body();
     match wanted {
         Wanted::Default => {
-            let set = std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
-            let Some(value) = set else { return e };
-            body.message = format!("{WORKSPACE_VARIABLE} is {:?}: {}", value.to_string_lossy(), body.message);
+            let Some(value) = from_environment() else { return e };
+            let message = format!("{WORKSPACE_VARIABLE} is {:?}: {}", value.to_string_lossy(), body.message);
+            e.reworded(message, body.hint)
         }
         Wanted::Named(name) if code == Code::WorkspaceNotFound && Path::new(name).is_dir() => {
             let name = name.to_string_lossy();
@@ -152,12 +152,10 @@ fn explained(e: Error, command: &Command) -> Error {
                 Command::Attach { .. } => format!("`openwork open {path}` adds the directory and attaches"),
                 _ => format!("`openwork workspace add {path}` adds the directory"),
             };
-            body.hint = Some(done);
+            e.reworded(body.message, Some(done))
         }
-        Wanted::Named(_) => return e,
+        Wanted::Named(_) => e,
     }
-    let status = e.http_status();
-    Error::Reported { code, body, status }
 }
 
 fn run_command(invocation: &Invocation, client: impl Fn() -> Result<Client>, out: &mut Output) -> Result<()> {
@@ -433,10 +431,8 @@ fn events_of_successor(client: &Client, timeout_given: bool, last: u64) -> Resul
             Err(_) if timeout_given && Instant::now() >= client.deadline => return Ok(None),
             Err(Error::DaemonNotRunning) if Instant::now() < patience => {}
             Err(e @ Error::DaemonNotRunning) => {
-                let (code, status, mut body) = (e.code(), e.http_status(), e.body());
-                body.message = "the daemon has ended".to_owned();
-                body.hint = Some(format!("`openwork events --since {last}` starts a daemon and resumes"));
-                return Err(Error::Reported { code, body, status });
+                let hint = format!("`openwork events --since {last}` starts a daemon and resumes");
+                return Err(e.reworded("the daemon has ended".to_owned(), Some(hint)));
             }
             Err(e) => return Err(e),
         }

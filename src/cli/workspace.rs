@@ -55,8 +55,7 @@ pub fn switch(client: &Client, out: &mut Output, selector: Option<&OsStr>) -> Re
 
 /// Warns that the environment still names another workspace than the one that is now active.
 fn note_overriding_variable(active: &Workspace) {
-    let set = std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
-    let Some(value) = set.filter(|value| *value != *active.id && *value != *active.name) else { return };
+    let Some(value) = from_environment().filter(|value| *value != *active.id && *value != *active.name) else { return };
     let value = value.to_string_lossy();
     note(&format!(
         "note: {WORKSPACE_VARIABLE}={} overrides the active workspace in this shell; `unset {WORKSPACE_VARIABLE}` ends \
@@ -289,7 +288,7 @@ pub fn prompt(client: Option<&Client>, out: &mut Output) -> Result<()> {
     }
     let state = client.and_then(|client| State::read(&client.data_dir.state()).ok()).unwrap_or_default();
     let here = || paths::absolute(Path::new(".")).ok()?.into_os_string().into_string().ok();
-    let found = match std::env::var(WORKSPACE_VARIABLE).ok().filter(|value| !value.is_empty()) {
+    let found = match from_environment().and_then(|value| value.into_string().ok()) {
         Some(selector) => state.find(&selector).ok(),
         None => here().and_then(|directory| state.find(&directory).ok()).or_else(|| state.active()),
     };
@@ -446,10 +445,14 @@ pub fn read_one(client: &Client, selector: &str) -> Result<WorkspaceReply> {
     }
 }
 
+/// The selector in `OPENWORK_WORKSPACE`, if any.
+pub fn from_environment() -> Option<OsString> {
+    std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty())
+}
+
 /// A selector in the form for the daemon: a path becomes absolute, `-` becomes an id, and none becomes
 /// `OPENWORK_WORKSPACE`, else the active workspace.
 pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String> {
-    let from_environment = || std::env::var_os(WORKSPACE_VARIABLE).filter(|value| !value.is_empty());
     let Some(selector) = selector.map(OsStr::to_owned).or_else(from_environment) else {
         return Ok("@active".to_owned());
     };
@@ -470,7 +473,7 @@ pub fn text_selector(client: &Client, selector: Option<&OsStr>) -> Result<String
 /// The same for commands that default to the working directory: without a selector and without
 /// `OPENWORK_WORKSPACE`, the workspace that contains the working directory comes before the active one.
 pub fn selector_here(client: &Client, selector: Option<&OsStr>) -> Result<OsString> {
-    let is_given = selector.is_some() || std::env::var_os(WORKSPACE_VARIABLE).is_some_and(|value| !value.is_empty());
+    let is_given = selector.is_some() || from_environment().is_some();
     let here = || {
         let directory = paths::absolute(Path::new(".")).ok()?.into_os_string().into_string().ok()?;
         State::read(&client.data_dir.state()).ok()?.find(&directory).ok().map(|workspace| workspace.id.clone())

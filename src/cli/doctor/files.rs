@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Findings;
 use crate::cli::output::megabytes;
-use crate::cli::workspace::WORKSPACE_VARIABLE;
+use crate::cli::workspace::{WORKSPACE_VARIABLE, from_environment};
 use crate::log;
 use crate::paths::{self, DataDir};
 use crate::state::{Auth, State};
@@ -173,7 +173,7 @@ pub fn workspaces(findings: &mut Findings, state: &State) {
         let message = format!("fenced, since loading it ended opencode twice: {}", names(&fenced));
         findings.wrong(WORKSPACES, message, "mend the cause (`openwork logs`), then `openwork instance reset <ws>`");
     }
-    let variable = std::env::var(WORKSPACE_VARIABLE).ok().filter(|value| !value.is_empty());
+    let variable = from_environment().and_then(|value| value.into_string().ok());
     if let Some(selector) = variable {
         let absolute = || paths::absolute(Path::new(&selector)).ok()?.into_os_string().into_string().ok();
         let wanted = if looks_like_path(&selector) { absolute() } else { Some(selector.clone()) };

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::{Findings, Patient};
-use crate::cli::VERSION;
 use crate::cli::client::decode;
 use crate::cli::output::duration;
+use crate::cli::{self, VERSION};
 use crate::error::Error;
 use crate::line::{Line, migration};
 use crate::log::now_ms;
@@ -21,7 +21,7 @@ use crate::options::{DEFAULT_PORT, MARKER};
 use crate::paths::find_opencode;
 use crate::service;
 use crate::state::BinaryRecord;
-use crate::system::process::{self, Process};
+use crate::system::process;
 use crate::system::socket;
 use crate::wire::{Health, Phase};
 
@@ -99,10 +99,9 @@ pub fn daemon(findings: &mut Findings, patient: &Patient<'_>, limit: Duration) -
 
 /// Checks, without a daemon, whether the opencode of a killed daemon still runs.
 fn orphan(findings: &mut Findings, patient: &Patient<'_>) {
-    let record = patient.state.opencode.as_ref();
-    match record.and_then(|record| Process::adopt(&record.identity())) {
-        Some(process) => {
-            let message = format!("not running, but its opencode (pid {}) is still running", process.identity().pid);
+    match cli::daemon::orphan(&patient.state) {
+        Some(pid) => {
+            let message = format!("not running, but its opencode (pid {pid}) is still running");
             findings.warning(DAEMON, message, "the next command starts a daemon, which takes that opencode over");
         }
         None => findings.ok(DAEMON, "not running; the first command that needs it starts it"),
