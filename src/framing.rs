@@ -4,9 +4,12 @@
 //! Nothing here reads or writes a socket. Sources of the format: RFC 9112, RFC 3986, RFC 7617.
 
 use std::io;
+use std::mem::MaybeUninit;
 
 /// The most header lines of a reply.
-pub const HEADER_LIMIT: usize = 128;
+const REPLY_HEADER_LIMIT: usize = 128;
+/// Memory for the header lines of a reply.
+pub type ReplyHeaderRoom<'h> = [MaybeUninit<httparse::Header<'h>>; REPLY_HEADER_LIMIT];
 
 /// The framing of a body, and how much of the body has come. It counts bytes as they pass: the body
 /// is neither kept nor decoded.
@@ -170,8 +173,37 @@ pub fn invalid(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
+/// The length of a head, which ends at its first empty line; `None` while that is missing. The bytes before
+/// `from` were searched before.
+pub fn head_length(bytes: &[u8], from: usize) -> Option<usize> {
+    // Faster than comparing four bytes at each position.
+    let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n').map(|at| at + 1);
+    ends.find(|end| bytes[..*end].ends_with(b"\r\n\r\n"))
+}
+
+/// Memory for a number of header lines, uninitialised: most heads have a tenth of the most that they may have.
+pub fn header_room<'h, const N: usize>() -> [MaybeUninit<httparse::Header<'h>>; N] {
+    [const { MaybeUninit::uninit() }; N]
+}
+
+/// Whether a header has this name.
+pub fn is_named(header: &httparse::Header<'_>, name: &str) -> bool {
+    // Most names differ in their length, and each request compares about a hundred.
+    header.name.len() == name.len() && header.name.eq_ignore_ascii_case(name)
+}
+
+/// The headers of this name.
+pub fn named<'h>(headers: &'h [httparse::Header<'h>], name: &str) -> impl Iterator<Item = &'h [u8]> + Clone {
+    headers.iter().filter(move |header| is_named(header, name)).map(|header| header.value)
+}
+
+/// The tokens of a header that is a list of them.
+pub fn tokens<'h>(headers: &'h [httparse::Header<'h>], name: &str) -> impl Iterator<Item = &'h [u8]> {
+    named(headers, name).flat_map(|value| value.split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)
+}
+
 /// What the head of a reply says.
-pub struct ReplyHead {
+pub struct ReplyHead<'h> {
     /// 100 to 599.
     pub status: u16,
     /// Of HTTP/1: 0 or 1.
@@ -180,57 +212,58 @@ pub struct ReplyHead {
     pub body: Body,
     /// Where the body ends is said in one way, by a length or by chunks.
     pub is_framed: bool,
+    /// The body comes in chunks.
+    pub is_chunked: bool,
     /// The sender keeps the connection open for another request.
     pub is_kept: bool,
-    /// Names and values, as they came.
-    pub headers: Vec<(String, String)>,
+    /// The headers, unchanged.
+    pub headers: &'h [httparse::Header<'h>],
 }
 
-/// Parses the head of a reply to a request of this method.
-///
-/// # Errors
-/// `InvalidData` when the head is not HTTP.
-pub fn parse_reply_head(head: &[u8], method: &str) -> io::Result<ReplyHead> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
-    let mut response = httparse::Response::new(&mut headers);
-    let parsed = response.parse(head).map_err(|e| invalid(&e.to_string()))?;
-    let (httparse::Status::Complete(length), Some(status), Some(version)) = (parsed, response.code, response.version)
-    else {
-        return Err(invalid("an incomplete head"));
-    };
-    // httparse takes bare line feeds, so for it the head may end before the empty line that we found.
-    if length != head.len() {
-        return Err(invalid("lines that do not end with CR LF"));
+impl<'h> ReplyHead<'h> {
+    /// Parses the head of a reply to a request of this method.
+    ///
+    /// # Errors
+    /// `InvalidData` when the head is not HTTP.
+    pub fn parse(head: &'h [u8], method: &str, room: &'h mut ReplyHeaderRoom<'h>) -> io::Result<ReplyHead<'h>> {
+        let mut response = httparse::Response::new(&mut []);
+        let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut response, head, room);
+        let parsed = parsed.map_err(|e| invalid(&e.to_string()))?;
+        let httparse::Response { code, version, headers, .. } = response;
+        let (httparse::Status::Complete(length), Some(status), Some(version)) = (parsed, code, version) else {
+            return Err(invalid("an incomplete head"));
+        };
+        // httparse takes bare line feeds, so for it the head may end before the empty line that we found.
+        if length != head.len() {
+            return Err(invalid("lines that do not end with CR LF"));
+        }
+        let headers = &*headers;
+        let (codings, mut lengths) = (named(headers, "transfer-encoding"), named(headers, "content-length"));
+        let is_chunked = codings.clone().next().is_some_and(|coding| coding.eq_ignore_ascii_case(b"chunked"));
+        let closes = tokens(headers, "connection").any(|option| option.eq_ignore_ascii_case(b"close"));
+        let is_framed = match (codings.count(), lengths.clone().count()) {
+            (0, 1) => true,
+            (1, 0) => is_chunked && version == 1,
+            (_, _) => false,
+        };
+        let body = if method == "HEAD" || status < 200 || matches!(status, 204 | 304) {
+            Body::length(0)
+        } else if is_chunked {
+            Body::chunked()
+        } else if let Some(length) = lengths.next() {
+            let is_number = !length.is_empty() && length.iter().all(u8::is_ascii_digit);
+            let number = std::str::from_utf8(length).ok().filter(|_| is_number).and_then(|length| length.parse().ok());
+            Body::length(number.ok_or_else(|| invalid("a Content-Length that is not a number"))?)
+        } else {
+            Body::to_end()
+        };
+        Ok(ReplyHead { status, version, body, is_framed, is_chunked, is_kept: version == 1 && !closes, headers })
     }
-    let owned =
-        |header: &httparse::Header<'_>| (header.name.to_owned(), String::from_utf8_lossy(header.value).into_owned());
-    let headers: Vec<(String, String)> = response.headers.iter().map(owned).collect();
-    let count = |name: &str| headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).count();
-    let is_chunked = find(&headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"));
-    let is_framed = match (count("transfer-encoding"), count("content-length")) {
-        (0, 1) => true,
-        (1, 0) => is_chunked && version == 1,
-        (_, _) => false,
-    };
-    let body = if method == "HEAD" || status < 200 || matches!(status, 204 | 304) {
-        Body::length(0)
-    } else if is_chunked {
-        Body::chunked()
-    } else if let Some(length) = find(&headers, "content-length") {
-        let is_number = !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit());
-        let number = length.parse().ok().filter(|_| is_number);
-        Body::length(number.ok_or_else(|| invalid("a Content-Length that is not a number"))?)
-    } else {
-        Body::to_end()
-    };
-    let mut options = headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("connection"));
-    let closes = options.any(|(_, value)| value.split(',').any(|option| option.trim().eq_ignore_ascii_case("close")));
-    Ok(ReplyHead { status, version, body, is_framed, is_kept: version == 1 && !closes, headers })
-}
 
-/// The value of the first header of this name.
-pub fn find<'h>(headers: &'h [(String, String)], name: &str) -> Option<&'h str> {
-    headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    /// The value of the first header of this name.
+    pub fn header(&self, name: &str) -> Option<&'h [u8]> {
+        self.headers.iter().find(|header| is_named(header, name)).map(|header| header.value)
+    }
 }
 
 /// The value of an `Authorization` header with Basic credentials (RFC 7617).
@@ -249,12 +282,14 @@ pub fn basic(user: &str, password: &str) -> String {
 
 /// Percent-encodes everything but unreserved characters (RFC 3986, 2.3).
 pub fn percent_encode(bytes: &[u8]) -> String {
-    let mut encoded = String::with_capacity(bytes.len());
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    let mut encoded = String::with_capacity(3 * bytes.len());
     for &byte in bytes {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
             encoded.push(char::from(byte));
         } else {
-            encoded.push_str(&format!("%{byte:02X}"));
+            let digits = [byte >> 4, byte & 15].map(|digit| char::from(DIGITS[usize::from(digit)]));
+            encoded.extend(['%', digits[0], digits[1]]);
         }
     }
     encoded
@@ -396,7 +431,8 @@ mod tests {
     fn reply_head_determines_the_end_of_its_body() {
         let framing = |status: u16, headers: &str, method: &str| {
             let head = format!("HTTP/1.1 {status} x\r\n{headers}\r\n");
-            let body = parse_reply_head(head.as_bytes(), method)?.body;
+            let mut room = header_room();
+            let body = ReplyHead::parse(head.as_bytes(), method, &mut room)?.body;
             Ok::<_, io::Error>((body.missing(), body.may_end_here()))
         };
         let (nothing, chunks, to_end) = ((Some(0), true), (None, false), (None, true));
@@ -419,12 +455,28 @@ mod tests {
         }
         assert!(framing(200, "Content-Length: x\r\n", "GET").is_err());
         assert!(framing(200, "no header\r\n", "GET").is_err());
-        assert!(parse_reply_head(b"HTTP/1.1 200 x\r\nA: b", "GET").is_err());
+        let mut room = header_room();
+        assert!(ReplyHead::parse(b"HTTP/1.1 200 x\r\nA: b", "GET", &mut room).is_err());
 
-        let head = parse_reply_head(b"HTTP/1.1 201 x\r\nA: b\r\na: c\r\nD: \xff\r\n\r\n", "GET").unwrap();
+        let head = b"HTTP/1.1 201 x\r\nA: b\r\na: c\r\nD: \xff\r\n\r\n";
+        let mut room = header_room();
+        let head = ReplyHead::parse(head, "GET", &mut room).unwrap();
         assert_eq!(head.status, 201);
-        let found = ["a", "A", "d", "e"].map(|name| find(&head.headers, name));
-        assert_eq!(found, [Some("b"), Some("b"), Some("\u{fffd}"), None]);
+        let found = ["a", "A", "d", "e", "ab"].map(|name| head.header(name));
+        assert_eq!(found, [Some(&b"b"[..]), Some(b"b"), Some(b"\xff"), None, None]);
+    }
+
+    #[test]
+    fn head_ends_at_the_first_empty_line() {
+        let heads = b"GET / HTTP/1.1\r\nA: b\n\n\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+        let first = heads.len() - b"GET / HTTP/1.1\r\n\r\n".len();
+        for from in 0..first {
+            assert_eq!(head_length(heads, from), Some(first), "{from}");
+        }
+        assert_eq!(head_length(heads, first), Some(heads.len()));
+        for length in 0..first {
+            assert_eq!(head_length(&heads[..length], 0), None, "{length}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::line::{Line, V1_PASSWORD, V1_USERNAME, V2_PASSWORD, V2_USERNAME, pars
 use crate::paths::find_opencode;
 use crate::service::{self, Registration};
 use crate::state::{Auth, BinaryRecord, State};
-use crate::wire::{ERROR_HEADER, Health, Start, WorkspaceReply, from_json};
+use crate::wire::{Health, Start, WorkspaceReply, from_json};
 use crate::workspace::Workspace;
 
 /// The size of the chunks in which bodies are copied. Bytes.
@@ -113,7 +113,7 @@ pub fn api(client: &Client, out: &mut Output, call: &Api, timeout_given: bool) -
     };
     drop(waiting);
     response.socket_mut().deadline = deadline;
-    let (status, ours) = (response.status, response.header(ERROR_HEADER).map(str::to_owned));
+    let (status, ours) = (response.status, response.error_code.take());
     let lost = |e: io::Error| match e.kind() {
         io::ErrorKind::TimedOut => Error::OpencodeTimeout("did not end its reply"),
         _ => Error::OpencodeFault(format!("the reply broke off: {e}")),

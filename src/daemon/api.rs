@@ -226,7 +226,7 @@ fn answer(daemon: &Daemon, request: &mut Request) -> Result<Answer> {
                 // It reads what is stored, and loads nothing.
                 Some(Line::V2) => {
                     workspace.local_path().and_then(existing_directory)?;
-                    daemon.supervisor.call(deadline, ask)?
+                    daemon.supervisor.call(deadline, |endpoint| ask(endpoint))?
                 }
                 Some(Line::V1) | None => call_loaded(daemon, &workspace, deadline, |endpoint, _| ask(endpoint))?,
             };

@@ -134,7 +134,7 @@ impl ControlPlane {
             listening.serving.used.fetch_add(1, Ordering::AcqRel);
             (Used(listening.serving.clone()), listening.idle.pop())
         };
-        if let Some(stream) = kept.filter(|stream| wait::are_silent(&[stream.as_fd()])) {
+        if let Some(stream) = kept.filter(|stream| wait::are_silent([stream.as_fd()])) {
             return Ok(Connection { stream, used });
         }
         let connect = || UnixStream::connect(CONTROL_SOCKET);

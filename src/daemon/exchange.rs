@@ -23,7 +23,7 @@ use super::connections::Connection;
 use super::head::{Framing, Head};
 use super::reply::{connection_headers, cors_headers};
 use crate::error::{Error, Result};
-use crate::framing::{Body, HEADER_LIMIT, ReplyHead, find, parse_reply_head};
+use crate::framing::{Body, ReplyHead, head_length, header_room, is_named};
 use crate::system::wait::{Flag, timespec};
 use crate::timed::Timed;
 
@@ -38,14 +38,15 @@ const LARGE_BUFFER: usize = 128 * 1024;
 const SOCKET_BUFFER: usize = 128 * 1024;
 /// The largest head of a reply; opencode's are below 1 KB. Bytes.
 const REPLY_HEAD_LIMIT: usize = 64 * 1024;
+/// Room for the headers that are added to a reply: at most this much without an origin. Bytes.
+const ADDED_HEADERS: usize = 64;
 /// How long a client may take to read the rest of an interim reply before an error reply; it is short.
 const INTERIM_TIME: Duration = Duration::from_secs(1);
 
 /// Headers that are about one connection (RFC 9110, 7.6.1).
-pub fn is_hop_by_hop(name: &str) -> bool {
-    ["connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "upgrade"]
-        .iter()
-        .any(|hop| name.eq_ignore_ascii_case(hop))
+pub fn is_hop_by_hop(header: &httparse::Header<'_>) -> bool {
+    let names = ["connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "upgrade"];
+    names.iter().any(|name| is_named(header, name))
 }
 
 /// Adds a header line to a head.
@@ -147,9 +148,19 @@ impl Flow {
         Ok(())
     }
 
+    /// Takes the pending bytes out.
+    fn take(&mut self) -> Vec<u8> {
+        let mut bytes = std::mem::take(&mut self.buffer);
+        bytes.truncate(self.end);
+        bytes.drain(..self.start);
+        (self.start, self.end) = (0, 0);
+        bytes
+    }
+
     /// Adds bytes after the pending ones.
     fn push(&mut self, bytes: &[u8]) {
-        let pending = [self.pending(), bytes].concat();
+        let mut pending = self.take();
+        pending.extend_from_slice(bytes);
         self.replace(pending);
     }
 
@@ -166,12 +177,8 @@ impl Flow {
 /// reconnect.
 const KEEP_ALIVE_HEADERS: &[u8] = b"Connection: keep-alive\r\nKeep-Alive: timeout=0\r\n";
 
-fn is_event_stream(reply: &ReplyHead) -> bool {
-    find(&reply.headers, "content-type").is_some_and(|value| value.starts_with("text/event-stream"))
-}
-
-fn is_chunked(reply: &ReplyHead) -> bool {
-    find(&reply.headers, "transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"))
+fn is_event_stream(reply: &ReplyHead<'_>) -> bool {
+    reply.header("content-type").is_some_and(|value| value.starts_with(b"text/event-stream"))
 }
 
 /// The progress of the reply.
@@ -193,19 +200,6 @@ pub enum Answer {
     Tunnel,
     /// The client has closed its connection.
     ClientGone,
-}
-
-/// The status line of a reply and the headers for which `passes` holds; the caller adds the final empty line.
-fn rewrite_head(head: &[u8], passes: impl Fn(&httparse::Header<'_>) -> bool) -> Vec<u8> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
-    let mut parsed = httparse::Response::new(&mut headers);
-    let _ = parsed.parse(head); // the same head was parsed before
-    let line = head.iter().position(|byte| *byte == b'\n').map_or(head.len(), |at| at + 1);
-    let mut bytes = head[..line].to_vec();
-    for header in parsed.headers.iter().filter(|header| passes(header)) {
-        push_header(&mut bytes, header);
-    }
-    bytes
 }
 
 /// Which connections can serve another request after an exchange.
@@ -270,14 +264,18 @@ impl<'a> Exchange<'a> {
         })
     }
 
-    /// Sends the request and waits for the head of the reply, without passing the reply on yet. Passes interim
-    /// replies on. `deadline` limits the wait.
+    /// Sends the head of the request, without waiting: an idle connection accepts it at once.
+    /// [`Exchange::wait_for_reply`] sends what it did not accept, and reports a failure.
+    pub fn send(&mut self) {
+        let _ = self.up.write(self.upstream);
+    }
+
+    /// Sends the rest of the request and waits for the head of the reply, without passing the reply on yet.
+    /// Passes interim replies on. `deadline` limits the wait.
     ///
     /// # Errors
     /// The error to reply with; `opencode_error` when opencode ends without a reply.
     pub fn wait_for_reply(&mut self, deadline: Option<Instant>, stop: &Flag) -> Result<Answer> {
-        // A new connection accepts a head at once. `step` reports a failure.
-        let _ = self.up.write(self.upstream);
         loop {
             let goes_on = self.step(deadline, stop).inspect_err(|_| self.end_interim());
             match (goes_on?, &self.reply) {
@@ -434,9 +432,8 @@ impl<'a> Exchange<'a> {
     /// Rewrites the head of the reply for the client, once the head is complete.
     fn take_head(&mut self) -> Result<()> {
         loop {
-            let pending = self.down.pending();
-            let Some(at) = pending.windows(4).position(|bytes| bytes == b"\r\n\r\n") else {
-                if pending.len() >= REPLY_HEAD_LIMIT {
+            let Some(length) = head_length(self.down.pending(), 0) else {
+                if self.down.pending().len() >= REPLY_HEAD_LIMIT {
                     return Err(Error::OpencodeFault("the head of its reply is too long".to_owned()));
                 }
                 if self.down.ended {
@@ -447,37 +444,35 @@ impl<'a> Exchange<'a> {
                 }
                 return Ok(());
             };
-            let (head, rest) = pending.split_at(at + 4);
-            let reply = parse_reply_head(head, self.client.request.method);
-            let reply = reply.map_err(|e| Error::OpencodeFault(format!("its reply is not HTTP: {e}")))?;
-            let is_interim = (100..200).contains(&reply.status) && reply.status != 101;
-            if !is_interim {
-                self.kept = self.kept_after(&reply);
-            }
-            let mut bytes = self.reply_head(head, &reply);
-            if is_interim {
-                let rest = rest.to_vec();
+            let arrived = self.down.take();
+            let (head, rest) = arrived.split_at(length);
+            let not_http = |e| Error::OpencodeFault(format!("its reply is not HTTP: {e}"));
+            let mut room = header_room();
+            let mut reply = ReplyHead::parse(head, self.client.request.method, &mut room).map_err(not_http)?;
+            if reply.status < 200 && reply.status != 101 {
                 // HTTP/1.0 has no interim replies (RFC 9110, 15.2).
                 if self.client.request.version > 0 {
-                    self.interim.push(&bytes);
+                    let mut interim = self.interim.take();
+                    self.push_reply_head(&mut interim, head, &reply);
+                    self.interim.replace(interim);
                 }
-                self.down.replace(rest);
+                self.down.replace(rest.to_vec());
                 continue;
             }
+            let is_tunnel = reply.status == 101 && self.is_upgrade;
+            let belonging = if is_tunnel { rest.len() } else { reply.body.advance(rest).map_err(not_http)? };
+            self.kept = self.kept_after(&reply);
+            self.kept.upstream &= belonging == rest.len();
             // The rest of an unread interim reply goes before the reply.
-            bytes.splice(..0, self.interim.pending().iter().copied());
-            self.interim.replace(Vec::new());
-            let mut body = reply.body;
-            self.reply = if reply.status == 101 && self.is_upgrade {
-                bytes.extend_from_slice(rest);
+            let mut bytes = self.interim.take();
+            bytes.reserve(arrived.len() + ADDED_HEADERS);
+            self.push_reply_head(&mut bytes, head, &reply);
+            bytes.extend_from_slice(&rest[..belonging]);
+            self.reply = if is_tunnel {
                 self.up.push(self.early);
                 Reply::Tunnel
             } else {
-                let broken = |e| Error::OpencodeFault(format!("its reply is not HTTP: {e}"));
-                let belonging = body.advance(rest).map_err(broken)?;
-                self.kept.upstream &= belonging == rest.len();
-                bytes.extend_from_slice(&rest[..belonging]);
-                Reply::Body(body)
+                Reply::Body(reply.body)
             };
             self.down.replace(bytes);
             return Ok(());
@@ -485,7 +480,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Which connections can serve another request after a reply with this head.
-    fn kept_after(&self, reply: &ReplyHead) -> Kept {
+    fn kept_after(&self, reply: &ReplyHead<'_>) -> Kept {
         let has_no_body = self.client.request.method == "HEAD" || matches!(reply.status, 204 | 304);
         // While the client still sends the request, or has sent bytes after it, the start of the next request
         // is uncertain. Bytes that arrive from now on stay unread until the reply is over.
@@ -498,18 +493,21 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// The head of a reply, rewritten for the client.
-    fn reply_head(&self, head: &[u8], reply: &ReplyHead) -> Vec<u8> {
+    /// Adds the head of a reply, rewritten for the client.
+    fn push_reply_head(&self, bytes: &mut Vec<u8>, head: &[u8], reply: &ReplyHead<'_>) {
         let is_tunnel = reply.status == 101 && self.is_upgrade;
-        let mut bytes = rewrite_head(head, |header| {
+        let status_line = head.split_inclusive(|byte| *byte == b'\n').next();
+        bytes.extend_from_slice(status_line.unwrap_or_default());
+        for header in reply.headers {
             let cors = self.client.origin.is_some()
-                && !header.name.eq_ignore_ascii_case("access-control-expose-headers")
-                && (header.name.to_ascii_lowercase().starts_with("access-control-")
-                    || header.name.eq_ignore_ascii_case("vary"));
-            !cors && (is_tunnel || !is_hop_by_hop(header.name))
-        });
+                && !is_named(header, "access-control-expose-headers")
+                && (header.name.to_ascii_lowercase().starts_with("access-control-") || is_named(header, "vary"));
+            if !cors && (is_tunnel || !is_hop_by_hop(header)) {
+                push_header(bytes, header);
+            }
+        }
         if !is_tunnel && reply.status >= 200 {
-            let is_stream = is_event_stream(reply) && is_chunked(reply);
+            let is_stream = is_event_stream(reply) && reply.is_chunked;
             match is_stream && !self.client.request.has_token("connection", "close") {
                 true => bytes.extend_from_slice(KEEP_ALIVE_HEADERS),
                 // A reply that ends with the connection must say `close`.
@@ -518,7 +516,6 @@ impl<'a> Exchange<'a> {
         }
         bytes.extend_from_slice(cors_headers(self.client.origin).as_bytes());
         bytes.extend_from_slice(b"\r\n");
-        bytes
     }
 
     /// Passes the end of the client's side on, once, after all bytes before it.

@@ -28,12 +28,12 @@ use super::connections::{CONNECTION_LIMIT, Connection, Connections, DRAIN_TIME, 
 use super::crew::Crew;
 use super::events::{Next, Subscription};
 use super::exchange::Client;
-use super::head::{Framing, HEAD_TIME, HEADER_LIMIT, Head};
+use super::head::{Framing, HEAD_TIME, Head};
 use super::reply::KEEP_TIME;
 use super::router::Routed;
 use super::{Daemon, api, reply, router};
 use crate::error::{Error, Result};
-use crate::framing::{find, is_json, parse_reply_head};
+use crate::framing::{ReplyHead, head_length, header_room, is_json};
 use crate::system::wait::{self, Flag};
 use crate::timed::Timed;
 use crate::wire::{BODY_LIMIT, LAST_EVENT_HEADER, TIMEOUT_HEADER};
@@ -66,7 +66,8 @@ const ORIGINS: [&str; 3] = ["tauri://localhost", "http://tauri.localhost", "http
 /// The public port.
 pub struct Gate {
     listener: TcpListener,
-    port: u16,
+    /// As in a `Host` header.
+    port: String,
     origins: Vec<String>,
     /// Raised to end the accepting thread.
     closing: Flag,
@@ -90,7 +91,7 @@ impl Gate {
         listener.set_nonblocking(true)?;
         // The standard library's backlog is 128; a client beyond that retries after a second.
         rustix::net::listen(&listener, CONNECTION_LIMIT as i32)?;
-        let port = listener.local_addr()?.port();
+        let port = listener.local_addr()?.port().to_string();
         let origins = ORIGINS.iter().map(|origin| (*origin).to_owned()).chain(origins.iter().cloned()).collect();
         let (closing, closed, stop) = (Flag::new()?, Flag::new()?, Flag::new()?);
         let connections = Connections::new(&listener, &closing)?;
@@ -240,8 +241,8 @@ impl Gate {
             send(stream, &reply::error(method, e, origin));
             false
         };
-        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
-        let request = match Head::parse(head, &mut headers) {
+        let mut room = header_room();
+        let request = match Head::parse(head, &mut room) {
             Ok(request) => request,
             Err(e) => return refuse("GET", &e, None),
         };
@@ -284,7 +285,7 @@ impl Gate {
         let host = request.only("host")?.unwrap_or_default();
         let (name, port) = host.rsplit_once(':').unwrap_or((host, ""));
         let is_ours = ["127.0.0.1", "localhost", "[::1]"].iter().any(|ours| name.eq_ignore_ascii_case(ours));
-        if !is_ours || port != self.port.to_string() {
+        if !is_ours || port != self.port {
             return Err(Error::ForbiddenHost(host.to_owned()));
         }
         match request.only("origin")? {
@@ -379,28 +380,30 @@ fn pass_reply(upstream: &mut impl Read, client: &TcpStream, method: &str) -> io:
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         length += count;
-        if let Some(at) = buffer[..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-            break at + 4;
+        if let Some(head_length) = head_length(&buffer[..length], 0) {
+            break head_length;
         }
     };
-    let mut reply = parse_reply_head(&buffer[..head_length], method)?;
+    let mut room = header_room();
+    let reply = ReplyHead::parse(&buffer[..head_length], method, &mut room)?;
     // Only our handlers send this header, not replies that tiny_http generates itself.
-    let keeps = find(&reply.headers, "keep-alive").is_some();
-    let mut belonging = head_length + reply.body.advance(&buffer[head_length..length])?;
+    let keeps = reply.header("keep-alive").is_some();
+    let ReplyHead { status, mut body, .. } = reply;
+    let mut belonging = head_length + body.advance(&buffer[head_length..length])?;
     let mut client = Timed::new(client, Some(Instant::now() + REPLY_TIME));
     let (mut is_taken, mut is_exact) = (true, true);
     loop {
         // Read the reply to its end even after the client has closed the connection: only then is tiny_http done.
         is_taken = is_taken && client.write_all(&buffer[..belonging]).is_ok();
         is_exact &= belonging == length;
-        if reply.body.is_done() {
-            return Ok(Passed { is_whole: is_exact && reply.status < 400, keeps: keeps && is_taken && is_exact });
+        if body.is_done() {
+            return Ok(Passed { is_whole: is_exact && status < 400, keeps: keeps && is_taken && is_exact });
         }
         length = upstream.read(&mut buffer).unwrap_or(0);
         if length == 0 {
             return Ok(Passed { is_whole: false, keeps: false });
         }
-        belonging = reply.body.advance(&buffer[..length]).unwrap_or(0);
+        belonging = body.advance(&buffer[..length]).unwrap_or(0);
     }
 }
 
@@ -420,8 +423,7 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Durati
     let mut length: usize = 0;
     loop {
         let rest = deadline.saturating_duration_since(Instant::now());
-        // The end of the head may begin in the bytes read before.
-        let from = length.saturating_sub(3);
+        let from = length;
         let read = match rest.is_zero() {
             true => Err(io::ErrorKind::WouldBlock.into()),
             false => stream.set_read_timeout(Some(rest)).and_then(|()| (&*stream).read(&mut buffer[length..])),
@@ -433,8 +435,8 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Durati
                     deadline = Instant::now() + HEAD_TIME;
                 }
                 length += count;
-                if let Some(at) = buffer[from..length].windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-                    return Ok(HeadRead::Head { head: from + at + 4, all: length });
+                if let Some(head) = head_length(&buffer[..length], from) {
+                    return Ok(HeadRead::Head { head, all: length });
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -449,7 +451,7 @@ fn read_head(stream: &TcpStream, buffer: &mut [u8; HEAD_LIMIT], patience: Durati
             return Err(Error::TooLarge { what: "head", limit: HEAD_LIMIT, status });
         }
         // A head with bare line feeds would never end.
-        if buffer[from..length].windows(2).any(|pair| pair == b"\n\n") {
+        if buffer[from.saturating_sub(1)..length].windows(2).any(|pair| pair == b"\n\n") {
             return Err(Error::BadRequest("lines must end with CR LF".to_owned()));
         }
     }

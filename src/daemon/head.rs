@@ -6,13 +6,17 @@
 //!
 //! Source of the format: RFC 9112.
 
+use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::framing::{is_named, tokens};
 use crate::wire::BODY_LIMIT;
 
 /// The most header lines; as many as common servers allow.
-pub const HEADER_LIMIT: usize = 100;
+const HEADER_LIMIT: usize = 100;
+/// Memory for the header lines of a request.
+pub type HeaderRoom<'h> = [MaybeUninit<httparse::Header<'h>>; HEADER_LIMIT];
 
 /// How long a head may take from its first byte on, and how long a new connection waits for that byte:
 /// a head fits into one packet.
@@ -47,15 +51,15 @@ impl<'h> Head<'h> {
     /// # Errors
     /// `bad_request` for an invalid or ambiguous head; `too_large` for too many headers or a length beyond 64
     /// bits.
-    pub fn parse(head: &'h [u8], headers: &'h mut [httparse::Header<'h>]) -> Result<Head<'h>> {
+    pub fn parse(head: &'h [u8], room: &'h mut HeaderRoom<'h>) -> Result<Head<'h>> {
         let bad = |why: &str| Error::BadRequest(why.to_owned());
         // httparse takes bare line feeds; the server behind us may not.
         let bare = |pair: &[u8]| (pair[1] == b'\n') != (pair[0] == b'\r');
         if head.first() == Some(&b'\n') || head.windows(2).any(bare) {
             return Err(bad("lines must end with CR LF"));
         }
-        let mut request = httparse::Request::new(headers);
-        match request.parse(head) {
+        let mut request = httparse::Request::new(&mut []);
+        match request.parse_with_uninit_headers(head, room) {
             Ok(httparse::Status::Complete(_)) => {}
             Ok(httparse::Status::Partial) => return Err(bad("the head is incomplete")),
             Err(httparse::Error::TooManyHeaders) => {
@@ -98,11 +102,14 @@ impl<'h> Head<'h> {
         self.target.split_once('?').map_or(self.target, |(path, _)| path)
     }
 
+    /// The tokens of a header that is a list of them.
+    pub fn tokens(&self, name: &str) -> impl Iterator<Item = &'h [u8]> {
+        tokens(self.headers, name)
+    }
+
     /// Whether a header that is a list of tokens contains this one.
     pub fn has_token(&self, name: &str, token: &str) -> bool {
-        let values = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
-        let mut tokens = values.flat_map(|header| header.value.split(|byte| *byte == b','));
-        tokens.any(|given| given.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
+        self.tokens(name).any(|given| given.eq_ignore_ascii_case(token.as_bytes()))
     }
 
     /// Whether the connection may serve another request after this one, as far as its head says: the
@@ -122,7 +129,7 @@ impl<'h> Head<'h> {
     /// # Errors
     /// `bad_request` when it occurs twice or is not ASCII.
     pub fn only(&self, name: &str) -> Result<Option<&'h str>> {
-        let mut found = self.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
+        let mut found = self.headers.iter().filter(|header| is_named(header, name));
         let Some(first) = found.next() else { return Ok(None) };
         if found.next().is_some() {
             return Err(Error::BadRequest(format!("more than one {name} header")));
@@ -140,6 +147,7 @@ fn is_token_byte(byte: u8) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::framing::{head_length, header_room};
 
     #[test]
     fn method_must_be_a_token_and_target_a_path() {
@@ -147,7 +155,7 @@ mod tests {
         assert!(!b"\"(),/:;<=>?@[\\]{} \t\x7f\xe9".iter().any(|byte| is_token_byte(*byte)));
         let accepts = |line: &str| {
             let head = format!("{line} HTTP/1.1\r\n\r\n");
-            Head::parse(head.as_bytes(), &mut [httparse::EMPTY_HEADER; HEADER_LIMIT]).is_ok()
+            Head::parse(head.as_bytes(), &mut header_room()).is_ok()
         };
         for good in ["GET /", "PROPFIND /a?b", "x!$%&'*+-.^_`|~0 /", "GET /;#%23"] {
             assert!(accepts(good), "{good}");
@@ -160,8 +168,8 @@ mod tests {
     /// The framing of a head with these header lines, or the status of its refusal.
     fn parsed<T>(line: &str, headers: &str, check: impl FnOnce(&Head<'_>) -> T) -> std::result::Result<T, u16> {
         let text = format!("{line}\r\n{headers}\r\n");
-        let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
-        let parsed = Head::parse(text.as_bytes(), &mut headers);
+        let mut room = header_room();
+        let parsed = Head::parse(text.as_bytes(), &mut room);
         parsed.map(|head| check(&head)).map_err(|e| e.http_status())
     }
 
@@ -194,7 +202,7 @@ mod tests {
 
     #[test]
     fn lines_end_with_both_characters() {
-        let parse = |head: &[u8]| Head::parse(head, &mut [httparse::EMPTY_HEADER; HEADER_LIMIT]).is_ok();
+        let parse = |head: &[u8]| Head::parse(head, &mut header_room()).is_ok();
         assert!(parse(b"GET / HTTP/1.1\r\nA: b\r\n\r\n"));
         for bad in [
             &b"\nGET / HTTP/1.1\r\n\r\n"[..],
@@ -320,11 +328,11 @@ mod tests {
                 }
             }
             // A head ends at its first empty line, as in read_head.
-            if let Some(at) = head.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-                head.truncate(at + 4);
+            if let Some(length) = head_length(&head, 0) {
+                head.truncate(length);
             }
-            let mut headers = [httparse::EMPTY_HEADER; HEADER_LIMIT];
-            let Ok(request) = Head::parse(&head, &mut headers) else {
+            let mut room = header_room();
+            let Ok(request) = Head::parse(&head, &mut room) else {
                 refused += 1;
                 continue;
             };

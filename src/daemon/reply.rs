@@ -13,10 +13,10 @@ use crate::wire::{ERROR_HEADER, Failure, TIMEOUT_HEADER};
 pub const KEEP_TIME: Duration = Duration::from_secs(10);
 
 /// The header lines about the reuse of the connection.
-pub fn connection_headers(keeps: bool) -> String {
+pub fn connection_headers(keeps: bool) -> &'static str {
     match keeps {
-        true => format!("Connection: keep-alive\r\nKeep-Alive: timeout={}\r\n", KEEP_TIME.as_secs()),
-        false => "Connection: close\r\n".to_owned(),
+        true => "Connection: keep-alive\r\nKeep-Alive: timeout=10\r\n",
+        false => "Connection: close\r\n",
     }
 }
 
@@ -99,5 +99,15 @@ fn reason(status: u16) -> &'static str {
         503 => "Service Unavailable",
         504 => "Gateway Timeout",
         _ => "Unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_connection_announces_its_time() {
+        assert!(connection_headers(true).ends_with(&format!("Keep-Alive: timeout={}\r\n", KEEP_TIME.as_secs())));
     }
 }

@@ -9,8 +9,9 @@
 //!
 //! Source of the format: RFC 9110 (7.6 on intermediaries, 9.2.2 on repeating requests).
 
+use std::borrow::Cow;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddrV4, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use super::head::{Framing, HEAD_TIME, Head};
 use super::instances::Use;
 use super::{Daemon, api};
 use crate::error::{Error, Result};
-use crate::framing::{Body, percent_decode, percent_encode};
+use crate::framing::{Body, is_named, percent_decode, percent_encode};
 use crate::line::Line;
 use crate::service;
 use crate::system::wait::{self, Flag};
@@ -42,6 +43,9 @@ const SESSION_LIMIT: Duration = Duration::from_secs(5);
 const SESSION_BODY_LIMIT: usize = 64 * 1024 * 1024;
 /// The size of a single read of such a body. Bytes.
 const READ_SIZE: usize = 64 * 1024;
+
+/// The size of most heads for opencode. Bytes.
+const TYPICAL_HEAD: usize = 1024;
 
 /// The path prefix of requests to a workspace.
 const PREFIX: &str = "/w/";
@@ -97,15 +101,17 @@ fn route_to_workspace(daemon: &Daemon, client: &Client<'_>, stop: &Flag) -> Resu
     let Target { selector, path, query } = split(request.target)?;
     let workspace = find(daemon, &selector)?;
     let directory = workspace.local_path()?;
+    let subject = |line| engine::subject(line, request.method, path);
+    let expected = daemon.instances.line().map(|line| (line, subject(line)));
     // A request for a fenced workspace starts neither opencode nor an instance.
-    let known = daemon.instances.line().map(|line| engine::subject(line, request.method, path));
-    if matches!(known, Some(Subject::Instance)) {
+    if matches!(expected, Some((_, Subject::Instance))) {
         daemon.instances.check_fence(&workspace)?;
     }
     let deadline = Instant::now() + api::timeout(request.only(TIMEOUT_HEADER)?)?;
     let endpoint = daemon.supervisor.endpoint(deadline)?;
     let mut keeps = client.keeps;
-    let (used, loads, body) = match engine::subject(endpoint.line, request.method, path) {
+    let expected = expected.filter(|(line, _)| *line == endpoint.line);
+    let (used, loads, body) = match expected.map_or_else(|| subject(endpoint.line), |(_, subject)| subject) {
         Subject::Instance => (Some(workspace.clone()), true, None),
         Subject::Process => (Some(workspace.clone()), false, None),
         Subject::Creation => {
@@ -180,7 +186,6 @@ fn forward(
         Some(workspace) => Some(daemon.instances.enter(workspace, deadline)?),
         None => None,
     };
-    touch();
     // Without a limit from the client, a reply may take as long as a turn of the agent. If opencode hangs,
     // the supervisor ends it, which ends the wait.
     let patience = timeout.map(|_| deadline);
@@ -207,8 +212,11 @@ fn forward(
             authorization: Some(&*endpoint.authorization),
             body: forwarding.body.as_deref(),
         };
-        let head = rewrite(request, &new, endpoint.listener.address, is_upgrade);
+        let head = rewrite(request, &new, &endpoint.host, is_upgrade);
         let mut exchange = Exchange::new(client, &upstream, head, is_upgrade)?;
+        exchange.send();
+        // Only now: opencode works meanwhile.
+        touch();
         match exchange.wait_for_reply(patience, stop) {
             Ok(Answer::Reply | Answer::Tunnel) => {
                 entered.iter().for_each(Use::replied);
@@ -395,8 +403,9 @@ fn try_ticket(
     let Ok(upstream) = endpoint.connect(deadline) else { return Ok(None) };
     let target = target(endpoint.line, path, *query, directory);
     let new = Rewritten { target: &target, directory: Some(directory), authorization: None, body: None };
-    let head = rewrite(client.request, &new, endpoint.listener.address, true);
+    let head = rewrite(client.request, &new, &endpoint.host, true);
     let mut exchange = Exchange::new(client, &upstream, head, true)?;
+    exchange.send();
     // Any other reply could reveal something to a stranger.
     if !matches!(exchange.wait_for_reply(Some(deadline), stop), Ok(Answer::Tunnel)) {
         return Ok(None);
@@ -416,13 +425,13 @@ fn has_credentials(daemon: &Daemon, request: &Head<'_>) -> Result<bool> {
     let given = match request.only("authorization")? {
         // The scheme is compared without case (RFC 9110, 11.1).
         Some(header) => match header.split_once(' ') {
-            Some((scheme, token)) if scheme.eq_ignore_ascii_case("basic") => Some(token.trim_ascii().to_owned()),
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("basic") => Some(Cow::from(token.trim_ascii())),
             Some(_) | None => None,
         },
-        None => token_parameter(request.target),
+        None => token_parameter(request.target).map(Cow::from),
     };
     let Some(given) = given else { return Ok(false) };
-    let is = |given: &str, expected: &str| is_same(given.as_bytes(), expected.trim_start_matches("Basic ").as_bytes());
+    let is = |given: &str, header: &str| header.strip_prefix("Basic ").is_some_and(|token| is_same(given, token));
     if let Some(authorization) = daemon.supervisor.shared() {
         // A new service with another password may have replaced the one that the daemon last found.
         let is_last = authorization.is_some_and(|last| is(&given, &last));
@@ -443,8 +452,8 @@ fn token_parameter(target: &str) -> Option<String> {
 }
 
 /// Compares in a time that does not depend on the position of the difference.
-fn is_same(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+fn is_same(a: &str, b: &str) -> bool {
+    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
 /// Whether a request asks for a protocol upgrade.
@@ -493,25 +502,29 @@ fn parameter_name(parameter: &str) -> Vec<u8> {
 /// The target for opencode: unchanged except for the parameters that choose a location, which would take
 /// precedence over the header. Where `directory` is also a filter, it becomes the workspace's directory.
 fn target(line: Line, path: &str, query: Option<&str>, directory: &Path) -> String {
-    let parameters = query.into_iter().flat_map(|query| query.split('&'));
-    let (locations, kept): (Vec<&str>, Vec<&str>) =
-        parameters.partition(|parameter| engine::chooses_location(&parameter_name(parameter)));
-    let filter = match locations.iter().any(|parameter| parameter_name(parameter) == b"directory") {
-        true => engine::directory_filter(line, path, directory),
-        false => None,
-    };
-    let location = engine::location_parameter(line, path, directory);
     let mut target = path.to_owned();
-    for (number, parameter) in kept.into_iter().chain(filter.as_deref()).chain(location.as_deref()).enumerate() {
-        target.push(if number == 0 { '?' } else { '&' });
+    let mut push = |parameter: &str| {
+        target.push(if target.len() == path.len() { '?' } else { '&' });
         target.push_str(parameter);
+    };
+    let mut filters = false;
+    for parameter in query.into_iter().flat_map(|query| query.split('&')) {
+        let name = parameter_name(parameter);
+        filters |= name == b"directory";
+        if !engine::chooses_location(&name) {
+            push(parameter);
+        }
     }
+    if filters {
+        engine::directory_filter(line, path, directory).iter().for_each(|filter| push(filter));
+    }
+    engine::location_parameter(line, path, directory).iter().for_each(|location| push(location));
     target
 }
 
 /// Connects to opencode, and starts it if it is down. Nothing was sent yet, so a failure may be retried.
 /// `reuses` allows an idle connection that has carried a request before.
-fn connect(daemon: &Daemon, reuses: bool, deadline: Instant) -> Result<(Endpoint, TcpStream)> {
+fn connect(daemon: &Daemon, reuses: bool, deadline: Instant) -> Result<(Arc<Endpoint>, TcpStream)> {
     daemon.supervisor.call(deadline, |endpoint| {
         let kept = if reuses { endpoint.kept() } else { None };
         let stream = kept.map_or_else(|| endpoint.connect(deadline), Ok)?;
@@ -531,38 +544,43 @@ struct Rewritten<'a> {
 }
 
 /// The head for opencode, followed by a replaced body.
-fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, address: SocketAddrV4, is_upgrade: bool) -> Vec<u8> {
-    let Rewritten { target, directory, authorization, body } = new;
-    let mut head = format!("{} {target} HTTP/1.{}\r\nHost: {address}\r\n", request.method, request.version);
-    head.push_str(match (is_upgrade, request.version) {
-        (true, _) => "Connection: Upgrade\r\n",
-        (false, 0) => "Connection: close\r\n",
-        (false, _) => "Connection: keep-alive\r\n",
-    });
+fn rewrite(request: &Head<'_>, new: &Rewritten<'_>, host: &str, is_upgrade: bool) -> Vec<u8> {
+    let Rewritten { target, directory, authorization, body } = *new;
+    let mut head = Vec::with_capacity(TYPICAL_HEAD);
+    let version = if request.version == 0 { " HTTP/1.0" } else { " HTTP/1.1" };
+    let connection = match (is_upgrade, request.version) {
+        (true, _) => "Upgrade",
+        (false, 0) => "close",
+        (false, _) => "keep-alive",
+    };
+    for part in [request.method, " ", target, version, "\r\n"] {
+        head.extend_from_slice(part.as_bytes());
+    }
+    let mut push = |name, value: &[u8]| push_header(&mut head, &httparse::Header { name, value });
+    push("Host", host.as_bytes());
+    push("Connection", connection.as_bytes());
     if let Some(authorization) = authorization {
-        head.push_str(&format!("Authorization: {authorization}\r\n"));
+        push("Authorization", authorization.as_bytes());
     }
     if let Some(directory) = directory {
-        let encoded = percent_encode(directory.as_os_str().as_encoded_bytes());
-        head.push_str(&format!("{DIRECTORY_HEADER}: {encoded}\r\n"));
+        push(DIRECTORY_HEADER, percent_encode(directory.as_os_str().as_encoded_bytes()).as_bytes());
     }
     if let Some(body) = body {
-        head.push_str(&format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()));
+        push("Content-Type", b"application/json");
+        push("Content-Length", body.len().to_string().as_bytes());
     }
-    let mut head = head.into_bytes();
-    let is_one_of =
-        |names: &[&str], header: &httparse::Header<'_>| names.iter().any(|name| header.name.eq_ignore_ascii_case(name));
+    let listed: Vec<_> = request.tokens("connection").collect();
     for header in request.headers {
-        let chooses_location = directory.is_some() && is_one_of(&engine::LOCATION_HEADERS, header);
-        let is_of_body = ["content-type", "content-length", "transfer-encoding", "content-encoding", "expect"];
-        let is_replaced = is_one_of(&["host", "authorization", TIMEOUT_HEADER], header)
-            || chooses_location
-            || (body.is_some() && is_one_of(&is_of_body, header));
-        let keeps_upgrade = is_upgrade && is_one_of(&["upgrade"], header);
+        let is_one_of = |names: &[&str]| names.iter().any(|name| is_named(header, name));
+        let chooses_location = directory.is_some() && is_one_of(&engine::LOCATION_HEADERS);
         // opencode needs the framing of the body, even if the client lists it in `Connection`.
-        let is_framing = is_one_of(&["content-length", "transfer-encoding"], header);
-        let is_named = request.has_token("connection", header.name) && !is_framing;
-        if keeps_upgrade || !(is_replaced || is_hop_by_hop(header.name) || is_named) {
+        let is_framing = is_one_of(&["content-length", "transfer-encoding"]);
+        let is_of_body = is_framing || is_one_of(&["content-type", "content-encoding", "expect"]);
+        let is_replaced =
+            is_one_of(&["host", "authorization", TIMEOUT_HEADER]) || chooses_location || (body.is_some() && is_of_body);
+        let keeps_upgrade = is_upgrade && is_one_of(&["upgrade"]);
+        let is_listed = !is_framing && listed.iter().any(|name| name.eq_ignore_ascii_case(header.name.as_bytes()));
+        if keeps_upgrade || !(is_replaced || is_hop_by_hop(header) || is_listed) {
             push_header(&mut head, header);
         }
     }

@@ -4,6 +4,7 @@
 //! those are asked. 2.x answers without loading an instance, except for an abort.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -109,7 +110,7 @@ fn running(
 ///
 /// # Errors
 /// `opencode_timeout` when it is neither ready nor given up at the deadline.
-fn opencode(daemon: &Daemon, deadline: Instant) -> Result<Option<Endpoint>> {
+fn opencode(daemon: &Daemon, deadline: Instant) -> Result<Option<Arc<Endpoint>>> {
     loop {
         match (daemon.supervisor.ready_now(), daemon.supervisor.status().phase) {
             (Some(endpoint), _) => return Ok(Some(endpoint)),

@@ -17,10 +17,10 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
 }
 
 /// Whether all descriptors are neither readable nor hung up; false also when poll fails.
-pub fn are_silent(descriptors: &[BorrowedFd<'_>]) -> bool {
+pub fn are_silent<const N: usize>(descriptors: [BorrowedFd<'_>; N]) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let watched = descriptors.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN | PollFlags::RDHUP));
-    poll(&mut watched.collect::<Vec<_>>(), Some(&now)).is_ok_and(|ready| ready == 0)
+    let mut watched = descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | PollFlags::RDHUP));
+    poll(&mut watched, Some(&now)).is_ok_and(|ready| ready == 0)
 }
 
 /// A descriptor that is readable for every waiter while the flag is up.

@@ -45,7 +45,6 @@ use crate::wire::from_json;
 const ANSWER_LIMIT: u64 = 8 * 1024 * 1024;
 
 /// The address of a running opencode, for calls.
-#[derive(Clone)]
 pub struct Endpoint {
     /// The listening socket, proven to be opencode's own.
     pub listener: Listener,
@@ -55,8 +54,10 @@ pub struct Endpoint {
     pub line: Line,
     /// The value of the `Authorization` header.
     pub authorization: Arc<str>,
+    /// The value of the `Host` header.
+    pub host: String,
     agent: Agent,
-    pool: Arc<Pool>,
+    pool: Pool,
 }
 
 /// The failure of a call to opencode.
@@ -82,8 +83,9 @@ impl From<CallError> for Error {
 
 impl Endpoint {
     /// The opencode at a listener, with the `Authorization` that it accepts.
-    pub fn new(listener: Listener, generation: u64, line: Line, authorization: Arc<str>) -> Endpoint {
-        Endpoint { agent: listener.agent(), listener, generation, line, authorization, pool: Arc::default() }
+    pub fn new(listener: Listener, generation: u64, line: Line, authorization: Arc<str>) -> Arc<Endpoint> {
+        let (agent, host) = (listener.agent(), listener.address.to_string());
+        Arc::new(Endpoint { listener, generation, line, authorization, host, agent, pool: Pool::default() })
     }
 
     /// An idle connection that was proven when it was made, if there is one. opencode may be closing it at

@@ -32,7 +32,7 @@ impl Pool {
         self.close_idle();
         loop {
             let (_, stream) = self.lock().pop()?;
-            if wait::are_silent(&[process.as_fd(), stream.as_fd()]) {
+            if wait::are_silent([process.as_fd(), stream.as_fd()]) {
                 return Some(stream);
             }
         }

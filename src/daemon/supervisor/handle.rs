@@ -83,7 +83,7 @@ pub struct Status {
     /// The process, from the moment it exists.
     pub process: Option<ProcessInfo>,
     /// The address for calls, while opencode is ready.
-    pub ready: Option<Endpoint>,
+    pub ready: Option<Arc<Endpoint>>,
     /// The URL of the user's own service, if one runs beside our opencode.
     pub service: Option<String>,
     /// Whether opencode is the user's own service; while there is no process, whether the next one will be.
@@ -195,22 +195,22 @@ impl Handle {
     ///
     /// # Errors
     /// The failure of the start; `opencode_timeout` at the deadline; `opencode_unavailable` while stopping.
-    pub fn endpoint(&self, deadline: Instant) -> Result<Endpoint> {
+    pub fn endpoint(&self, deadline: Instant) -> Result<Arc<Endpoint>> {
         self.wait(None, deadline)
     }
 
     /// opencode if it is ready now; does not wake the supervisor.
-    pub fn ready_now(&self) -> Option<Endpoint> {
+    pub fn ready_now(&self) -> Option<Arc<Endpoint>> {
         self.shared.lock().ready.clone()
     }
 
     /// This generation of opencode, if it is ready now; does not wake the supervisor.
-    pub fn ready_in(&self, generation: u64) -> Option<Endpoint> {
+    pub fn ready_in(&self, generation: u64) -> Option<Arc<Endpoint>> {
         self.ready_now().filter(|endpoint| endpoint.generation == generation)
     }
 
     /// Waits for a ready opencode without requesting a start; `None` when the supervisor stops.
-    pub fn wait_ready(&self) -> Option<Endpoint> {
+    pub fn wait_ready(&self) -> Option<Arc<Endpoint>> {
         let mut status = self.shared.lock();
         loop {
             match &status.ready {
@@ -241,7 +241,7 @@ impl Handle {
     pub fn call<T>(
         &self,
         deadline: Instant,
-        mut call: impl FnMut(&Endpoint) -> std::result::Result<T, CallError>,
+        mut call: impl FnMut(&Arc<Endpoint>) -> std::result::Result<T, CallError>,
     ) -> Result<T> {
         let mut endpoint = self.endpoint(deadline)?;
         for _ in 1..CALL_TRIES {
@@ -257,7 +257,7 @@ impl Handle {
     ///
     /// # Errors
     /// As [`Handle::endpoint`].
-    pub fn successor(&self, endpoint: &Endpoint, deadline: Instant) -> Result<Endpoint> {
+    pub fn successor(&self, endpoint: &Endpoint, deadline: Instant) -> Result<Arc<Endpoint>> {
         self.wait(Some(endpoint.generation), deadline)
     }
 
@@ -285,7 +285,7 @@ impl Handle {
     }
 
     /// With `suspect`, trusts an opencode of that generation only after a new probe.
-    fn wait(&self, suspect: Option<u64>, deadline: Instant) -> Result<Endpoint> {
+    fn wait(&self, suspect: Option<u64>, deadline: Instant) -> Result<Arc<Endpoint>> {
         let mut status = self.shared.lock();
         let (failures, checks) = (status.failures, status.checks);
         let trusted =

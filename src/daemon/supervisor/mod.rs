@@ -74,7 +74,7 @@ pub struct Context {
 struct Held {
     started: Started,
     /// The address for calls, once the listening socket is known.
-    endpoint: Option<Endpoint>,
+    endpoint: Option<Arc<Endpoint>>,
 }
 
 impl Held {

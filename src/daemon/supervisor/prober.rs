@@ -138,7 +138,7 @@ impl Prober {
 ///
 /// # Errors
 /// When the daemon runs out of a resource that the search needs.
-pub fn find(target: &Target) -> io::Result<Option<(Endpoint, Listening)>> {
+pub fn find(target: &Target) -> io::Result<Option<(Arc<Endpoint>, Listening)>> {
     let Target { generation, pid, line, listener, authorization, .. } = target;
     let Some(listening) = socket::listening(*pid, listener.address)? else { return Ok(None) };
     let listener = Listener { socket: listening.inode, ..listener.clone() };
