@@ -226,6 +226,10 @@ impl<'h> ReplyHead<'h> {
     /// # Errors
     /// `InvalidData` when the head is not HTTP.
     pub fn parse(head: &'h [u8], method: &str, room: &'h mut ReplyHeaderRoom<'h>) -> io::Result<ReplyHead<'h>> {
+        // httparse skips empty lines before the status line.
+        if head.starts_with(b"\r") || head.starts_with(b"\n") {
+            return Err(invalid("an empty line before the status line"));
+        }
         let mut response = httparse::Response::new(&mut []);
         let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut response, head, room);
         let parsed = parsed.map_err(|e| invalid(&e.to_string()))?;
@@ -233,6 +237,9 @@ impl<'h> ReplyHead<'h> {
         let (httparse::Status::Complete(length), Some(status), Some(version)) = (parsed, code, version) else {
             return Err(invalid("an incomplete head"));
         };
+        if !(100..600).contains(&status) {
+            return Err(invalid("a status that is not between 100 and 599"));
+        }
         // httparse takes bare line feeds, so for it the head may end before the empty line that we found.
         if length != head.len() {
             return Err(invalid("lines that do not end with CR LF"));

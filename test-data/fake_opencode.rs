@@ -17,6 +17,7 @@
 //! | `FAKE_NEVER_HEALTHY` | listens, but the health call hangs |
 //! | `FAKE_HANG_FILE` | no request is answered while this file exists (else `$FAKE_OPENCODE_DIR/hang`) |
 //! | `FAKE_AUTH=reject` | answers 401 to any password |
+//! | `FAKE_HINT` | an interim reply precedes each 401 by 100 ms |
 //! | `FAKE_FAIL=/path` | answers 500 on this path |
 //! | `FAKE_CRASH_ON_START=CODE` | prints 30 lines and exits with CODE |
 //! | `FAKE_CRASH_FIRST=N` | the same with CODE 1, but only at the first N starts |
@@ -662,7 +663,11 @@ impl Serves for Server {
     }
 
     /// Closes, since it leaves the body unread.
-    fn unauthorized(&self, stream: &TcpStream) -> io::Result<Next> {
+    fn unauthorized(&self, mut stream: &TcpStream) -> io::Result<Next> {
+        if self.settings.text("FAKE_HINT").is_some() {
+            stream.write_all(b"HTTP/1.1 103 Early Hints\r\n\r\n")?;
+            thread::sleep(Duration::from_millis(100));
+        }
         let challenge = "www-authenticate: Basic realm=\"Secure Area\"\r\n";
         reply(stream, "401 Unauthorized", challenge, b"")?;
         Ok(Next::Close)

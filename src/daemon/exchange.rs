@@ -23,9 +23,10 @@ use super::connections::Connection;
 use super::head::{Framing, Head};
 use super::reply::{connection_headers, cors_headers};
 use crate::error::{Error, Result};
-use crate::framing::{Body, ReplyHead, head_length, header_room, is_named};
+use crate::framing::{Body, ReplyHead, head_length, header_room, invalid, is_named};
 use crate::system::wait::{Flag, timespec};
 use crate::timed::Timed;
+use crate::wire::ERROR_HEADER;
 
 /// The initial size of a buffer: larger than most events, and small since many streams stay open for days.
 /// Bytes.
@@ -449,9 +450,14 @@ impl<'a> Exchange<'a> {
             let not_http = |e| Error::OpencodeFault(format!("its reply is not HTTP: {e}"));
             let mut room = header_room();
             let mut reply = ReplyHead::parse(head, self.client.request.method, &mut room).map_err(not_http)?;
-            if reply.status < 200 && reply.status != 101 {
-                // HTTP/1.0 has no interim replies (RFC 9110, 15.2).
-                if self.client.request.version > 0 {
+            let is_tunnel = reply.status == 101;
+            if is_tunnel && !self.is_upgrade {
+                return Err(not_http(invalid("an upgrade that the request did not ask for")));
+            }
+            if reply.status < 200 && !is_tunnel {
+                // HTTP/1.0 has no interim replies (RFC 9110, 15.2), and a client whose ticket opencode has not
+                // accepted gets none.
+                if self.client.request.version > 0 && self.client.connection.is_proven() {
                     let mut interim = self.interim.take();
                     self.push_reply_head(&mut interim, head, &reply);
                     self.interim.replace(interim);
@@ -459,7 +465,6 @@ impl<'a> Exchange<'a> {
                 self.down.replace(rest.to_vec());
                 continue;
             }
-            let is_tunnel = reply.status == 101 && self.is_upgrade;
             let belonging = if is_tunnel { rest.len() } else { reply.body.advance(rest).map_err(not_http)? };
             self.kept = self.kept_after(&reply);
             self.kept.upstream &= belonging == rest.len();
@@ -495,14 +500,16 @@ impl<'a> Exchange<'a> {
 
     /// Adds the head of a reply, rewritten for the client.
     fn push_reply_head(&self, bytes: &mut Vec<u8>, head: &[u8], reply: &ReplyHead<'_>) {
-        let is_tunnel = reply.status == 101 && self.is_upgrade;
+        let is_tunnel = reply.status == 101;
         let status_line = head.split_inclusive(|byte| *byte == b'\n').next();
         bytes.extend_from_slice(status_line.unwrap_or_default());
         for header in reply.headers {
             let cors = self.client.origin.is_some()
                 && !is_named(header, "access-control-expose-headers")
                 && (header.name.to_ascii_lowercase().starts_with("access-control-") || is_named(header, "vary"));
-            if !cors && (is_tunnel || !is_hop_by_hop(header)) {
+            // This header marks our own errors.
+            let is_passed = !cors && !is_named(header, ERROR_HEADER);
+            if is_passed && (is_tunnel || !is_hop_by_hop(header)) {
                 push_header(bytes, header);
             }
         }

@@ -593,11 +593,13 @@ fn interim_replies_reach_a_slow_reader_complete() {
 fn interim_reply_before_a_malformed_reply_reaches_the_client() {
     let (host, ..) = host();
     let hint = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n";
-    let target = raw(&format!("{hint}nonsense\r\n\r\n"));
-    let reply = host.send_raw(head(&host, &format!("POST {target}"), "Content-Length: 0\r\n"));
-    let rest = String::from_utf8(reply).unwrap();
-    let rest = rest.strip_prefix(hint).unwrap_or_else(|| panic!("{rest}"));
-    Reply::parse(rest.as_bytes()).unwrap().refused(502, "opencode_error");
+    for malformed in ["nonsense\r\n\r\n", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"] {
+        let target = raw(&format!("{hint}{malformed}"));
+        let reply = host.send_raw(head(&host, &format!("POST {target}"), "Content-Length: 0\r\n"));
+        let rest = String::from_utf8(reply).unwrap();
+        let rest = rest.strip_prefix(hint).unwrap_or_else(|| panic!("{rest}"));
+        Reply::parse(rest.as_bytes()).unwrap().refused(502, "opencode_error");
+    }
 }
 
 /// The target of a call that opencode answers with exactly these bytes.
@@ -615,6 +617,11 @@ fn malformed_reply_is_an_error_of_opencode() {
         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         "HTTP/1.1 200 OK\r\nX: cut off",
         "HTTP/1.1 200 OK\nContent-Length: 2\n\nab\r\n\r\n",
+        "\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab",
+        "\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab",
+        "HTTP/1.1 099 x\r\nContent-Length: 2\r\n\r\nab",
+        "HTTP/1.1 600 x\r\nContent-Length: 2\r\n\r\nab",
+        "HTTP/1.1 101 Switching Protocols\r\nContent-Length: 0\r\n\r\n",
         "",
     ] {
         let reply = host.routed("POST", &raw(bytes)).send();
@@ -628,6 +635,16 @@ fn malformed_reply_is_an_error_of_opencode() {
     let reply = Reply::parse(&host.send_raw_on(stream, request));
     assert!(reply.is_none_or(|reply| reply.status == 502 || reply.whole_body().is_none()), "taken for a whole reply");
     assert_eq!(host.starts().len(), 1, "opencode is not blamed for its replies");
+}
+
+/// A client, and `openwork api`, would take the reply for an error of openwork.
+#[test]
+fn header_of_our_errors_does_not_come_from_opencode() {
+    let (host, ..) = host();
+    let target = raw("HTTP/1.1 500 x\r\nx-openwork-error: unauthorized\r\nx-other: 1\r\nContent-Length: 2\r\n\r\nab");
+    let reply = host.routed("POST", &target).send();
+    assert_eq!((reply.status, reply.header("x-openwork-error"), reply.header("x-other")), (500, None, Some("1")));
+    assert_eq!(reply.body, b"ab");
 }
 
 #[test]
@@ -937,7 +954,10 @@ fn ticket_opens_the_terminal_of_a_loaded_instance() {
 
 #[test]
 fn refused_ticket_reveals_and_changes_nothing() {
-    let (host, p, q) = host();
+    let host = Host::new();
+    host.behave("FAKE_HINT=1");
+    host.openwork(["daemon", "start"]).ok();
+    let (p, q) = (host.project("p"), host.project("q"));
     let (loaded, cold) = (host.add(&p), host.add(&q));
     host.openwork(["workspace", "add-remote", "https://example.com", "--name", "far"]).ok();
     host.routed("GET", "/w/p/path").send();
