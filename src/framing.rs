@@ -269,7 +269,7 @@ impl<'h> ReplyHead<'h> {
 
     /// The value of the first header of this name.
     pub fn header(&self, name: &str) -> Option<&'h [u8]> {
-        self.headers.iter().find(|header| is_named(header, name)).map(|header| header.value)
+        named(self.headers, name).next()
     }
 }
 

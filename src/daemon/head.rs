@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::framing::{is_named, tokens};
+use crate::framing::{named, tokens};
 use crate::wire::BODY_LIMIT;
 
 /// The most header lines; as many as common servers allow.
@@ -129,12 +129,12 @@ impl<'h> Head<'h> {
     /// # Errors
     /// `bad_request` when it occurs twice or is not ASCII.
     pub fn only(&self, name: &str) -> Result<Option<&'h str>> {
-        let mut found = self.headers.iter().filter(|header| is_named(header, name));
+        let mut found = named(self.headers, name);
         let Some(first) = found.next() else { return Ok(None) };
         if found.next().is_some() {
             return Err(Error::BadRequest(format!("more than one {name} header")));
         }
-        let value = std::str::from_utf8(first.value).ok().filter(|value| value.is_ascii());
+        let value = std::str::from_utf8(first).ok().filter(|value| value.is_ascii());
         value.map(Some).ok_or_else(|| Error::BadRequest(format!("the {name} header is not ASCII")))
     }
 }
