@@ -363,6 +363,7 @@ fn kept(report: &mut Report) {
     fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("test-data/fetch.mjs"), &script).expect("a copy");
     let mut node = host.command("node");
     node.arg(&script).env("DIRECT_URL", format!("http://127.0.0.1:{opencode}")).env("DIRECTORY", &directory);
+    node.env("FORWARDED_URL", format!("http://127.0.0.1:{}", forwarder(opencode)));
     node.env("ROUTED_URL", format!("http://127.0.0.1:{}/w/a", daemon.port));
     let output = node.env("CREDENTIALS", basic("opencode", PASSWORD)).stderr(Stdio::inherit()).output().expect("node");
     let results: Value = serde_json::from_slice(&output.stdout).expect("what node has measured");
@@ -371,11 +372,39 @@ fn kept(report: &mut Report) {
         ("sdk", "the SDK, directly", "the SDK, eight at once, directly"),
     ] {
         for (kind, what) in [("inARow", what), ("atOnce", at_once)] {
-            let [direct, routed] = [0, 1].map(|way| results[name][kind][way].as_f64().expect("a median"));
+            let median = |way: usize| results[name][kind][way].as_f64().expect("a median");
+            let [direct, forwarded, routed] = [0, 1, 2].map(median);
             report.print(&Figure::new(what, Ms(direct)));
+            report.print(&Figure::new("  through a forwarder that only copies", Ms(forwarded)).against(direct));
             report.print(&Figure::new("  through /w/", Ms(routed)).against(direct).at_most(Times(1.2)));
         }
     }
+}
+
+/// Forwards requests and replies that arrive in one piece, each connection in a thread of its own: the least
+/// that a program between client and opencode can cost. Returns its port.
+fn forwarder(opencode: u16) -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let forward = move |client: TcpStream| -> io::Result<()> {
+        let opencode = http::connect(opencode);
+        client.set_nodelay(true)?;
+        let mut bytes = vec![0; 64 * 1024];
+        loop {
+            for (mut from, mut to) in [(&client, &opencode), (&opencode, &client)] {
+                match from.read(&mut bytes)? {
+                    0 => return Ok(()),
+                    count => to.write_all(&bytes[..count])?,
+                }
+            }
+        }
+    };
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            thread::spawn(move || forward(client));
+        }
+    });
+    port
 }
 
 /// Connections that have served a request and are not used.
